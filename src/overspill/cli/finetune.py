@@ -1,0 +1,92 @@
+"""`overspill finetune MODEL DATA --out DIR`: the flags, and nothing but the flags (`training_run` does the work)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from overspill.cli.failures import failures_as_exit_codes
+
+TierChoice = Literal["auto", "device", "host", "ssd"]
+Schedule = Literal["constant", "linear", "cosine"]
+Dtype = Literal["auto", "bfloat16", "float32", "float16"]
+StateFormat = Literal["fp32"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions:
+    """What the user asked for; each field is the flag of that name, sizes still as text."""
+
+    model: str
+    data: Path
+    out: Path
+    steps: int | None = None
+    epochs: int | None = None
+    seq_len: int = 1024
+    micro_batch: int = 1
+    accumulate: int = 1
+    lr: float = 2e-5
+    warmup_steps: int = 0
+    lr_schedule: Schedule = "linear"
+    weight_decay: float = 0.01
+    clip: float | None = None
+    dtype: Dtype = "auto"
+    seed: int = 0
+    parameters: TierChoice = "auto"
+    states: TierChoice = "auto"
+    boundaries: TierChoice = "auto"
+    state_format: StateFormat = "fp32"
+    device: str = "auto"
+    device_budget: str | None = None
+    host_budget: str | None = None
+    ssd_budget: str | None = None
+    ssd_dir: Path | None = None
+    held_out: float = 0.0
+    truncate: bool = False
+
+
+_TRAINING, _PLACEMENT = "Training", "Placement"
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="Model folder with safetensors, or a hub name.", show_default=False)],
+    data: Annotated[Path, typer.Argument(help="JSONL with text, or prompt and completion, or messages.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for model/, plan.json and metrics.jsonl.", show_default=False)],
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; instead of --epochs.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; 1 if neither is given.")] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Most tokens of a sample.")] = 1024,
+    micro_batch: Annotated[int, typer.Option(min=1, help="Samples of one forward and backward.", rich_help_panel=_TRAINING)] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches of one optimizer step.", rich_help_panel=_TRAINING)] = 1,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=_TRAINING)] = 2e-5,
+    warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.", rich_help_panel=_TRAINING)] = 0,
+    lr_schedule: Annotated[Schedule, typer.Option(help="After the warm-up.", rich_help_panel=_TRAINING)] = "linear",
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW; not on norms and biases.", rich_help_panel=_TRAINING)] = 0.01,
+    clip: Annotated[float | None, typer.Option(help="Bound on the gradient norm; updates wait.", rich_help_panel=_TRAINING)] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Compute; auto: float32 on a CPU, else bfloat16.", rich_help_panel=_TRAINING)] = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of order, split and dropout.", rich_help_panel=_TRAINING)] = 0,
+    parameters: Annotated[TierChoice, typer.Option(help="Where the parameters rest.", rich_help_panel=_PLACEMENT)] = "auto",
+    states: Annotated[TierChoice, typer.Option(help="Where the optimizer states rest.", rich_help_panel=_PLACEMENT)] = "auto",
+    boundaries: Annotated[TierChoice, typer.Option(help="Where hidden states between units rest.", rich_help_panel=_PLACEMENT)] = "auto",
+    state_format: Annotated[StateFormat, typer.Option(help="Of the optimizer states.", rich_help_panel=_PLACEMENT)] = "fp32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_PLACEMENT)] = "auto",
+    device_budget: Annotated[str | None, typer.Option(help="Device memory to use, such as 8GiB.", rich_help_panel=_PLACEMENT)] = None,
+    host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,
+    ssd_budget: Annotated[str | None, typer.Option(help="Room to use in --ssd-dir.", rich_help_panel=_PLACEMENT)] = None,
+    ssd_dir: Annotated[Path | None, typer.Option(help="Folder on a local drive, for the SSD tier.", rich_help_panel=_PLACEMENT)] = None,
+    held_out: Annotated[float, typer.Option(min=0.0, help="Samples set aside for evaluation: a count, or a share below 1.")] = 0.0,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer samples instead of refusing them.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+) -> None:
+    """Fine-tune all parameters of MODEL on DATA.
+
+    Exit codes: 0 done, 2 wrong input, 3 a drive, file or memory failed, 4 loss or gradient not finite, 130 interrupted.
+    """
+    flags = {name: value for name, value in locals().items() if name != "debug"}
+    with failures_as_exit_codes(Console(stderr=True), debug=debug):
+        from overspill.cli.training_run import run_finetune  # torch and transformers load here, so that --help is quick
+
+        run_finetune(FinetuneOptions(**flags), Console())

@@ -1,0 +1,96 @@
+"""A causal LM without its weights: parameters on the meta device, buffers real.
+
+Why not `with torch.device("meta")`: it also drops the values of the buffers that no file holds (rotary frequencies, causal
+masks, alibi slopes), and a model that runs on uninitialised rotary tables gives no error, only a wrong loss.
+
+1. The model is built by transformers itself, on the CPU. Each parameter becomes a meta one in the moment it is registered
+   (torch's own registration hook), so at most one module's weights have an address at any time, and nothing touches their pages.
+2. A parameter registered twice becomes one meta parameter twice: ties made in a constructor survive. Ties that transformers
+   makes later connect meta parameters already.
+3. Initialisation runs as it does in any model; on meta parameters it costs nothing, on buffers it writes their real values.
+4. Parameters that the model wants in fp32 (`_keep_in_fp32_modules`, for fp16; `_keep_in_fp32_modules_strict`, for bf16 too)
+   are declared fp32, as `from_pretrained` would load them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+def build_meta_model(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM of `config` with every parameter on the meta device and every buffer real, on the CPU.
+
+    Sets `config.use_cache` to False and `config.dtype` to `dtype` (transformers does the latter). Code from a model's
+    repository is never run.
+
+    Args:
+        dtype: of the parameters, but for those that the model keeps in fp32.
+
+    Raises:
+        ValueError: transformers knows no causal LM for this configuration.
+    """
+    with _parameters_become_meta(), torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    model.config.use_cache = False
+    _declare_fp32_parameters(model, dtype)
+    return model
+
+
+def swap_parameters_for_meta(model: nn.Module) -> None:
+    """Put a meta parameter of the same shape, dtype and trainability where each parameter of `model` was; ties stay ties."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                if id(parameter) not in replaced:
+                    replaced[id(parameter)] = _as_meta(parameter)
+                module._parameters[name] = replaced[id(parameter)]
+
+
+def _as_meta(parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to(device="meta", dtype=dtype), requires_grad=parameter.requires_grad)
+
+
+@contextmanager
+def _parameters_become_meta() -> Iterator[None]:
+    """Rules 1 and 2, for every module built inside."""
+    known = WeakIdKeyDictionary()
+
+    def hook(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.device.type == "meta":
+            return None
+        if parameter not in known:
+            known[parameter] = _as_meta(parameter)
+        return known[parameter]
+
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _declare_fp32_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Rule 4: transformers reads these lists as regular expressions in which `*` stands for anything."""
+    patterns: set[str] = set()
+    if dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    if dtype in (torch.float16, torch.bfloat16):
+        patterns |= set(model._keep_in_fp32_modules_strict or ())
+    if not patterns:
+        return
+    wanted = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
+    replaced: dict[int, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and wanted.search(f"{prefix}.{name}" if prefix else name):
+                replaced.setdefault(id(parameter), _as_meta(parameter, torch.float32))
+                module._parameters[name] = replaced[id(parameter)]

@@ -1,0 +1,73 @@
+"""The global gradient norm, and whether gradients are finite: what a step must know before it may update anything.
+
+**The norm.** The sum of squares of a tensor is a float64 number defined by the values and their element numbers alone:
+
+1. each element is widened to float64 and squared (exact: 2 * 24 significant bits fit in 53);
+2. the tensor is cut into slices of 4 Mi elements, the last one padded with zeros; in a slice the second half is added to the
+   first, element by element, until one number is left;
+3. the slices' numbers are padded with zeros to a power of two and added up the same way.
+
+Every addition is one elementwise float64 operation, so CPU and CUDA and any number of threads give the same bits, which
+`torch.sum` does not promise. The global norm is the square root of all tensors' sums under `math.fsum`, which rounds
+once: the order in which tensors arrive, and which rank owns them, does not matter. It is the norm of whole tensors; sums
+of parts of a tensor, added up, may differ in the last bit.
+
+A finite float64 sum cannot overflow here (3.4e38 squared times any number of elements is far below 1e308), so the sum is
+non-finite exactly when an element is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+SLICE_ELEMENTS = 4 * 1024 * 1024
+"""Elements squared at once (32 MiB of temporaries): a power of two, part of the definition above. Chosen, not tuned."""
+
+
+@torch.no_grad()
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """The sum of squares of `tensor`, defined above.
+
+    Args:
+        tensor: any floating dtype up to float32, any shape and device; elements are numbered in row-major order.
+
+    Returns:
+        float64, shape (), on the tensor's device; reading it waits for the device, so collect first and read once.
+    """
+    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"the gradient norm is defined for bfloat16, float16 and float32, got {tensor.dtype}")
+    flat = tensor.detach().reshape(-1)
+    sums = [_fold(flat[start : start + SLICE_ELEMENTS].double().square_()) for start in range(0, flat.numel(), SLICE_ELEMENTS)]
+    return _fold(torch.stack(sums)) if sums else torch.zeros((), dtype=torch.float64, device=tensor.device)
+
+
+def global_norm(sums_of_squares: Iterable[Tensor | float]) -> float:
+    """The L2 norm of all gradients, from each tensor's `sum_of_squares`; non-finite when one of them is."""
+    sums = [float(value) for value in sums_of_squares]
+    return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.nan
+
+
+def count_non_finite(tensor: Tensor) -> int:
+    """How many elements of `tensor` are infinite or NaN."""
+    flat = tensor.detach().reshape(-1)
+    return sum(int((~torch.isfinite(flat[start : start + SLICE_ELEMENTS])).sum()) for start in range(0, flat.numel(), SLICE_ELEMENTS))
+
+
+def all_finite_reference(tensor: Tensor) -> bool:
+    """Whether no element of `tensor` is infinite or NaN; stops at the first slice that has one."""
+    flat = tensor.detach().reshape(-1)
+    return all(bool(torch.isfinite(flat[start : start + SLICE_ELEMENTS]).all()) for start in range(0, flat.numel(), SLICE_ELEMENTS))
+
+
+def _fold(values: Tensor) -> Tensor:
+    """Halve `values` (float64, 1-D) by elementwise addition until one is left; consumes it. Missing elements count as zero."""
+    length = values.numel()
+    while length > 1:
+        half = 1 << (length - 1).bit_length() - 1  # of the next power of two
+        values[: length - half].add_(values[half:length])
+        length = half
+    return values[0]

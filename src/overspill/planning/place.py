@@ -1,0 +1,268 @@
+"""Decide where everything rests: as high a tier as the budgets allow.
+
+How it decides, in order:
+
+1. What the user fixed is fixed. What is `auto` starts on the lowest tier there is (SSD if a directory is given, else host).
+2. Boundaries and group size: the first that fits of (device, host, ssd) x (all micro-batches, half of them, ... one), since a
+   large group saves the most traffic. "Fits" is not a formula: the step's schedule is built and its peaks are read off.
+3. What room is left is given away bundle by bundle: on the device to parameters and states together (embedding and tail
+   first: their update cannot hide), in host memory first to parameters (they cross a link twice a step), then to states.
+4. The result is simulated once more; if it does not fit after all, the room of step 3 is cut by the excess.
+
+Pure: no torch, no measurement. Costs a few schedule builds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from overspill.errors import BudgetError
+from overspill.planning.simulate import simulate
+from overspill.scheduling import build_train_step
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
+from overspill.spec.report import Prediction
+from overspill.spec.state_formats import resolve_state_format
+from overspill.spec.tensors import DTYPE_BYTES, Tier
+from overspill.spec.workload import ModelLayout
+from overspill.units import MIB, format_bytes
+
+FREE_SHARE = 0.92
+"""Share of what is free that is used when no budget is given. Chosen, not tuned."""
+LOGITS_CHUNK_BYTES = 256 * MIB
+"""Most bytes of fp32 logits at a time. Chosen, not tuned."""
+_FLAGS = {Tier.DEVICE: "--device-budget", Tier.HOST: "--host-budget", Tier.SSD: "--ssd-budget"}
+
+
+def build_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, *, device: str) -> Plan:
+    """The plan for `layout` under `request` on `hardware`.
+
+    Args:
+        device: what `request.device` resolved to: `cpu` or `cuda:0`.
+
+    Raises:
+        BudgetError: it does not fit; with the missing bytes and the flag.
+        ValueError: the SSD is asked for without a directory.
+    """
+    fixed = [name for name in ("parameters", "states", "boundaries") if getattr(request, name) == Tier.SSD.value]
+    if fixed and request.ssd_dir is None:
+        raise ValueError(f"--{fixed[0]} ssd needs a directory: give --ssd-dir DIRECTORY on the drive that shall hold it")
+    base = _base_plan(request, layout, hardware, device)
+    base = _choose_group(request, base)
+    room_cut = dict.fromkeys(Tier, 0)
+    for _ in range(8):
+        plan = _give_away_room(request, base, room_cut)
+        excess = {tier: over for tier, over in _excess(plan).items() if over > 0}
+        if not excess:
+            return _with_notes(plan, request)
+        for tier, over in excess.items():
+            room_cut[tier] += over
+    return _with_notes(base, request)
+
+
+def predict_step(plan: Plan, hardware: HardwareSpec) -> Prediction:
+    """A full step of the plan's batch at its longest, with pending updates if the plan has them."""
+    tokens = [plan.micro_batch * plan.seq_len] * plan.accumulate
+    schedule = build_train_step(plan, tokens, starts_pending=plan.timing is UpdateTiming.PENDING)
+    return simulate(schedule, plan, hardware)
+
+
+def _lowest(request: PlanRequest, choice: str) -> Tier:
+    if choice != AUTO:
+        return Tier(choice)
+    return Tier.SSD if request.ssd_dir is not None else Tier.HOST
+
+
+def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, device: str) -> Plan:
+    states = _lowest(request, request.states)
+    placement = Placement(parameters=_lowest(request, request.parameters), states=states, gradients=states)
+    working = _working_bytes(request, layout)
+    pending = request.clip is not None or request.dtype == "float16"
+    return Plan(
+        model=layout.model,
+        device=device,
+        dtype=request.dtype,
+        state_format=request.state_format,
+        units=layout.units,
+        bundles=layout.bundles,
+        placements=dict.fromkeys(layout.bundles, placement),
+        state_bytes_per_element={
+            name: resolve_state_format(request.state_format, bundle.dtype).bytes_per_element if bundle.trainable else 0
+            for name, bundle in layout.bundles.items()
+        },
+        boundaries=_lowest(request, request.boundaries),
+        group_size=1,
+        timing=UpdateTiming.PENDING if pending else UpdateTiming.IMMEDIATE,
+        seq_len=request.seq_len,
+        micro_batch=request.micro_batch,
+        accumulate=request.accumulate,
+        hidden_size=layout.hidden_size,
+        hidden_dtypes=layout.hidden_dtypes,
+        clip=request.clip,
+        loss_chunk_rows=_loss_chunk_rows(layout),
+        ssd_dir=request.ssd_dir,
+        device_budget_bytes=_allowance(
+            request.device_budget_bytes, hardware.device_capacity_bytes, hardware.device_context_bytes + working, Tier.DEVICE
+        ),
+        host_budget_bytes=_allowance(request.host_budget_bytes, hardware.host_capacity_bytes, hardware.process_bytes, Tier.HOST),
+        ssd_budget_bytes=_allowance(request.ssd_budget_bytes, hardware.ssd_capacity_bytes, 0, Tier.SSD),
+        device_working_bytes=working,
+    )
+
+
+def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier) -> int | None:
+    """What the tiers may hold of a budget (or of the free capacity) after what is taken before them."""
+    if budget is None:
+        if not capacity:
+            return None
+        # A capacity is what is free now: the process's own memory is already out of it.
+        return max(0, int(capacity * FREE_SHARE) - (taken if tier is Tier.DEVICE else 0))
+    if budget <= taken:
+        what = "context and working memory of one unit" if tier is Tier.DEVICE else "the process itself"
+        raise BudgetError(
+            f"{_FLAGS[tier]} is {format_bytes(budget)}, but {what} take {format_bytes(taken)}: {format_bytes(taken - budget)} are missing; "
+            f"raise {_FLAGS[tier]}" + (" or lower --micro-batch or --seq-len" if tier is Tier.DEVICE else "")
+        )
+    return budget - taken
+
+
+def _loss_chunk_rows(layout: ModelLayout) -> int:
+    return max(64, min(4096, LOGITS_CHUNK_BYTES // (4 * layout.vocab_size)))
+
+
+def _working_bytes(request: PlanRequest, layout: ModelLayout) -> int:
+    """Assumed: what autograd keeps of one block for its backward, the block's gradients, and one chunk of logits.
+
+    A block keeps about one activation for each row and column of its matrices (parameters / hidden of them) and some 16
+    hidden-sized ones, per token; logits exist in compute dtype, fp32, and as fp32 gradient.
+    """
+    blocks = layout.units[1:-1]
+    per_block = max((sum(layout.bundles[name].num_parameters for name in unit.bundles) for unit in blocks), default=0)
+    bytes_each = DTYPE_BYTES[request.dtype]
+    tokens = request.micro_batch * request.seq_len
+    activations = tokens * bytes_each * (per_block // max(1, layout.hidden_size) + 16 * layout.hidden_size)
+    logits = min(_loss_chunk_rows(layout), tokens) * layout.vocab_size * (8 + 2 * bytes_each)
+    return max(activations + per_block * bytes_each, logits) + layout.buffer_bytes
+
+
+def _excess(plan: Plan) -> dict[Tier, int]:
+    """Bytes by which a step's peak exceeds each budget (negative: room)."""
+    if (plan.device_budget_bytes, plan.host_budget_bytes, plan.ssd_budget_bytes) == (None, None, None):
+        return {}
+    peaks = predict_step(plan, HardwareSpec())
+    held = {
+        Tier.DEVICE: (plan.device_budget_bytes, peaks.device_resident_peak_bytes),
+        Tier.HOST: (plan.host_budget_bytes, peaks.host_resident_peak_bytes),
+        Tier.SSD: (plan.ssd_budget_bytes, peaks.ssd_resident_peak_bytes),
+    }
+    return {tier: peak - budget for tier, (budget, peak) in held.items() if budget is not None}
+
+
+def _choose_group(request: PlanRequest, base: Plan) -> Plan:
+    """The first of (boundary tier, group size) that fits, highest tier and largest group first."""
+    if request.boundaries == AUTO:
+        tiers = [Tier.DEVICE, Tier.HOST] + ([Tier.SSD] if request.ssd_dir is not None else [])
+    else:
+        tiers = [Tier(request.boundaries)]
+    sizes = [request.group_size] if request.group_size is not None else list(_halvings(request.accumulate))
+    closest: dict[Tier, int] = {}
+    for size in sizes:
+        for tier in tiers:
+            plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate))
+            closest = {tier: over for tier, over in _excess(plan).items() if over > 0}
+            if not closest:
+                return plan
+    tier, over = max(closest.items(), key=lambda item: item[1])
+    cures = [f"raise {_FLAGS[tier]} by {format_bytes(over)}"]
+    if tier is Tier.HOST and request.ssd_dir is None:
+        cures.append("give --ssd-dir so that states can rest on an SSD")
+    if tier is Tier.DEVICE:
+        cures.append("lower --micro-batch or --seq-len")
+    if any(getattr(request, role) == tier.value for role in ("parameters", "states", "boundaries")):
+        cures.append(f"let what is fixed to {tier.value} be auto")
+    held = {Tier.DEVICE: base.device_budget_bytes, Tier.HOST: base.host_budget_bytes, Tier.SSD: base.ssd_budget_bytes}[tier]
+    assert held is not None
+    raise BudgetError(
+        f"{base.model} with parameters on {_lowest(request, request.parameters)}, states on {_lowest(request, request.states)} needs "
+        f"{format_bytes(held + over)} on {tier}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; " + ", or ".join(cures)
+    )
+
+
+def _halvings(count: int) -> Iterator[int]:
+    while True:
+        yield count
+        if count == 1:
+            return
+        count = -(-count // 2)
+
+
+def _give_away_room(request: PlanRequest, base: Plan, room_cut: dict[Tier, int]) -> Plan:
+    """Lift bundles to higher tiers while the room lasts."""
+    excess = _excess(base)
+    room: dict[Tier, float] = {tier: -excess[tier] - room_cut[tier] if tier in excess else float("inf") for tier in Tier}
+    placements = dict(base.placements)
+    outer = {base.units[0].name, base.units[-1].name}
+    outer_bundles = {name for unit in base.units if unit.name in outer for name in unit.bundles}
+    order = sorted(base.bundles, key=lambda name: name not in outer_bundles)
+
+    def lift(name: str, change: Callable[[Placement], Placement]) -> None:
+        candidate = change(placements[name])
+        cost = {tier: _home(base, name, candidate, tier) - _home(base, name, placements[name], tier) for tier in Tier}
+        if all(cost[tier] <= max(room[tier], 0) for tier in Tier if cost[tier] > 0):
+            placements[name] = candidate
+            for tier in Tier:
+                room[tier] -= cost[tier]
+
+    free_parameters, free_states = request.parameters == AUTO, request.states == AUTO
+    if free_parameters or free_states:
+        for name in order:
+            lift(name, lambda old: _lifted(old, Tier.DEVICE, parameters=free_parameters, states=free_states))
+    if free_parameters:
+        for name in order:
+            lift(name, lambda old: _lifted(old, Tier.HOST, parameters=True, states=False))
+    if free_states:
+        for name in order:
+            lift(name, lambda old: _lifted(old, Tier.HOST, parameters=False, states=True))
+    return dataclasses.replace(base, placements=placements)
+
+
+def _lifted(old: Placement, tier: Tier, *, parameters: bool, states: bool) -> Placement:
+    """`old` with the named roles on `tier`, never lower than they were."""
+    height = {Tier.SSD: 0, Tier.HOST: 1, Tier.DEVICE: 2}
+
+    def higher(now: Tier) -> Tier:
+        return tier if height[tier] > height[now] else now
+
+    return Placement(
+        parameters=higher(old.parameters) if parameters else old.parameters,
+        states=higher(old.states) if states else old.states,
+        gradients=higher(old.gradients) if states else old.gradients,
+    )
+
+
+def _home(plan: Plan, name: str, placement: Placement, tier: Tier) -> int:
+    """Bytes of one bundle that rest on `tier` under `placement`."""
+    bundle = plan.bundles[name]
+    total = bundle.parameter_bytes if placement.parameters is tier else 0
+    if bundle.trainable:
+        total += plan.state_bytes(name) if placement.states is tier else 0
+        total += bundle.parameter_bytes if placement.gradients is tier and plan.timing is UpdateTiming.PENDING else 0
+    return total
+
+
+def _with_notes(plan: Plan, request: PlanRequest) -> Plan:
+    notes = []
+    for role in ("parameters", "states"):
+        tiers = {getattr(placement, role) for placement in plan.placements.values()}
+        how = "as asked" if getattr(request, role) != AUTO else "as high as the budgets allow"
+        notes.append(f"{role} on {', '.join(sorted(tiers))} ({how})")
+    how = "as asked" if request.boundaries != AUTO else "as high as the budgets allow"
+    notes.append(f"boundaries on {plan.boundaries} ({how}), {plan.group_size} of {plan.accumulate} micro-batches a group")
+    notes.append(
+        "updates wait for the gradient norm and run in the next step's forward"
+        if plan.timing is UpdateTiming.PENDING
+        else "updates run as gradients arrive; a non-finite gradient stops the run"
+    )
+    notes.append(f"working memory on the device is assumed to be {format_bytes(plan.device_working_bytes)}")
+    return dataclasses.replace(plan, notes=tuple(notes))

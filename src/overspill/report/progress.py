@@ -1,0 +1,156 @@
+"""A run while it runs: one line on the screen, one JSON object a step in a file.
+
+`MetricsFile` is the record: a line is flushed as its step ends, so what is on file happened, whatever comes after.
+`LiveLine` is for a person: rewritten in place on a terminal; elsewhere (a log file, a pipe) a new line at most every
+`PLAIN_INTERVAL_S` seconds and for the last step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import IO, Protocol
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from overspill.errors import StorageError
+from overspill.units import format_bytes, format_seconds
+
+PLAIN_INTERVAL_S = 10.0
+"""Chosen, not tuned: a log of an hour stays readable."""
+
+_SPEED_WEIGHT = 0.2
+"""Weight of the newest step in the smoothed step time behind the ETA. Chosen, not tuned."""
+
+
+class StepFacts(Protocol):
+    """What a step report must say to be shown and recorded; `overspill.spec.report.StepReport` does."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def grad_norm(self) -> float: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def tokens_per_s(self) -> float: ...
+    @property
+    def step_s(self) -> float: ...
+    @property
+    def device_peak_bytes(self) -> int: ...
+    @property
+    def host_peak_bytes(self) -> int: ...
+    @property
+    def pinned_bytes(self) -> int: ...
+    @property
+    def ssd_read_bytes(self) -> int: ...
+    @property
+    def ssd_written_bytes(self) -> int: ...
+
+
+def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
+    """One step as the metrics file has it; bytes and seconds are base units, what is not finite is null (JSON has no NaN)."""
+    row = {
+        "step": report.step,
+        "loss": report.loss,
+        "grad_norm": report.grad_norm,
+        "lr": report.lr,
+        "tokens": report.num_tokens,
+        "tokens_per_s": report.tokens_per_s,
+        "step_s": report.step_s,
+        "device_peak_bytes": report.device_peak_bytes,
+        "host_peak_bytes": report.host_peak_bytes,
+        "pinned_bytes": report.pinned_bytes,
+        "ssd_read_bytes": report.ssd_read_bytes,
+        "ssd_written_bytes": report.ssd_written_bytes,
+    }
+    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+
+
+class MetricsFile:
+    """Appends one JSON object a step; a context manager. An older file of that name is replaced.
+
+    Raises:
+        StorageError: the file cannot be created or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: IO[str] = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise StorageError(f"cannot create {path}: {error.strerror} (errno {error.errno})") from error
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._file.close()
+
+    def write(self, report: StepFacts) -> None:
+        """Append one step and flush it."""
+        try:
+            self._file.write(json.dumps(metrics_row(report)) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise StorageError(f"cannot write step {report.step} to {self.path}: {error.strerror} (errno {error.errno})") from error
+
+
+class LiveLine:
+    """Shows the newest step; a context manager."""
+
+    def __init__(self, console: Console, *, num_steps: int) -> None:
+        self._console = console
+        self._num_steps = num_steps
+        self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
+        self._smoothed_step_s = 0.0
+        self._last_printed_s = -PLAIN_INTERVAL_S
+
+    def __enter__(self) -> LiveLine:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def show(self, report: StepFacts) -> None:
+        """Replace the line by this step's."""
+        fresh = self._smoothed_step_s == 0.0
+        self._smoothed_step_s += (report.step_s - self._smoothed_step_s) * (1.0 if fresh else _SPEED_WEIGHT)
+        remaining_s = (self._num_steps - report.step) * self._smoothed_step_s
+        line = format_step(report, num_steps=self._num_steps, remaining_s=remaining_s)
+        if self._live is not None:
+            self._live.update(Text(line), refresh=True)
+            return
+        now = time.monotonic()
+        if now - self._last_printed_s >= PLAIN_INTERVAL_S or report.step == self._num_steps:
+            self._console.print(line, soft_wrap=True, highlight=False)
+            self._last_printed_s = now
+
+
+def format_step(report: StepFacts, *, num_steps: int, remaining_s: float) -> str:
+    """One step for people."""
+    parts = [
+        f"step {report.step}/{num_steps}",
+        f"loss {report.loss:.4f}",
+        f"grad {report.grad_norm:.3g}",
+        f"lr {report.lr:.2e}",
+        f"{report.tokens_per_s:.0f} tokens/s",
+        f"host {format_bytes(report.host_peak_bytes)}",
+    ]
+    if report.device_peak_bytes:
+        parts.append(f"device {format_bytes(report.device_peak_bytes)}")
+    if report.ssd_read_bytes or report.ssd_written_bytes:
+        parts.append(f"ssd r/w {format_bytes(report.ssd_read_bytes)}/{format_bytes(report.ssd_written_bytes)}")
+    parts.append(f"ETA {format_seconds(max(remaining_s, 0.0))}")
+    return " · ".join(parts)

@@ -1,0 +1,55 @@
+"""Micro-batches as the caller gives them: checked against the plan, counted, brought to the device.
+
+Labels stay on the CPU too: which rows have a target is known there without waiting for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from overspill.spec.plan import Plan
+
+IGNORED = -100
+"""A label that is no target (transformers' convention)."""
+_KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
+
+
+def token_count(batch: Mapping[str, torch.Tensor]) -> int:
+    """Samples times padded length."""
+    return batch["input_ids"].numel()
+
+
+def count_targets(batch: Mapping[str, torch.Tensor]) -> int:
+    """Labels that are predicted: not ignored, and not the first of their sample."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def prepare_batch(
+    batch: Mapping[str, torch.Tensor], plan: Plan, index: int, *, vocab_size: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Check one micro-batch and move what the model reads to the device.
+
+    Raises:
+        ValueError: unknown or missing keys, shapes that differ or exceed the plan's, token ids outside the vocabulary.
+    """
+    unknown = sorted(set(batch) - set(_KEYS))
+    if unknown or "input_ids" not in batch or "labels" not in batch:
+        raise ValueError(f"micro-batch {index} has keys {sorted(batch)}; it needs input_ids and labels, and may have {_KEYS[2]}, {_KEYS[3]}")
+    ids, labels = batch["input_ids"], batch["labels"]
+    if ids.ndim != 2:
+        raise ValueError(f"micro-batch {index}: input_ids must be [samples, tokens], got shape {tuple(ids.shape)}")
+    for key, tensor in batch.items():
+        if tensor.shape != ids.shape:
+            raise ValueError(f"micro-batch {index}: {key} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}; they must be equal")
+    if ids.numel() > plan.micro_batch * plan.seq_len:
+        raise ValueError(
+            f"micro-batch {index} has {ids.shape[0]} x {ids.shape[1]} tokens, the plan was made for {plan.micro_batch} x {plan.seq_len}; "
+            "plan with a larger --micro-batch or --seq-len, or split it"
+        )
+    for key, tensor, lowest in (("input_ids", ids, 0), ("labels", labels, IGNORED)):
+        low, high = int(tensor.min()), int(tensor.max())
+        if low < lowest or high >= vocab_size or (key == "labels" and bool(((tensor < 0) & (tensor != IGNORED)).any())):
+            raise ValueError(f"micro-batch {index}: {key} reach from {low} to {high}, the vocabulary from 0 to {vocab_size - 1}")
+    return {key: tensor if key == "labels" else tensor.to(device) for key, tensor in batch.items()}

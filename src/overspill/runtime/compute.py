@@ -1,0 +1,207 @@
+"""One unit on one micro-batch: what a `Compute` op does on the device.
+
+Forward runs without a graph. Backward rebuilds the unit's graph from its detached boundary, takes the gradients by the
+boundary, by side inputs and by the parameters, and drops the graph: nothing of a unit outlives its op but hidden states.
+
+Randomness: before the embedding, each block, and the tail's own code, the generators are seeded from (run, step,
+micro-batch, unit), the same in forward and recomputation, so the order of ops does not matter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from overspill.errors import NonFiniteError, UnsupportedModelError
+from overspill.huggingface import StreamedModel
+from overspill.rng import unit_seed
+from overspill.runtime.gradients import Gradients
+from overspill.runtime.residency import Residency
+from overspill.runtime.visit import TORCH_DTYPES, Visit
+from overspill.spec.plan import Plan
+from overspill.spec.schedule import Compute, Phase, Piece, Role
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """One micro-batch while its step runs."""
+
+    batch: Mapping[str, torch.Tensor]
+    """input_ids [B, T], labels [B, T], optional attention_mask and position_ids; labels on the CPU, the rest on the device."""
+    shape: torch.Size
+    """Of its hidden states: [B, T, hidden]."""
+    arguments: Any = None
+    """The recorded calls of all blocks."""
+    side_inputs: tuple[torch.Tensor, ...] = ()
+    side_gradients: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
+    side_outputs: dict[str, tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
+    side_output_gradients: dict[str, tuple[torch.Tensor | None, ...]] = dataclasses.field(default_factory=dict)
+    loss: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    """Where generation wants logits, [B]; None: the tail computes the loss."""
+    logits: torch.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepContext:
+    """What a step's ops need to know besides the plan."""
+
+    step: int
+    seed: int
+    num_targets: int
+    """All targets of the step; a micro-batch's loss is its sum over this."""
+    loss_scale: float = 1.0
+
+
+class UnitRunner:
+    """Executes `Compute` ops."""
+
+    def __init__(self, plan: Plan, model: StreamedModel, residency: Residency) -> None:
+        self.plan, self.model, self.residency = plan, model, residency
+        self.names = [unit.name for unit in plan.units]
+
+    def run(self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients) -> None:
+        """Run one op inside its unit's visit."""
+        position = self.names.index(op.unit)
+        if position == len(self.names) - 1:
+            self._run_tail(op, visit, micro_batch, context, gradients)
+        elif op.phase is Phase.FORWARD:
+            self._run_forward(op, position, micro_batch, context)
+        elif position == 0:
+            self._run_embedding_backward(op, visit, micro_batch, context, gradients)
+        else:
+            self._run_block_backward(op, position, visit, micro_batch, context, gradients)
+
+    def _boundary(self, unit: str, op: Compute, role: Role = Role.BOUNDARY) -> Piece:
+        return Piece(role=role, owner=unit, index=op.micro_batch)
+
+    def _seed(self, op: Compute, context: StepContext) -> None:
+        torch.manual_seed(unit_seed(context.seed, context.step, op.micro_batch, op.unit))
+
+    def _run_forward(self, op: Compute, position: int, micro_batch: MicroBatch, context: StepContext) -> None:
+        self._seed(op, context)
+        with torch.no_grad():
+            if position == 0:
+                embedded = self.model.embed(micro_batch.batch)
+                hidden = embedded.hidden
+                micro_batch.arguments = embedded.arguments
+                micro_batch.side_inputs = tuple(tensor.detach() for tensor in embedded.side_inputs)
+                micro_batch.side_gradients = [None] * len(micro_batch.side_inputs)
+            else:
+                source = self.residency.boundary(self._boundary(op.unit, op))
+                output = self.model.run_block(op.unit, source, micro_batch.arguments, side_inputs=micro_batch.side_inputs or None)
+                hidden = output.hidden
+                if output.side_outputs:
+                    micro_batch.side_outputs[op.unit] = tuple(tensor.detach() for tensor in output.side_outputs)
+        self._check_boundary(op, op.produced[0][0], hidden, micro_batch)
+        self.residency.put_boundary(op.produced[0][0], hidden)
+
+    def _check_boundary(self, op: Compute, piece: Piece, hidden: torch.Tensor, micro_batch: MicroBatch) -> None:
+        dtype = TORCH_DTYPES[self.plan.boundary_dtype(piece.owner)]
+        if hidden.shape != micro_batch.shape or hidden.dtype != dtype:
+            raise UnsupportedModelError(
+                f"{op.unit} of {self.plan.model} returns hidden states {tuple(hidden.shape)} {hidden.dtype}, the plan expects "
+                f"{tuple(micro_batch.shape)} {dtype}"
+            )
+
+    def _run_block_backward(
+        self, op: Compute, position: int, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients
+    ) -> None:
+        hidden = self.residency.boundary(self._boundary(op.unit, op)).detach().requires_grad_()
+        above = self.residency.boundary(self._boundary(self.names[position + 1], op, Role.BOUNDARY_GRADIENT))
+        side_inputs = tuple(tensor.detach().requires_grad_() for tensor in micro_batch.side_inputs)
+        self._seed(op, context)
+        with torch.enable_grad():
+            output = self.model.run_block(op.unit, hidden, micro_batch.arguments, side_inputs=side_inputs or None)
+        outputs, grad_outputs = [output.hidden], [above]
+        for tensor, gradient in zip(output.side_outputs, micro_batch.side_output_gradients.pop(op.unit, ()), strict=True):
+            if gradient is not None:
+                outputs.append(tensor)
+                grad_outputs.append(gradient)
+        names = visit.trainable
+        inputs = [hidden, *side_inputs, *(visit.parameters[name] for name in names)]
+        results = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
+        hidden_gradient = results[0] if results[0] is not None else torch.zeros_like(hidden)
+        for index, gradient in enumerate(results[1 : 1 + len(side_inputs)]):
+            self._add_side_gradient(micro_batch, index, gradient)
+        self._add_all(op.unit, visit, gradients, names, results[1 + len(side_inputs) :])
+        self.residency.put_boundary(self._boundary(op.unit, op, Role.BOUNDARY_GRADIENT), hidden_gradient)
+
+    def _run_embedding_backward(
+        self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients
+    ) -> None:
+        above = self.residency.boundary(self._boundary(self.names[1], op, Role.BOUNDARY_GRADIENT))
+        self._seed(op, context)
+        with torch.enable_grad():
+            embedded = self.model.embed(micro_batch.batch)
+        outputs, grad_outputs = [embedded.hidden], [above]
+        for tensor, gradient in zip(embedded.side_inputs, micro_batch.side_gradients, strict=True):
+            if gradient is not None and tensor.requires_grad:
+                outputs.append(tensor)
+                grad_outputs.append(gradient)
+        names = visit.trainable
+        if names and embedded.hidden.requires_grad:
+            inputs = [visit.parameters[name] for name in names]
+            self._add_all(op.unit, visit, gradients, names, torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True))
+        micro_batch.arguments = None
+        micro_batch.side_inputs, micro_batch.side_gradients = (), []
+
+    def _run_tail(self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients) -> None:
+        hidden = self.residency.boundary(self._boundary(op.unit, op)).detach()
+        if micro_batch.positions is not None:
+            with torch.no_grad():
+                micro_batch.logits = self.model.logits(micro_batch.batch, hidden, micro_batch.positions)
+            micro_batch.arguments = None
+            return
+        trains = op.phase is Phase.BACKWARD
+
+        def accumulate(name: str, gradient: torch.Tensor) -> None:
+            gradients.add(visit.bundle_of[name], op.unit, name, gradient)
+
+        output = self.model.run_tail(
+            micro_batch.batch,
+            hidden.requires_grad_(trains),
+            side_outputs=micro_batch.side_outputs,
+            parameters=visit.parameters,
+            num_targets=context.num_targets,
+            loss_scale=context.loss_scale,
+            chunk_rows=self.plan.loss_chunk_rows,
+            accumulate=accumulate if trains else None,
+            before_tail=lambda: self._seed(op, context),
+        )
+        micro_batch.loss = output.loss
+        micro_batch.side_outputs = {}
+        if not trains:
+            micro_batch.arguments = None
+            return
+        micro_batch.side_output_gradients = dict(output.side_output_gradients)
+        self.residency.put_boundary(self._boundary(op.unit, op, Role.BOUNDARY_GRADIENT), output.hidden_gradient)
+
+    def _add_side_gradient(self, micro_batch: MicroBatch, index: int, gradient: torch.Tensor | None) -> None:
+        if gradient is not None:
+            total = micro_batch.side_gradients[index]
+            micro_batch.side_gradients[index] = gradient if total is None else total + gradient
+
+    def _add_all(
+        self, unit: str, visit: Visit, gradients: Gradients, names: Sequence[str], results: Sequence[torch.Tensor | None]
+    ) -> None:
+        for name, gradient in zip(names, results, strict=True):
+            if gradient is not None:
+                gradients.add(visit.bundle_of[name], unit, name, gradient)
+
+
+def check_losses(micro_batches: Sequence[MicroBatch], step: int) -> None:
+    """Stop before anything is updated if a loss is not finite.
+
+    Raises:
+        NonFiniteError: with the micro-batch's number.
+    """
+    for index, micro_batch in enumerate(micro_batches):
+        if micro_batch.loss is not None and not bool(torch.isfinite(micro_batch.loss)):
+            raise NonFiniteError(
+                f"loss of step {step}, micro-batch {index} is {float(micro_batch.loss)}; no weight was changed by this step; "
+                "lower --lr, add --warmup-steps or --clip 1.0, or look at the data of this batch"
+            )

@@ -1,0 +1,74 @@
+"""Adding up a unit's gradient contributions and turning them into the gradient that leaves the device.
+
+Rules:
+
+1. The first contribution of a tensor is copied, later ones are added, in the order of micro-batches: plain accumulation.
+2. With more than one contribution the sum is fp32 and is cast once, in `compress`.
+3. A tied weight's contributions are added up apart for the tail and for the embedding, then once (tail + embedding).
+4. A tensor that no micro-batch used has a zero gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from overspill.optim import sum_of_squares
+from overspill.runtime.residency import Residency
+from overspill.runtime.visit import TORCH_DTYPES, tensor_views
+from overspill.spec.plan import Plan
+from overspill.spec.schedule import Compress, Role
+from overspill.spec.tensors import Tier
+
+
+class Gradients:
+    """The gradients of one step."""
+
+    def __init__(self, plan: Plan, residency: Residency) -> None:
+        self.plan, self.residency = plan, residency
+        self._begun: set[tuple[str, str]] = set()
+        self.num_added = 0
+        """Contributions so far; an op that has added any cannot be run again."""
+        self.sums_of_squares: dict[str, torch.Tensor] = {}
+        """Name -> float64, of finished gradients."""
+
+    def add(self, bundle: str, reader: str, name: str, gradient: torch.Tensor) -> None:
+        """Add one contribution of unit `reader` to tensor `name` (rules 1, 2)."""
+        target = self._partial_view(bundle, reader, name)
+        self.num_added += 1
+        if (name, reader) in self._begun:
+            target.add_(gradient)
+        else:
+            self._begun.add((name, reader))
+            target.copy_(gradient)
+
+    def _partial_view(self, bundle: str, reader: str, name: str) -> torch.Tensor:
+        region = self.residency.region(bundle, Role.PARTIAL_GRADIENT, reader)
+        layout = self.plan.bundles[bundle]
+        slot = next(slot for slot in layout.slots if slot.tensor.name == name)
+        return self._typed(bundle, region)[slot.offset : slot.end].view(slot.tensor.shape)
+
+    def _typed(self, bundle: str, region: torch.Tensor) -> torch.Tensor:
+        """A partial region's elements: fp32, or the bundle's dtype if that is what its size says."""
+        layout = self.plan.bundles[bundle]
+        dtype = TORCH_DTYPES[layout.dtype]
+        return region.view(dtype if region.numel() == layout.parameter_bytes else torch.float32)
+
+    def compress(self, op: Compress) -> None:
+        """Partial gradients -> gradient (rules 2, 3), and each tensor's sum of squares."""
+        layout = self.plan.bundles[op.bundle]
+        readers = list(dict.fromkeys(piece.reader for piece, _ in op.partials))
+        if op.is_in_place:
+            pairs = [(partial, gradient) for (partial, _), (gradient, _) in zip(op.partials, op.produced, strict=True)]
+            self.residency.turn_into_gradient(op.bundle, readers[0], pairs)
+        else:
+            total = self._typed(op.bundle, self.residency.region(op.bundle, Role.PARTIAL_GRADIENT, readers[0]))
+            for reader in readers[1:]:
+                total.add_(self._typed(op.bundle, self.residency.region(op.bundle, Role.PARTIAL_GRADIENT, reader)))
+            for piece, size in op.produced:
+                self.residency.create(piece, Tier.DEVICE, size)
+            self.residency.region(op.bundle, Role.GRADIENT).view(TORCH_DTYPES[layout.dtype]).copy_(total)
+            for piece, _ in op.partials:
+                self.residency.drop(piece, Tier.DEVICE)
+        gradient = self.residency.region(op.bundle, Role.GRADIENT)
+        for name, view in tensor_views(layout, gradient, TORCH_DTYPES[layout.dtype]).items():
+            self.sums_of_squares[name] = sum_of_squares(view)

@@ -1,0 +1,111 @@
+"""What this machine has free, and what this process uses, read from the kernel and the driver. Nothing is measured here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from overspill.report.memory import host_resident_bytes
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import AUTO
+
+CUDA_CONTEXT_BYTES = 600 * 1024 * 1024
+"""Assumed: driver context, kernels and library workspaces of one process."""
+
+
+def resolve_device(choice: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:1`.
+
+    Raises:
+        ValueError: CUDA is asked for and not there, or the name is no device.
+    """
+    if choice == AUTO:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(choice)
+    except RuntimeError as error:
+        raise ValueError(f"--device {choice!r} is not a device; use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {choice!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {choice} was asked for but torch {torch.__version__} sees no CUDA device; use --device cpu")
+        count, index = torch.cuda.device_count(), device.index or 0
+        if index >= count:
+            raise ValueError(f"--device {choice} was asked for but there are {count} CUDA devices, numbered from 0")
+        return torch.device("cuda", index if device.index is not None else torch.cuda.current_device())
+    return device
+
+
+def read_hardware(device: torch.device, ssd_dir: str | None) -> HardwareSpec:
+    """Capacities of this machine's tiers now; rates are the assumed ones."""
+    host = host_available_bytes()
+    if device.type == "cuda":
+        device_capacity, context = torch.cuda.mem_get_info(device)[0], CUDA_CONTEXT_BYTES if not torch.cuda.is_initialized() else 0
+    else:
+        # The cpu device's memory is host memory too: each may have half of what is free.
+        host //= 2
+        device_capacity, context = host, 0
+    ssd = 0
+    if ssd_dir is not None:
+        existing = next((path for path in (Path(ssd_dir), *Path(ssd_dir).absolute().parents) if path.exists()), None)
+        if existing is not None:
+            stats = os.statvfs(existing)
+            ssd = stats.f_bavail * stats.f_frsize
+    return HardwareSpec(
+        device_capacity_bytes=device_capacity,
+        host_capacity_bytes=host,
+        ssd_capacity_bytes=ssd,
+        process_bytes=host_resident_bytes(),
+        device_context_bytes=context,
+    )
+
+
+def host_available_bytes() -> int:
+    """Host memory that this process may still take: MemAvailable, or what its control group leaves if that is less."""
+    fields = _read_fields(Path("/proc/meminfo"))
+    available = fields.get("MemAvailable", 0) * 1024
+    for limit_path, usage_path in _cgroup_paths():
+        try:
+            limit, usage = limit_path.read_text().strip(), int(usage_path.read_text())
+        except (OSError, ValueError):
+            continue
+        if limit.isdigit():
+            available = min(available, max(0, int(limit) - usage))
+    return available
+
+
+def _cgroup_paths() -> list[tuple[Path, Path]]:
+    """(limit, usage) files of this process's memory control group and its parents, versions 2 and 1."""
+    pairs = []
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        while True:
+            pairs.append((folder / names[0], folder / names[1]))
+            if folder == root or root not in folder.parents:
+                break
+            folder = folder.parent
+    return pairs
+
+
+def _read_fields(path: Path) -> dict[str, int]:
+    fields = {}
+    for line in path.read_text().splitlines():
+        name, _, rest = line.partition(":")
+        parts = rest.split()
+        if parts and parts[0].isdigit():
+            fields[name] = int(parts[0])
+    return fields

@@ -1,0 +1,176 @@
+"""The plan: where every byte rests, decided once before anything is allocated.
+
+`PlanRequest` is what the user says: budgets, batch, and a tier or `auto` for each kind of data. `Plan` is what
+`planning.build_plan` makes of it: a tier for every role of every bundle, the size of a group of micro-batches, when updates
+run. Scheduling turns a plan into the ops of one step; nobody else decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+
+from overspill.spec.documents import to_json
+from overspill.spec.tensors import DTYPE_BYTES, Bundle, Tier, Unit
+
+AUTO = "auto"
+TIER_CHOICES = (AUTO, *(tier.value for tier in Tier))
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What the user asks for. A tier is `auto`, `device`, `host` or `ssd`; a budget of None means what the machine has free."""
+
+    parameters: str = AUTO
+    """Tier of the parameters (and of the high half of the master weights, which they are)."""
+    states: str = AUTO
+    """Tier of the optimizer states."""
+    boundaries: str = AUTO
+    """Tier of the hidden states between units, kept from forward to backward."""
+    state_format: str = "fp32"
+    dtype: str = "bfloat16"
+    """What the model computes in."""
+    device_budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
+    """Bound on the whole process's host memory, what it held before included."""
+    ssd_budget_bytes: int | None = None
+    ssd_dir: str | None = None
+    """Directory for what rests on the SSD; needed as soon as something does."""
+    seq_len: int = 1024
+    """Most tokens of a sample."""
+    micro_batch: int = 1
+    """Samples of one forward and backward."""
+    accumulate: int = 1
+    """Micro-batches of one optimizer step."""
+    clip: float | None = None
+    """Bound on the global gradient norm; None: no clipping, and updates run under the backward."""
+    group_size: int | None = None
+    """Micro-batches that go through a unit before the next unit; None: as many as the budgets hold."""
+    device: str = AUTO
+    """`cpu`, `cuda`, `cuda:1` or `auto`."""
+
+    def __post_init__(self) -> None:
+        for field in ("parameters", "states", "boundaries"):
+            if getattr(self, field) not in TIER_CHOICES:
+                raise ValueError(f"--{field} {getattr(self, field)!r} is not a tier; choose one of {', '.join(TIER_CHOICES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"--dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+        for field in ("seq_len", "micro_batch", "accumulate"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if self.clip is not None and not self.clip > 0:
+            raise ValueError(f"--clip must be positive, got {self.clip}; leave it out for no clipping")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placement:
+    """The home tier of each role of one bundle."""
+
+    parameters: Tier
+    states: Tier
+    gradients: Tier
+    """Where a finished gradient waits for its update; no effect when updates do not wait."""
+
+    @property
+    def update_tier(self) -> Tier:
+        """Where the update's arithmetic runs: on the device when the states rest there, else on the host."""
+        return Tier.DEVICE if self.states is Tier.DEVICE else Tier.HOST
+
+
+class UpdateTiming(enum.StrEnum):
+    """When a unit's update runs, and what memory that keeps."""
+
+    IMMEDIATE = "immediate"
+    """As its gradient arrives, under the remaining backward: no gradient outlives its unit. A non-finite gradient stops the run."""
+    PENDING = "pending"
+    """In the next step's forward, once all gradients are finite and their norm is known (clip, loss scaling): one gradient a unit waits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where everything rests and in which portions it moves."""
+
+    model: str
+    """Class name of the model, for people and for the check at resume."""
+    device: str
+    dtype: str
+    state_format: str
+    units: tuple[Unit, ...]
+    """In forward order: the embedding, the blocks, the tail."""
+    bundles: Mapping[str, Bundle]
+    placements: Mapping[str, Placement]
+    state_bytes_per_element: Mapping[str, int]
+    """Of each bundle, by its dtype; 0 for a frozen one."""
+    boundaries: Tier
+    group_size: int
+    """Micro-batches that go through a unit before the next unit."""
+    timing: UpdateTiming
+    seq_len: int
+    micro_batch: int
+    accumulate: int
+    hidden_size: int
+    hidden_dtypes: Mapping[str, str]
+    """Unit -> dtype of the hidden states that it returns, where it is not `dtype`."""
+    clip: float | None
+    loss_chunk_rows: int
+    """Rows of hidden states whose logits exist at a time."""
+    ssd_dir: str | None
+    device_budget_bytes: int | None
+    """What the tiers may hold on the device; the request's budget less context and working memory. None: unbounded."""
+    host_budget_bytes: int | None
+    """What the tiers may hold in host memory; the request's budget less the process's own. None: unbounded."""
+    ssd_budget_bytes: int | None
+    device_working_bytes: int
+    """Assumed device memory of activations and logits while a unit computes (measured by the probe later)."""
+    notes: tuple[str, ...] = ()
+    """Why the plan is as it is, one sentence each."""
+
+    def boundary_dtype(self, unit: str) -> str:
+        """Dtype of the hidden states that enter `unit`, and of their gradient."""
+        names = [item.name for item in self.units]
+        return self.hidden_dtypes.get(names[names.index(unit) - 1], self.dtype)
+
+    def boundary_bytes(self, unit: str, num_tokens: int | None = None) -> int:
+        """Hidden states [num_tokens, hidden_size] that enter `unit`; without a number, of one micro-batch at its longest."""
+        tokens = self.micro_batch * self.seq_len if num_tokens is None else num_tokens
+        return tokens * self.hidden_size * DTYPE_BYTES[self.boundary_dtype(unit)]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of micro-batches in a step; with more than one, partial gradients wait in fp32 between groups."""
+        return -(-self.accumulate // self.group_size)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(bundle.num_parameters for bundle in self.bundles.values())
+
+    def state_bytes(self, bundle: str) -> int:
+        return self.bundles[bundle].num_elements * self.state_bytes_per_element[bundle]
+
+    def home_bytes(self, tier: Tier) -> dict[str, int]:
+        """Bytes that rest on `tier` between steps, by role."""
+        totals = {"parameters": 0, "states": 0, "gradients": 0}
+        for name, bundle in self.bundles.items():
+            placement = self.placements[name]
+            totals["parameters"] += bundle.parameter_bytes if placement.parameters is tier else 0
+            if bundle.trainable:
+                totals["states"] += self.state_bytes(name) if placement.states is tier else 0
+                if placement.gradients is tier:
+                    totals["gradients"] += bundle.parameter_bytes if self.timing is UpdateTiming.PENDING else 0
+                    readers = sum(name in unit.bundles for unit in self.units)
+                    totals["gradients"] += readers * bundle.num_elements * 4 if self.num_groups > 1 else 0
+        entered = sum(self.boundary_bytes(unit.name) for unit in self.units[1:])
+        totals["boundaries"] = entered * self.group_size if self.boundaries is tier else 0
+        return totals
+
+    def table(self) -> list[tuple[str, dict[str, int]]]:
+        """(role, tier -> bytes) rows for the placement table."""
+        per_tier = {tier.value: self.home_bytes(tier) for tier in Tier}
+        return [(role, {tier: per_tier[tier][role] for tier in per_tier}) for role in ("parameters", "states", "gradients", "boundaries")]
+
+    def to_json(self) -> str:
+        return to_json(self)

@@ -1,0 +1,97 @@
+"""What a step did, on paper and for real: the same fields, so that the two subtract."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+LINK_LANES = ("h2d", "d2h", "ssd_read", "ssd_write")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepFigures:
+    """Fields that the simulator predicts and the executor measures."""
+
+    step_s: float
+    """Wall time of the step."""
+    lane_busy_s: Mapping[str, float]
+    """Seconds in which a lane had work."""
+    lane_bytes: Mapping[str, int]
+    """Bytes that crossed each link; exact on both sides."""
+    num_ops: int
+    device_resident_peak_bytes: int
+    """Most bytes of pieces on the device at one time (activations inside a unit are not pieces)."""
+    host_resident_peak_bytes: int
+    ssd_resident_peak_bytes: int
+
+    @property
+    def ssd_read_bytes(self) -> int:
+        return self.lane_bytes.get("ssd_read", 0)
+
+    @property
+    def ssd_written_bytes(self) -> int:
+        return self.lane_bytes.get("ssd_write", 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prediction(StepFigures):
+    """Made by `planning.simulate`."""
+
+    source: str
+    """Whether the rates behind its times were assumed or measured."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepReport(StepFigures):
+    """Made by the executor."""
+
+    step: int
+    """Optimizer step, from 1."""
+    loss: float
+    """Sum over the step's targets divided by their number, router loss included."""
+    grad_norm: float
+    """Global 2-norm of the step's gradient, before clipping."""
+    lr: float
+    num_tokens: int
+    num_targets: int
+    skipped: bool
+    """Whether the update was skipped because fp16 gradients overflowed."""
+    loss_scale: float
+    device_peak_bytes: int
+    """As the allocator saw it (CUDA: most reserved; cpu: same as resident)."""
+    host_peak_bytes: int
+    """The process's VmHWM."""
+    pinned_bytes: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.step_s if self.step_s else 0.0
+
+    def __sub__(self, prediction: Prediction) -> Difference:
+        return Difference(
+            step_s=self.step_s - prediction.step_s,
+            lane_bytes={lane: self.lane_bytes.get(lane, 0) - prediction.lane_bytes.get(lane, 0) for lane in LINK_LANES},
+            num_ops=self.num_ops - prediction.num_ops,
+            device_resident_peak_bytes=self.device_resident_peak_bytes - prediction.device_resident_peak_bytes,
+            host_resident_peak_bytes=self.host_resident_peak_bytes - prediction.host_resident_peak_bytes,
+            ssd_resident_peak_bytes=self.ssd_resident_peak_bytes - prediction.ssd_resident_peak_bytes,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Measured minus predicted."""
+
+    step_s: float
+    lane_bytes: Mapping[str, int]
+    num_ops: int
+    device_resident_peak_bytes: int
+    host_resident_peak_bytes: int
+    ssd_resident_peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    loss: float
+    """Mean over all targets."""
+    num_targets: int

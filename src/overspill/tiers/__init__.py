@@ -1,0 +1,27 @@
+"""Tiers: where bytes rest, and how they move. Host and device memory, slots borrowed from it, and stores on an SSD.
+
+The protocols and the rules they share are in `protocol.py`; read that first. Each other file is one mechanism and can be
+replaced by another that meets its protocol.
+"""
+
+from __future__ import annotations
+
+from overspill.tiers.fake import Failure, FailureRule, FakeStore
+from overspill.tiers.memory import DeviceMemory, HostMemory
+from overspill.tiers.pool import Slot, SlotPool
+from overspill.tiers.protocol import Memory, Store, Transfer
+from overspill.tiers.ssd import SsdStore
+
+__all__ = [
+    "DeviceMemory",
+    "Failure",
+    "FailureRule",
+    "FakeStore",
+    "HostMemory",
+    "Memory",
+    "Slot",
+    "SlotPool",
+    "SsdStore",
+    "Store",
+    "Transfer",
+]

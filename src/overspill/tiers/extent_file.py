@@ -1,0 +1,219 @@
+"""The file under an `SsdStore`: checked, created, locked, preallocated, opened for direct I/O, and removed.
+
+* **direct I/O** (`O_DIRECT`): the drive reads and writes the caller's memory itself. The kernel keeps no second copy in RAM
+  (which training has filled already), and no core copies bytes. Addresses, offsets and lengths are multiples of 4096.
+* **preallocated** (`posix_fallocate`): the file system has promised the blocks, so a full disk shows here and not in mid-run.
+
+Rules:
+
+1. Everything that can be wrong with the directory is found here, before training, and named with what to change.
+2. One run owns a file: it holds an exclusive `flock`, which the kernel drops with the process, however that ends. A file
+   that a killed run left behind is not locked; its content is scratch and is discarded.
+3. The directory is made with mode 0700 and the file with 0600: weights and data belong to their user. Links are not followed.
+
+Limits: Linux only. A file system that refuses direct I/O is used through the page cache after one warning. A tmpfs is used
+after one warning. The first write to a preallocated block costs the file system a little more than later ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+import stat
+import warnings
+from pathlib import Path
+
+from overspill.errors import BudgetError, StorageError
+from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES
+from overspill.units import MIB, format_bytes
+
+FILE_NAME = "overspill.extents"
+_SCRATCH_PREFIX = "overspill.scratch-"
+_FALLOC_FL_ZERO_RANGE = 0x10
+"""From linux/falloc.h: turn a range into preallocated blocks that read as zeros, without writing it."""
+
+
+class ExtentFile:
+    """An open, locked file of `capacity_bytes`, all zeros.
+
+    Args:
+        directory: made if it is missing (its parent is not).
+        capacity_bytes: size of the file, a multiple of 4096.
+        unlink: give the file a random name and remove that at once; the blocks are free again when the process ends, even
+            when it is killed.
+
+    Raises:
+        ValueError: the directory cannot be meant: its parent is missing, or it is no directory.
+        BudgetError: the file system has less room than `capacity_bytes`.
+        StorageError: the directory is not writable, the file is in use, or the file system fails.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], capacity_bytes: int, *, unlink: bool) -> None:
+        assert capacity_bytes % EXTENT_ALIGNMENT_BYTES == 0, capacity_bytes
+        folder = Path(directory)
+        _make_directory(folder)
+        if _filesystem_of(folder) in ("tmpfs", "ramfs"):
+            warnings.warn(
+                f"the SSD directory {folder} is in RAM ({_filesystem_of(folder)}): its {format_bytes(capacity_bytes)} take host memory "
+                "that no budget counts; give an --ssd-dir on a drive",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self.path = folder / (f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}" if unlink else FILE_NAME)
+        self.fd = _open_locked(self.path)
+        self._is_named = True
+        try:
+            if unlink:
+                self._remove_name()
+            _preallocate(self.fd, self.path, capacity_bytes)
+            self.is_direct = _enable_direct(self.fd, folder)
+            """Whether transfers bypass the page cache and must be aligned."""
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def alignment_bytes(self) -> int:
+        """What addresses, offsets and lengths of a transfer are multiples of."""
+        return EXTENT_ALIGNMENT_BYTES if self.is_direct else 1
+
+    def zero(self, offset: int, num_bytes: int) -> None:
+        """Make a range of whole pages read as zeros; by the file system where it can, else by writing.
+
+        Raises:
+            OSError: it failed.
+        """
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+        fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        if fallocate(self.fd, _FALLOC_FL_ZERO_RANGE, offset, num_bytes) == 0:
+            return
+        error_number = ctypes.get_errno()
+        if error_number not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(error_number, os.strerror(error_number))
+        zeros = memoryview(mmap.mmap(-1, min(num_bytes, MIB)))
+        done = 0
+        while done < num_bytes:
+            moved = os.pwritev(self.fd, [zeros[: num_bytes - done]], offset + done)
+            if moved < EXTENT_ALIGNMENT_BYTES:
+                raise OSError(errno.EIO, f"zeroing stopped after {done + moved} of {num_bytes} B")
+            done += moved // EXTENT_ALIGNMENT_BYTES * EXTENT_ALIGNMENT_BYTES
+
+    def close(self) -> None:
+        """Remove and close the file; closing again does nothing."""
+        if self.fd < 0:
+            return
+        fd, self.fd = self.fd, -1
+        try:
+            self._remove_name()  # before the lock goes with the descriptor
+        finally:
+            os.close(fd)
+
+    def _remove_name(self) -> None:
+        if self._is_named:
+            self._is_named = False
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+
+def _make_directory(folder: Path) -> None:
+    try:
+        if not folder.exists():
+            if not folder.parent.is_dir():
+                raise ValueError(
+                    f"the SSD directory {folder} cannot be made: {folder.parent} is no directory; create it or give another --ssd-dir"
+                )
+            folder.mkdir(mode=0o700, exist_ok=True)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is a file and not a directory; give another --ssd-dir")
+    except OSError as error:
+        raise StorageError(f"the SSD directory {folder} cannot be used ({_reason(error)}); give another --ssd-dir") from error
+
+
+def _filesystem_of(folder: Path) -> str:
+    """Type of the file system that holds `folder`, such as `ext4`; empty if unknown."""
+    device = os.stat(folder).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    for line in mounts:
+        mount, _, source = line.partition(" - ")
+        if mount.split()[2] == wanted:
+            return source.split()[0]
+    return ""
+
+
+def _open_locked(path: Path) -> int:
+    """Open or create the file and lock it (rule 2)."""
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageError(f"{path} cannot be opened for writing ({_reason(error)}); give another --ssd-dir") from error
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise StorageError(f"{path} is not a regular file; remove it or give another --ssd-dir")
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.fchmod(fd, 0o600)
+            # Its owner may have removed the name between our open and our lock; then this descriptor is of a lost file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):
+                    return fd
+        except BlockingIOError as error:
+            os.close(fd)
+            raise StorageError(f"{path} is in use by another run; wait for it or give another --ssd-dir") from error
+        except OSError as error:
+            os.close(fd)
+            raise StorageError(f"{path} cannot be locked ({_reason(error)}); give another --ssd-dir") from error
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _preallocate(fd: int, path: Path, capacity_bytes: int) -> None:
+    try:
+        os.ftruncate(fd, 0)
+        disk = os.fstatvfs(fd)
+        free_bytes = disk.f_bavail * disk.f_frsize
+        if free_bytes < capacity_bytes:
+            raise BudgetError(
+                f"{path} needs {format_bytes(capacity_bytes)} ({capacity_bytes} B) but its file system has "
+                f"{format_bytes(free_bytes)} ({free_bytes} B) free; give another --ssd-dir or lower --ssd-budget"
+            )
+        os.posix_fallocate(fd, 0, capacity_bytes)
+    except OSError as error:
+        raise StorageError(
+            f"{format_bytes(capacity_bytes)} could not be reserved for {path} ({_reason(error)}); "
+            "give another --ssd-dir or lower --ssd-budget"
+        ) from error
+
+
+def _enable_direct(fd: int, folder: Path) -> bool:
+    """Switch the descriptor to direct I/O and try it; False, and one warning, where that is refused."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+        os.preadv(fd, [mmap.mmap(-1, EXTENT_ALIGNMENT_BYTES)], 0)
+        return True
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise StorageError(f"the new file in {folder} cannot be read ({_reason(error)}); give another --ssd-dir") from error
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        warnings.warn(
+            f"the file system of {folder} refuses direct I/O ({_reason(error)}): transfers go through the page cache, slower and with a "
+            "copy in RAM; give an --ssd-dir on a local ext4 or xfs",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return False
+
+
+def _reason(error: OSError) -> str:
+    return f"{errno.errorcode.get(error.errno or 0, 'errno unknown')}: {error.strerror or error}"

@@ -1,0 +1,235 @@
+"""Memory tiers: host memory of exact size, pinned if wanted, and device memory, both under a budget.
+
+Rules:
+
+1. Sizes are exact: an allocation takes its bytes rounded up to one page (host) or to 512 bytes (device), never to a power
+   of two, and `allocated_bytes` counts that rounding.
+2. Nothing is allocated beyond the budget: `BudgetError` is raised before the memory is touched.
+3. Memory is zero when it is allocated. On the host the kernel gives zero pages when they are first touched.
+4. Freed host memory goes back to the system at once: its pages are dropped even if a forgotten view is still alive. Such a
+   view reads zeros then; it cannot crash, because the addresses stay mapped until the last view is gone.
+
+Limits: freed device memory goes back to torch's caching allocator when the last view of it dies, so the model's own tensors
+can use it but `nvidia-smi` does not fall. Device allocations of 1 MiB and more may take up to 2 MiB more inside that
+allocator; that is not in `allocated_bytes`. A device out of memory raises torch's own `torch.OutOfMemoryError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import threading
+import weakref
+from collections.abc import Mapping
+
+import torch
+
+from overspill.errors import BudgetError
+from overspill.tiers.pinned import PageLocker
+from overspill.units import align_up, format_bytes
+
+DEVICE_GRANULE_BYTES = 512
+"""What torch's CUDA caching allocator rounds a tensor's bytes up to (kMinBlockSize in CUDACachingAllocator)."""
+
+
+class _Account:
+    """Counts the bytes of one memory against its budget; thread-safe."""
+
+    def __init__(self, *, tier: str, flag: str, budget_bytes: int | None) -> None:
+        if budget_bytes is not None and budget_bytes < 0:
+            raise ValueError(f"the {tier} budget cannot be negative, got {budget_bytes} B")
+        self._tier, self._flag, self.budget_bytes = tier, flag, budget_bytes
+        self._lock = threading.Lock()
+        self._sizes: dict[str, int] = {}
+        self.allocated_bytes = 0
+        self.peak_bytes = 0
+
+    def reserve(self, name: str, num_bytes: int) -> None:
+        """Count an allocation, or raise (rule 2)."""
+        with self._lock:
+            if name in self._sizes:
+                raise ValueError(f"{name} is already allocated in {self._tier} memory")
+            after = self.allocated_bytes + num_bytes
+            if self.budget_bytes is not None and after > self.budget_bytes:
+                left = self.budget_bytes - self.allocated_bytes
+                raise BudgetError(
+                    f"{name} needs {format_bytes(num_bytes)} ({num_bytes} B) but the {self._tier} budget of "
+                    f"{format_bytes(self.budget_bytes)} leaves {format_bytes(left)} ({left} B); raise {self._flag} to at least {after} B"
+                )
+            self._sizes[name] = num_bytes
+            self.allocated_bytes = after
+            self.peak_bytes = max(self.peak_bytes, after)
+
+    def release(self, name: str) -> None:
+        with self._lock:
+            if name not in self._sizes:
+                raise ValueError(f"{name} is not allocated in {self._tier} memory")
+            self.allocated_bytes -= self._sizes.pop(name)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._sizes)
+
+
+def map_anonymous(num_bytes: int) -> mmap.mmap:
+    """Zero-filled, page-aligned memory of `num_bytes` rounded up to a page, from the system and from no allocator.
+
+    Private, so that dropping its pages returns them; the pages become resident when they are first touched.
+    """
+    return mmap.mmap(-1, align_up(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def _validate_size(name: str, num_bytes: int) -> None:
+    if num_bytes <= 0:
+        raise ValueError(f"{name}: an allocation has at least 1 byte, got {num_bytes} B")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Block:
+    mapping: mmap.mmap
+    address: int
+
+
+def _unlock_blocks(blocks: Mapping[str, _Block], locker: PageLocker) -> None:
+    """Unpin what a memory that was dropped without `close()` still holds, before it is unmapped."""
+    for block in blocks.values():
+        locker.unlock(block.address)
+
+
+class HostMemory:
+    """Host memory in exact, page-aligned allocations; page-locked for CUDA if `pin` (see `tiers/pinned.py`).
+
+    Args:
+        pin: lock every allocation; where that is refused, the memory is pageable and one warning says why.
+        budget_bytes: most bytes allocated at once, pinned or not; None: no limit.
+    """
+
+    def __init__(self, *, pin: bool, budget_bytes: int | None) -> None:
+        self._account = _Account(tier="host", flag="--host-budget", budget_bytes=budget_bytes)
+        self._locker = PageLocker(is_wanted=pin)
+        self._blocks: dict[str, _Block] = {}
+        self._is_closed = False
+        # Not at exit: the process ends anyway, and CUDA may be gone by then.
+        weakref.finalize(self, _unlock_blocks, self._blocks, self._locker).atexit = False
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return self._account.budget_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._account.allocated_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._account.peak_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        return self._locker.locked_bytes
+
+    @property
+    def pin_refusal(self) -> str | None:
+        """Why allocations are pageable although `pin` was asked for; None if they are as asked."""
+        return self._locker.refusal
+
+    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+        """A zero-filled uint8 tensor of shape [num_bytes] that starts on a page.
+
+        Raises:
+            BudgetError: the budget leaves less, or the system refuses to map it.
+        """
+        assert not self._is_closed, f"{name} is allocated in host memory that is closed"
+        _validate_size(name, num_bytes)
+        size = align_up(num_bytes, mmap.PAGESIZE)
+        self._account.reserve(name, size)
+        try:
+            mapping = map_anonymous(size)
+        except (OSError, ValueError, OverflowError) as error:
+            self._account.release(name)
+            raise BudgetError(
+                f"{name} needs {format_bytes(size)} but the system refused to map it beside {format_bytes(self.allocated_bytes)} "
+                f"of host memory ({error}); lower --host-budget"
+            ) from error
+        # The tensor holds the mapping, so the addresses outlive every view (rule 4).
+        tensor = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
+        block = _Block(mapping=mapping, address=tensor.data_ptr())
+        self._blocks[name] = block
+        self._locker.lock(name, block.address, size)
+        return tensor
+
+    def free(self, name: str) -> None:
+        """Unpin an allocation and return its pages to the system (rule 4)."""
+        self._account.release(name)
+        block = self._blocks.pop(name)
+        self._locker.unlock(block.address)
+        block.mapping.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Free everything."""
+        self._is_closed = True
+        for name in self._account.names:
+            self.free(name)
+
+
+class DeviceMemory:
+    """Memory of one torch device under a budget; `cpu` is a device too and behaves alike.
+
+    Args:
+        device: where the tensors live. Allocations start on 512 bytes (`cuda`) or on a page (`cpu`).
+        budget_bytes: most bytes allocated at once; None: no limit.
+    """
+
+    def __init__(self, device: torch.device, *, budget_bytes: int | None) -> None:
+        self.device = torch.device(device)
+        self._account = _Account(tier="device", flag="--device-budget", budget_bytes=budget_bytes)
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._is_closed = False
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return self._account.budget_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        return self._account.allocated_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        return self._account.peak_bytes
+
+    @property
+    def pinned_bytes(self) -> int:
+        return 0
+
+    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+        """A zero-filled uint8 tensor of shape [num_bytes] on the device, owned by the current stream.
+
+        Raises:
+            BudgetError: the budget leaves less.
+            torch.OutOfMemoryError: the device itself has no room.
+        """
+        assert not self._is_closed, f"{name} is allocated in device memory that is closed"
+        _validate_size(name, num_bytes)
+        self._account.reserve(name, align_up(num_bytes, DEVICE_GRANULE_BYTES))
+        try:
+            if self.device.type == "cpu":
+                tensor = torch.frombuffer(map_anonymous(num_bytes), dtype=torch.uint8, count=num_bytes)
+            else:
+                tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
+        except BaseException:
+            self._account.release(name)
+            raise
+        self._tensors[name] = tensor
+        return tensor
+
+    def free(self, name: str) -> None:
+        """Forget an allocation; its bytes return to torch's allocator when the last view of it is gone."""
+        self._account.release(name)
+        del self._tensors[name]
+
+    def close(self) -> None:
+        """Free everything."""
+        self._is_closed = True
+        for name in self._account.names:
+            self.free(name)

@@ -1,0 +1,178 @@
+"""The native update is the plain one, bit for bit: claims about `optim.native` and csrc/."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+
+import pytest
+import torch
+
+from overspill import optim
+from overspill.optim import update, update_backend, update_reference
+from overspill.spec.update_rule import AdamW, round_fp32
+
+native = pytest.importorskip("overspill.optim.native", reason="the native core is not built")
+core = native._native
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+LENGTHS = [1, 7, 31, 64, 1003, 32768, 65539]
+"""Below, at and above one vector and one piece of 32768 elements, with tails."""
+SCALARS = AdamW(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1).scalars(step=3, gradient_scale=round_fp32(1 / 3))
+
+
+@pytest.mark.parametrize("isa", core.supported_isas())
+@pytest.mark.parametrize("parameter_dtype", DTYPES)
+@pytest.mark.parametrize("gradient_dtype", DTYPES)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_every_instruction_set_gives_the_bits_of_the_reference(build_segment, isa, parameter_dtype, gradient_dtype, extreme):
+    for length in LENGTHS:
+        expected = build_segment(parameter_dtype, gradient_dtype, length, seed=length, extreme=extreme)
+        found = expected.clone()
+        update_reference(SCALARS, **expected.arguments)
+        native.update_native(SCALARS, **found.arguments, isa=isa)
+        expected.assert_same_bits(found)
+
+
+@pytest.mark.parametrize("isa", core.supported_isas())
+def test_every_half_precision_gradient_is_widened_exactly(build_segment, isa):
+    for dtype in (torch.float16, torch.bfloat16):
+        expected = build_segment(torch.float32, dtype, 65536)
+        expected.gradient.view(torch.int16).copy_(torch.arange(-(2**15), 2**15))
+        found = expected.clone()
+        update_reference(SCALARS, **expected.arguments)
+        native.update_native(SCALARS, **found.arguments, isa=isa)
+        expected.assert_same_bits(found)
+
+
+@pytest.mark.parametrize("isa", core.supported_isas())
+def test_fp16_parameters_round_to_nearest_even_everywhere(build_segment, isa):
+    """Masters around every fp16 value and every midpoint; lr 0, so the update only rounds."""
+    halves = torch.arange(0, 0x7C00, dtype=torch.int16).view(torch.float16).float()
+    midpoints = (halves[:-1] + halves[1:]) / 2
+    around = torch.cat([halves, midpoints])
+    around = torch.cat(
+        [around, torch.nextafter(around, around + 1), torch.nextafter(around, around - 1), torch.tensor([65519.99, 65520.0, 7e4])]
+    )
+    around = torch.cat([around, -around])
+    segment = build_segment(torch.float16, torch.float32, len(around))
+    segment.states["master"].copy_(around)
+    segment.gradient.zero_()
+    segment.states["exp_avg"].zero_()  # the update is +0, which leaves -0 as it is
+    native.update_native(AdamW(lr=0.0).scalars(step=1), **segment.arguments, isa=isa)
+    assert torch.equal(segment.states["master"], around)
+    expected = around.to(torch.float16)
+    assert torch.equal(segment.parameter.view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("parameter_dtype", DTYPES)
+def test_misaligned_starts_change_nothing_and_nothing_outside_is_touched(build_segment, parameter_dtype):
+    whole = build_segment(parameter_dtype, torch.bfloat16, 2000)
+    for start, end in ((1, 1000), (3, 1999), (17, 18)):
+        expected, found = whole.clone(), whole.clone()
+        update_reference(SCALARS, **expected.cut(start, end).arguments)
+        native.update_native(SCALARS, **found.cut(start, end).arguments)
+        expected.assert_same_bits(found)
+
+
+def test_thread_count_changes_nothing(build_segment):
+    segments = [build_segment(torch.bfloat16, torch.float32, 300_001) for _ in range(4)]
+    for segment, num_threads in zip(segments, (1, 2, 5, 0), strict=True):
+        native.update_native(SCALARS, **segment.arguments, num_threads=num_threads)
+    for segment in segments[1:]:
+        segments[0].assert_same_bits(segment)
+
+
+def test_calls_from_several_threads_take_turns(build_segment):
+    expected = build_segment(torch.bfloat16, torch.bfloat16, 100_000)
+    segments = [expected.clone() for _ in range(4)]
+    for _ in range(5):
+        update_reference(SCALARS, **expected.arguments)
+
+    def work(segment) -> None:
+        for _ in range(5):
+            native.update_native(SCALARS, **segment.arguments, num_threads=3)
+
+    threads = [threading.Thread(target=work, args=(segment,)) for segment in segments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for segment in segments:
+        expected.assert_same_bits(segment)
+
+
+def _finite_in_child(queue) -> None:
+    queue.put(native.all_finite_native(torch.zeros(200_000), num_threads=2))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_gets_threads_of_its_own():
+    assert native.all_finite_native(torch.zeros(200_000), num_threads=2)  # the parent's pool exists
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_finite_in_child, args=(queue,))
+    child.start()
+    try:
+        assert queue.get(timeout=30)
+    finally:
+        child.join(timeout=30)
+        if child.is_alive():
+            child.terminate()
+
+
+def test_denormals_survive_a_caller_that_flushes_them(build_segment):
+    expected = build_segment(torch.float32, torch.float32, 1000, extreme=True)
+    found = expected.clone()
+    update_reference(SCALARS, **expected.arguments)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        native.update_native(SCALARS, **found.arguments, num_threads=1)
+        assert torch.tensor([1e-40]).mul(1.0).item() == 0.0, "the caller's own setting must be left as it was"
+    finally:
+        torch.set_flush_denormal(False)
+    expected.assert_same_bits(found)
+
+
+def test_update_uses_the_native_core_on_the_cpu(build_segment, monkeypatch):
+    assert update_backend() == update_backend("cpu") == "native"
+    assert update_backend("cuda") == "reference"
+    expected, found = (build_segment(torch.float16, torch.float16, 99) for _ in range(2))
+    update_reference(SCALARS, **expected.arguments)
+    monkeypatch.setattr(optim, "update_reference", None)
+    update(SCALARS, **found.arguments, num_threads=1)
+    expected.assert_same_bits(found)
+
+
+def test_update_uses_the_reference_without_the_native_core(build_segment, monkeypatch):
+    monkeypatch.setattr(optim, "_HAS_NATIVE", False)
+    monkeypatch.setattr(native, "update_native", None)
+    assert update_backend() == "reference"
+    expected, found = (build_segment(torch.bfloat16, torch.float16, 99) for _ in range(2))
+    update_reference(SCALARS, **expected.arguments)
+    update(SCALARS, **found.arguments)
+    expected.assert_same_bits(found)
+
+
+def test_wrong_arguments_are_refused_and_nothing_is_written(build_segment):
+    segment = build_segment(torch.float32, torch.float32, 64)
+    before = segment.clone()
+    with pytest.raises(ValueError, match="overlap: 256 B"):
+        native.update_native(SCALARS, **(segment.arguments | {"gradient": segment.parameter}))
+    with pytest.raises(ValueError, match="'sse9' cannot run here; choose one of .*baseline"):
+        native.update_native(SCALARS, **segment.arguments, isa="sse9")
+    with pytest.raises(ValueError, match="num_threads must be 0 .* got -1"):
+        native.update_native(SCALARS, **segment.arguments, num_threads=-1)
+    with pytest.raises(ValueError, match="contiguous tensor"):
+        native.all_finite_native(torch.zeros(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="no multiple of its element size 4 B"):
+        core.all_finite(segment.parameter.data_ptr() + 2, dtype="float32", num_elements=1)
+    with pytest.raises(ValueError, match="data is null"):
+        core.all_finite(0, dtype="float32", num_elements=1)
+    segment.assert_same_bits(before)
+
+
+def test_an_empty_segment_is_no_work(build_segment):
+    segment = build_segment(torch.bfloat16, torch.bfloat16, 0)
+    native.update_native(SCALARS, **segment.arguments)

@@ -1,0 +1,203 @@
+"""Claims about schedules: every plan's programs keep the rules, bytes are what the formulas say, and broken programs are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+
+from overspill.errors import BudgetError, ScheduleError
+from overspill.planning import build_layout, build_plan, predict_step, simulate
+from overspill.scheduling import build_evaluation, build_flush, build_train_step, render_timeline, validate
+from overspill.spec.documents import from_json
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
+from overspill.spec.schedule import Compute, Fetch, Free, Lane, Phase, Role, Schedule, ScheduledOp
+from overspill.spec.tensors import TensorSpec, Tier
+from overspill.spec.workload import ModelLayout
+
+HIDDEN, VOCAB, BLOCKS = 64, 256, 3
+CHUNK_BYTES = 128 * 1024
+
+
+def make_layout(*, tied: bool, dtype: str = "float32", blocks: int = BLOCKS) -> ModelLayout:
+    """A model of matrices: 256 x 64 embedding, blocks of two 64 x 256 matrices and a norm, a norm and a head."""
+    parameters = {"embed": TensorSpec(name="embed", shape=(VOCAB, HIDDEN), dtype=dtype)}
+    units: dict[str, list[str]] = {"embedding": ["embed"]}
+    for index in range(blocks):
+        for name, shape in (("up", (256, HIDDEN)), ("down", (HIDDEN, 256)), ("norm", (HIDDEN,))):
+            parameters[f"{index}.{name}"] = TensorSpec(name=f"{index}.{name}", shape=shape, dtype=dtype, decay=name != "norm")
+        units[f"block.{index}"] = [f"{index}.up", f"{index}.down", f"{index}.norm"]
+    parameters["norm"] = TensorSpec(name="norm", shape=(HIDDEN,), dtype=dtype, decay=False)
+    units["tail"] = ["norm", "embed"] if tied else ["norm", "head"]
+    if not tied:
+        parameters["head"] = TensorSpec(name="head", shape=(VOCAB, HIDDEN), dtype=dtype)
+    unit_list, bundles = build_layout(units, parameters, lambda kind, trainable: 16, dtype=dtype, chunk_bytes=CHUNK_BYTES)
+    return ModelLayout(model="Matrices", units=unit_list, bundles=bundles, hidden_size=HIDDEN, vocab_size=VOCAB)
+
+
+def make_plan(*, tied: bool = False, **request: object) -> Plan:
+    defaults = {"dtype": "float32", "seq_len": 8, "micro_batch": 2, "accumulate": 4, "ssd_dir": "/nowhere"}
+    wanted = PlanRequest(**{**defaults, **request})  # type: ignore[arg-type]
+    return build_plan(wanted, make_layout(tied=tied, dtype=wanted.dtype), HardwareSpec(), device="cpu")
+
+
+PLACEMENTS = list(itertools.product(["device", "host", "ssd"], repeat=3))
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["immediate", "pending"])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 4])
+def test_every_placement_gives_schedules_that_keep_all_rules(tied: bool, clip: float | None, group_size: int) -> None:
+    for parameters, states, boundaries in PLACEMENTS:
+        plan = make_plan(
+            tied=tied, clip=clip, group_size=group_size, parameters=parameters, states=states, boundaries=boundaries
+        )
+        tokens = [16, 12, 16, 4]
+        validate(build_train_step(plan, tokens, starts_pending=False), plan)
+        validate(build_evaluation(plan, tokens), plan)
+        if plan.timing is UpdateTiming.PENDING:
+            validate(build_train_step(plan, tokens, starts_pending=True), plan)
+            validate(build_flush(plan), plan)
+
+
+def link_bytes(plan: Plan, tokens: list[int], lane: str) -> int:
+    return simulate(build_train_step(plan, tokens, starts_pending=False), plan, HardwareSpec()).lane_bytes[lane]
+
+
+def test_fetched_bytes_do_not_depend_on_accumulation_within_one_group() -> None:
+    one = make_plan(accumulate=1, parameters="host", states="host", boundaries="device")
+    four = make_plan(accumulate=4, parameters="host", states="host", boundaries="device")
+    assert link_bytes(one, [16], "h2d") == link_bytes(four, [16] * 4, "h2d") > 0
+    assert link_bytes(one, [16], "d2h") == link_bytes(four, [16] * 4, "d2h")
+
+
+def test_fetched_parameter_bytes_grow_by_the_number_of_groups() -> None:
+    def parameter_fetches(plan: Plan) -> int:
+        schedule = build_train_step(plan, [16] * 4, starts_pending=False)
+        moved = (item.op for item in schedule.ops if isinstance(item.op, Fetch))
+        return sum(op.num_bytes for op in moved if op.piece.role is Role.PARAMETER and op.target is Tier.DEVICE)
+
+    def plan(group_size: int) -> Plan:
+        return make_plan(group_size=group_size, parameters="host", states="host", boundaries="device")
+
+    assert parameter_fetches(plan(2)) == 2 * parameter_fetches(plan(4))
+    assert parameter_fetches(plan(1)) == 4 * parameter_fetches(plan(4))
+
+
+def test_ssd_bytes_of_a_step_are_the_formula() -> None:
+    """fp32: fetched forward and backward 4 + 4 (the tail once), update reads and writes 4 + 8 each way."""
+    plan = make_plan(accumulate=1, parameters="ssd", states="ssd", boundaries="device")
+    elements = {name: bundle.num_elements for name, bundle in plan.bundles.items()}
+    fetches = sum(elements.values()) * 2 - elements["tail"]
+    assert link_bytes(plan, [16], "ssd_read") == 4 * fetches + 12 * sum(elements.values())
+    assert link_bytes(plan, [16], "ssd_write") == 12 * sum(elements.values())
+
+
+def test_peaks_do_not_grow_with_depth_when_everything_rests_on_the_ssd() -> None:
+    peaks = []
+    for blocks in (2, 8):
+        request = PlanRequest(
+            parameters="ssd", states="ssd", boundaries="ssd", dtype="float32", seq_len=8, accumulate=2, clip=1.0, ssd_dir="/nowhere"
+        )
+        plan = build_plan(request, make_layout(tied=True, blocks=blocks), HardwareSpec(), device="cpu")
+        peaks.append(predict_step(plan, HardwareSpec()).host_resident_peak_bytes)
+    assert peaks[0] == peaks[1]
+
+
+def test_auto_takes_the_highest_tier_that_the_budgets_allow() -> None:
+    roomy = make_plan()
+    assert {p.parameters for p in roomy.placements.values()} == {Tier.DEVICE}
+    assert roomy.boundaries is Tier.DEVICE and roomy.group_size == 4
+    cramped = make_plan(device_budget_bytes=roomy.device_working_bytes + 400_000, host_budget_bytes=3_000_000)
+    tiers = {(p.parameters, p.states) for p in cramped.placements.values()}
+    assert (Tier.DEVICE, Tier.DEVICE) not in tiers
+    assert Tier.HOST in {p.parameters for p in cramped.placements.values()}
+    peaks = predict_step(cramped, HardwareSpec())
+    assert cramped.device_budget_bytes is not None and peaks.device_resident_peak_bytes <= cramped.device_budget_bytes
+    assert cramped.host_budget_bytes is not None and peaks.host_resident_peak_bytes <= cramped.host_budget_bytes
+
+
+def test_a_budget_that_is_too_small_is_refused_with_missing_bytes_and_flag() -> None:
+    with pytest.raises(BudgetError, match=r"missing; raise --host-budget"):
+        make_plan(parameters="host", states="host", host_budget_bytes=100_000)
+    with pytest.raises(BudgetError, match=r"--device-budget is .* are missing; raise --device-budget"):
+        make_plan(device_budget_bytes=1000)
+    with pytest.raises(BudgetError, match=r"on host, .*give --ssd-dir"):
+        make_plan(host_budget_bytes=100_000, ssd_dir=None, device_budget_bytes=700_000)
+    with pytest.raises(ValueError, match="--ssd-dir DIRECTORY"):
+        make_plan(states="ssd", ssd_dir=None)
+
+
+def test_plans_survive_json() -> None:
+    plan = make_plan(tied=True, clip=1.0)
+    assert from_json(Plan, plan.to_json()) == plan
+    with pytest.raises(ValueError, match="unknown field"):
+        from_json(Plan, plan.to_json().replace('"group_size"', '"size_of_group"'))
+
+
+def test_the_timeline_names_every_op_but_frees() -> None:
+    plan = make_plan(accumulate=1, parameters="host", states="host")
+    schedule = build_train_step(plan, [16], starts_pending=False)
+    lines = render_timeline(schedule).splitlines()
+    assert len(lines) == 2 + sum(not isinstance(item.op, Free) for item in schedule.ops)
+    assert any("backward block.1 micro-batch 0" in line for line in lines)
+    assert len(render_timeline(schedule, frees=True).splitlines()) == 2 + len(schedule.ops)
+
+
+def test_overlapped_time_lies_between_the_busiest_lane_and_the_serial_time() -> None:
+    plan = make_plan(accumulate=1, parameters="host", states="host")
+    schedule = build_train_step(plan, [16], starts_pending=False)
+    slow = HardwareSpec(device_flops=1e8, h2d_bytes_per_s=1e8, d2h_bytes_per_s=1e8, host_update_parameters_per_s=1e8)
+    serial, overlapped = simulate(schedule, plan, slow), simulate(schedule, plan, slow, overlap=True)
+    assert max(overlapped.lane_busy_s.values()) <= overlapped.step_s < serial.step_s
+    assert serial.step_s == pytest.approx(sum(serial.lane_busy_s.values()))
+
+
+def broken(schedule: Schedule, index: int, replacement: ScheduledOp | None) -> Schedule:
+    ops = list(schedule.ops)
+    ops[index : index + 1] = [] if replacement is None else [replacement]
+    return dataclasses.replace(schedule, ops=tuple(ops))
+
+
+def first(schedule: Schedule, kind: type, **fields: object) -> int:
+    return next(
+        index
+        for index, item in enumerate(schedule.ops)
+        if isinstance(item.op, kind) and all(getattr(item.op, name) == value for name, value in fields.items())
+    )
+
+
+def test_broken_schedules_are_refused_by_rule() -> None:
+    plan = make_plan(accumulate=1, parameters="ssd", states="ssd", boundaries="host")
+    schedule = build_train_step(plan, [16], starts_pending=False)
+    fetch = first(schedule, Fetch, target=Tier.DEVICE)
+    compute = first(schedule, Compute, phase=Phase.BACKWARD)
+    with pytest.raises(ScheduleError, match="rule 2|rule 1"):
+        validate(broken(schedule, fetch, None), plan)
+    with pytest.raises(ScheduleError, match="does not wait for op .*rule 2"):
+        validate(broken(schedule, compute, dataclasses.replace(schedule.ops[compute], waits=())), plan)
+    with pytest.raises(ScheduleError, match="not earlier .*rule 2"):
+        validate(broken(schedule, fetch, dataclasses.replace(schedule.ops[fetch], waits=(fetch + 1,))), plan)
+    with pytest.raises(ScheduleError, match="lane .*rule 3"):
+        validate(broken(schedule, fetch, dataclasses.replace(schedule.ops[fetch], lane=Lane.SSD_READ)), plan)
+    with pytest.raises(ScheduleError, match="rule 4.*raise --host-budget"):
+        validate(schedule, dataclasses.replace(plan, host_budget_bytes=4096))
+    last_free = max(index for index, item in enumerate(schedule.ops) if isinstance(item.op, Free))
+    with pytest.raises(ScheduleError, match="rule 6"):
+        validate(broken(schedule, last_free, None), plan)
+    home = dataclasses.replace(schedule.ops[last_free], op=Free(piece=schedule.ops[0].op.piece, tier=Tier.SSD, num_bytes=1))  # type: ignore[union-attr]
+    with pytest.raises(ScheduleError, match="home .*rule 5"):
+        validate(dataclasses.replace(schedule, ops=(*schedule.ops, home)), plan)
+
+
+def test_a_stale_home_is_found() -> None:
+    """Leaving out the write-back of an updated chunk must not pass."""
+    plan = make_plan(accumulate=1, parameters="ssd", states="ssd", boundaries="device")
+    schedule = build_train_step(plan, [16], starts_pending=False)
+    index = max(i for i, item in enumerate(schedule.ops) if item.lane is Lane.SSD_WRITE and not isinstance(item.op, Free))
+    kept = [item for i, item in enumerate(schedule.ops) if i != index]
+    kept = [dataclasses.replace(item, waits=tuple(w for w in item.waits if w < index)) for item in kept]
+    with pytest.raises(ScheduleError, match="stale at the end"):
+        validate(dataclasses.replace(schedule, ops=tuple(kept)), plan)

@@ -1,0 +1,391 @@
+"""The SSD store's own claims: its file, its directory checks, its faults, and that nothing leaks."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from overspill.errors import BudgetError, StorageError
+from overspill.tiers import SsdStore
+from overspill.tiers import extent_file as extent_file_module
+from overspill.tiers.extent_file import FILE_NAME, ExtentFile
+from overspill.tiers.memory import HostMemory
+from overspill.tiers.ssd import split_parts
+from overspill.units import MIB
+
+
+def page_aligned(num_bytes: int) -> torch.Tensor:
+    return HostMemory(pin=False, budget_bytes=None).allocate("buffer", num_bytes)
+
+
+# The file.
+
+
+def test_the_file_is_preallocated_private_and_removed_on_close(tmp_path: Path) -> None:
+    directory = tmp_path / "ssd"
+    with SsdStore(directory, capacity_bytes=3 * MIB + 1):
+        status = (directory / FILE_NAME).stat()
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700 and stat.S_IMODE(status.st_mode) == 0o600
+        assert status.st_size == 3 * MIB and status.st_blocks * 512 >= 3 * MIB
+    assert list(directory.iterdir()) == []
+
+
+def test_an_unlinked_store_has_no_name_and_shares_its_directory(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=MIB, unlink=True) as scratch, SsdStore(tmp_path, capacity_bytes=MIB) as named:
+        assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+        scratch.allocate("a", 5)
+        named.allocate("a", 5)
+        scratch.start_write("a", 0, torch.full((5,), 3, dtype=torch.uint8)).wait()
+        buffer = torch.ones(5, dtype=torch.uint8)
+        named.start_read("a", 0, buffer).wait()
+        assert not buffer.any()
+
+
+def test_a_file_in_use_is_refused_and_one_left_behind_is_discarded(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"\xff" * 9000)
+    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+        store.allocate("a", 9000)
+        buffer = torch.ones(9000, dtype=torch.uint8)
+        store.start_read("a", 0, buffer).wait()
+        assert not buffer.any()
+        with pytest.raises(StorageError, match="in use by another run"):
+            SsdStore(tmp_path, capacity_bytes=MIB)
+        assert (tmp_path / FILE_NAME).stat().st_size == MIB
+
+
+def test_a_killed_run_leaves_at_most_an_unlocked_file(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys; from overspill.tiers import SsdStore\n"
+        "keep = [SsdStore(sys.argv[1], capacity_bytes=1 << 20, unlink=unlink) for unlink in (False, True)]\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert result.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    SsdStore(tmp_path, capacity_bytes=MIB).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_symbolic_link_in_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / FILE_NAME).symlink_to(victim)
+    with pytest.raises(StorageError, match="ELOOP"):
+        SsdStore(tmp_path, capacity_bytes=MIB)
+    assert victim.read_bytes() == b"precious"
+
+
+def test_a_dropped_store_removes_its_file(tmp_path: Path) -> None:
+    SsdStore(tmp_path, capacity_bytes=MIB)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_left_open_or_running_after_close(tmp_path: Path) -> None:
+    def open_files() -> list[str]:
+        return [link for fd in os.listdir("/proc/self/fd") if "overspill" in (link := _readlink(fd))]
+
+    with SsdStore(tmp_path, capacity_bytes=4 * MIB) as store:
+        store.allocate("a", 4 * MIB)
+        for _ in range(8):
+            store.start_write("a", 0, torch.zeros(MIB, dtype=torch.uint8))
+        assert open_files() and any(thread.name.startswith("overspill-ssd") for thread in threading.enumerate())
+    assert not open_files()
+    assert not any(thread.name.startswith("overspill-ssd") for thread in threading.enumerate())
+
+
+def _readlink(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:
+        return ""
+
+
+def test_refused_direct_io_warns_once_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = fcntl.fcntl
+
+    def refuse(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETFL and argument & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with (
+        pytest.warns(RuntimeWarning, match=r"refuses direct I/O \(EINVAL.*ext4") as caught,
+        SsdStore(tmp_path, capacity_bytes=MIB) as store,
+    ):
+        assert not store.is_direct
+        store.allocate("a", 7)
+        store.start_write("a", 1, torch.arange(6, dtype=torch.uint8)).wait()
+        buffer = torch.ones(7, dtype=torch.uint8)
+        store.start_read("a", 0, buffer).wait()
+        assert buffer.tolist() == [0, 0, 1, 2, 3, 4, 5]
+    assert len(caught) == 1
+
+
+def test_ranges_are_zeroed_by_writing_where_the_file_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = ExtentFile(tmp_path, 4 * MIB, unlink=True)
+    os.pwritev(
+        file.fd, [memoryview(bytearray(b"\xff" * (4 * MIB)))] if not file.is_direct else [page_aligned(4 * MIB).fill_(255).numpy()], 0
+    )
+    monkeypatch.setattr(extent_file_module, "_FALLOC_FL_ZERO_RANGE", 0x8000)  # a mode that no file system knows: EOPNOTSUPP
+    file.zero(4096, 2 * MIB + 4096)
+    content = page_aligned(4 * MIB)
+    os.preadv(file.fd, [content.numpy()], 0)
+    assert not content[4096 : 2 * MIB + 8192].any()
+    assert (content[:4096] == 255).all() and (content[2 * MIB + 8192 :] == 255).all()
+    file.close()
+    file.close()
+
+
+# The directory.
+
+
+def test_a_directory_without_a_parent_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"missing is no directory; create it or give another --ssd-dir"):
+        SsdStore(tmp_path / "missing" / "ssd", capacity_bytes=MIB)
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"is a file and not a directory.*--ssd-dir"):
+        SsdStore(tmp_path / "file", capacity_bytes=MIB)
+    with pytest.raises(ValueError, match=r"is no directory.*--ssd-dir"):
+        SsdStore(tmp_path / "file" / "ssd", capacity_bytes=MIB)
+
+
+def test_a_directory_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(StorageError, match=r"EISDIR.*--ssd-dir"):
+        SsdStore(tmp_path, capacity_bytes=MIB)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_an_unwritable_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*args: object, **kwargs: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageError, match=rf"cannot be opened for writing \({errno.errorcode[number]}.*--ssd-dir") as caught:
+        SsdStore(tmp_path, capacity_bytes=MIB)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_too_little_free_space_names_both_numbers_and_leaves_no_file(tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"needs 1024.00 TiB .* B\) free; give another --ssd-dir or lower --ssd-budget"):
+        SsdStore(tmp_path, capacity_bytes=1 << 50)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_reservation_is_reported_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(StorageError, match=r"1.00 MiB could not be reserved .*ENOSPC.*--ssd-budget"):
+        SsdStore(tmp_path, capacity_bytes=MIB)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_in_ram_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extent_file_module, "_filesystem_of", lambda folder: "tmpfs")
+    with pytest.warns(RuntimeWarning, match=r"is in RAM \(tmpfs\).*--ssd-dir on a drive"):
+        SsdStore(tmp_path, capacity_bytes=MIB).close()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs at /dev/shm")
+def test_the_file_system_is_recognised() -> None:
+    assert extent_file_module._filesystem_of(Path("/dev/shm")) == "tmpfs"
+    assert extent_file_module._filesystem_of(Path("/proc")) == "proc"
+
+
+def test_useless_sizes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least 4096 B, got 100 B; raise --ssd-budget"):
+        SsdStore(tmp_path, capacity_bytes=100)
+    with pytest.raises(ValueError, match="at least 1 thread"):
+        SsdStore(tmp_path, capacity_bytes=MIB, num_threads=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Faults in transfers.
+
+
+def patch_call(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Callable[..., int], int, memoryview, int], int]) -> None:
+    """Let `change(real, fd, view, offset)` stand for os.preadv or os.pwritev."""
+    real = getattr(os, name)
+    monkeypatch.setattr(os, name, lambda fd, views, offset: change(real, fd, memoryview(views[0]), offset))
+
+
+def shorten(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
+    """Move about half of what is asked, down to 512 bytes, as drives and signals do."""
+    if len(view) <= 4096:
+        return real(fd, [view], offset)
+    return real(fd, [view[: len(view) // 2 // 512 * 512]], offset)
+
+
+@pytest.mark.parametrize("start", [0, 100])
+def test_short_transfers_are_continued_until_every_byte_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int) -> None:
+    size = 3 * MIB + 4096
+    with SsdStore(tmp_path, capacity_bytes=4 * MIB) as store:
+        patch_call(monkeypatch, "preadv", shorten)
+        patch_call(monkeypatch, "pwritev", shorten)
+        store.allocate("a", size)
+        data = page_aligned(size)
+        data.copy_(torch.randint(0, 256, (size,), dtype=torch.uint8))
+        store.start_write("a", start, data[start:]).wait()
+        back = page_aligned(size)
+        store.start_read("a", start, back[start:]).wait()
+        assert torch.equal(back[start:], data[start:])
+
+
+@pytest.mark.parametrize(("operation", "call"), [("read", "preadv"), ("write", "pwritev")])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_failing_call_names_extent_path_offset_bytes_and_errno(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, call: str, number: int
+) -> None:
+    def fail_after_first(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
+        if offset >= 8192 + 16384:
+            raise OSError(number, os.strerror(number))
+        return real(fd, [view[:16384]], offset)
+
+    store = SsdStore(tmp_path, capacity_bytes=MIB)
+    store.allocate("first", 8192)
+    store.allocate("layers.7.exp_avg", 65536)
+    patch_call(monkeypatch, call, fail_after_first)
+    start = store.start_read if operation == "read" else store.start_write
+    transfer = start("layers.7.exp_avg", 0, page_aligned(65536))
+    with pytest.raises(StorageError) as caught:
+        transfer.wait()
+    message = str(caught.value)
+    verb = {"read": "got", "write": "wrote"}[operation]
+    assert message.startswith(
+        f"{operation} of layers.7.exp_avg failed: wanted 65536 B at offset 8192 of {tmp_path / FILE_NAME}, "
+        f"{verb} 16384 B ({errno.errorcode[number]}: {os.strerror(number)}); "
+    )
+    assert "--ssd-dir" in message and isinstance(caught.value.__cause__, OSError) and caught.value.__cause__.errno == number
+    with pytest.raises(StorageError):
+        transfer.wait()
+    store.free("layers.7.exp_avg")
+    store.close()  # the failure was seen
+
+
+@pytest.mark.parametrize(("call", "operation"), [("preadv", "read"), ("pwritev", "write")])
+@pytest.mark.parametrize("moved_bytes", [0, 1])
+def test_transfers_that_stop_moving_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, operation: str, moved_bytes: int
+) -> None:
+    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+        if moved_bytes and not store.is_direct:
+            pytest.skip("through the page cache, bytes may move one by one")
+        store.allocate("a", 8192)
+        patch_call(monkeypatch, call, lambda real, fd, view, offset: moved_bytes)
+        start = store.start_read if operation == "read" else store.start_write
+        with pytest.raises(StorageError, match=rf"short {operation} of a: wanted 8192 B at offset 0 of .*{moved_bytes} B \(no error"):
+            start("a", 0, page_aligned(8192)).wait()
+
+
+def test_a_file_that_was_cut_is_a_short_read(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+        store.allocate("a", MIB)
+        os.truncate(tmp_path / FILE_NAME, 8192)
+        with pytest.raises(StorageError, match=r"short read of a: wanted 1048576 B at offset 0 .* got 8192 B"):
+            store.start_read("a", 0, page_aligned(MIB)).wait()
+
+
+def test_a_failure_that_nobody_waited_for_is_raised_by_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store = SsdStore(tmp_path, capacity_bytes=MIB)
+    store.allocate("a", 4096)
+    patch_call(monkeypatch, "pwritev", fail)
+    store.start_write("a", 0, page_aligned(4096))
+    with pytest.raises(StorageError, match="1 failed transfers were never waited for; the first: write of a failed.*EIO"):
+        store.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unseen_failure_does_not_hide_the_error_that_ends_the_with_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with pytest.raises(KeyError) as caught, SsdStore(tmp_path, capacity_bytes=MIB) as store:
+        store.allocate("a", 4096)
+        patch_call(monkeypatch, "pwritev", fail)
+        store.start_write("a", 0, page_aligned(4096))
+        raise KeyError("the first error")
+    assert "write of a failed" in caught.value.__notes__[0]
+
+
+def test_failed_zeroing_allocates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: ExtentFile, offset: int, num_bytes: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+        store.allocate("a", 4096)
+        store.free("a")
+        monkeypatch.setattr(ExtentFile, "zero", fail)
+        with pytest.raises(StorageError, match="write of b failed: wanted 4096 B at offset 0 .*EIO"):
+            store.allocate("b", 8192)
+        assert store.allocated_bytes == 0
+
+
+def test_freeing_an_extent_in_flight_is_asserted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_go = threading.Event()
+
+    def hold(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
+        may_go.wait(10)
+        return real(fd, [view], offset)
+
+    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+        store.allocate("a", 4096)
+        patch_call(monkeypatch, "preadv", hold)
+        transfer = store.start_read("a", 0, page_aligned(4096))
+        assert not transfer.is_done
+        with pytest.raises(AssertionError, match="a is freed with 1 transfers in flight"):
+            store.free("a")
+        may_go.set()
+        transfer.wait()
+        store.free("a")
+
+
+def test_aligned_transfers_make_no_copy_and_one_call_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def note(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
+        seen.append(torch.frombuffer(view, dtype=torch.uint8).data_ptr())
+        return real(fd, [view], offset)
+
+    with SsdStore(tmp_path, capacity_bytes=32 * MIB) as store:
+        store.allocate("a", 20 * MIB)
+        buffer = page_aligned(20 * MIB)
+        patch_call(monkeypatch, "preadv", note)
+        store.start_read("a", 0, buffer).wait()
+    assert sorted(seen) == [buffer.data_ptr() + start for start in (0, 8 * MIB, 16 * MIB)]
+
+
+@given(position=st.integers(0, 40_000), num_bytes=st.integers(0, 60_000), alignment=st.sampled_from([1, 4096]))
+def test_parts_cover_a_transfer_once_and_only_edges_are_unaligned(position: int, num_bytes: int, alignment: int) -> None:
+    parts = list(split_parts(position, num_bytes, alignment=alignment, part_bytes=8192))
+    at = position
+    for part in parts:
+        assert part.position == at and part.start == at - position and 0 < part.num_bytes <= 8192
+        at += part.num_bytes
+        if part.is_edge:
+            assert part.position // alignment == (at - 1) // alignment and part.num_bytes < alignment
+        else:
+            assert part.position % alignment == 0 and part.num_bytes % alignment == 0
+    assert at == position + num_bytes
+    assert sum(part.is_edge for part in parts) <= 2
