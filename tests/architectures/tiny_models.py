@@ -101,7 +101,9 @@ def tiny_model(name: str, *, seed: int = 0, spread: float = 0.3, **changes: Any)
     return model
 
 
-def tiny_batch(seed: int, *, num_sequences: int = 2, num_tokens: int = SEQUENCE, padding: int = 0, ignored: int = 0) -> dict[str, torch.Tensor]:
+def tiny_batch(
+    seed: int, *, num_sequences: int = 2, num_tokens: int = SEQUENCE, padding: int = 0, ignored: int = 0
+) -> dict[str, torch.Tensor]:
     """A random micro-batch.
 
     Args:
@@ -118,5 +120,3 @@ def tiny_batch(seed: int, *, num_sequences: int = 2, num_tokens: int = SEQUENCE,
         input_ids[0, -padding:] = 0
         batch["labels"][0, -padding:] = -100
     return batch
-
-

@@ -137,6 +137,4 @@ def _embedding_gradients(
 
 
 def _leaves(streamed: StreamedModel, unit: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: weights[name].detach().requires_grad_(streamed.parameters[name].trainable) for name in streamed.unit_parameters[unit]
-    }
+    return {name: weights[name].detach().requires_grad_(streamed.parameters[name].trainable) for name in streamed.unit_parameters[unit]}

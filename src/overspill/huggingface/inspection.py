@@ -187,8 +187,18 @@ class _InspectionRun:
             return output
 
         versions = {name: (buffer, buffer._version) for name, buffer in self.model.named_buffers()}
-        inputs = {**fixed_inputs(self.model), "input_ids": torch.arange(NUM_TOKENS).remainder(2).unsqueeze(0), "attention_mask": attention_mask}
-        with torch.enable_grad(), self.outer.filled(zeros), self.stack.visited_by(visitor), forward_replaced(self.owner, watched_forward), watcher:
+        inputs = {
+            **fixed_inputs(self.model),
+            "input_ids": torch.arange(NUM_TOKENS).remainder(2).unsqueeze(0),
+            "attention_mask": attention_mask,
+        }
+        with (
+            torch.enable_grad(),
+            self.outer.filled(zeros),
+            self.stack.visited_by(visitor),
+            forward_replaced(self.owner, watched_forward),
+            watcher,
+        ):
             output = self.model(**inputs, return_dict=True)
         if watcher.phase != "head" or len(visitor.recorder.calls) != len(self.stack.names):
             _refuse(self.model, f"it ran {len(visitor.recorder.calls)} of its {len(self.stack.names)} blocks")
@@ -280,7 +290,8 @@ class _InspectionVisitor:
             self.run.hidden_dtypes["embedding"] = hidden.dtype
         if first not in self.run.returns:
             self.run.learn_block(unit, hidden, *self.recorder.block_arguments().rebuilt(unit, hidden))
-        fresh = torch.zeros_like(hidden, dtype=self.run.hidden_dtypes[first], requires_grad=True)
+        # No leaf, so that an operation in place gets as far as the watcher.
+        fresh = torch.zeros_like(hidden, dtype=self.run.hidden_dtypes[first], requires_grad=True).clone()
         self.watcher.watch_output(index, fresh)
         self.recorder.returned(fresh)
         self.watcher.phase = "between" if index < len(self.run.stack.names) - 1 else "body"

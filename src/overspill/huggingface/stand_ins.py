@@ -230,7 +230,9 @@ class CallRecorder:
         """Write the call of block `index` down; returns its hidden states."""
         unit = self.stack.names[index]
         if index != len(self.calls):
-            self.stack.refuse(f"it called {unit} where {self.stack.names[len(self.calls) % len(self.stack.names)]} was due (layer skipping?)")
+            self.stack.refuse(
+                f"it called {unit} where {self.stack.names[len(self.calls) % len(self.stack.names)]} was due (layer skipping?)"
+            )
         named = [(self._name(index, position), value) for position, value in enumerate(args)] + list(kwargs.items())
         path = self._hidden_path(unit, named)
         hidden = dict(named)[path]

@@ -174,7 +174,9 @@ class StreamedModel:
         """
         wanted = set(self.unit_parameters[unit])
         if wanted != set(tensors):
-            raise ValueError(f"{unit} reads other parameters: missing {sorted(wanted - set(tensors))}, unknown {sorted(set(tensors) - wanted)}")
+            raise ValueError(
+                f"{unit} reads other parameters: missing {sorted(wanted - set(tensors))}, unknown {sorted(set(tensors) - wanted)}"
+            )
         assert unit not in self._bound, f"{unit} is bound already"
         if unit in self._blocks:
             slots, filled = self._block_slots[unit], dict(tensors)
@@ -209,9 +211,7 @@ class StreamedModel:
             else:
                 self._stack.refuse(f"it ran {len(recorder.calls)} of its {len(self.block_names)} blocks")
         assert recorder.first_hidden is not None
-        return Embedded(
-            hidden=recorder.first_hidden, arguments=recorder.block_arguments(), side_inputs=tuple(recorder.side_inputs)
-        )
+        return Embedded(hidden=recorder.first_hidden, arguments=recorder.block_arguments(), side_inputs=tuple(recorder.side_inputs))
 
     def run_block(
         self, unit: str, hidden: Tensor, arguments: BlockArguments, *, side_inputs: Sequence[Tensor] | None = None

@@ -175,9 +175,7 @@ class Tail:
         trainable = {name: parameters[name] for name in self.body_names if parameters[name].requires_grad}
         hidden_gradient, *gradients = torch.autograd.grad(last_hidden_BTH, [leaf, *trainable.values()], gradient, allow_unused=True)
         _pass_on(accumulate, trainable, gradients)
-        return TailOutput(
-            loss=loss, num_targets=targets.num_targets, hidden_gradient=hidden_gradient, side_output_gradients=side_gradients
-        )
+        return TailOutput(loss=loss, num_targets=targets.num_targets, hidden_gradient=hidden_gradient, side_output_gradients=side_gradients)
 
     def run_body(self, inputs: Mapping[str, Any], hidden: Tensor, before_tail: Callable[[], None] | None = None) -> Any:
         """The owner's output for `hidden` as the last block's hidden states (rule 1)."""
@@ -186,7 +184,10 @@ class Tail:
         def stop_behind_owner(*args: Any, **kwargs: Any) -> Any:
             raise _OwnerReturned(forward(*args, **kwargs))
 
-        with self.stack.visited_by(_TailVisitor(self.stack, self.returns, hidden, before_tail)), forward_replaced(self.owner, stop_behind_owner):
+        with (
+            self.stack.visited_by(_TailVisitor(self.stack, self.returns, hidden, before_tail)),
+            forward_replaced(self.owner, stop_behind_owner),
+        ):
             try:
                 self.model(**inputs)
             except _OwnerReturned as returned:
