@@ -18,9 +18,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from overspill.huggingface.tail import cross_entropy_chunks, find_targets
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from overspill.huggingface.tail import cross_entropy_chunks, find_targets
 
 SeedUnit = Callable[[str, int], None]
 

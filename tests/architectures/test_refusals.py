@@ -6,9 +6,10 @@ import pytest
 import torch
 import transformers
 from fake_models import fake_model
+from tiny_models import tiny_batch, tiny_model
+
 from overspill.errors import UnsupportedModelError
 from overspill.huggingface import StreamedModel
-from tiny_models import tiny_batch, tiny_model
 
 REFUSED = {
     "computes between": r"computes between its blocks \(aten.mul.Tensor on the hidden states of block 0\)",

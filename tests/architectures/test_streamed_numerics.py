@@ -9,10 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from fake_models import fake_model
-from overspill.huggingface import StreamedModel, build_meta_model
 from plain_loop import run_plain_step
 from tiny_models import NAMES, tiny_batch, tiny_config, tiny_model
 from unit_major import run_unit_major_step
+
+from overspill.huggingface import StreamedModel, build_meta_model
 
 CHUNK_ROWS = 7
 

@@ -7,10 +7,11 @@ import resource
 import pytest
 import torch
 import transformers
+from tiny_models import NAMES, tiny_config, tiny_model
+
 from overspill.huggingface import StreamedModel, build_meta_model
 from overspill.huggingface.inspection import lazy_zeros
 from overspill.huggingface.templates import build_kind
-from tiny_models import NAMES, tiny_config, tiny_model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -117,8 +118,9 @@ def test_hidden_dtypes_are_those_that_blocks_return() -> None:
 
 
 def test_equal_buffers_of_blocks_are_moved_once() -> None:
-    model = build_meta_model(transformers.GPTNeoConfig(hidden_size=16, num_layers=4, num_heads=2, vocab_size=32, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-                                                       attention_types=[[["global", "local"], 2]], window_size=4), dtype=torch.float32)  # fmt: skip
+    sizes = dict(hidden_size=16, num_layers=4, num_heads=2, vocab_size=32, max_position_embeddings=64, bos_token_id=1, eos_token_id=2)
+    config = transformers.GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 2]], window_size=4)
+    model = build_meta_model(config, dtype=torch.float32)
     streamed = StreamedModel(model)
     # Four blocks hold two different boolean masks of 64 x 64.
     assert streamed.buffer_bytes == 2 * 64 * 64
@@ -128,9 +130,10 @@ def test_equal_buffers_of_blocks_are_moved_once() -> None:
 def test_train_and_eval_reach_the_blocks_and_inspection_leaves_the_mode_alone() -> None:
     model = tiny_model("llama")
     blocks = list(model.model.layers)
+    modes = [module.training for block in blocks for module in block.modules()]
+    streamed = StreamedModel(model)
+    assert [module.training for block in blocks for module in block.modules()] == modes
     for mode in (True, False):
-        model.train(mode)
-        streamed = StreamedModel(model) if mode else streamed
         streamed.train(mode)
         assert all(module.training is mode for block in blocks for module in block.modules())
         assert model.training is mode

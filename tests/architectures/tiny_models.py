@@ -7,7 +7,6 @@ wide (`spread`), so that a wrong layer shows in a gradient; norms and biases are
 
 from __future__ import annotations
 
-
 from typing import Any
 
 import torch

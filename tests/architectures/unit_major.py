@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from overspill.huggingface import BlockOutput, Embedded, StreamedModel
-from overspill.huggingface.tail import find_targets
 from plain_loop import SeedUnit, StepGradients
 from torch import Tensor
+
+from overspill.huggingface import BlockOutput, Embedded, StreamedModel
+from overspill.huggingface.tail import find_targets
 
 
 class GradientSums:

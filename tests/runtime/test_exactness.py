@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from training_loop import PlainTrainer, make_batches
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import overspill
-from training_loop import PlainTrainer, make_batches
 
 VOCAB, STEPS, SEED = 96, 5, 7
 OPTIMIZER = overspill.AdamW(lr=1e-2, weight_decay=0.1)

@@ -51,9 +51,7 @@ PLACEMENTS = list(itertools.product(["device", "host", "ssd"], repeat=3))
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4])
 def test_every_placement_gives_schedules_that_keep_all_rules(tied: bool, clip: float | None, group_size: int) -> None:
     for parameters, states, boundaries in PLACEMENTS:
-        plan = make_plan(
-            tied=tied, clip=clip, group_size=group_size, parameters=parameters, states=states, boundaries=boundaries
-        )
+        plan = make_plan(tied=tied, clip=clip, group_size=group_size, parameters=parameters, states=states, boundaries=boundaries)
         tokens = [16, 12, 16, 4]
         validate(build_train_step(plan, tokens, starts_pending=False), plan)
         validate(build_evaluation(plan, tokens), plan)

@@ -1,8 +1,8 @@
 """Models and data of the Hugging Face ecosystem: taken apart into units, loaded, exported, tokenized."""
 
 from overspill.huggingface.export import write_model_folder
-from overspill.huggingface.meta_model import build_meta_model
+from overspill.huggingface.meta_model import build_meta_model, swap_parameters_for_meta
 from overspill.huggingface.streamed_model import BlockOutput, Embedded, StreamedModel
 from overspill.huggingface.weights import expected_tensors, open_checkpoint
 
-__all__ = ["BlockOutput", "Embedded", "StreamedModel", "build_meta_model", "expected_tensors", "open_checkpoint", "write_model_folder"]
+__all__ = ["BlockOutput", "Embedded", "StreamedModel", "build_meta_model", "expected_tensors", "open_checkpoint", "swap_parameters_for_meta", "write_model_folder"]

@@ -34,7 +34,7 @@ from transformers import PreTrainedModel
 from overspill.errors import UnsupportedModelError
 from overspill.huggingface.side_outputs import SideOutputTaps, has_router_loss
 from overspill.huggingface.stand_ins import CallRecorder, ReturnShape, StandInStack
-from overspill.huggingface.tail import forward_replaced, last_hidden_state
+from overspill.huggingface.tail import forward_replaced
 from overspill.huggingface.templates import ParameterSlots, build_kind
 
 NUM_TOKENS = 8
@@ -349,7 +349,7 @@ def lazy_zeros(like: Tensor) -> Tensor:
 @contextmanager
 def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
     """Attention kernels that only a GPU has give way to eager attention: what the blocks return is the same."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    configs: dict[int, Any] = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     before = [(config, config._attn_implementation) for config in configs.values() if "flash" in (config._attn_implementation or "")]
     for config, _ in before:
         config._attn_implementation = "eager"

@@ -44,15 +44,23 @@ def build_meta_model(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrai
     return model
 
 
-def swap_parameters_for_meta(model: nn.Module) -> None:
-    """Put a meta parameter of the same shape, dtype and trainability where each parameter of `model` was; ties stay ties."""
+def swap_parameters_for_meta(model: nn.Module, *, dtype: torch.dtype | None = None) -> None:
+    """Put a meta parameter of the same shape and trainability where each parameter of `model` was; ties stay ties.
+
+    Args:
+        dtype: of the new parameters, but for those that the model keeps in fp32 (rule 4); None: each one's own.
+    """
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.device.type != "meta":
+            if parameter is not None and (parameter.device.type != "meta" or dtype is not None):
                 if id(parameter) not in replaced:
-                    replaced[id(parameter)] = _as_meta(parameter)
+                    replaced[id(parameter)] = _as_meta(parameter, dtype if parameter.is_floating_point() else None)
                 module._parameters[name] = replaced[id(parameter)]
+    if dtype is not None:
+        assert isinstance(model, PreTrainedModel)
+        model.config.dtype = dtype
+        _declare_fp32_parameters(model, dtype)
 
 
 def _as_meta(parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -71,7 +79,7 @@ def _parameters_become_meta() -> Iterator[None]:
             known[parameter] = _as_meta(parameter)
         return known[parameter]
 
-    handle = register_module_parameter_registration_hook(hook)
+    handle = register_module_parameter_registration_hook(hook)  # type: ignore[arg-type]  # torch documents the return value
     try:
         yield
     finally:

@@ -42,7 +42,8 @@ class SideOutputTaps:
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
         """Collects the side outputs of the block that runs inside."""
-        self._heard = heard = []
+        heard: list[Tensor] = []
+        self._heard = heard
         try:
             yield heard
         finally:

@@ -338,7 +338,7 @@ def _turn_off_extras(model: PreTrainedModel) -> None:
         config.output_hidden_states = False
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+            vars(module)["gradient_checkpointing"] = False
 
 
 def _tensor_spec(model: nn.Module, name: str, parameter: nn.Parameter) -> TensorSpec:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from overspill.huggingface.stand_ins import ReturnShape, StandInStack
 
@@ -111,7 +112,7 @@ class Tail:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         owner: nn.Module,
         stack: StandInStack,
         returns: Mapping[str, ReturnShape],
@@ -167,7 +168,7 @@ class Tail:
         loss = total / num_targets
         side_gradients: dict[str, tuple[Tensor, ...]] = {}
         if self.has_router_loss:
-            weight = self.model.config.router_aux_loss_coef * (targets.num_targets / num_targets)  # type: ignore[union-attr]
+            weight = float(self.model.config.router_aux_loss_coef) * (targets.num_targets / num_targets)
             router_loss, side_gradients = self._router_loss(inputs, output, last_hidden_BTH, side_outputs, weight * loss_scale, is_training)
             loss = loss + weight * router_loss
         if accumulate is None:

@@ -46,12 +46,12 @@ def build_layout(
         groups.setdefault((tuple(units_of), spec.dtype, spec.trainable), []).append(spec)
     bundles: dict[str, Bundle] = {}
     unit_bundles: dict[str, list[str]] = {unit: [] for unit in units}
-    for (units_of, kind, trainable), tensors in groups.items():
-        parts = ["shared" if len(units_of) > 1 else units_of[0]]
+    for (readers_of, kind, trainable), tensors in groups.items():
+        parts = ["shared" if len(readers_of) > 1 else readers_of[0]]
         parts += [kind] if kind != dtype else []
         parts += [] if trainable else ["frozen"]
         name = ".".join(parts)
         bundles[name] = build_bundle(name, tensors, bytes_per_element=bytes_per_element(kind, trainable), chunk_bytes=chunk_bytes)
-        for unit in units_of:
+        for unit in readers_of:
             unit_bundles[unit].append(name)
     return tuple(Unit(name=unit, bundles=tuple(unit_bundles[unit])) for unit in units), bundles

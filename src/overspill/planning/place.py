@@ -185,7 +185,8 @@ def _choose_group(request: PlanRequest, base: Plan) -> Plan:
     assert held is not None
     raise BudgetError(
         f"{base.model} with parameters on {_lowest(request, request.parameters)}, states on {_lowest(request, request.states)} needs "
-        f"{format_bytes(held + over)} on {tier}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; " + ", or ".join(cures)
+        f"{format_bytes(held + over)} on {tier}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; "
+        + ", or ".join(cures)
     )
 
 

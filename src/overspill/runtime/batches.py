@@ -36,13 +36,17 @@ def prepare_batch(
     """
     unknown = sorted(set(batch) - set(_KEYS))
     if unknown or "input_ids" not in batch or "labels" not in batch:
-        raise ValueError(f"micro-batch {index} has keys {sorted(batch)}; it needs input_ids and labels, and may have {_KEYS[2]}, {_KEYS[3]}")
+        raise ValueError(
+            f"micro-batch {index} has keys {sorted(batch)}; it needs input_ids and labels, and may have {_KEYS[2]}, {_KEYS[3]}"
+        )
     ids, labels = batch["input_ids"], batch["labels"]
     if ids.ndim != 2:
         raise ValueError(f"micro-batch {index}: input_ids must be [samples, tokens], got shape {tuple(ids.shape)}")
     for key, tensor in batch.items():
         if tensor.shape != ids.shape:
-            raise ValueError(f"micro-batch {index}: {key} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}; they must be equal")
+            raise ValueError(
+                f"micro-batch {index}: {key} has shape {tuple(tensor.shape)}, input_ids {tuple(ids.shape)}; they must be equal"
+            )
     if ids.numel() > plan.micro_batch * plan.seq_len:
         raise ValueError(
             f"micro-batch {index} has {ids.shape[0]} x {ids.shape[1]} tokens, the plan was made for {plan.micro_batch} x {plan.seq_len}; "

@@ -177,6 +177,7 @@ class UnitRunner:
         if not trains:
             micro_batch.arguments = None
             return
+        assert output.hidden_gradient is not None
         micro_batch.side_output_gradients = dict(output.side_output_gradients)
         self.residency.put_boundary(self._boundary(op.unit, op, Role.BOUNDARY_GRADIENT), output.hidden_gradient)
 
@@ -185,9 +186,7 @@ class UnitRunner:
             total = micro_batch.side_gradients[index]
             micro_batch.side_gradients[index] = gradient if total is None else total + gradient
 
-    def _add_all(
-        self, unit: str, visit: Visit, gradients: Gradients, names: Sequence[str], results: Sequence[torch.Tensor | None]
-    ) -> None:
+    def _add_all(self, unit: str, visit: Visit, gradients: Gradients, names: Sequence[str], results: Sequence[torch.Tensor | None]) -> None:
         for name, gradient in zip(names, results, strict=True):
             if gradient is not None:
                 gradients.add(visit.bundle_of[name], unit, name, gradient)

@@ -9,6 +9,7 @@ Out: the parameters as the model reads them. A file in master precision is not w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -119,7 +120,7 @@ class Homes:
     def outgoing(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]:
         """(name, shape, dtype, read) of every tensor, in the model's order, for the export."""
         for name, (bundle, slot) in self._slots.items():
-            yield name, slot.tensor.shape, TORCH_DTYPES[bundle.dtype], lambda name=name: self.read(name)
+            yield name, slot.tensor.shape, TORCH_DTYPES[bundle.dtype], functools.partial(self.read, name)
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ A copy of a piece is one of four things:
 
 | tier | home (between steps) | borrowed (within a step) |
 |---|---|---|
-| device | a part of its bundle's *region*, one contiguous allocation | the same, borrowed from the device pool; a boundary is a torch tensor |
+| device | a part of its bundle's *region*, one contiguous allocation | the same, from the device pool; a boundary is a torch tensor |
 | host | a part of its bundle's region in (pinned) host memory | a slot of the host pool |
 | ssd | a range of the bundle's extent in the store | a range of an extent in scratch, whose file has no name on disk |
 

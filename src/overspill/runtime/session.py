@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overspill.errors import NonFiniteError
-from overspill.huggingface import StreamedModel, build_meta_model, expected_tensors, open_checkpoint, write_model_folder
+from overspill.huggingface import StreamedModel, build_meta_model, expected_tensors, open_checkpoint, swap_parameters_for_meta, write_model_folder
 from overspill.optim import global_norm
 from overspill.planning import build_layout, build_plan, simulate
 from overspill.report.memory import host_peak_bytes
@@ -87,6 +87,7 @@ class Session:
             assert isinstance(model, PreTrainedModel)
             built = model
             weights = {name: parameter.data for name, parameter in model.named_parameters()}
+            swap_parameters_for_meta(model, dtype=getattr(torch, plan.dtype))
         expected = expected_tensors(built)
         self.model = StreamedModel(built)
         self.hardware = read_hardware(self.device, plan.ssd_dir)
@@ -202,7 +203,7 @@ class Session:
             raise ValueError(f"step {self.step_number + 1} has no target: all labels are -100 after the shift by one")
         number = self.step_number + 1
         lr = self.learning_rate.at(number)
-        scale = self.loss_scale.scale if self.loss_scale is not None else 1.0
+        scale = self.loss_scale.value if self.loss_scale is not None else 1.0
         context = StepContext(step=number, seed=self.seed, num_targets=num_targets, loss_scale=scale)
         waits = self.plan.timing is UpdateTiming.PENDING
         updates = self._pending if waits else UpdateContext(self.optimizer, step=number, lr=lr, gradient_scale=1.0)

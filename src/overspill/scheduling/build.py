@@ -111,11 +111,11 @@ class _Builder:
                 waits.add(copy.writer)
             copy.readers.append(index)
         for key in (*effect.changes, *effect.drops, *((piece, tier) for piece, tier, _ in effect.creates)):
-            copy = self.copies.get(key)
-            if copy is not None:
-                waits.update(copy.readers)
-                if copy.writer is not None:
-                    waits.add(copy.writer)
+            old = self.copies.get(key)
+            if old is not None:
+                waits.update(old.readers)
+                if old.writer is not None:
+                    waits.add(old.writer)
         for key in effect.changes:
             self.copies[key].writer = index
             self.copies[key].readers = []

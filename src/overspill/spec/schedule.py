@@ -236,9 +236,7 @@ def effects(op: Op, plan: Plan) -> Effects:
 def _compute_effects(op: Compute, plan: Plan) -> Effects:
     names = [unit.name for unit in plan.units]
     position = names.index(op.unit)
-    reads = [
-        (piece, Tier.DEVICE) for bundle in plan.units[position].bundles for piece, _ in parameter_pieces(plan, bundle)
-    ]
+    reads = [(piece, Tier.DEVICE) for bundle in plan.units[position].bundles for piece, _ in parameter_pieces(plan, bundle)]
     changes: list[tuple[Piece, Tier]] = []
     if position > 0:
         reads.append((Piece(role=Role.BOUNDARY, owner=op.unit, index=op.micro_batch), Tier.DEVICE))

@@ -34,7 +34,18 @@ CHUNK_ALIGNMENT_ELEMENTS = 4096
 CHUNK_BYTES = 32 * MIB
 """Most bytes of all roles of one chunk together (design 4: states move in chunks of at most 32 MiB)."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "int8": 1, "uint8": 1, "bool": 1, "int32": 4, "int64": 8, "float64": 8}
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
 
 
 class Tier(enum.StrEnum):

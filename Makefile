@@ -1,0 +1,44 @@
+# Two commands do everything on a fresh machine with Python 3.11+, a C++17 compiler and make:
+#   make demo   fine-tunes a real model with its state on the disk
+#   make test   the test suite
+# Both make their own virtual environment in .venv (set PYTHON to choose the interpreter).
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
+PYTEST = $(VENV)/bin/python -m pytest
+NATIVE = $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
+CPP = $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+
+.PHONY: demo test check prove clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python examples/demo/run.py
+
+test: $(VENV)/.installed
+	$(PYTEST)
+
+# Ruff (lint and format), types, import contracts, C++ format.
+check: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+# Proofs that take minutes; their results go on file.
+prove: $(VENV)/.installed
+	mkdir -p benchmarks/results
+	$(PYTEST) -m "slow and not gpu and not multi_gpu" --durations=0 2>&1 | tee benchmarks/results/prove.txt
+
+# torch first and by itself: a range would fetch a CUDA build of gigabytes.
+$(VENV)/.installed: $(NATIVE)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet --constraint constraints.txt torch
+	$(PIP) install --quiet --constraint constraints.txt scikit-build-core nanobind ninja cmake
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV)/.installed .pytest_cache .mypy_cache .ruff_cache
