@@ -111,3 +111,12 @@ def test_a_router_loss_without_router_logits_is_refused() -> None:
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
     with pytest.raises(UnsupportedModelError, match="none of its blocks has router logits"):
         StreamedModel(model)
+
+
+def test_embedding_and_tail_are_not_bound_at_once() -> None:
+    model = tiny_model("llama_tied")
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    streamed = StreamedModel(model)
+    embedding, tail = ({name: weights[name] for name in streamed.unit_parameters[unit]} for unit in ("embedding", "tail"))
+    with streamed.bound("embedding", embedding), pytest.raises(AssertionError, match="cannot be bound"), streamed.bound("tail", tail):
+        pass

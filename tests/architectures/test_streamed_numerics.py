@@ -68,6 +68,16 @@ def test_unit_major_step_equals_the_plain_loop_bitwise(name: str) -> None:
     assert [torch.equal(a, b) for a, b in zip(streamed.losses, plain.losses, strict=True)] == [True] * 3
 
 
+@pytest.mark.parametrize("name", ["llama_tied", "gemma3", "gpt2", "gpt_oss", "mamba2"])
+def test_unit_major_step_in_bf16_equals_the_plain_loop_bitwise(name: str) -> None:
+    model = tiny_model(name, dtype=torch.bfloat16).train()
+    weights = _weights(model)
+    plain = run_plain_step(model, _batches(), chunk_rows=CHUNK_ROWS)
+    streamed_model = StreamedModel(build_meta_model(tiny_config(name), dtype=torch.bfloat16)).train()
+    streamed = run_unit_major_step(streamed_model, weights, _batches(), chunk_rows=CHUNK_ROWS)
+    assert [name for name in weights if not torch.equal(streamed.gradients[name], plain.gradients[name])] == []
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_are_those_of_the_models_own_loss(name: str) -> None:
     model = tiny_model(name).train()
@@ -177,3 +187,21 @@ def test_chunks_of_rows_bound_the_logits() -> None:
     rows.clear()
     run_unit_major_step(streamed, weights, [tiny_batch(1, padding=3)], chunk_rows=8)
     assert rows == [8, 8, 3]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_unit_major_step_equals_the_plain_loop_on_the_device(name: str, dtype: torch.dtype) -> None:
+    """Same kernels on the same shapes; only atomics (an embedding's backward) may add in another order."""
+    model = tiny_model(name, dtype=dtype).cuda().train()
+    weights = _weights(model)
+    batches = [{key: value if key == "labels" else value.cuda() for key, value in batch.items()} for batch in _batches()]
+    plain = run_plain_step(model, batches, chunk_rows=CHUNK_ROWS)
+    streamed_model = StreamedModel(build_meta_model(tiny_config(name), dtype=dtype)).train()
+    streamed_model.to("cuda")
+    streamed = run_unit_major_step(streamed_model, weights, batches, chunk_rows=CHUNK_ROWS)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for tensor, gradient in plain.gradients.items():
+        difference = (streamed.gradients[tensor] - gradient).float().norm()
+        assert difference <= tolerance * gradient.float().norm().clamp_min(1e-6), f"{tensor}: {difference}"

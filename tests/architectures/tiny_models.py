@@ -87,10 +87,13 @@ def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
     return config
 
 
-def tiny_model(name: str, *, seed: int = 0, spread: float = 0.3, **changes: Any) -> PreTrainedModel:
-    """A model of `name` with random fp32 weights: normal of deviation `spread` / sqrt(fan in), vectors around their initial values."""
+def tiny_model(name: str, *, seed: int = 0, spread: float = 0.3, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:
+    """A model of `name` with random weights of `dtype` and buffers as transformers keeps them.
+
+    Matrices are normal with deviation 4 `spread` / sqrt(fan in), vectors near their initial values.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

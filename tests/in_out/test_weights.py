@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import conversion_mapping, core_model_loading
 
 from overspill.errors import ModelFolderError
 from overspill.huggingface.weights import canonical_names, expected_tensors, open_checkpoint
@@ -119,8 +120,8 @@ def test_per_expert_matrices_become_the_expert_tensors_of_mixtral(tmp_path: Path
     assert_reads(tmp_path, model)
 
 
-def test_qkv_of_one_matrix_is_split_as_transformers_does(tmp_path: Path) -> None:
-    """One-to-many conversions (here the stored gate_up_proj of Phi-3, which stays one) and plain models share a path."""
+def test_fused_projections_stay_one_tensor(tmp_path: Path) -> None:
+    """Phi-3 stores query, key and value as one matrix and so has it in memory: no conversion is imagined."""
     torch.manual_seed(0)
     model = transformers.Phi3ForCausalLM(
         transformers.Phi3Config(
@@ -128,6 +129,27 @@ def test_qkv_of_one_matrix_is_split_as_transformers_does(tmp_path: Path) -> None
         )
     )
     model.save_pretrained(tmp_path)
+    assert_reads(tmp_path, model)
+
+
+def test_one_stored_matrix_becomes_several_tensors(tmp_path: Path, build_llama: BuildLlama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter with several targets, as HRM-Text has for query, key and value; here given to a Llama."""
+    parts = [f"self_attn.{part}_proj.weight" for part in "qkv"]
+    model = build_llama(num_key_value_heads=4)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        conversion_mapping,
+        "get_model_conversion_mapping",
+        lambda model: [core_model_loading.WeightConverter("self_attn.qkv_proj.weight", list(parts), [core_model_loading.Chunk(dim=0)])],
+    )
+
+    def fuse(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        for layer in range(2):
+            prefix = f"model.layers.{layer}."
+            tensors[prefix + "self_attn.qkv_proj.weight"] = torch.cat([tensors.pop(prefix + part) for part in parts])
+        return tensors
+
+    rewrite(tmp_path, fuse)
     assert_reads(tmp_path, model)
 
 

@@ -19,7 +19,11 @@ Rules:
 2. A tied parameter has one name, belongs to the embedding and to the tail, and gets a gradient from each.
 3. After construction the model's blocks hang on their stand-ins alone: `state_dict`, `parameters` and the like do not see them,
    `train` and `eval` do.
-4. One thread at a time runs a StreamedModel.
+4. One thread at a time runs a StreamedModel. Blocks may be bound side by side, embedding and tail may not: they share modules.
+
+Limits: the loss is that of predicting the next token (labels are shifted here, as `ForCausalLMLoss` does); the decoders of Bart and its
+kin, whose own `labels` loss does not shift, train on shifted labels all the same. Read-only dictionaries as block arguments
+(DeepSeek-V4's rotary tables) and KV states shared between layers (Gemma 3n, Gemma 4) are refused.
 """
 
 from __future__ import annotations
@@ -177,7 +181,8 @@ class StreamedModel:
             raise ValueError(
                 f"{unit} reads other parameters: missing {sorted(wanted - set(tensors))}, unknown {sorted(set(tensors) - wanted)}"
             )
-        assert unit not in self._bound, f"{unit} is bound already"
+        clashing = {EMBEDDING, TAIL} if unit in (EMBEDDING, TAIL) else {unit}
+        assert not clashing & self._bound.keys(), f"{unit} cannot be bound while {clashing & self._bound.keys()} is"
         if unit in self._blocks:
             slots, filled = self._block_slots[unit], dict(tensors)
         else:

@@ -29,7 +29,7 @@ from overspill.runtime.batches import count_targets, prepare_batch, token_count
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.executor import Executor, UpdateContext
 from overspill.runtime.homes import Homes
-from overspill.runtime.machine import read_hardware, resolve_device
+from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
 from overspill.runtime.residency import Residency, scratch_bytes, store_bytes
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
 from overspill.spec.hardware import HardwareSpec
@@ -79,6 +79,7 @@ class Session:
         self._open_store = open_store or _open_ssd_store
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
+        return_freed_memory()
         checkpoint = None if isinstance(model, PreTrainedModel) else open_checkpoint(model)
         weights: dict[str, torch.Tensor] = {}
         if checkpoint is not None:
