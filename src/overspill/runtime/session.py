@@ -90,6 +90,7 @@ class Session:
             weights = {name: parameter.data for name, parameter in model.named_parameters()}
             swap_parameters_for_meta(model, dtype=getattr(torch, plan.dtype))
         expected = expected_tensors(built)
+        self._generation_config = getattr(built, "generation_config", None) if checkpoint is None else checkpoint.generation_config
         self.model = StreamedModel(built)
         self.hardware = read_hardware(self.device, plan.ssd_dir)
         self.plan = self._make_plan(plan, chunk_bytes)
@@ -334,7 +335,7 @@ class Session:
         return write_model_folder(
             directory,
             config=model.config,
-            generation_config=getattr(model, "generation_config", None),
+            generation_config=self._generation_config,
             tokenizer_source=tokenizer,
             tensors=[*self.homes.outgoing(), *kept],
         )
