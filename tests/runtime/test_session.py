@@ -156,7 +156,14 @@ def test_a_loss_that_is_not_finite_stops_before_any_update(clip: float | None) -
         before = {name: session.homes.read(name) for name in session.homes.names}
         with pytest.raises(NonFiniteError, match="loss of step 1, micro-batch 0 is nan; no weight was changed"):
             session.step(batches())
-        assert all(torch.equal(session.homes.read(name), before[name], ) or "up_proj" in name for name in before)
+        assert all(
+            torch.equal(
+                session.homes.read(name),
+                before[name],
+            )
+            or "up_proj" in name
+            for name in before
+        )
         assert session.step_number == 0
 
 
@@ -170,7 +177,9 @@ def test_a_gradient_that_is_not_finite_names_tensor_and_updated_units(monkeypatc
 
     monkeypatch.setattr(UnitRunner, "_run_block_backward", overflowing)
     with open_session(None, llama(tied=False), parameters="host", states="host") as session:
-        with pytest.raises(NonFiniteError, match=r"gradient of model.layers.0.* not finite in step 1; already updated.*tail, model.layers.2"):
+        with pytest.raises(
+            NonFiniteError, match=r"gradient of model.layers.0.* not finite in step 1; already updated.*tail, model.layers.2"
+        ):
             session.step(batches())
         with pytest.raises(RuntimeError, match="half-way"):
             session.step(batches())

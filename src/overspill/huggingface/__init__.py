@@ -5,4 +5,13 @@ from overspill.huggingface.meta_model import build_meta_model, swap_parameters_f
 from overspill.huggingface.streamed_model import BlockOutput, Embedded, StreamedModel
 from overspill.huggingface.weights import expected_tensors, open_checkpoint
 
-__all__ = ["BlockOutput", "Embedded", "StreamedModel", "build_meta_model", "expected_tensors", "open_checkpoint", "swap_parameters_for_meta", "write_model_folder"]
+__all__ = [
+    "BlockOutput",
+    "Embedded",
+    "StreamedModel",
+    "build_meta_model",
+    "expected_tensors",
+    "open_checkpoint",
+    "swap_parameters_for_meta",
+    "write_model_folder",
+]

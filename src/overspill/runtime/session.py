@@ -21,7 +21,14 @@ import torch
 from transformers import PreTrainedModel
 
 from overspill.errors import NonFiniteError
-from overspill.huggingface import StreamedModel, build_meta_model, expected_tensors, open_checkpoint, swap_parameters_for_meta, write_model_folder
+from overspill.huggingface import (
+    StreamedModel,
+    build_meta_model,
+    expected_tensors,
+    open_checkpoint,
+    swap_parameters_for_meta,
+    write_model_folder,
+)
 from overspill.optim import global_norm
 from overspill.planning import build_layout, build_plan, simulate
 from overspill.report.memory import host_peak_bytes
