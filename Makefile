@@ -29,7 +29,7 @@ check: $(VENV)/.installed
 # Proofs that take minutes; their results go on file.
 prove: $(VENV)/.installed
 	mkdir -p benchmarks/results
-	$(PYTEST) -m "slow and not gpu and not multi_gpu" --durations=0 2>&1 | tee benchmarks/results/prove.txt
+	$(PYTEST) -m "slow and not gpu and not multi_gpu" --durations=0 -q --no-header 2>&1 | tee benchmarks/results/prove.txt
 
 # torch first and by itself: a range would fetch a CUDA build of gigabytes.
 $(VENV)/.installed: $(NATIVE)

@@ -102,16 +102,18 @@ def test_calls_from_several_threads_take_turns(build_segment):
         expected.assert_same_bits(segment)
 
 
-def _finite_in_child(queue) -> None:
-    queue.put(native.all_finite_native(torch.zeros(200_000), num_threads=2))
+def _finite_in_child(queue, values: torch.Tensor) -> None:
+    """Only the native core works here: torch's own OpenMP threads do not survive a fork."""
+    queue.put(native.all_finite_native(values, num_threads=2))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_forked_child_gets_threads_of_its_own():
-    assert native.all_finite_native(torch.zeros(200_000), num_threads=2)  # the parent's pool exists
+    values = torch.zeros(200_000)
+    assert native.all_finite_native(values, num_threads=2)  # the parent's pool exists
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    child = context.Process(target=_finite_in_child, args=(queue,))
+    child = context.Process(target=_finite_in_child, args=(queue, values))
     child.start()
     try:
         assert queue.get(timeout=30)
