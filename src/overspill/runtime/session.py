@@ -40,7 +40,7 @@ from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES
 from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient
 from overspill.spec.workload import ModelLayout
-from overspill.tiers import DeviceMemory, HostMemory, SsdStore, Store
+from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 
 StoreFactory = Callable[[str, int, bool], Store]
 
@@ -163,7 +163,8 @@ class Session:
                     continue
                 assert plan.ssd_dir is not None
                 stores.append(self._open_store(plan.ssd_dir, num_bytes, is_scratch))
-            return Residency(plan, device=device, host=host, store=stores[0], scratch=stores[1])
+            records = [None if store is None else RecordStore(store) for store in stores]
+            return Residency(plan, device=device, host=host, store=records[0], scratch=records[1])
         except BaseException:
             for store in stores:
                 if store is not None:
