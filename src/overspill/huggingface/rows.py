@@ -328,7 +328,7 @@ def _read_csv(path: Path) -> Iterator[RawRow]:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                raise DataError(f"{path}:{reader.line_num} is no CSV: {error}") from error
+                raise DataError(f"{path}:{reader.reader.line_num} is no CSV: {error}") from error
             if row is None:
                 return
             if None in row or None in row.values():
