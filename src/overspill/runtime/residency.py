@@ -69,7 +69,9 @@ class Residency:
         scratch: keeps gradients and boundaries that rest on the SSD; None if nothing does.
     """
 
-    def __init__(self, plan: Plan, *, device: DeviceMemory, host: HostMemory, store: RecordStore | None, scratch: RecordStore | None) -> None:
+    def __init__(
+        self, plan: Plan, *, device: DeviceMemory, host: HostMemory, store: RecordStore | None, scratch: RecordStore | None
+    ) -> None:
         self.plan = plan
         self.device, self.host, self.store, self.scratch = device, host, store, scratch
         self.device_pool = SlotPool(device, "device")

@@ -123,9 +123,7 @@ class RecordStore:
 
     def version(self, name: str) -> RecordVersion:
         record = self._records[name]
-        return RecordVersion(
-            num_bytes=record.num_bytes, slots=tuple(record.slots), slot=record.current, checksums=record.checksums
-        )
+        return RecordVersion(num_bytes=record.num_bytes, slots=tuple(record.slots), slot=record.current, checksums=record.checksums)
 
     def is_written(self, name: str) -> bool:
         """Whether the record ever got content."""

@@ -208,9 +208,9 @@ class SsdStore:
         except OSError as error:
             raise self._error("flush", "all extents", 0, 0, 0, error.errno) from error
 
-    def keep(self) -> None:
-        """From now on closing leaves the file where it is."""
-        self._file.keeps_content = True
+    def keep(self, is_kept: bool = True) -> None:
+        """Whether closing leaves the file where it is."""
+        self._file.keeps_content = is_kept
 
     def start_read(self, name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
         """Start reading bytes [offset, offset + len(buffer)) of an extent; `buffer` is lent until `wait()`."""
