@@ -61,6 +61,12 @@ def write_arrow(path: Path) -> None:
         writer.write_table(table)
 
 
+def write_feather(path: Path) -> None:
+    import pyarrow.feather
+
+    pyarrow.feather.write_feather(pyarrow.Table.from_pylist(ROWS), path)
+
+
 def write_saved(path: Path) -> None:
     import datasets
 
@@ -75,7 +81,8 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "data.csv": write_csv,
     "data.tsv": write_csv,
     "data.parquet": write_parquet,
-    "data.arrow": write_arrow,
+    "stream.arrow": write_arrow,
+    "file.arrow": write_feather,
     "saved": write_saved,
 }
 
@@ -94,10 +101,11 @@ def test_every_kind_of_file_gives_the_same_rows_each_time(tmp_path: Path, name: 
 def test_plain_files_need_no_datasets_and_others_say_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("data.jsonl", "array.json", "data.csv", "data.parquet"):
         WRITERS[name](tmp_path / name)
-    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    for module in ("datasets", "pyarrow"):
+        monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     for name in ("data.jsonl", "array.json", "data.csv"):
         assert plain(find_source(tmp_path / name)) == ROWS
-    with pytest.raises(DataError, match=r"data\.parquet is read through the datasets library, .* run: pip install datasets"):
+    with pytest.raises(DataError, match=r"data\.parquet is read through pyarrow, .* run: pip install datasets"):
         plain(find_source(tmp_path / "data.parquet"))
     with pytest.raises(DataError, match=r"some/name \(a name on the hub\) is read through the datasets library"):
         plain(find_source("some/name"))
@@ -179,6 +187,7 @@ def test_wrong_fields_are_refused(text: str) -> None:
         ("a.jsonl.gz", b"no gzip", r"cannot read .*a\.jsonl\.gz: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], r"cannot read .*a\.jsonl\.gz: Compressed file ended"),
         ("a.parquet", b"PAR1 not really", r"cannot read .*a\.parquet as parquet: "),
+        ("a.arrow", b"ARROW1 not really", r"cannot read .*a\.arrow as arrow: "),
         ("a.docx", "", r"a\.docx is of no known kind; name JSONL, JSON, CSV"),
         ("a.csv", "", r"a\.csv holds no sample"),
         ("a.json", "[]", r"a\.json holds no sample"),

@@ -5,32 +5,31 @@ A **row** is one JSON-like object; `tokenization` says which fields it may have.
 * `.jsonl`, `.ndjson`: one JSON object a line; `.json`: an array of objects, or objects one after the other;
 * `.csv`, `.tsv`: a header line, then one row a line; every value is a string;
 * `.txt`, `.text`: running text, one document a file; it has no rows but pieces;
-* `.parquet`, `.arrow`, a folder written by `Dataset.save_to_disk`, a name on the hub: through the `datasets` library.
+* `.parquet`, `.arrow`: through `pyarrow`, which the `datasets` library brings;
+* a folder written by `Dataset.save_to_disk`, a name on the hub: through `datasets`.
 
-Rule 1. Everything but the last line is read with Python's own readers, so that `datasets` is needed only where it is used, no copy
-        of the data is left in a cache, and a completion of `42` stays a string. Those files may end in `.gz`.
-Rule 2. Nothing here holds more than one row (or one piece of `PIECE_CHARACTERS`) in memory.
+Rule 1. A library is loaded only where it is needed. The kinds of the first three lines are read with Python's own readers, so that no
+        copy of the data is left in a cache, and a completion of `42` stays a string; those files may end in `.gz`.
+Rule 2. Nothing here holds more in memory than some rows (or a piece of `PIECE_CHARACTERS`), however long the file is.
 Rule 3. A folder is read as one data set: its files in the order of their names, all of one kind. A file whose name has a word such
         as `test` or `validation` belongs to that split and is left out unless it is asked for; what is left out is said.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import gzip
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from overspill.errors import DataError
+from overspill.huggingface.row_files import RawRow, first_line, import_library, number_rows, open_text, read_file, read_lines
 
-PIECE_CHARACTERS = 1 << 20
-"""Running text is tokenized in pieces of about this size, cut at line ends. Chosen, not tuned."""
+PIECE_CHARACTERS = 1 << 18
+"""Running text is tokenized in pieces of about this size, cut at line ends: 1 << 20 took 190 MiB inside the tokenizer."""
 
 _KINDS = {
     ".jsonl": "jsonl",
@@ -56,21 +55,6 @@ _SPLIT_WORDS = {
     "eval": "validation",
 }
 _HUB_NAME = r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RawRow:
-    """One row before it is tokenized."""
-
-    source: str
-    """The file, or the name on the hub."""
-    line: int
-    """In it, from 1: lines where the file has lines, else rows."""
-    fields: Mapping[str, Any]
-
-    @property
-    def where(self) -> str:
-        return f"{self.source}:{self.line}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,9 +98,9 @@ class DataSource:
         """
         assert not self.is_running_text
         if self.kind in ("saved", "hub"):
-            rows = _number(self._open_dataset(), self.name)
+            rows = number_rows(self._open_dataset(), self.name)
         else:
-            rows = (row for path in self.files for row in _read_file(path, self.kind))
+            rows = (row for path in self.files for row in read_file(path, self.kind))
         for row in rows:
             yield dataclasses.replace(row, fields=self._rename(row)) if self.fields else row
 
@@ -124,10 +108,10 @@ class DataSource:
         """(file, text) of running text; a file's pieces follow each other and give its text when joined."""
         assert self.is_running_text
         for path in self.files:
-            with _open_text(path) as file:
+            with open_text(path) as file:
                 piece: list[str] = []
                 size = 0
-                for line in _lines(file, path):
+                for line in read_lines(file, path):
                     piece.append(line)
                     size += len(line)
                     if size >= PIECE_CHARACTERS:
@@ -146,7 +130,8 @@ class DataSource:
         return renamed
 
     def _open_dataset(self) -> Any:
-        datasets = _import_datasets(f"{self.name} ({'a folder written by datasets' if self.kind == 'saved' else 'a name on the hub'})")
+        what = "a folder written by datasets" if self.kind == "saved" else "a name on the hub"
+        datasets = import_library("datasets", f"{self.name} ({what})", "the datasets library")
         try:
             if self.kind == "saved":
                 found = datasets.load_from_disk(self.name)
@@ -158,7 +143,7 @@ class DataSource:
             raise
         except Exception as error:  # the library's own errors have no common base
             cure = "name an existing file, folder or hub data set, and its --split and --data-config"
-            raise DataError(f"cannot read {self.name} through datasets: {_first_line(error)}; {cure}") from error
+            raise DataError(f"cannot read {self.name} through datasets: {first_line(error)}; {cure}") from error
 
 
 def find_source(
@@ -259,131 +244,3 @@ def _find_files(folder: Path, split: str) -> tuple[str, tuple[Path, ...], tuple[
 def _split_of(path: Path) -> str:
     words = [word for part in path.parts for word in re.split(r"[^a-z]+", part.lower())]
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "train")
-
-
-def _read_file(path: Path, kind: str) -> Iterator[RawRow]:
-    if kind in ("parquet", "arrow"):
-        datasets = _import_datasets(str(path))
-        try:  # streaming: rows are read where they lie and not copied into a cache
-            yield from _number(datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True), str(path))
-        except (DataError, GeneratorExit):
-            raise
-        except Exception as error:  # pyarrow's and the library's errors have no common base
-            raise DataError(f"cannot read {path} as {kind}: {_first_line(error)}; write it again") from error
-        return
-    try:
-        yield from {"jsonl": _read_json_lines, "json": _read_json, "csv": _read_csv}[kind](path)
-    except (OSError, EOFError) as error:  # EOFError: a .gz that ends early
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; name a file that can be read") from error
-
-
-def _read_json_lines(path: Path) -> Iterator[RawRow]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw)
-            except ValueError as error:  # covers bytes that are no UTF-8
-                raise DataError(f"{path}:{line} is no JSON: {error}") from error
-            yield _object(row, str(path), line)
-
-
-def _read_json(path: Path) -> Iterator[RawRow]:
-    """The elements of an array, or objects one after the other, decoded as they come (rule 2)."""
-    decoder = json.JSONDecoder()
-    with _open_text(path) as file:
-        text, end_of_file, number, in_array = "", False, 0, False
-        while True:
-            text = text.lstrip("\ufeff \t\r\n," if number else "\ufeff \t\r\n")
-            if not in_array and number == 0 and text.startswith("["):
-                in_array, text = True, text[1:].lstrip()
-            if text.startswith("]") and in_array:
-                if (text[1:] + _read_text(file, path, 1 << 16)).strip():
-                    raise DataError(f"{path} goes on after the end of its array (element {number}); write one array")
-                return
-            try:
-                row, end = decoder.raw_decode(text)
-            except ValueError as error:
-                if end_of_file:
-                    if text or in_array:
-                        what = "ends inside its array" if not text else f"is no JSON at element {number + 1}: {error}"
-                        raise DataError(f"{path} {what}") from error
-                    return
-                # What is left is the start of an element: at least as much again is read, so that long ones cost no square.
-                more = _read_text(file, path, max(1 << 16, len(text)))
-                text, end_of_file = text + more, not more
-                continue
-            number += 1
-            yield _object(row, str(path), number)
-            text = text[end:]
-
-
-def _read_csv(path: Path) -> Iterator[RawRow]:
-    csv.field_size_limit(sys.maxsize)  # the module's default refuses a cell of more than 128 KiB
-    delimiter = "\t" if ".tsv" in path.name.lower() else ","
-    with _open_text(path) as file:
-        reader = csv.DictReader(_lines(file, path), delimiter=delimiter, strict=True)
-        while True:
-            try:
-                row = next(reader, None)
-            except csv.Error as error:
-                raise DataError(f"{path}:{reader.reader.line_num} is no CSV: {error}") from error
-            if row is None:
-                return
-            if None in row or None in row.values():
-                count = len(row) + len(row[None]) - 1 if None in row else sum(value is not None for value in row.values())
-                raise DataError(
-                    f"{path}:{reader.line_num} has {count} columns, the header {len(reader.fieldnames or ())}; quote its commas"
-                )
-            yield RawRow(source=str(path), line=reader.line_num, fields=row)
-
-
-def _object(row: Any, source: str, line: int) -> RawRow:
-    if not isinstance(row, dict):
-        raise DataError(f"{source}:{line} is a JSON {type(row).__name__}, expected an object")
-    return RawRow(source=source, line=line, fields=row)
-
-
-def _number(rows: Any, source: str) -> Iterator[RawRow]:
-    for line, row in enumerate(rows, 1):
-        yield RawRow(source=source, line=line, fields=row)
-
-
-def _open_text(path: Path) -> IO[str]:
-    # newline="": line ends stay as they are, as csv wants it and as text was written.
-    try:
-        if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8-sig", newline="")  # type: ignore[return-value]
-        return path.open(encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; name a file that can be read") from error
-
-
-def _read_text(file: IO[str], path: Path, size: int) -> str:
-    try:
-        return file.read(size)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8: {error}; convert it") from error
-
-
-def _lines(file: IO[str], path: Path) -> Iterator[str]:
-    line = 0
-    try:
-        for text in file:
-            line += 1
-            yield text
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 after line {line}: {error}; convert it") from error
-
-
-def _import_datasets(what: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{what} is read through the datasets library, which is not installed; run: pip install datasets") from error
-    return datasets
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
