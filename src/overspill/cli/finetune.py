@@ -56,9 +56,13 @@ class FinetuneOptions:
     fields: str | None = None
     stream: bool = False
     shuffle_buffer: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 1
+    resume: bool = False
+    discard_checkpoints: bool = False
 
 
-_DATA, _TRAINING, _PLACEMENT = "Data", "Training", "Placement"
+_DATA, _TRAINING, _PLACEMENT, _CHECKPOINTS = "Data", "Training", "Placement", "Checkpoints"
 
 
 def finetune(
@@ -102,6 +106,12 @@ def finetune(
     fields: Annotated[str | None, typer.Option(help="prompt=COLUMN,completion=COLUMN …", rich_help_panel=_DATA)] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Never hold the data set in memory.", rich_help_panel=_DATA)] = False,
     shuffle_buffer: Annotated[int | None, typer.Option(min=1, help="Rows, with --stream; 10000.", rich_help_panel=_DATA)] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_CHECKPOINTS)] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints kept; space is one more.", rich_help_panel=_CHECKPOINTS)] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest one.", rich_help_panel=_CHECKPOINTS)] = False,
+    discard_checkpoints: Annotated[
+        bool, typer.Option("--discard-checkpoints", help="Delete those of an earlier run.", rich_help_panel=_CHECKPOINTS)
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with any of these; the command line wins.", is_eager=True, callback=use_config_file),

@@ -17,14 +17,27 @@ from typing import Any
 from rich.console import Console
 
 from overspill.cli.config_file import write_config
+from overspill.cli.continuation import (
+    checkpoint_policy,
+    command_to_go_on,
+    deciding_flags,
+    describe_position,
+    find_checkpoint,
+    note_directory,
+    validate_same_flags,
+)
 from overspill.cli.finetune import FinetuneOptions
+from overspill.cli.stopping import StopRequest
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
 from overspill.errors import ModelFolderError, NonFiniteError, StorageError
+from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.model_folder import find_model_folder
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile
 from overspill.report.tables import placement_table
+from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
+from overspill.spec.checkpoint import Manifest
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
@@ -47,10 +60,18 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     num_steps = count_steps(options, data)
     _prepare_out(options.out)
 
-    with build_session(options, folder, data.seq_len, num_steps) as session:
+    source = find_checkpoint(options) if options.resume else None
+    if source is not None:
+        validate_same_flags(source[1], deciding_flags(options, num_steps))
+        data.feed.seek(DataPosition.from_plain(source[1].data_position["data"]))
+
+    with build_session(options, folder, data.seq_len, num_steps, source) as session:
         _announce(options, console, session.plan, data, num_steps)
-        course = _Course()
-        _evaluate(session, data, course)
+        course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
+        if source is not None:
+            console.print(f"going on after step {course.step}", highlight=False)
+        else:
+            _evaluate(session, data, course)
         if course.held_out:
             console.print(f"held-out loss before: {course.held_out[0]:.4f}")
         _train(session, data, options, num_steps, console, course)
@@ -111,8 +132,11 @@ def resolve_dtype(options: FinetuneOptions) -> str:
     return "float32" if on_cpu else "bfloat16"
 
 
-def build_session(options: FinetuneOptions, folder: Path, seq_len: int, num_steps: int) -> Session:
-    """The session of these options, for rows of at most `seq_len` positions."""
+def build_session(
+    options: FinetuneOptions, folder: Path, seq_len: int, num_steps: int, source: tuple[Path, Manifest] | None = None
+) -> Session:
+    """The session of these options, for rows of at most `seq_len` positions; at the checkpoint `source` if there is one."""
+    policy = checkpoint_policy(options)
     request = PlanRequest(
         parameters=options.parameters,
         states=options.states,
@@ -129,12 +153,15 @@ def build_session(options: FinetuneOptions, folder: Path, seq_len: int, num_step
         clip=options.clip,
         device=options.device,
     )
+    if source is not None:
+        return resume(source[0], model=folder, plan=request, checkpoints=policy, generation=source[1].generation)
     return Session(
         folder,
         plan=request,
         optimizer=AdamW(lr=options.lr, weight_decay=options.weight_decay),
         learning_rate=LearningRate(kind=options.lr_schedule, base=options.lr, warmup_steps=options.warmup_steps, total_steps=num_steps),
         seed=options.seed,
+        **({"checkpoints": policy} if policy is not None else {}),
     )
 
 
@@ -158,7 +185,9 @@ def _announce(options: FinetuneOptions, console: Console, plan: Plan, data: Trai
     free = shutil.disk_usage(options.out).free
     if needed > free:
         raise StorageError(f"the trained model needs {format_bytes(needed)} in {options.out}, {format_bytes(free)} are free; make room")
-    write_config(options.out / "run.yaml", options)
+    write_config(options.out / "run.yaml", dataclasses.replace(options, resume=False, discard_checkpoints=False))
+    if checkpoint_policy(options) is not None:
+        note_directory(options)
     try:
         (options.out / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     except OSError as error:
@@ -184,6 +213,11 @@ class _Course:
     """Step -> loss over the held-out targets after it."""
     step: int = 0
 
+    @classmethod
+    def from_checkpoint(cls, plain: dict[str, Any]) -> _Course:
+        """Read back what a checkpoint has; JSON's keys are text."""
+        return cls(**{**plain, "held_out": {int(step): loss for step, loss in plain["held_out"].items()}})
+
     def add(self, report: StepReport) -> None:
         self.losses = [*self.losses[:1], report.loss]
         self.num_tokens += report.num_tokens
@@ -199,8 +233,18 @@ def _evaluate(session: Session, data: TrainingData, course: _Course) -> None:
 
 
 def _train(session: Session, data: TrainingData, options: FinetuneOptions, num_steps: int, console: Console, course: _Course) -> None:
-    with MetricsFile(options.out / "metrics.jsonl") as metrics, LiveLine(console, num_steps=num_steps) as line:
-        for _ in range(num_steps):
+    def save() -> None:
+        session.save_checkpoint(describe_position(data.feed.position, deciding_flags(options, num_steps), course))
+
+    stop = StopRequest(lambda text: console.print(text, highlight=False))
+    is_saving = checkpoint_policy(options) is not None
+    resume_after = course.step if options.resume else None
+    with (
+        stop,
+        MetricsFile(options.out / "metrics.jsonl", resume_after=resume_after) as metrics,
+        LiveLine(console, num_steps=num_steps) as line,
+    ):
+        while course.step < num_steps:
             report = session.step(next(data.feed))
             course.add(report)
             try:
@@ -214,6 +258,18 @@ def _train(session: Session, data: TrainingData, options: FinetuneOptions, num_s
                     f"the loss of step {report.step} is {report.loss}; nothing was saved. "
                     f"Lower --lr (now {report.lr:.2e}), add --warmup-steps or --clip, or compute in --dtype float32"
                 )
+            is_due = options.checkpoint_every is not None and course.step % options.checkpoint_every == 0
+            if is_saving and (is_due or stop.is_requested or course.step == num_steps):
+                save()
+            if stop.is_requested and course.step < num_steps:
+                raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
+
+
+def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: bool) -> str:
+    """How to go on after a stop that was asked for."""
+    if is_saved:
+        return f"stopped after step {step} of {num_steps}; its checkpoint is saved; go on with: {command_to_go_on(options)}"
+    return f"stopped after step {step} of {num_steps}; nothing is saved, since no --checkpoint-every was given"
 
 
 def _summarize(options: FinetuneOptions, console: Console, course: _Course, num_steps: int, elapsed_s: float) -> None:

@@ -78,14 +78,20 @@ def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
 class MetricsFile:
     """Appends one JSON object a step; a context manager. An older file of that name is replaced.
 
+    Args:
+        resume_after: keep the older file's rows up to this step; None: none of them.
+
     Raises:
         StorageError: the file cannot be created or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
         self.path = path
         try:
+            kept = _rows_up_to(path, resume_after) if resume_after is not None else []
             self._file: IO[str] = path.open("w", encoding="utf-8")
+            self._file.writelines(kept)
+            self._file.flush()
         except OSError as error:
             raise StorageError(f"cannot create {path}: {error.strerror} (errno {error.errno})") from error
 
@@ -105,6 +111,19 @@ class MetricsFile:
             self._file.flush()
         except OSError as error:
             raise StorageError(f"cannot write step {report.step} to {self.path}: {error.strerror} (errno {error.errno})") from error
+
+
+def _rows_up_to(path: Path, step: int) -> list[str]:
+    """The lines of steps up to `step`; a line that a kill cut in half is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            is_kept = False
+        if is_kept:
+            lines.append(line + "\n")
+    return lines
 
 
 class LiveLine:

@@ -26,14 +26,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from overspill.checkpoint import discard_manifests, find_manifests, manifest_path, open_records, remove_manifest, write_manifest
 from overspill.errors import BudgetError
 from overspill.runtime.residency import Residency
-from overspill.spec.checkpoint import CheckpointPolicy, ExtraTensor, Manifest, RecordEntry
+from overspill.spec.checkpoint import CheckpointPolicy, Manifest, RecordEntry
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Piece, initial_copies
+from overspill.spec.schedule import initial_copies
 from overspill.spec.tensors import Tier
 from overspill.spec.update_rule import AdamW, LearningRate, LossScale
 from overspill.tiers import RecordStore, SsdStore
