@@ -6,9 +6,13 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "overspill/checksum.hpp"
 #include "overspill/update.hpp"
 
 namespace nb = nanobind;
@@ -42,16 +46,29 @@ bool all_finite(std::uintptr_t data, const std::string& dtype, std::int64_t num_
   return overspill::all_finite(pointer<const void>(data), overspill::parse_dtype(dtype), num_elements, num_threads, isa);
 }
 
+std::vector<std::uint32_t> crc32c_blocks(std::uintptr_t data, std::size_t num_bytes, std::size_t block_bytes, bool portable) {
+  if (block_bytes == 0) throw std::invalid_argument("a block has at least 1 byte");
+  std::vector<std::uint32_t> checksums;
+  checksums.reserve(num_bytes / block_bytes + 1);
+  for (std::size_t start = 0; start < num_bytes; start += block_bytes) {
+    const std::size_t size = std::min(block_bytes, num_bytes - start);
+    const auto* block = pointer<const unsigned char>(data) + start;
+    checksums.push_back(portable ? overspill::crc32c_portable(block, size) : overspill::crc32c(block, size));
+  }
+  return checksums;
+}
+
 }  // namespace
 
 NB_MODULE(_native, module) {
-  module.doc() = "overspill's native core: the host update over raw memory.";
+  module.doc() = "overspill's native core: the host update and checksums over raw memory.";
   using Unlocked = nb::call_guard<nb::gil_scoped_release>;
   module.def("update_adamw", &update_adamw, Unlocked(), nb::kw_only(), "parameter_dtype"_a, "gradient_dtype"_a, "num_elements"_a,
              "parameter"_a, "gradient"_a, "master"_a, "exp_avg"_a, "exp_avg_sq"_a, "gradient_scale"_a, "decay"_a, "one_minus_beta1"_a,
              "beta2"_a, "one_minus_beta2"_a, "step_size"_a, "bias_correction2_sqrt"_a, "eps"_a, "num_threads"_a = 0, "isa"_a = "");
   module.def("all_finite", &all_finite, Unlocked(), "data"_a, nb::kw_only(), "dtype"_a, "num_elements"_a, "num_threads"_a = 0,
              "isa"_a = "");
+  module.def("crc32c_blocks", &crc32c_blocks, Unlocked(), "data"_a, "num_bytes"_a, nb::kw_only(), "block_bytes"_a, "portable"_a = false);
   module.def("supported_isas", &overspill::supported_isas);
   module.def("default_num_threads", &overspill::default_num_threads);
 }

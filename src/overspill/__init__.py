@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Session": "overspill.runtime.session",
+    "CheckpointPolicy": "overspill.spec.checkpoint",
+    "resume": "overspill.runtime.resume",
     "Plan": "overspill.spec.plan",
     "PlanRequest": "overspill.spec.plan",
     "Tier": "overspill.spec.tensors",
@@ -21,6 +23,9 @@ _PUBLIC = {
     "Prediction": "overspill.spec.report",
     "EvaluationReport": "overspill.spec.report",
     "FakeStore": "overspill.tiers",
+    "Fault": "overspill.tiers",
+    "FaultInjector": "overspill.tiers",
+    "FaultKind": "overspill.tiers",
     "OverspillError": "overspill.errors",
     "UnsupportedModelError": "overspill.errors",
     "ModelFolderError": "overspill.errors",

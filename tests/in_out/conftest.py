@@ -10,6 +10,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a mistyped folder must not wait for a network
 
+import tokenizers
 import torch
 import transformers
 
@@ -32,3 +33,12 @@ def llama_folder(tmp_path: Path, build_llama: Callable[..., transformers.LlamaFo
     """A saved random Llama with separate embedding and head."""
     build_llama().save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Word `w7` is token 8; token 0 ends a text and pads."""
+    vocabulary = {word: i for i, word in enumerate(["<end>", *(f"w{i}" for i in range(500))])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")

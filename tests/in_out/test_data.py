@@ -163,7 +163,7 @@ def test_a_held_out_share_that_leaves_nothing_is_refused(held_out: float) -> Non
 def test_too_long_samples_are_refused_with_the_longest_or_cut(tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     path = write(tmp_path, {"text": "a"}, {"text": "a " * 20}, "", {"text": "a " * 30}, {"text": "cat"})
     with pytest.raises(
-        DataError, match=r"2 of 4 samples of .* more than 8 tokens, the longest 31 \(line 4\); raise --seq-len, or .*--truncate"
+        DataError, match=r"2 of 4 samples of .* more than 8 tokens, the longest 31 \(.*data.jsonl:4\); raise --seq-len, or .*--truncate"
     ):
         read_samples(path, tokenizer, seq_len=8)
     assert [len(sample.input_ids) for sample in read_samples(path, tokenizer, seq_len=8, truncate=True)] == [2, 8, 8, 2]

@@ -17,7 +17,7 @@ from overspill.runtime.compute import UnitRunner
 from overspill.runtime.visit import Visit
 from overspill.scheduling import render_timeline
 from overspill.spec.schedule import Phase, Role
-from overspill.tiers import Failure, FakeStore
+from overspill.tiers import FakeStore
 
 VOCAB = 96
 OPTIMIZER = overspill.AdamW(lr=1e-2)
@@ -217,9 +217,11 @@ def test_the_fake_tier_gives_the_same_losses_however_slow() -> None:
 def test_a_failing_transfer_stops_the_run_with_its_tensor_and_the_session_refuses_to_go_on() -> None:
     import errno
 
-    open_store, _ = fake_stores(failures=[Failure(operation="read", call_index=5, errno=errno.EIO)])
+    failing: list[int] = []
+    open_store, made = fake_stores(failures=lambda operation, index, name: errno.EIO if operation == "read" and index in failing else None)
     request = plan(None, parameters="ssd", states="ssd", ssd_dir="fake")
     with overspill.Session(llama(), plan=request, optimizer=OPTIMIZER, open_store=open_store) as session:
+        failing.append(made[0]._num_calls["read"] + 5)
         with pytest.raises(StorageError, match="EIO"):
             for step in range(3):
                 session.step(batches(step))

@@ -23,6 +23,7 @@ from overspill.tiers import SsdStore
 from overspill.tiers import extent_file as extent_file_module
 from overspill.tiers.extent_file import FILE_NAME, ExtentFile
 from overspill.tiers.memory import HostMemory
+from overspill.tiers.run_lock import NOTE_NAME
 from overspill.tiers.ssd import split_parts
 from overspill.units import MIB
 
@@ -45,7 +46,7 @@ def test_the_file_is_preallocated_private_and_removed_on_close(tmp_path: Path) -
 
 def test_an_unlinked_store_has_no_name_and_shares_its_directory(tmp_path: Path) -> None:
     with SsdStore(tmp_path, capacity_bytes=MIB, unlink=True) as scratch, SsdStore(tmp_path, capacity_bytes=MIB) as named:
-        assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [FILE_NAME, NOTE_NAME]
         scratch.allocate("a", 5)
         named.allocate("a", 5)
         scratch.start_write("a", 0, torch.full((5,), 3, dtype=torch.uint8)).wait()
@@ -61,7 +62,7 @@ def test_a_file_in_use_is_refused_and_one_left_behind_is_discarded(tmp_path: Pat
         buffer = torch.ones(9000, dtype=torch.uint8)
         store.start_read("a", 0, buffer).wait()
         assert not buffer.any()
-        with pytest.raises(StorageError, match="in use by another run"):
+        with pytest.raises(StorageError, match=rf"in use by another run \(pid {os.getpid()} on .*since .*\); wait for it"):
             SsdStore(tmp_path, capacity_bytes=MIB)
         assert (tmp_path / FILE_NAME).stat().st_size == MIB
 
@@ -74,7 +75,7 @@ def test_a_killed_run_leaves_at_most_an_unlocked_file(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert result.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE_NAME, NOTE_NAME]
     SsdStore(tmp_path, capacity_bytes=MIB).close()
     assert list(tmp_path.iterdir()) == []
 

@@ -46,7 +46,7 @@ def failures_as_exit_codes(console: Console, *, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt as error:
         if debug:
             console.print_exception()
-        console.print(Text("interrupted", style="red"))
+        console.print(Text(f"interrupted: {error}" if str(error) else "interrupted", style="red"), soft_wrap=True)
         raise typer.Exit(ExitCode.INTERRUPTED) from error
     except Exception as error:
         code = exit_code_of(error)

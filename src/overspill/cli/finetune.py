@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from overspill.cli.config_file import use_config_file
 from overspill.cli.failures import failures_as_exit_codes
 
 TierChoice = Literal["auto", "device", "host", "ssd"]
@@ -22,7 +23,7 @@ class FinetuneOptions:
     """What the user asked for; each field is the flag of that name, sizes still as text."""
 
     model: str
-    data: Path
+    data: str
     out: Path
     steps: int | None = None
     epochs: int | None = None
@@ -47,14 +48,28 @@ class FinetuneOptions:
     ssd_dir: Path | None = None
     held_out: float = 0.0
     truncate: bool = False
+    packing: bool = False
+    blocks: bool = False
+    eval_every: int | None = None
+    split: str | None = None
+    data_config: str | None = None
+    fields: str | None = None
+    stream: bool = False
+    shuffle_buffer: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 1
+    resume: bool = False
+    discard_checkpoints: bool = False
 
 
-_TRAINING, _PLACEMENT = "Training", "Placement"
+_DATA, _TRAINING, _PLACEMENT, _CHECKPOINTS = "Data", "Training", "Placement", "Checkpoints"
 
 
 def finetune(
     model: Annotated[str, typer.Argument(help="Model folder with safetensors, or a hub name.", show_default=False)],
-    data: Annotated[Path, typer.Argument(help="JSONL with text, or prompt and completion, or messages.", show_default=False)],
+    data: Annotated[
+        str, typer.Argument(help="JSONL, JSON, CSV, text or Parquet; a folder of one kind; or a hub name.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="Folder for model/, plan.json and metrics.jsonl.", show_default=False)],
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; 1 if neither is given.")] = None,
@@ -77,15 +92,37 @@ def finetune(
     host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,
     ssd_budget: Annotated[str | None, typer.Option(help="Room to use in --ssd-dir.", rich_help_panel=_PLACEMENT)] = None,
     ssd_dir: Annotated[Path | None, typer.Option(help="Folder on a local drive, for the SSD tier.", rich_help_panel=_PLACEMENT)] = None,
-    held_out: Annotated[float, typer.Option(min=0.0, help="Samples set aside for evaluation: a count, or a share below 1.")] = 0.0,
-    truncate: Annotated[bool, typer.Option("--truncate", help="Cut longer samples instead of refusing them.")] = False,
+    held_out: Annotated[
+        float, typer.Option(min=0.0, help="Samples set aside for evaluation: a count, or a share below 1.", rich_help_panel=_DATA)
+    ] = 0.0,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between held-out losses.", rich_help_panel=_DATA)] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut longer samples instead of refusing them.", rich_help_panel=_DATA)
+    ] = False,
+    packing: Annotated[bool, typer.Option("--packing", help="Several samples in one row, kept apart.", rich_help_panel=_DATA)] = False,
+    blocks: Annotated[bool, typer.Option("--blocks", help="Cut texts into rows of --seq-len.", rich_help_panel=_DATA)] = False,
+    split: Annotated[str | None, typer.Option(help="Of a folder or hub name; train.", rich_help_panel=_DATA)] = None,
+    data_config: Annotated[str | None, typer.Option(help="Configuration of a hub name.", rich_help_panel=_DATA)] = None,
+    fields: Annotated[str | None, typer.Option(help="prompt=COLUMN,completion=COLUMN …", rich_help_panel=_DATA)] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Never hold the data set in memory.", rich_help_panel=_DATA)] = False,
+    shuffle_buffer: Annotated[int | None, typer.Option(min=1, help="Rows, with --stream; 10000.", rich_help_panel=_DATA)] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_CHECKPOINTS)] = None,
+    keep: Annotated[int, typer.Option(min=1, help="Checkpoints kept; space is one more.", rich_help_panel=_CHECKPOINTS)] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest one.", rich_help_panel=_CHECKPOINTS)] = False,
+    discard_checkpoints: Annotated[
+        bool, typer.Option("--discard-checkpoints", help="Delete those of an earlier run.", rich_help_panel=_CHECKPOINTS)
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file with any of these; the command line wins.", is_eager=True, callback=use_config_file),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune all parameters of MODEL on DATA.
 
     Exit codes: 0 done, 2 wrong input, 3 a drive, file or memory failed, 4 loss or gradient not finite, 130 interrupted.
     """
-    flags = {name: value for name, value in locals().items() if name != "debug"}
+    flags = {name: value for name, value in locals().items() if name not in ("debug", "config")}
     with failures_as_exit_codes(Console(stderr=True), debug=debug):
         from overspill.cli.training_run import run_finetune  # torch and transformers load here, so that --help is quick
 

@@ -1,29 +1,45 @@
 """A fine-tuning run from options to a saved model: read, plan, show, evaluate, step, evaluate, save.
 
 What can fail is tried in the order of its cost: flags, data, output folder, model, placement; then training starts.
-In the output folder are then `plan.json` (before the first step), `metrics.jsonl` (one object a step) and `model/`.
+In the output folder are then `run.yaml` (the flags, for `--config`) and `plan.json` (before the first step), `metrics.jsonl`
+(one object a step) and `model/`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from overspill.cli.config_file import write_config
+from overspill.cli.continuation import (
+    checkpoint_policy,
+    command_to_go_on,
+    deciding_flags,
+    describe_position,
+    find_checkpoint,
+    note_directory,
+    validate_same_flags,
+)
 from overspill.cli.finetune import FinetuneOptions
-from overspill.errors import DataError, ModelFolderError, NonFiniteError, StorageError
-from overspill.huggingface.data import Sample, build_micro_batches, iterate_steps, read_samples, split_held_out, steps_per_epoch
+from overspill.cli.stopping import StopRequest
+from overspill.cli.training_data import TrainingData, open_data, validate_data_options
+from overspill.errors import ModelFolderError, NonFiniteError, StorageError
+from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.model_folder import find_model_folder
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile
 from overspill.report.tables import placement_table
+from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
+from overspill.spec.checkpoint import Manifest
 from overspill.spec.plan import Plan, PlanRequest
+from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.update_rule import AdamW, LearningRate
 from overspill.units import format_bytes, format_seconds, parse_bytes
@@ -40,28 +56,29 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     reset_host_peak()
     validate_options(options)
     folder = find_model_folder(options.model)
-    tokenizer = load_tokenizer(folder)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    samples = read_samples(options.data, tokenizer, seq_len=options.seq_len, truncate=options.truncate)
-    training, held_out = split_held_out(samples, options.held_out, seed=options.seed)
-    num_steps = count_steps(options, len(training))
+    data = open_data(options, folder, load_tokenizer(folder))
+    num_steps = count_steps(options, data)
     _prepare_out(options.out)
 
-    with build_session(options, folder, samples, num_steps) as session:
-        _announce(options, console, session.plan, training, held_out, num_steps)
-        before = _evaluate(session, held_out, options, pad)
-        if before is not None:
-            console.print(f"held-out loss before: {before:.4f}")
-        _train(session, training, options, pad, num_steps, console)
-        after = _evaluate(session, held_out, options, pad)
-        if before is not None and after is not None:
-            console.print(f"held-out loss after:  {after:.4f} ({after - before:+.4f})")
+    source = find_checkpoint(options) if options.resume else None
+    if source is not None:
+        validate_same_flags(source[1], deciding_flags(options, num_steps))
+        data.feed.seek(DataPosition.from_plain(source[1].data_position["data"]))
+
+    with build_session(options, folder, data.seq_len, num_steps, source) as session:
+        _announce(options, console, session.plan, data, num_steps)
+        course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
+        if source is not None:
+            console.print(f"going on after step {course.step}", highlight=False)
+        else:
+            _evaluate(session, data, course)
+        if course.held_out:
+            console.print(f"held-out loss before: {course.held_out[0]:.4f}")
+        _train(session, data, options, num_steps, console, course)
+        if num_steps not in course.held_out:
+            _evaluate(session, data, course)
         session.save_pretrained(options.out / "model", tokenizer=folder)
-    console.print(
-        f"saved {options.out / 'model'} · {format_seconds(time.monotonic() - started_s)} · host peak {format_bytes(host_peak_bytes())}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    _summarize(options, console, course, num_steps, time.monotonic() - started_s)
 
 
 def validate_options(options: FinetuneOptions) -> None:
@@ -72,6 +89,7 @@ def validate_options(options: FinetuneOptions) -> None:
     """
     if options.steps is not None and options.epochs is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
+    validate_data_options(options)
     if "ssd" in (options.parameters, options.states, options.boundaries) and options.ssd_dir is None:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
     budgets = {"device": options.device_budget, "host": options.host_budget, "ssd": options.ssd_budget}
@@ -96,11 +114,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelFolderError(f"{folder} has no tokenizer that can be loaded ({error}); copy tokenizer.json beside the weights") from error
 
 
-def count_steps(options: FinetuneOptions, num_samples: int) -> int:
+def count_steps(options: FinetuneOptions, data: TrainingData) -> int:
     """Optimizer steps of the run."""
     if options.steps is not None:
         return options.steps
-    return (options.epochs or 1) * steps_per_epoch(num_samples, micro_batch=options.micro_batch, accumulate=options.accumulate)
+    assert data.steps_per_epoch is not None  # `validate_data_options`: a stream needs --steps
+    return (options.epochs or 1) * data.steps_per_epoch
 
 
 def resolve_dtype(options: FinetuneOptions) -> str:
@@ -113,8 +132,11 @@ def resolve_dtype(options: FinetuneOptions) -> str:
     return "float32" if on_cpu else "bfloat16"
 
 
-def build_session(options: FinetuneOptions, folder: Path, samples: Sequence[Sample], num_steps: int) -> Session:
-    """The session of these options; the plan is made for the longest sample there is, not for the longest allowed."""
+def build_session(
+    options: FinetuneOptions, folder: Path, seq_len: int, num_steps: int, source: tuple[Path, Manifest] | None = None
+) -> Session:
+    """The session of these options, for rows of at most `seq_len` positions; at the checkpoint `source` if there is one."""
+    policy = checkpoint_policy(options)
     request = PlanRequest(
         parameters=options.parameters,
         states=options.states,
@@ -125,18 +147,21 @@ def build_session(options: FinetuneOptions, folder: Path, samples: Sequence[Samp
         host_budget_bytes=_optional_bytes(options.host_budget),
         ssd_budget_bytes=_optional_bytes(options.ssd_budget),
         ssd_dir=str(options.ssd_dir) if options.ssd_dir is not None else None,
-        seq_len=max(len(sample.input_ids) for sample in samples),
+        seq_len=seq_len,
         micro_batch=options.micro_batch,
         accumulate=options.accumulate,
         clip=options.clip,
         device=options.device,
     )
+    if source is not None:
+        return resume(source[0], model=folder, plan=request, checkpoints=policy, generation=source[1].generation)
     return Session(
         folder,
         plan=request,
         optimizer=AdamW(lr=options.lr, weight_decay=options.weight_decay),
         learning_rate=LearningRate(kind=options.lr_schedule, base=options.lr, warmup_steps=options.warmup_steps, total_steps=num_steps),
         seed=options.seed,
+        **({"checkpoints": policy} if policy is not None else {}),
     )
 
 
@@ -151,48 +176,117 @@ def _prepare_out(out: Path) -> None:
         raise StorageError(f"cannot create the folder {out}: {error.strerror} (errno {error.errno}); choose another --out") from error
 
 
-def _announce(
-    options: FinetuneOptions, console: Console, plan: Plan, training: Sequence[Sample], held_out: Sequence[Sample], num_steps: int
-) -> None:
-    """Show and record the plan, and refuse a run whose result would not fit on the drive."""
+def _announce(options: FinetuneOptions, console: Console, plan: Plan, data: TrainingData, num_steps: int) -> None:
+    """Show and record flags and plan, and refuse a run whose result would not fit on the drive."""
     console.print(placement_table(plan.table()))
-    for note in plan.notes:
+    for note in (*plan.notes, *data.notes):
         console.print(f"· {note}", highlight=False)
     needed = plan.num_parameters * DTYPE_BYTES[plan.dtype]
     free = shutil.disk_usage(options.out).free
     if needed > free:
         raise StorageError(f"the trained model needs {format_bytes(needed)} in {options.out}, {format_bytes(free)} are free; make room")
+    write_config(options.out / "run.yaml", dataclasses.replace(options, resume=False, discard_checkpoints=False))
+    if checkpoint_policy(options) is not None:
+        note_directory(options)
     try:
         (options.out / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
     except OSError as error:
         raise StorageError(f"cannot write {options.out / 'plan.json'}: {error.strerror} (errno {error.errno})") from error
-    targets = sum(sample.num_targets for sample in training)
     console.print(
-        f"{plan.num_parameters / 1e6:.1f} M parameters on {plan.device} in {plan.dtype} · {len(training)} samples ({targets} targets) to "
-        f"train, {len(held_out)} held out · {num_steps} steps of {options.accumulate} × {options.micro_batch} samples",
+        f"{plan.num_parameters / 1e6:.1f} M parameters on {plan.device} in {plan.dtype} · {data.description} · "
+        f"{num_steps} steps of {options.accumulate} × {options.micro_batch} {'rows' if options.packing else 'samples'}",
         soft_wrap=True,
         highlight=False,
     )
 
 
-def _evaluate(session: Session, held_out: Sequence[Sample], options: FinetuneOptions, pad: int) -> float | None:
-    """Mean loss over the held-out targets; None when nothing is held out."""
-    if not held_out:
-        return None
-    return session.evaluate(list(build_micro_batches(held_out, micro_batch=options.micro_batch, pad_token_id=pad, seed=None))).loss
+@dataclasses.dataclass(kw_only=True)
+class _Course:
+    """What a run has seen, for its summary."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Of the first and the last step, or of the only one."""
+    num_tokens: int = 0
+    training_s: float = 0.0
+    """In steps, evaluation left out."""
+    held_out: dict[int, float] = dataclasses.field(default_factory=dict)
+    """Step -> loss over the held-out targets after it."""
+    step: int = 0
+
+    @classmethod
+    def from_checkpoint(cls, plain: dict[str, Any]) -> _Course:
+        """Read back what a checkpoint has; JSON's keys are text."""
+        return cls(**{**plain, "held_out": {int(step): loss for step, loss in plain["held_out"].items()}})
+
+    def add(self, report: StepReport) -> None:
+        self.losses = [*self.losses[:1], report.loss]
+        self.num_tokens += report.num_tokens
+        self.training_s += report.step_s
+        self.step = report.step
 
 
-def _train(session: Session, training: Sequence[Sample], options: FinetuneOptions, pad: int, num_steps: int, console: Console) -> None:
-    if not training:
-        raise DataError("no sample is left to train on; lower --held-out")
-    steps = iterate_steps(training, micro_batch=options.micro_batch, accumulate=options.accumulate, pad_token_id=pad, seed=options.seed)
-    with MetricsFile(options.out / "metrics.jsonl") as metrics, LiveLine(console, num_steps=num_steps) as line:
-        for _ in range(num_steps):
-            report = session.step(next(steps))
-            metrics.write(report)
-            line.show(report)
+def _evaluate(session: Session, data: TrainingData, course: _Course) -> None:
+    """Write down the mean loss over the held-out targets; nothing when nothing is held out."""
+    batches = data.held_out_batches()
+    if batches:
+        course.held_out[course.step] = session.evaluate(batches).loss
+
+
+def _train(session: Session, data: TrainingData, options: FinetuneOptions, num_steps: int, console: Console, course: _Course) -> None:
+    def save() -> None:
+        session.save_checkpoint(describe_position(data.feed.position, deciding_flags(options, num_steps), course))
+
+    stop = StopRequest(lambda text: console.print(text, highlight=False))
+    is_saving = checkpoint_policy(options) is not None
+    resume_after = course.step if options.resume else None
+    with (
+        stop,
+        MetricsFile(options.out / "metrics.jsonl", resume_after=resume_after) as metrics,
+        LiveLine(console, num_steps=num_steps) as line,
+    ):
+        while course.step < num_steps:
+            report = session.step(next(data.feed))
+            course.add(report)
+            try:
+                if options.eval_every is not None and report.step % options.eval_every == 0 and math.isfinite(report.loss):
+                    _evaluate(session, data, course)
+            finally:  # the step was made, whatever became of the evaluation
+                metrics.write(report, held_out_loss=course.held_out.get(report.step))
+            line.show(report, held_out_loss=course.held_out.get(report.step))
             if not math.isfinite(report.loss):
                 raise NonFiniteError(
                     f"the loss of step {report.step} is {report.loss}; nothing was saved. "
                     f"Lower --lr (now {report.lr:.2e}), add --warmup-steps or --clip, or compute in --dtype float32"
                 )
+            is_due = options.checkpoint_every is not None and course.step % options.checkpoint_every == 0
+            if is_saving and (is_due or stop.is_requested or course.step == num_steps):
+                save()
+            if stop.is_requested and course.step < num_steps:
+                raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
+
+
+def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: bool) -> str:
+    """How to go on after a stop that was asked for."""
+    if is_saved:
+        return f"stopped after step {step} of {num_steps}; its checkpoint is saved; go on with: {command_to_go_on(options)}"
+    return f"stopped after step {step} of {num_steps}; nothing is saved, since no --checkpoint-every was given"
+
+
+def _summarize(options: FinetuneOptions, console: Console, course: _Course, num_steps: int, elapsed_s: float) -> None:
+    """The last lines: what was reached, and where it is."""
+    rate = course.num_tokens / course.training_s if course.training_s else 0.0
+    lines = [
+        f"done: {num_steps} steps, {course.num_tokens} tokens at {rate:.0f} tokens/s, {format_seconds(elapsed_s)} in all, "
+        f"host peak {format_bytes(host_peak_bytes())}",
+        f"training loss: {course.losses[0]:.4f} at the first step, {course.losses[-1]:.4f} at the last",
+    ]
+    if course.held_out:
+        before, after = course.held_out[0], course.held_out[num_steps]
+        lines.append(f"held-out loss after:  {after:.4f} ({after - before:+.4f})")
+        best = min(course.held_out, key=course.held_out.__getitem__)
+        if best != num_steps:
+            lines.append(f"lowest held-out loss: {course.held_out[best]:.4f} after step {best}; what is saved is the last step's")
+    lines.append(f"saved {options.out / 'model'} (with its tokenizer; AutoModelForCausalLM.from_pretrained reads it)")
+    lines.append(f"also in {options.out}: metrics.jsonl (each step), plan.json, run.yaml (these flags, for --config)")
+    for text in lines:
+        console.print(text, soft_wrap=True, highlight=False)

@@ -1,98 +1,81 @@
-"""Training data: lines of JSON in, padded micro-batches out.
+"""Training data as optimizer steps see it: samples in memory or streamed, held-out split, order, micro-batches, position.
 
-Each line of a file is one sample, in one of three formats, the same through the whole file:
+    rows (`rows`) -> samples (`tokenization`) -> held-out split -> order by seed -> packs (`packing`) or padding -> steps
 
-* `{"text": …}`: every token is a target;
-* `{"prompt": …, "completion": …}`: the completion and the end-of-sequence token are targets;
-* `{"messages": [{"role": …, "content": …}, …]}`: the tokenizer's chat template renders them, assistant turns are targets.
-
-Other fields are carried by many files and are passed over. A **target** is a position whose label is not `IGNORE`; labels
-stand at the position of the token itself, and the model shifts by one, so a first token is never a target.
-
-Rule 1. What is wrong is found before training, with its line number: nothing is skipped, cut or guessed silently.
+Rule 1. Order depends on (seed, epoch) alone, and the held-out split on seed alone; both are made anew from these, never kept.
 Rule 2. Padding is known by position. Many tokenizers pad with the end-of-sequence token, so a mask by token id would
         remove every real end of sequence from the loss.
-Rule 3. Order depends on (seed, epoch) alone, and the held-out split on seed alone.
+Rule 3. A step never crosses an epoch; the last step of an epoch may be smaller.
+Rule 4. A position is taken between steps, and only data and settings that give the same rows can be gone on with
+        (`data_position`). Going on makes the same order again and passes over what was given: no number changes.
 
-Cost: 8 bytes a token, all samples in memory. Limits: no packing of short samples into one row; chats need a fast tokenizer.
+Cost: 8 bytes a token, all samples in memory. `streaming` holds a buffer instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 
 from overspill import rng
 from overspill.errors import DataError
+from overspill.huggingface.data_position import DataPosition, Setting
+from overspill.huggingface.packing import Row, build_packed_batch
+from overspill.huggingface.rows import DataSource, find_source
+from overspill.huggingface.tokenization import IGNORE, Sample, cut_blocks, fit_sample, tokenize_rows
 from overspill.units import align_up
-
-IGNORE = -100
-"""Label of a position that is no target: the `ignore_index` of torch's cross entropy."""
-
-_FORMATS: dict[str, tuple[str, ...]] = {"text": ("text",), "prompt": ("prompt", "completion"), "messages": ("messages",)}
 
 HELD_OUT_EPOCH = -1
 """In place of an epoch where the held-out split is drawn: no epoch of training has this number."""
 
+Item = TypeVar("Item")
+
 MicroBatch = dict[str, torch.Tensor]
-"""`input_ids`, `attention_mask`, `labels`: int64 of shape (micro-batch, positions), on the CPU."""
+"""`input_ids` and `labels`, and `attention_mask` (padded) or `position_ids` (packed): int64 (micro-batch, positions), on the CPU."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Sample:
-    """One tokenized sample."""
-
-    input_ids: np.ndarray
-    """int32 (positions,)."""
-    labels: np.ndarray
-    """int32 (positions,): the token itself where it is a target, else `IGNORE`."""
-    line: int
-    """Of the file it came from, from 1."""
-
-    @property
-    def num_targets(self) -> int:
-        """Positions that contribute to the loss."""
-        return int((self.labels[1:] != IGNORE).sum())
-
-
-def read_samples(path: str | Path, tokenizer: Any, *, seq_len: int, truncate: bool = False) -> list[Sample]:
-    """Read and tokenize a JSONL file.
+def read_samples(
+    data: str | Path | DataSource, tokenizer: Any, *, seq_len: int, truncate: bool = False, blocks: bool = False
+) -> list[Sample]:
+    """Read and tokenize a whole data set.
 
     Args:
+        data: a file, folder or hub name (`rows`), or what `find_source` found.
         tokenizer: of transformers; it needs an end-of-sequence token, and for `messages` a chat template.
         seq_len: most tokens of a sample.
         truncate: cut longer samples at the end; otherwise they are refused.
+        blocks: cut `text` rows into blocks of `seq_len`, as running text always is.
 
     Raises:
-        DataError: the file is missing, empty, or has a line that cannot be used; the message names the line.
+        DataError: the data is missing, empty, or has a row that cannot be used; the message names the line.
     """
-    path = Path(path)
-    samples: list[Sample] = []
-    form = None
-    for line, row in _read_rows(path):
-        where = f"{path}:{line}"
-        found = _format_of(row, where)
-        form = form or found
-        if found != form:
-            raise DataError(f"{where} is a {found!r} sample, the lines before it are {form!r} samples; use one format in a file")
-        ids, is_target = _tokenize(row, found, tokenizer, where)
-        labels = np.where(is_target, ids, IGNORE).astype(np.int32)
-        samples.append(Sample(input_ids=np.asarray(ids, dtype=np.int32), labels=labels, line=line))
+    source = data if isinstance(data, DataSource) else find_source(data)
+    if blocks or source.is_running_text:
+        samples = list(cut_blocks(source, tokenizer, seq_len=seq_len))
+    else:
+        samples = list(tokenize_rows(source.rows(), tokenizer))
     if not samples:
-        raise DataError(f"{path} holds no sample; write one JSON object a line, such as " + '{"prompt": "…", "completion": "…"}')
-    samples = _fit(samples, path, seq_len, truncate)
-    for sample in samples:
-        if sample.num_targets == 0:
-            cut = f" within --seq-len {seq_len}" if truncate else ""
-            raise DataError(f"{path}:{sample.line} has no token to learn from{cut}; fill its completion, or remove the line")
-    return samples
+        what = (
+            "text of two tokens"
+            if blocks or source.is_running_text
+            else "one JSON object a line, such as " + ('{"prompt": "…", "completion": "…"}')
+        )
+        raise DataError(f"{source.name} holds no sample; write {what}")
+    too_long = [sample for sample in samples if len(sample.input_ids) > seq_len]
+    if too_long and not truncate:
+        longest = max(too_long, key=lambda sample: len(sample.input_ids))
+        raise DataError(
+            f"{len(too_long)} of {len(samples)} samples of {source.name} have more than {seq_len} tokens, the longest "
+            f"{len(longest.input_ids)} ({longest.where}); raise --seq-len, or cut them with --truncate"
+        )
+    return [fit_sample(sample, seq_len=seq_len, truncate=truncate) for sample in samples]
 
 
 def split_held_out(samples: Sequence[Sample], held_out: float, *, seed: int) -> tuple[list[Sample], list[Sample]]:
@@ -114,48 +97,148 @@ def split_held_out(samples: Sequence[Sample], held_out: float, *, seed: int) -> 
     return [s for i, s in enumerate(samples) if i not in chosen], [s for i, s in enumerate(samples) if i in chosen]
 
 
+def fingerprint_samples(samples: Iterable[Sample]) -> str:
+    """Of token ids and labels, in order: another tokenizer, template, file or cut gives another one."""
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        digest.update(len(sample.input_ids).to_bytes(4, "little"))
+        digest.update(sample.input_ids.astype("<i4").tobytes())
+        digest.update(sample.labels.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+class RowSource(Protocol):
+    """Rows of any epoch, the same ones in the same order each time it is asked."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def epoch(self, number: int, *, skip: int) -> Iterator[Row]:
+        """The rows of epoch `number` (from 0) without its first `skip`.
+
+        Raises:
+            DataError: it has fewer rows than `skip`.
+        """
+        ...
+
+
+class ResidentRows:
+    """Rows that are all in memory, in the order of a permutation (rule 1)."""
+
+    def __init__(self, rows: Sequence[Row], *, seed: int | None) -> None:
+        """
+        Args:
+            seed: None keeps the order of `rows`, as evaluation does.
+        """
+        self.rows = rows
+        self._seed = seed
+        self.fingerprint = fingerprint_samples(sample for row in rows for sample in row)
+
+    def epoch(self, number: int, *, skip: int) -> Iterator[Row]:
+        if skip > len(self.rows):
+            raise DataError(f"cannot pass over {skip} rows of {len(self.rows)}; the position belongs to other data")
+        for index in _order(len(self.rows), self._seed, number)[skip:]:
+            yield self.rows[index]
+
+
+class StepFeed:
+    """The micro-batches of one optimizer step after the other, epoch after epoch, without end; an iterator (rules 3 and 4).
+
+    `position` is where the steps given so far end. Nothing is read ahead, so after `next(feed)` and the step over it, it is what
+    a checkpoint of that step has to hold.
+    """
+
+    def __init__(
+        self,
+        rows: RowSource,
+        *,
+        micro_batch: int,
+        accumulate: int,
+        pad_token_id: int,
+        seed: int,
+        packed: bool = False,
+        pad_to_multiple: int = 1,
+        settings: Mapping[str, Setting] | None = None,
+    ) -> None:
+        """
+        Args:
+            settings: what else decided the rows, for `DataPosition.settings`.
+        """
+        self._rows, self._micro_batch, self._accumulate = rows, micro_batch, accumulate
+        self._padding = dict(pad_token_id=pad_token_id, pad_to_multiple=pad_to_multiple)
+        self._packed = packed
+        decided = {"micro-batch": micro_batch, "accumulate": accumulate, "packing": packed, **(settings or {})}
+        self.position = DataPosition(seed=seed, epoch=0, index=0, fingerprint=rows.fingerprint, settings=decided)
+        self._groups = self._steps(self.position)
+
+    def seek(self, position: DataPosition) -> None:
+        """Go on from `position`, of this feed or of one over the same data in another process.
+
+        Raises:
+            DataError: data, seed or settings differ; with what differs.
+        """
+        position.validate_same_data(self.position)
+        self._groups = self._steps(position)
+        self.position = position
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[MicroBatch]:
+        group, self.position = next(self._groups)
+        return [self._build(rows) for rows in group]
+
+    def _steps(self, start: DataPosition) -> Iterator[tuple[list[list[Row]], DataPosition]]:
+        """The rows of each step by micro-batch, and where it ends."""
+        position = start
+        while True:
+            group: list[list[Row]] = []
+            index = position.index
+            for rows in _batched(self._rows.epoch(position.epoch, skip=index), self._micro_batch):
+                group.append(rows)
+                index += len(rows)
+                if len(group) == self._accumulate:
+                    yield group, dataclasses.replace(position, index=index)
+                    group = []
+            if group:
+                yield group, dataclasses.replace(position, index=index)
+            if index == 0:
+                raise DataError("an epoch of the data has no row to train on; lower --held-out, or add data")
+            position = dataclasses.replace(position, epoch=position.epoch + 1, index=0)
+
+    def _build(self, rows: list[Row]) -> MicroBatch:
+        if self._packed:
+            return build_packed_batch(rows, **self._padding)
+        return pad_samples([sample for (sample,) in rows], **self._padding)
+
+
+def iterate_steps(
+    samples: Sequence[Sample], *, micro_batch: int, accumulate: int, pad_token_id: int, seed: int, pad_to_multiple: int = 1
+) -> StepFeed:
+    """The feed over `samples`, one a row."""
+    rows = ResidentRows([(sample,) for sample in samples], seed=seed)
+    return StepFeed(
+        rows, micro_batch=micro_batch, accumulate=accumulate, pad_token_id=pad_token_id, seed=seed, pad_to_multiple=pad_to_multiple
+    )
+
+
 def build_micro_batches(
     samples: Sequence[Sample], *, micro_batch: int, pad_token_id: int, seed: int | None, epoch: int = 0, pad_to_multiple: int = 1
 ) -> Iterator[MicroBatch]:
     """Yield one epoch of micro-batches; the last may be smaller.
 
     Args:
-        seed: of the order (rule 3); None keeps the order of `samples`, as evaluation does.
+        seed: of the order (rule 1); None keeps the order of `samples`, as evaluation does.
         pad_to_multiple: positions are padded to the longest sample of the micro-batch, rounded up to this.
     """
-    order: Sequence[int] = range(len(samples))
-    if seed is not None:
-        order = np.random.default_rng(rng.shuffle_seed(seed, epoch)).permutation(len(samples)).tolist()
-    for start in range(0, len(samples), micro_batch):
-        chosen = [samples[i] for i in order[start : start + micro_batch]]
+    ordered = (samples[index] for index in _order(len(samples), seed, epoch))
+    for chosen in _batched(ordered, micro_batch):
         yield pad_samples(chosen, pad_token_id=pad_token_id, pad_to_multiple=pad_to_multiple)
 
 
-def iterate_steps(
-    samples: Sequence[Sample], *, micro_batch: int, accumulate: int, pad_token_id: int, seed: int, pad_to_multiple: int = 1
-) -> Iterator[list[MicroBatch]]:
-    """Yield the micro-batches of one optimizer step after the other, epoch after epoch, without end.
-
-    A step never crosses an epoch, so an epoch is `steps_per_epoch` steps and its last step may be smaller.
-    """
-    epoch = 0
-    while True:
-        group: list[MicroBatch] = []
-        for batch in build_micro_batches(
-            samples, micro_batch=micro_batch, pad_token_id=pad_token_id, seed=seed, epoch=epoch, pad_to_multiple=pad_to_multiple
-        ):
-            group.append(batch)
-            if len(group) == accumulate:
-                yield group
-                group = []
-        if group:
-            yield group
-        epoch += 1
-
-
-def steps_per_epoch(num_samples: int, *, micro_batch: int, accumulate: int) -> int:
-    """Optimizer steps in which `iterate_steps` shows every sample once."""
-    return math.ceil(math.ceil(num_samples / micro_batch) / accumulate)
+def steps_per_epoch(num_rows: int, *, micro_batch: int, accumulate: int) -> int:
+    """Optimizer steps in which a feed gives every row once."""
+    return math.ceil(math.ceil(num_rows / micro_batch) / accumulate)
 
 
 def pad_samples(samples: Sequence[Sample], *, pad_token_id: int, pad_to_multiple: int = 1) -> MicroBatch:
@@ -174,121 +257,18 @@ def pad_samples(samples: Sequence[Sample], *, pad_token_id: int, pad_to_multiple
     return batch
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number, JSON object) of every line that is not blank."""
-    try:
-        with path.open("rb") as file:
-            for line, raw in enumerate(file, 1):
-                if not raw.strip():
-                    continue
-                try:
-                    row = json.loads(raw)
-                except ValueError as error:  # covers bytes that are no UTF-8
-                    raise DataError(f"{path}:{line} is no JSON: {error}") from error
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{line} is a JSON {type(row).__name__}, expected an object")
-                yield line, row
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; name a JSONL file") from error
+def _order(count: int, seed: int | None, epoch: int) -> Sequence[int]:
+    if seed is None:
+        return range(count)
+    return np.random.default_rng(rng.shuffle_seed(seed, epoch)).permutation(count).tolist()
 
 
-def _format_of(row: Mapping[str, Any], where: str) -> str:
-    """Which of the three formats a row has; its fields are of the right type."""
-    found = [form for form, fields in _FORMATS.items() if any(field in row for field in fields)]
-    if len(found) != 1:
-        fields = ", ".join(sorted(map(str, row))) or "none"
-        raise DataError(f"{where} has the fields {fields}; expected exactly one of: text; prompt and completion; messages")
-    for field in _FORMATS[found[0]]:
-        wanted = list if field == "messages" else str
-        if not isinstance(row.get(field), wanted):
-            got = type(row[field]).__name__ if field in row else "nothing"
-            raise DataError(f"{where} needs a {'list' if wanted is list else 'string'} in {field!r}, got {got}")
-    return found[0]
-
-
-def _tokenize(row: Mapping[str, Any], form: str, tokenizer: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """(token ids, whether each is a target)."""
-    if form == "messages":
-        return _tokenize_chat(row["messages"], tokenizer, where)
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise DataError(f"{type(tokenizer).__name__} has no end-of-sequence token; set eos_token in tokenizer_config.json")
-    if form == "text":
-        ids = list(tokenizer(row["text"])["input_ids"])
-        ids += [] if ids and ids[-1] == end else [end]
-        return np.asarray(ids), np.ones(len(ids), dtype=bool)
-    # Prompt and completion are tokenized apart: generation also starts from the prompt's own tokens.
-    prompt = list(tokenizer(row["prompt"])["input_ids"])
-    if prompt and prompt[-1] == end:  # some tokenizers close every text
-        prompt.pop()
-    completion = list(tokenizer(row["completion"], add_special_tokens=False)["input_ids"])
-    if not completion:
-        raise DataError(f"{where} has an empty completion; fill it, or remove the line")
-    ids = [*prompt, *completion, end]
-    return np.asarray(ids), np.arange(len(ids)) >= len(prompt)
-
-
-def _tokenize_chat(messages: list[Any], tokenizer: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """Render a chat with the tokenizer's template; assistant turns are targets.
-
-    A template with `{% generation %}` markers says itself where they are. Without, a turn is what rendering it adds to the
-    text that ends in the generation prompt, and a token is a target if its first character lies in a turn.
-    """
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise DataError(f"{where} has a message without role and content: {str(message)[:80]}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} has no message of the assistant, so nothing to learn from; add one, or remove the line")
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{where} has messages but the tokenizer has no chat template; use an instruct model, or prompt and completion")
-    if not getattr(tokenizer, "is_fast", False):
-        raise DataError(f"{where} has messages, which need a fast tokenizer, not {type(tokenizer).__name__}; use prompt and completion")
-    try:
-        if "{% generation" in tokenizer.get_chat_template().replace("{%-", "{%").replace("{%  ", "{% "):
-            marked = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-            return np.asarray(marked["input_ids"]), np.asarray(marked["assistant_masks"], dtype=bool)
-        text, spans = _assistant_spans(messages, tokenizer, where)
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{where} does not fit the chat template: {error}") from error
-    except Exception as error:  # jinja2 is transformers' dependency, not ours: its TemplateError is known by name only
-        if type(error).__module__.split(".")[0] != "jinja2":
-            raise
-        raise DataError(f"{where} is refused by the chat template: {error}") from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
-    is_target = np.zeros(len(starts), dtype=bool)
-    for begin, end in spans:
-        is_target |= (starts >= begin) & (starts < end)
-    return np.asarray(encoded["input_ids"]), is_target
-
-
-def _assistant_spans(messages: list[dict], tokenizer: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered chat, and the characters [begin, end) of each assistant turn in it."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
-        through = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        if not (through.startswith(before) and text.startswith(through)):
-            raise DataError(
-                f"{where}: the chat template renders turn {index} differently once more turns follow, so its tokens cannot be told apart; "
-                "end the sample at that turn, or use a template with {% generation %} markers"
-            )
-        spans.append((len(before), len(through)))
-    return text, spans
-
-
-def _fit(samples: list[Sample], path: Path, seq_len: int, truncate: bool) -> list[Sample]:
-    """Cut or refuse samples of more than `seq_len` tokens."""
-    longest = max(samples, key=lambda sample: len(sample.input_ids))
-    if len(longest.input_ids) <= seq_len:
-        return samples
-    if not truncate:
-        count = sum(len(sample.input_ids) > seq_len for sample in samples)
-        raise DataError(
-            f"{count} of {len(samples)} samples of {path} have more than {seq_len} tokens, the longest {len(longest.input_ids)} "
-            f"(line {longest.line}); raise --seq-len, or cut them with --truncate"
-        )
-    return [dataclasses.replace(s, input_ids=s.input_ids[:seq_len], labels=s.labels[:seq_len]) for s in samples]
+def _batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    batch: list[Item] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -78,14 +78,20 @@ def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
 class MetricsFile:
     """Appends one JSON object a step; a context manager. An older file of that name is replaced.
 
+    Args:
+        resume_after: keep the older file's rows up to this step; None: none of them.
+
     Raises:
         StorageError: the file cannot be created or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
         self.path = path
         try:
+            kept = _rows_up_to(path, resume_after) if resume_after is not None else []
             self._file: IO[str] = path.open("w", encoding="utf-8")
+            self._file.writelines(kept)
+            self._file.flush()
         except OSError as error:
             raise StorageError(f"cannot create {path}: {error.strerror} (errno {error.errno})") from error
 
@@ -95,13 +101,29 @@ class MetricsFile:
     def __exit__(self, *exc_info: object) -> None:
         self._file.close()
 
-    def write(self, report: StepFacts) -> None:
-        """Append one step and flush it."""
+    def write(self, report: StepFacts, *, held_out_loss: float | None = None) -> None:
+        """Append one step, with the held-out loss if it was evaluated after it, and flush it."""
+        row = metrics_row(report)
+        if held_out_loss is not None:
+            row["held_out_loss"] = held_out_loss if math.isfinite(held_out_loss) else None
         try:
-            self._file.write(json.dumps(metrics_row(report)) + "\n")
+            self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
             raise StorageError(f"cannot write step {report.step} to {self.path}: {error.strerror} (errno {error.errno})") from error
+
+
+def _rows_up_to(path: Path, step: int) -> list[str]:
+    """The lines of steps up to `step`; a line that a kill cut in half is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            is_kept = False
+        if is_kept:
+            lines.append(line + "\n")
+    return lines
 
 
 class LiveLine:
@@ -113,6 +135,7 @@ class LiveLine:
         self._live = Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else None
         self._smoothed_step_s = 0.0
         self._last_printed_s = -PLAIN_INTERVAL_S
+        self._held_out: tuple[int, float] | None = None
 
     def __enter__(self) -> LiveLine:
         if self._live is not None:
@@ -123,26 +146,33 @@ class LiveLine:
         if self._live is not None:
             self._live.stop()
 
-    def show(self, report: StepFacts) -> None:
-        """Replace the line by this step's."""
+    def show(self, report: StepFacts, *, held_out_loss: float | None = None) -> None:
+        """Replace the line by this step's; the newest held-out loss stays in it."""
+        if held_out_loss is not None:
+            self._held_out = (report.step, held_out_loss)
         fresh = self._smoothed_step_s == 0.0
         self._smoothed_step_s += (report.step_s - self._smoothed_step_s) * (1.0 if fresh else _SPEED_WEIGHT)
         remaining_s = (self._num_steps - report.step) * self._smoothed_step_s
-        line = format_step(report, num_steps=self._num_steps, remaining_s=remaining_s)
+        line = format_step(report, num_steps=self._num_steps, remaining_s=remaining_s, held_out=self._held_out)
         if self._live is not None:
             self._live.update(Text(line), refresh=True)
             return
         now = time.monotonic()
-        if now - self._last_printed_s >= PLAIN_INTERVAL_S or report.step == self._num_steps:
+        if now - self._last_printed_s >= PLAIN_INTERVAL_S or report.step == self._num_steps or held_out_loss is not None:
             self._console.print(line, soft_wrap=True, highlight=False)
             self._last_printed_s = now
 
 
-def format_step(report: StepFacts, *, num_steps: int, remaining_s: float) -> str:
-    """One step for people."""
-    parts = [
-        f"step {report.step}/{num_steps}",
-        f"loss {report.loss:.4f}",
+def format_step(report: StepFacts, *, num_steps: int, remaining_s: float, held_out: tuple[int, float] | None = None) -> str:
+    """One step for people.
+
+    Args:
+        held_out: the newest held-out loss, and the step after which it was taken.
+    """
+    parts = [f"step {report.step}/{num_steps}", f"loss {report.loss:.4f}"]
+    if held_out is not None:
+        parts.append(f"held-out {held_out[1]:.4f}" + ("" if held_out[0] == report.step else f" at {held_out[0]}"))
+    parts += [
         f"grad {report.grad_norm:.3g}",
         f"lr {report.lr:.2e}",
         f"{report.tokens_per_s:.0f} tokens/s",

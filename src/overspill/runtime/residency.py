@@ -6,7 +6,7 @@ A copy of a piece is one of four things:
 |---|---|---|
 | device | a part of its bundle's *region*, one contiguous allocation | the same, from the device pool; a boundary is a torch tensor |
 | host | a part of its bundle's region in (pinned) host memory | a slot of the host pool |
-| ssd | a range of the bundle's extent in the store | a range of an extent in scratch, whose file has no name on disk |
+| ssd | a record of the store (`tiers/records.py`), one a chunk | a record of scratch, whose file has no name on disk |
 
 Rules:
 
@@ -14,20 +14,22 @@ Rules:
    region is borrowed when its first chunk is created and given back when its last chunk is dropped.
 2. `create` makes a copy with undefined content; whoever executes the op fills it before anybody reads it.
 3. Bytes are counted per piece, as the schedule's rules count them, so predicted and measured peaks must be equal.
-4. Extents of scratch are made once, at the plan's largest sizes, and used again by every step.
+4. Records of scratch are made once, at the plan's largest sizes, and used again by every step.
+5. What comes from the SSD is verified before it is used, scratch as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Piece, Role, initial_copies
 from overspill.spec.tensors import Tier
-from overspill.tiers import DeviceMemory, HostMemory, SlotPool, Store, Transfer
+from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SlotPool, Transfer
 from overspill.units import align_up
 
 BUNDLE_ROLES = (Role.PARAMETER, Role.STATE, Role.GRADIENT, Role.PARTIAL_GRADIENT)
@@ -54,26 +56,28 @@ class _Copy:
     value: torch.Tensor | None = None
     """A boundary on the device, in its own shape and dtype."""
     release: Callable[[], None] | None = None
-    extent: tuple[Store, str, int] | None = None
-    """Store, extent, first byte."""
+    record: tuple[RecordStore, str] | None = None
+    """Where it is on the SSD."""
 
 
 class Residency:
     """All copies of all pieces of one session.
 
     Args:
-        store: keeps parameters and states that rest on the SSD; None if nothing does.
+        store: keeps parameters and states that rest on the SSD; None if nothing does. A record that is there already (of a
+            checkpoint that is resumed from) is taken as it is.
         scratch: keeps gradients and boundaries that rest on the SSD; None if nothing does.
     """
 
-    def __init__(self, plan: Plan, *, device: DeviceMemory, host: HostMemory, store: Store | None, scratch: Store | None) -> None:
+    def __init__(
+        self, plan: Plan, *, device: DeviceMemory, host: HostMemory, store: RecordStore | None, scratch: RecordStore | None
+    ) -> None:
         self.plan = plan
         self.device, self.host, self.store, self.scratch = device, host, store, scratch
         self.device_pool = SlotPool(device, "device")
         self.host_pool = SlotPool(host, "host")
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
         self._regions: dict[tuple[RegionKey, Tier], _Region] = {}
-        self._scratch_extents: set[str] = set()
         self._positions = {unit.name: position for position, unit in enumerate(plan.units)}
         self.resident_bytes = dict.fromkeys(Tier, 0)
         self.peak_bytes = dict.fromkeys(Tier, 0)
@@ -98,7 +102,7 @@ class Residency:
             slot = self.host_pool.acquire(num_bytes)
             copy = _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release)
         else:
-            copy = _Copy(num_bytes=num_bytes, extent=self._scratch_extent(piece, num_bytes))
+            copy = _Copy(num_bytes=num_bytes, record=self._scratch_record(piece, num_bytes))
         self._add(piece, tier, copy)
 
     def put_boundary(self, piece: Piece, value: torch.Tensor) -> None:
@@ -139,17 +143,17 @@ class Residency:
 
     def start_read(self, piece: Piece, buffer: torch.Tensor) -> Transfer:
         """From the SSD into host memory; `buffer` is lent until the transfer is waited for."""
-        extent = self._copies[piece, Tier.SSD].extent
-        assert extent is not None
-        store, name, offset = extent
-        return store.start_read(name, offset, buffer)
+        record = self._copies[piece, Tier.SSD].record
+        assert record is not None
+        store, name = record
+        return store.start_read(name, buffer)
 
     def start_write(self, piece: Piece, buffer: torch.Tensor) -> Transfer:
         """From host memory to the SSD; `buffer` is lent until the transfer is waited for."""
-        extent = self._copies[piece, Tier.SSD].extent
-        assert extent is not None
-        store, name, offset = extent
-        return store.start_write(name, offset, buffer)
+        record = self._copies[piece, Tier.SSD].record
+        assert record is not None
+        store, name = record
+        return store.start_write(name, buffer)
 
     def turn_into_gradient(self, bundle: str, reader: str, pieces: list[tuple[Piece, Piece]]) -> None:
         """A partial gradient that is already the gradient: its region changes hands, nothing is copied."""
@@ -174,22 +178,34 @@ class Residency:
 
     def write_home(self, bundle: str, role: Role, offset: int, source: torch.Tensor) -> None:
         """Copy uint8 CPU bytes into a home at byte `offset` of the role."""
-        tier = self._home_tier(bundle, role)
-        if tier is Tier.SSD:
-            assert self.store is not None
-            self.store.start_write(_extent_name(bundle, role), offset, source).wait()
-        else:
+        tier = self.home_tier(bundle, role)
+        if tier is not Tier.SSD:
             self._regions[(bundle, role, ""), tier].tensor[offset : offset + source.numel()].copy_(source)
+            return
+        assert self.store is not None
+        for name, start, first, size in self._parts(bundle, role, offset, source.numel()):
+            self.store.write_part(name, start, source[first : first + size])
 
     def read_home(self, bundle: str, role: Role, offset: int, num_bytes: int) -> torch.Tensor:
         """Bytes of a home as a new uint8 CPU tensor."""
-        tier = self._home_tier(bundle, role)
-        if tier is Tier.SSD:
-            assert self.store is not None
-            target = torch.empty(num_bytes, dtype=torch.uint8)
-            self.store.start_read(_extent_name(bundle, role), offset, target).wait()
-            return target
-        return self._regions[(bundle, role, ""), tier].tensor[offset : offset + num_bytes].to("cpu", copy=True)
+        tier = self.home_tier(bundle, role)
+        if tier is not Tier.SSD:
+            return self._regions[(bundle, role, ""), tier].tensor[offset : offset + num_bytes].to("cpu", copy=True)
+        assert self.store is not None
+        target = torch.empty(num_bytes, dtype=torch.uint8)
+        for name, start, first, size in self._parts(bundle, role, offset, num_bytes):
+            target[first : first + size] = self.store.read_part(name, start, size)
+        return target
+
+    def _parts(self, bundle: str, role: Role, offset: int, num_bytes: int) -> Iterator[tuple[str, int, int, int]]:
+        """(record, first byte in it, first byte of the range, bytes) of each record that a byte range of a home touches."""
+        layout = self.plan.bundles[bundle]
+        per_element = layout.element_bytes if role is Role.PARAMETER else self.plan.state_bytes_per_element[bundle]
+        for chunk in layout.chunks:
+            start, end = max(offset, chunk.start * per_element), min(offset + num_bytes, chunk.end * per_element)
+            if start < end:
+                piece = Piece(role=role, owner=bundle, index=chunk.index)
+                yield str(piece), start - chunk.start * per_element, start - offset, end - start
 
     def reset_peaks(self) -> None:
         self.peak_bytes = dict(self.resident_bytes)
@@ -202,11 +218,12 @@ class Residency:
         """Give all memory and files back."""
         self._copies.clear()
         self._regions.clear()
-        self.device.close()
-        self.host.close()
-        for store in (self.scratch, self.store):
-            if store is not None:
-                store.close()
+        with contextlib.ExitStack() as stack:  # all are closed, also when one raises
+            for store in (self.store, self.scratch):
+                if store is not None:
+                    stack.callback(store.close)
+            stack.callback(self.host.close)
+            stack.callback(self.device.close)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -224,13 +241,13 @@ class Residency:
         bundle = self.plan.bundles[piece.owner]
         per_element = self._bytes_per_element(piece, num_bytes)
         offset = bundle.chunks[piece.index].start * per_element
-        name = _extent_name(piece.owner, piece.role)
         if tier is Tier.SSD:
             assert self.store is not None, f"{piece} rests on the SSD but there is no store"
-            if piece.index == 0:
-                self.store.allocate(name, bundle.num_elements * per_element)
-            self._add(piece, tier, _Copy(num_bytes=num_bytes, extent=(self.store, name, offset)))
+            if not self.store.has(str(piece)):
+                self.store.create(str(piece), num_bytes)
+            self._add(piece, tier, _Copy(num_bytes=num_bytes, record=(self.store, str(piece))))
             return
+        name = f"{piece.owner}.{piece.role.value}"
         memory = self.device if tier is Tier.DEVICE else self.host
         key = (_key(piece), tier)
         if key not in self._regions:
@@ -268,27 +285,22 @@ class Residency:
         if tier is Tier.HOST:
             slot = self.host_pool.acquire(num_bytes)
             return _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release)
-        return _Copy(num_bytes=num_bytes, extent=self._scratch_extent(piece, num_bytes))
+        return _Copy(num_bytes=num_bytes, record=self._scratch_record(piece, num_bytes))
 
-    def _scratch_extent(self, piece: Piece, num_bytes: int) -> tuple[Store, str, int]:
+    def _scratch_record(self, piece: Piece, num_bytes: int) -> tuple[RecordStore, str]:
         """Rule 4. Only two units' boundary gradients exist at a time, so they take turns."""
         assert self.scratch is not None, f"{piece} rests on the SSD but there is no scratch store"
-        offset = 0
         if piece.role in BUNDLE_ROLES:
-            name = f"{piece.owner}@{piece.reader}.{piece.role.value}"
-            per_element = self._bytes_per_element(piece, num_bytes)
-            bundle = self.plan.bundles[piece.owner]
-            size, offset = bundle.num_elements * per_element, bundle.chunks[piece.index].start * per_element
+            name, size = str(piece), num_bytes
         else:
             owner = piece.owner if piece.role is Role.BOUNDARY else str(self._positions[piece.owner] % 2)
             name = f"{owner}.{piece.role.value}.{piece.index % self.plan.group_size}"
             size = max(self.plan.boundary_bytes(unit.name) for unit in self.plan.units[1:])
-        if name not in self._scratch_extents:
-            self.scratch.allocate(name, size)
-            self._scratch_extents.add(name)
-        return self.scratch, name, offset
+        if not self.scratch.has(name):
+            self.scratch.create(name, size)
+        return self.scratch, name
 
-    def _home_tier(self, bundle: str, role: Role) -> Tier:
+    def home_tier(self, bundle: str, role: Role) -> Tier:
         placement = self.plan.placements[bundle]
         return placement.parameters if role is Role.PARAMETER else placement.states
 
@@ -314,10 +326,6 @@ def store_bytes(plan: Plan) -> int:
 
 def _key(piece: Piece) -> RegionKey:
     return piece.owner, piece.role, piece.reader
-
-
-def _extent_name(bundle: str, role: Role) -> str:
-    return f"{bundle}.{role.value}"
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

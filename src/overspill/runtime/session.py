@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from transformers import PreTrainedModel
 
-from overspill.errors import NonFiniteError
+from overspill.checkpoint import discard_manifests, open_records
+from overspill.errors import NonFiniteError, StorageError
 from overspill.huggingface import (
     StreamedModel,
     build_meta_model,
@@ -33,12 +34,14 @@ from overspill.optim import global_norm
 from overspill.planning import build_layout, build_plan, simulate
 from overspill.report.memory import host_peak_bytes
 from overspill.runtime.batches import count_targets, prepare_batch, token_count
+from overspill.runtime.checkpointing import Checkpointer, SessionState, config_facts, restore_homes, validate_same_run
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.executor import Executor, UpdateContext
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
 from overspill.runtime.residency import Residency, scratch_bytes, store_bytes
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
+from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import EvaluationReport, Prediction, StepReport
@@ -47,7 +50,8 @@ from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES
 from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient
 from overspill.spec.workload import ModelLayout
-from overspill.tiers import DeviceMemory, HostMemory, SsdStore, Store
+from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
+from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 
 StoreFactory = Callable[[str, int, bool], Store]
 
@@ -64,9 +68,13 @@ class Session:
         open_store: makes the stores that rest on the SSD, (directory, capacity in bytes, is scratch) -> store; None: files
             in the directory. Tests and users give a `FakeStore` here.
         chunk_bytes: bound on the bytes of one chunk; tests lower it.
+        checkpoints: reserve room for checkpoints, which `save_checkpoint` makes; None: none can be made.
+        resume_from: used by `overspill.resume`.
+        calls, space, num_threads: of the files on the SSD; tests give a `FaultInjector` (no effect with `open_store`).
 
     Raises:
         BudgetError: the plan does not fit; nothing was allocated.
+        StorageError: the SSD directory cannot be used, is in use, or has checkpoints that would be lost.
         UnsupportedModelError: the model cannot be streamed exactly; with the reason.
         ModelFolderError: the folder is missing or broken.
     """
@@ -81,9 +89,16 @@ class Session:
         seed: int = 0,
         open_store: StoreFactory | None = None,
         chunk_bytes: int = CHUNK_BYTES,
+        checkpoints: CheckpointPolicy | None = None,
+        resume_from: tuple[Manifest, Path] | None = None,
+        calls: FileCalls = OS_CALLS,
+        space: SpacePolicy | None = None,
+        num_threads: int = 4,
     ) -> None:
-        self.optimizer, self.seed = optimizer, seed
-        self._open_store = open_store or _open_ssd_store
+        self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
+        self._files = {"calls": calls, "space": space or SpacePolicy(), "num_threads": num_threads}
+        self._open_store = open_store or self._open_ssd_store
+        self._checkpointer: Checkpointer | None = None
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
         return_freed_memory()
@@ -101,22 +116,31 @@ class Session:
         self.model = StreamedModel(built)
         self.hardware = read_hardware(self.device, plan.ssd_dir)
         self.plan = self._make_plan(plan, chunk_bytes)
-        self.residency = self._allocate()
+        if resume_from is not None:
+            validate_same_run(resume_from[0], self.plan, self.model.config)
+        self.residency = self._allocate(checkpoints, resume_from)
         try:
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}
             if checkpoint is not None:
-                self._load(checkpoint.read(expected))
+                if resume_from is None or not expected.keys() <= set(self.homes.names):
+                    self._load(checkpoint.read(expected), with_homes=resume_from is None)
             else:
-                self._load((name, weights.pop(name)) for name in list(weights))
+                self._load(((name, weights.pop(name)) for name in list(weights)), with_homes=resume_from is None)
+            if resume_from is not None:
+                self._restore(*resume_from)
             self.model.to(self.device)
         except BaseException:
-            self.residency.close()
+            self.close()
             raise
         self.executor = Executor(self.plan, self.model, self.residency)
-        self.step_number = 0
+        self.step_number = resume_from[0].step if resume_from is not None else 0
         """Optimizer steps done, pending ones included."""
         self.loss_scale = LossScale() if self.plan.dtype == "float16" else None
+        if resume_from is not None:
+            self.loss_scale = resume_from[0].loss_scale
+        self.data_position: Any = resume_from[0].data_position if resume_from is not None else None
+        """What the last checkpoint said about where the caller's data goes on."""
         self._pending: UpdateContext | None = None
         self._failure: str | None = None
         self._schedules: dict[tuple[str, tuple[int, ...], bool], Schedule] = {}
@@ -154,10 +178,12 @@ class Session:
             raise ValueError(f"the plan was made for a {plan.model} of {plan.num_parameters} parameters, this model differs; plan it anew")
         return plan
 
-    def _allocate(self) -> Residency:
+    def _allocate(self, checkpoints: CheckpointPolicy | None, resume_from: tuple[Manifest, Path] | None) -> Residency:
         plan = self.plan
-        stores: list[Store | None] = []
-        needs = (store_bytes(plan), scratch_bytes(plan))
+        if resume_from is None and store_bytes(plan) and plan.ssd_dir is not None and checkpoints is None:
+            discard_manifests(Path(plan.ssd_dir), allowed=False)
+        stores: list[RecordStore | None] = []
+        needs = (store_bytes(plan) if checkpoints is None else 0, scratch_bytes(plan))
         # Slots are rounded up to pages, which the schedule does not count.
         rounding = 2 * len(plan.units) * plan.group_size * 4096
         host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
@@ -169,22 +195,38 @@ class Session:
                     stores.append(None)
                     continue
                 assert plan.ssd_dir is not None
-                stores.append(self._open_store(plan.ssd_dir, num_bytes, is_scratch))
+                stores.append(RecordStore(self._open_store(plan.ssd_dir, num_bytes, is_scratch)))
+            if checkpoints is not None:
+                self._checkpointer = Checkpointer(checkpoints, plan, source=resume_from, **self._files)  # type: ignore[arg-type]
+                stores[0] = self._checkpointer.records
             return Residency(plan, device=device, host=host, store=stores[0], scratch=stores[1])
         except BaseException:
-            for store in stores:
+            for store in (*stores[1:], stores[0] if stores else None):
                 if store is not None:
                     store.close()
             device.close()
             host.close()
             raise
 
-    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _restore(self, manifest: Manifest, directory: Path) -> None:
+        """Parameters and states from a checkpoint, one record at a time."""
+        own = self._checkpointer
+        if own is not None and own.directory.resolve() == directory.resolve():
+            restore_homes(self.residency, own.records)
+            return
+        records, _ = open_records(directory, manifest, calls=self._files["calls"])  # type: ignore[arg-type]
+        try:
+            restore_homes(self.residency, records)
+        finally:
+            records.close()
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, with_homes: bool = True) -> None:
         """Parameters into their homes, buffers into the model; what no unit reads is kept for `save_pretrained`."""
         homes = set(self.homes.names)
         for name, tensor in tensors:
             if name in homes:
-                self.homes.write(name, tensor)
+                if with_homes:
+                    self.homes.write(name, tensor)
             elif name in self.model.persistent_buffers:
                 self.model.load_buffers({name: tensor})
             else:
@@ -262,6 +304,37 @@ class Session:
         if self._pending is not None:
             context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
             self._run(self._schedule("flush", (), pending=True), [], context, self._pending)
+
+    def save_checkpoint(self, data_position: Any = None) -> Manifest:
+        """Make a checkpoint of the state after the last step, and drop the oldest one beyond what is kept.
+
+        Args:
+            data_position: JSON that `overspill.resume` gives back as `session.data_position`.
+
+        Raises:
+            ValueError: the session was opened without `checkpoints`.
+            StorageError: a file failed; the last checkpoint is whole, and the session cannot go on.
+        """
+        if self._checkpointer is None:
+            raise ValueError("this session reserved no room for checkpoints; open it with checkpoints=CheckpointPolicy(...)")
+        self.flush()
+        state = SessionState(
+            step=self.step_number,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            loss_scale=self.loss_scale,
+            seed=self.seed,
+            chunk_bytes=self._chunk_bytes,
+            config=config_facts(self.model.config),
+            data_position=data_position,
+        )
+        try:
+            manifest = self._checkpointer.save(self.residency, state)
+        except BaseException as error:
+            self._failure = f"the checkpoint of step {self.step_number} failed: {error}"
+            raise
+        self.data_position = data_position
+        return manifest
 
     def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> EvaluationReport:
         """Mean loss over all targets of `micro_batches` (as in `step`), in evaluation mode, weights flushed."""
@@ -415,18 +488,24 @@ class Session:
         return self.residency.device.peak_bytes
 
     def close(self) -> None:
-        """Give all memory and files back; weights that were not saved are gone."""
+        """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone."""
+        if self._checkpointer is not None:
+            self._checkpointer.close()
         self.residency.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            self.close()
+        except StorageError as unseen:
+            if error is None:
+                raise
+            error.add_note(str(unseen))
 
-
-def _open_ssd_store(directory: str, capacity_bytes: int, is_scratch: bool) -> Store:
-    return SsdStore(directory, capacity_bytes=capacity_bytes, unlink=is_scratch)
+    def _open_ssd_store(self, directory: str, capacity_bytes: int, is_scratch: bool) -> Store:
+        return SsdStore(directory, capacity_bytes=capacity_bytes, unlink=is_scratch, **self._files)  # type: ignore[arg-type]
 
 
 class _EvaluationMode:

@@ -41,7 +41,16 @@ def from_json(kind: type[Document], text: str) -> Document:
     Raises:
         ValueError: the text is not JSON, or a field is unknown or missing; the message names it.
     """
-    return _build(kind, json.loads(text), kind.__name__)
+    return from_plain(kind, json.loads(text))
+
+
+def from_plain(kind: type[Document], plain: Any) -> Document:
+    """A document of type `kind` from what `to_plain` made of it.
+
+    Raises:
+        ValueError: a field is unknown or missing; the message names it.
+    """
+    return _build(kind, plain, kind.__name__)
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:

@@ -7,9 +7,11 @@ replaced by another that meets its protocol.
 from __future__ import annotations
 
 from overspill.tiers.fake import Failure, FailureRule, FakeStore
+from overspill.tiers.faults import Fault, FaultInjector, FaultKind
 from overspill.tiers.memory import DeviceMemory, HostMemory
 from overspill.tiers.pool import Slot, SlotPool
 from overspill.tiers.protocol import Memory, Store, Transfer
+from overspill.tiers.records import RecordStore
 from overspill.tiers.ssd import SsdStore
 
 __all__ = [
@@ -17,8 +19,12 @@ __all__ = [
     "Failure",
     "FailureRule",
     "FakeStore",
+    "Fault",
+    "FaultInjector",
+    "FaultKind",
     "HostMemory",
     "Memory",
+    "RecordStore",
     "Slot",
     "SlotPool",
     "SsdStore",

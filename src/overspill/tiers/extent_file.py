@@ -7,8 +7,9 @@
 Rules:
 
 1. Everything that can be wrong with the directory is found here, before training, and named with what to change.
-2. One run owns a file: it holds an exclusive `flock`, which the kernel drops with the process, however that ends. A file
-   that a killed run left behind is not locked; its content is scratch and is discarded.
+2. One run owns a file: it holds an exclusive `flock`, which the kernel drops with the process, however that ends. Who holds
+   it says so in `overspill.lock` beside the file, so that a second run can be told. A file that a killed run left behind is
+   not locked, whatever that note says; its content is discarded unless it is opened as `existing`.
 3. The directory is made with mode 0700 and the file with 0600: weights and data belong to their user. Links are not followed.
 
 Limits: Linux only. A file system that refuses direct I/O is used through the page cache after one warning. A tmpfs is used
@@ -26,10 +27,13 @@ import os
 import secrets
 import stat
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from overspill.errors import BudgetError, StorageError
+from overspill.tiers.calls import OS_CALLS, FileCalls
 from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES
+from overspill.tiers.run_lock import RunNote, read_holder
 from overspill.units import MIB, format_bytes
 
 FILE_NAME = "overspill.extents"
@@ -39,13 +43,15 @@ _FALLOC_FL_ZERO_RANGE = 0x10
 
 
 class ExtentFile:
-    """An open, locked file of `capacity_bytes`, all zeros.
+    """An open, locked file of `capacity_bytes`, all zeros unless it is `existing`.
 
     Args:
         directory: made if it is missing (its parent is not).
-        capacity_bytes: size of the file, a multiple of 4096.
+        capacity_bytes: size of the file, a multiple of 4096; of an existing file the least size, which it grows to.
         unlink: give the file a random name and remove that at once; the blocks are free again when the process ends, even
             when it is killed.
+        existing: open the file that is there and keep its content.
+        before_discarding: called when the lock is held and nothing is changed yet; may refuse by raising.
 
     Raises:
         ValueError: the directory cannot be meant: its parent is missing, or it is no directory.
@@ -53,7 +59,16 @@ class ExtentFile:
         StorageError: the directory is not writable, the file is in use, or the file system fails.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], capacity_bytes: int, *, unlink: bool) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        capacity_bytes: int,
+        *,
+        unlink: bool,
+        existing: bool = False,
+        before_discarding: Callable[[], None] | None = None,
+        calls: FileCalls = OS_CALLS,
+    ) -> None:
         assert capacity_bytes % EXTENT_ALIGNMENT_BYTES == 0, capacity_bytes
         folder = Path(directory)
         _make_directory(folder)
@@ -65,12 +80,25 @@ class ExtentFile:
                 stacklevel=3,
             )
         self.path = folder / (f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}" if unlink else FILE_NAME)
+        if existing and not self.path.is_file():
+            raise StorageError(f"{self.path} is missing: there is nothing to go on with in {folder}")
         self.fd = _open_locked(self.path)
+        self.calls = calls
         self._is_named = True
+        self._note: RunNote | None = None
+        self.keeps_content = existing
+        """Whether closing leaves the file where it is."""
         try:
             if unlink:
                 self._remove_name()
-            _preallocate(self.fd, self.path, capacity_bytes)
+            else:
+                self._note = RunNote(folder)
+            if before_discarding is not None:
+                before_discarding()
+            if existing:
+                capacity_bytes = max(capacity_bytes, os.fstat(self.fd).st_size)
+            _preallocate(self.fd, self.path, capacity_bytes, keep=existing)
+            self.capacity_bytes = capacity_bytes
             self.is_direct = _enable_direct(self.fd, folder)
             """Whether transfers bypass the page cache and must be aligned."""
         except BaseException:
@@ -103,13 +131,25 @@ class ExtentFile:
                 raise OSError(errno.EIO, f"zeroing stopped after {done + moved} of {num_bytes} B")
             done += moved // EXTENT_ALIGNMENT_BYTES * EXTENT_ALIGNMENT_BYTES
 
+    def flush(self) -> None:
+        """Make what was written durable.
+
+        Raises:
+            OSError: it failed; what is on the drive is unknown.
+        """
+        self.calls.fsync(self.fd)
+
     def close(self) -> None:
-        """Remove and close the file; closing again does nothing."""
+        """Remove (unless it is kept) and close the file; closing again does nothing."""
         if self.fd < 0:
             return
         fd, self.fd = self.fd, -1
         try:
-            self._remove_name()  # before the lock goes with the descriptor
+            # Both before the lock goes with the descriptor.
+            if not self.keeps_content:
+                self._remove_name()
+            if self._note is not None:
+                self._note.remove()
         finally:
             os.close(fd)
 
@@ -167,7 +207,9 @@ def _open_locked(path: Path) -> int:
                     return fd
         except BlockingIOError as error:
             os.close(fd)
-            raise StorageError(f"{path} is in use by another run; wait for it or give another --ssd-dir") from error
+            raise StorageError(
+                f"{path} is in use by another run{read_holder(path.parent)}; wait for it or give another directory"
+            ) from error
         except OSError as error:
             os.close(fd)
             raise StorageError(f"{path} cannot be locked ({_reason(error)}); give another --ssd-dir") from error
@@ -177,17 +219,22 @@ def _open_locked(path: Path) -> int:
         os.close(fd)
 
 
-def _preallocate(fd: int, path: Path, capacity_bytes: int) -> None:
+def _preallocate(fd: int, path: Path, capacity_bytes: int, *, keep: bool) -> None:
     try:
-        os.ftruncate(fd, 0)
+        if not keep:
+            os.ftruncate(fd, 0)
+        start = os.fstat(fd).st_size
+        if start >= capacity_bytes:
+            return
         disk = os.fstatvfs(fd)
         free_bytes = disk.f_bavail * disk.f_frsize
-        if free_bytes < capacity_bytes:
+        needed = capacity_bytes - start
+        if free_bytes < needed:
             raise BudgetError(
-                f"{path} needs {format_bytes(capacity_bytes)} ({capacity_bytes} B) but its file system has "
+                f"{path} needs {format_bytes(needed)} ({needed} B) but its file system has "
                 f"{format_bytes(free_bytes)} ({free_bytes} B) free; give another --ssd-dir or lower --ssd-budget"
             )
-        os.posix_fallocate(fd, 0, capacity_bytes)
+        os.posix_fallocate(fd, start, needed)
     except OSError as error:
         raise StorageError(
             f"{format_bytes(capacity_bytes)} could not be reserved for {path} ({_reason(error)}); "

@@ -97,6 +97,26 @@ class ExtentTable:
             f"raise --ssd-budget to at least {self.capacity_bytes + size - longest} B"
         )
 
+    def adopt(self, name: str, offset: int, num_bytes: int) -> Extent:
+        """Give a name the range at `offset`, which an earlier run gave it.
+
+        Raises:
+            ValueError: the range is not free, not aligned, or outside of the store; the table is unchanged.
+        """
+        extent = Extent(name=name, offset=offset, num_bytes=num_bytes)
+        inside = next(((start, end) for start, end in self._free if start <= offset and extent.end <= end), None)
+        if num_bytes <= 0 or offset % EXTENT_ALIGNMENT_BYTES or name in self._extents or inside is None:
+            raise ValueError(
+                f"{name} cannot have bytes [{offset}, {extent.end}) of a store of {self.capacity_bytes} B: they are in use, not aligned, "
+                "or outside of it"
+            )
+        start, end = inside
+        index = self._free.index(inside)
+        self._free[index : index + 1] = [(a, b) for a, b in ((start, offset), (extent.end, end)) if a < b]
+        self._extents[name] = extent
+        self.high_water = max(self.high_water, extent.end)
+        return extent
+
     def free(self, name: str) -> None:
         """Take a name's range back (rule 2)."""
         extent = self.find(name)

@@ -28,6 +28,7 @@ import torch
 
 from overspill.errors import StorageError
 from overspill.tiers.extents import Extent, ExtentTable
+from overspill.tiers.faults import FaultInjector
 from overspill.tiers.transfer import PartsTransfer, TransferBook, build_storage_error, validate_buffer
 
 Operation = Literal["read", "write"]
@@ -55,6 +56,7 @@ class FakeStore:
         delay_s: time that every transfer takes besides its bytes' time.
         bytes_per_s: bandwidth of each direction; None: no limit.
         failures: the transfers that fail: one, several, or a rule.
+        calls: every transfer goes through its `copy`, which may fail, tear or flip what moves (`tiers/faults.py`).
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class FakeStore:
         delay_s: float = 0.0,
         bytes_per_s: float | None = None,
         failures: Failure | Sequence[Failure] | FailureRule = (),
+        calls: FaultInjector | None = None,
     ) -> None:
         if delay_s < 0 or (bytes_per_s is not None and bytes_per_s <= 0):
             raise ValueError(f"a store cannot be faster than at once: delay_s={delay_s}, bytes_per_s={bytes_per_s}")
         self._delay_s, self._bytes_per_s = delay_s, bytes_per_s
+        self._calls = calls
         self._find_failure = failures if callable(failures) else _rule_of([failures] if isinstance(failures, Failure) else failures)
         self._table = ExtentTable(capacity_bytes)
         self._content: dict[str, torch.Tensor] = {}
@@ -165,9 +169,16 @@ class FakeStore:
         duration_s = self._delay_s + (source.numel() / self._bytes_per_s if self._bytes_per_s else 0.0)
         if duration_s:
             time.sleep(duration_s)
+        cause: OSError | None = None
         if error_number is None:
-            target.copy_(source)
-            return
+            try:
+                if self._calls is None:
+                    target.copy_(source)
+                else:
+                    self._calls.copy(operation, target, source)
+                return
+            except OSError as error:
+                cause, error_number = error, error.errno or 0
         raise build_storage_error(
             operation=operation,
             name=extent.name,
@@ -176,7 +187,7 @@ class FakeStore:
             wanted_bytes=source.numel(),
             done_bytes=0,
             error_number=error_number,
-        ) from OSError(error_number, os.strerror(error_number))
+        ) from cause or OSError(error_number, os.strerror(error_number))
 
     def _assert_open(self, name: str) -> None:
         assert not self._is_closed, f"{name} is used in a FakeStore that is closed"

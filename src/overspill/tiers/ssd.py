@@ -17,7 +17,8 @@ Rules:
 3. Every part is repeated until all its bytes have moved; no bytes without an error is an error.
 
 Costs: each thread has one request in flight; starting, handing over and waiting cost about 35 us a part (measured, 4 KiB read).
-Limits: content is scratch and ends with the store. No checksums; a drive that returns wrong bytes is not noticed.
+A full file system is waited for if `space` says so (`tiers/calls.py`). Content ends with the store unless `keep()` was called.
+Limit: no checksums here; `tiers/records.py`, which stands before every store of a session, has them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Self
 import torch
 
 from overspill.errors import StorageError
+from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy, SpaceWaiter
 from overspill.tiers.extent_file import ExtentFile
 from overspill.tiers.extents import ExtentTable
 from overspill.tiers.transfer import PartsTransfer, TransferBook, build_storage_error, validate_buffer
@@ -82,16 +84,38 @@ class SsdStore:
         capacity_bytes: size of the file; reserved at once.
         num_threads: transfers' parts in flight.
         unlink: for scratch (boundaries, gradients): no name, so nothing is left behind even by `kill -9`.
+        existing: open what an earlier run kept; its extents are taken over with `adopt`.
+        before_discarding: see `ExtentFile`.
+        calls: the system calls; tests give a `FaultInjector`.
+        space: what to do when the file system is full; None: fail.
 
     Raises:
         ValueError, BudgetError, StorageError: the directory cannot be used; see `ExtentFile`.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, capacity_bytes: int, num_threads: int = 4, unlink: bool = False) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        capacity_bytes: int,
+        num_threads: int = 4,
+        unlink: bool = False,
+        existing: bool = False,
+        before_discarding: Callable[[], None] | None = None,
+        calls: FileCalls = OS_CALLS,
+        space: SpacePolicy | None = None,
+    ) -> None:
         if num_threads < 1:
             raise ValueError(f"a store needs at least 1 thread, got {num_threads}")
-        self._table = ExtentTable(capacity_bytes)
-        self._file = ExtentFile(directory, self._table.capacity_bytes, unlink=unlink)
+        capacity_bytes = ExtentTable(capacity_bytes).capacity_bytes
+        self._file = ExtentFile(
+            directory, capacity_bytes, unlink=unlink, existing=existing, before_discarding=before_discarding, calls=calls
+        )
+        self._table = ExtentTable(self._file.capacity_bytes)
+        if existing:
+            self._table.high_water = self._table.capacity_bytes  # anything may have been written anywhere
+        self._calls = calls
+        self._space = SpaceWaiter(space or SpacePolicy(max_wait_s=0))
         # A store that is dropped without close() still removes its file, at the latest when the interpreter exits.
         weakref.finalize(self, self._file.close)
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="overspill-ssd")
@@ -159,6 +183,35 @@ class SsdStore:
         with self._table_lock:
             return self._table.find(name).num_bytes
 
+    def position(self, name: str) -> int:
+        """The extent's first byte in the file."""
+        with self._table_lock:
+            return self._table.find(name).offset
+
+    def adopt(self, name: str, position: int, num_bytes: int) -> None:
+        """Give a name the range that an earlier run gave it, with the content it has.
+
+        Raises:
+            ValueError: the range is not free, not aligned, or outside of the file.
+        """
+        with self._table_lock:
+            self._table.adopt(name, position, num_bytes)
+
+    def flush(self) -> None:
+        """Make every write that has ended durable.
+
+        Raises:
+            StorageError: it failed; what is on the drive is unknown.
+        """
+        try:
+            self._file.flush()
+        except OSError as error:
+            raise self._error("flush", "all extents", 0, 0, 0, error.errno) from error
+
+    def keep(self, is_kept: bool = True) -> None:
+        """Whether closing leaves the file where it is."""
+        self._file.keeps_content = is_kept
+
     def start_read(self, name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
         """Start reading bytes [offset, offset + len(buffer)) of an extent; `buffer` is lent until `wait()`."""
         transfer = self._start(self._read_part, name, offset, buffer)
@@ -178,6 +231,7 @@ class SsdStore:
         if self._is_closed:
             return
         self._is_closed = True
+        self._space.stop()
         self._pool.shutdown(wait=True)
         self._file.close()
         self._book.raise_unseen()
@@ -238,12 +292,12 @@ class SsdStore:
 
     def _move_all(self, operation: str, name: str, position: int, view: memoryview) -> None:
         """Read or write all of `view` at `position` of the file, however short each call is (rule 3)."""
-        move = os.preadv if operation == "read" else os.pwritev
+        move = self._calls.preadv if operation == "read" else self._calls.pwritev
         alignment = self._file.alignment_bytes
         done, num_stalls, wanted = 0, 0, len(view)
         while done < wanted:
             try:
-                moved = move(self._file.fd, [view[done:]], position + done)
+                moved = self._space.call(self.path, lambda at=done: move(self._file.fd, [view[at:]], position + at))  # type: ignore[misc]
             except OSError as error:
                 raise self._error(operation, name, position, wanted, done, error.errno) from error
             before, reached = done, done + moved

@@ -1,0 +1,66 @@
+"""Go on from a checkpoint: `overspill.resume(directory, model=...)`.
+
+Optimizer, learning rate, loss scale, seed and step are the checkpoint's; the plan may place everything anew. The weights of
+`model` are not looked at: only what it is, and its buffers. The continuation is equal to the last bit to the run that was
+never stopped, on the same kind of device.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from overspill.checkpoint import find_manifests, manifest_path, read_latest, read_manifest
+from overspill.errors import StorageError
+from overspill.runtime.session import Session
+from overspill.spec.checkpoint import CheckpointPolicy
+from overspill.spec.plan import Plan, PlanRequest
+from overspill.tiers.calls import OS_CALLS, FileCalls
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def resume(
+    directory: str | Path,
+    *,
+    model: str | Path | PreTrainedModel,
+    plan: PlanRequest | Plan | None = None,
+    checkpoints: CheckpointPolicy | None = None,
+    generation: int | None = None,
+    calls: FileCalls = OS_CALLS,
+    **settings: Any,
+) -> Session:
+    """A session at the step of a checkpoint.
+
+    Args:
+        directory: where the checkpoints are.
+        model: the model that was trained: a folder, a hub name, or a live model (taken over).
+        plan: where everything rests from now on; None: as it did.
+        checkpoints: how new checkpoints are made; None: in `directory`, one kept. Elsewhere, the old ones stay untouched.
+        generation: which checkpoint; None: the newest. Newer ones in the same directory are removed.
+        settings: passed on to `Session`.
+
+    Raises:
+        StorageError: there is no checkpoint, or it is damaged; the message names what.
+        ValueError: it is of another model, dtype, state format or batch; the message has both values.
+    """
+    folder = Path(directory)
+    if generation is None:
+        manifest = read_latest(folder, calls=calls)
+    elif generation in find_manifests(folder):
+        manifest = read_manifest(manifest_path(folder, generation), calls=calls)
+    else:
+        raise StorageError(f"{folder} has no checkpoint {generation}; it has {', '.join(map(str, find_manifests(folder))) or 'none'}")
+    return Session(
+        model,
+        plan=plan or manifest.plan,
+        optimizer=manifest.optimizer,
+        learning_rate=manifest.learning_rate,
+        seed=manifest.seed,
+        chunk_bytes=manifest.chunk_bytes,
+        checkpoints=checkpoints or CheckpointPolicy(directory=str(folder)),
+        resume_from=(manifest, folder),
+        calls=calls,
+        **settings,
+    )

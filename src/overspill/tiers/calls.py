@@ -1,0 +1,140 @@
+"""The system calls behind everything durable, and what is done when a file system is full.
+
+`FileCalls` is the seam at which faults are injected (`tiers/faults.py`): the module `os` meets it, and so does anything that
+stands before `os`. Stores and checkpoints read, write, flush, rename and remove through it and through nothing else.
+
+Full means waiting: a run of days must not end because a disk filled up for a minute. Whoever meets `ENOSPC` says so once,
+tries again every `poll_s`, and goes on where it was; the bytes are still in memory, so nothing can be lost by waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+LOG = logging.getLogger("overspill")
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class FileCalls(Protocol):
+    """The functions of `os` that move bytes, or make their names durable."""
+
+    def preadv(self, fd: int, buffers: Sequence[Any], offset: int, /) -> int: ...
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int, /) -> int: ...
+    def fsync(self, fd: int, /) -> None: ...
+    def replace(self, source: Any, target: Any, /) -> None: ...
+    def unlink(self, path: Any, /) -> None: ...
+
+
+OS_CALLS: FileCalls = os
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpacePolicy:
+    """What to do on a full file system."""
+
+    poll_s: float = 5.0
+    """Time between two tries. Chosen, not tuned."""
+    max_wait_s: float | None = None
+    """After this the write fails; None: wait until there is space or the run is stopped. 0: fail at once."""
+    report: Callable[[str], None] = LOG.warning
+    """Takes the message when a pause begins and when it ends; may be called on any thread."""
+
+
+class SpaceWaiter:
+    """Repeats calls that fail for want of space; thread-safe. `stop()` ends all pauses with the failure."""
+
+    def __init__(self, policy: SpacePolicy) -> None:
+        self._policy = policy
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def call(self, path: object, function: Callable[[], int]) -> int:
+        """The result of `function()`, tried again while it raises ENOSPC or EDQUOT; other errors pass through."""
+        started_s: float | None = None
+        while True:
+            try:
+                result = function()
+            except OSError as error:
+                if error.errno not in FULL or self._policy.max_wait_s == 0:
+                    raise
+                now = time.monotonic()
+                if started_s is None:
+                    started_s = now
+                    self._policy.report(
+                        f"paused: {path} cannot be written ({errno.errorcode[error.errno]}); free space on its file system and the run "
+                        f"goes on with nothing lost (looked at every {self._policy.poll_s:g} s), or stop it with Ctrl-C"
+                    )
+                if self._policy.max_wait_s is not None and now - started_s >= self._policy.max_wait_s:
+                    raise
+                if self._stopped.wait(self._policy.poll_s):
+                    raise
+                continue
+            if started_s is not None:
+                self._policy.report(f"going on: {path} can be written again after {time.monotonic() - started_s:.1f} s")
+            return result
+
+
+def write_durably(path: Path, content: bytes, *, calls: FileCalls, space: SpaceWaiter) -> None:
+    """Put `content` under the name `path` so that a crash leaves either the old file or the new one, never a part.
+
+    To a name beside it, flushed, renamed, and the rename flushed.
+
+    Raises:
+        OSError: a call failed; what was written beside is removed.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    fd = space.call(partial, lambda: os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    try:
+        try:
+            view = memoryview(content)
+            done = 0
+            while done < len(view):
+                moved = space.call(partial, lambda at=done: calls.pwritev(fd, [view[at:]], at))  # type: ignore[misc]
+                if moved == 0:
+                    raise OSError(errno.EIO, f"wrote {done} of {len(view)} B")
+                done += moved
+            calls.fsync(fd)
+        finally:
+            os.close(fd)
+        calls.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
+        raise
+    flush_folder(path.parent, calls)
+
+
+def read_whole(path: Path, *, calls: FileCalls) -> bytes:
+    """The content of a small file, through the seam."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        content = bytearray(os.fstat(fd).st_size)
+        done = 0
+        while done < len(content):
+            moved = calls.preadv(fd, [memoryview(content)[done:]], done)
+            if moved == 0:
+                raise OSError(errno.EIO, f"got {done} of {len(content)} B")
+            done += moved
+        return bytes(content)
+    finally:
+        os.close(fd)
+
+
+def flush_folder(folder: Path, calls: FileCalls) -> None:
+    """Make the names in `folder` durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        calls.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,259 @@
+"""Records: what moves as one, kept with checksums and, where a checkpoint needs it, with its older versions.
+
+Words:
+
+* **record**: the bytes of one chunk of one role of a bundle (or of a gradient, or of hidden states in scratch).
+* **slot**: an extent of the store that can hold one version of a record. A record has a fixed number of slots: one
+  without checkpoints, and one more than the number of checkpoints that are kept.
+* **pinned**: a slot whose version belongs to a checkpoint.
+* **generation**: the slots of all records that one checkpoint pins.
+
+Rules:
+
+1. A write replaces a whole record. It goes into the current slot if that is not pinned, else into one that is not: so what
+   a checkpoint needs is never overwritten, and a step that dies half-way has damaged nothing that the last one holds.
+2. With `keep` checkpoints and `keep + 1` slots there is always a slot to write to; nothing is ever searched or compacted.
+3. Every write notes the checksums of its blocks, every read is held against them before its bytes are used. A difference is
+   a `StorageError` that names record, file, block and both checksums.
+4. Parts of records are read and written only while loading and exporting; a part that is read is verified by whole blocks,
+   a part that is written reads the blocks it changes in part.
+
+Costs: `num_slots` times the space; a checksum is about 40 us per MiB, by the thread that starts a write or waits for a read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from overspill.errors import StorageError
+from overspill.tiers.checksums import BLOCK_BYTES, block_checksums, first_difference, zero_checksums
+from overspill.tiers.protocol import Store, Transfer
+from overspill.units import align_up
+
+Generation = Mapping[str, int]
+"""Record -> the slot that is pinned."""
+
+
+@dataclasses.dataclass
+class _Record:
+    num_bytes: int
+    """Room; a write may be shorter."""
+    slots: list[str]
+    """Names of the extents."""
+    current: int
+    content_bytes: int
+    checksums: tuple[int, ...]
+    num_pins: list[int]
+    is_written: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecordVersion:
+    """The current version of a record."""
+
+    num_bytes: int
+    slots: tuple[str, ...]
+    slot: int
+    checksums: tuple[int, ...]
+
+
+class RecordStore:
+    """Records in a store; thread-safe as far as its store is.
+
+    Args:
+        store: owned from now on, closed with this.
+        num_slots: versions that fit beside each other.
+    """
+
+    def __init__(self, store: Store, *, num_slots: int = 1) -> None:
+        assert num_slots >= 1, num_slots
+        self.store = store
+        self.num_slots = num_slots
+        self._records: dict[str, _Record] = {}
+        self._lock = threading.Lock()
+
+    # -- names -------------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._records)
+
+    def has(self, name: str) -> bool:
+        return name in self._records
+
+    def create(self, name: str, num_bytes: int) -> None:
+        """A record of zeros.
+
+        Raises:
+            BudgetError: the store has no room for its slots.
+        """
+        assert name not in self._records, f"{name} is there already"
+        slots = [f"{name}#{index}" for index in range(self.num_slots)]
+        for slot in slots:
+            self.store.allocate(slot, num_bytes)
+        self._records[name] = _Record(
+            num_bytes=num_bytes,
+            slots=slots,
+            current=0,
+            content_bytes=num_bytes,
+            checksums=zero_checksums(num_bytes),
+            num_pins=[0] * self.num_slots,
+        )
+
+    def restore(self, name: str, version: RecordVersion) -> None:
+        """A record whose slots are in the store already, with the content of an earlier run; missing slots are added."""
+        slots = list(version.slots)
+        while len(slots) < self.num_slots:
+            index = next(index for index in range(len(slots) + 1) if f"{name}#{index}" not in slots)
+            slots.append(f"{name}#{index}")
+            self.store.allocate(slots[-1], version.num_bytes)
+        self._records[name] = _Record(
+            num_bytes=version.num_bytes,
+            slots=slots,
+            current=version.slot,
+            content_bytes=version.num_bytes,
+            checksums=version.checksums,
+            num_pins=[0] * len(slots),
+            is_written=True,
+        )
+
+    def version(self, name: str) -> RecordVersion:
+        record = self._records[name]
+        return RecordVersion(num_bytes=record.num_bytes, slots=tuple(record.slots), slot=record.current, checksums=record.checksums)
+
+    def is_written(self, name: str) -> bool:
+        """Whether the record ever got content."""
+        return self._records[name].is_written
+
+    # -- generations -------------------------------------------------------------------------------------------------
+
+    def current(self) -> dict[str, int]:
+        """The slot of every record now: the generation that a checkpoint made now would pin."""
+        return {name: record.current for name, record in self._records.items()}
+
+    def pin(self, generation: Generation) -> None:
+        """Let no write touch these slots until `unpin`."""
+        with self._lock:
+            for name, slot in generation.items():
+                self._records[name].num_pins[slot] += 1
+
+    def unpin(self, generation: Generation) -> None:
+        """The checkpoint is gone: its slots are free unless they are current, or another checkpoint's."""
+        with self._lock:
+            for name, slot in generation.items():
+                assert self._records[name].num_pins[slot] > 0, f"{name} slot {slot} is unpinned twice"
+                self._records[name].num_pins[slot] -= 1
+
+    # -- whole records -----------------------------------------------------------------------------------------------
+
+    def start_write(self, name: str, buffer: torch.Tensor) -> Transfer:
+        """Start replacing a record (rule 1); `buffer`, uint8 [n] with n at most its size, is lent until `wait()`."""
+        record = self._records[name]
+        assert buffer.numel() <= record.num_bytes, (name, buffer.numel(), record.num_bytes)
+        checksums = block_checksums(buffer)
+        with self._lock:
+            if record.num_pins[record.current]:
+                record.current = next(slot for slot, pins in enumerate(record.num_pins) if not pins)
+            record.content_bytes, record.checksums, record.is_written = buffer.numel(), checksums, True
+            slot = record.slots[record.current]
+        return self.store.start_write(slot, 0, buffer)
+
+    def start_read(self, name: str, buffer: torch.Tensor) -> Transfer:
+        """Start reading a whole record into `buffer`, which is lent until `wait()`, and verified there."""
+        record = self._records[name]
+        assert buffer.numel() == record.content_bytes, (name, buffer.numel(), record.content_bytes)
+        slot, checksums = record.slots[record.current], record.checksums
+        return _VerifiedRead(self, name, slot, 0, buffer, checksums, self.store.start_read(slot, 0, buffer))
+
+    # -- parts of records (rule 4) -----------------------------------------------------------------------------------
+
+    def read_part(self, name: str, offset: int, num_bytes: int) -> torch.Tensor:
+        """Bytes [offset, offset + num_bytes) of a record, verified."""
+        record = self._records[name]
+        first = offset // BLOCK_BYTES * BLOCK_BYTES
+        last = min(align_up(offset + num_bytes, BLOCK_BYTES), record.content_bytes)
+        buffer = torch.empty(last - first, dtype=torch.uint8)
+        slot = record.slots[record.current]
+        checksums = record.checksums[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)]
+        _VerifiedRead(self, name, slot, first, buffer, checksums, self.store.start_read(slot, first, buffer)).wait()
+        return buffer[offset - first : offset - first + num_bytes]
+
+    def write_part(self, name: str, offset: int, data: torch.Tensor) -> None:
+        """Change bytes [offset, offset + n) of a record, and wait."""
+        record = self._records[name]
+        assert record.content_bytes == record.num_bytes and offset + data.numel() <= record.num_bytes, name
+        is_pinned = record.num_pins[record.current] > 0
+        first = 0 if is_pinned else offset // BLOCK_BYTES * BLOCK_BYTES
+        last = record.num_bytes if is_pinned else min(align_up(offset + data.numel(), BLOCK_BYTES), record.num_bytes)
+        if (first, last) == (offset, offset + data.numel()):
+            content = data.contiguous()
+        else:
+            content = self.read_part(name, first, last - first)
+            content[offset - first : offset - first + data.numel()] = data
+        if is_pinned:
+            self.start_write(name, content).wait()
+            return
+        checksums = list(record.checksums)
+        checksums[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)] = block_checksums(content)
+        record.checksums, record.is_written = tuple(checksums), True
+        self.store.start_write(record.slots[record.current], first, content).wait()
+
+    def verify(self, names: Iterable[str]) -> list[str]:
+        """Read records and say what is wrong with each damaged one."""
+        problems = []
+        for name in names:
+            buffer = torch.empty(self._records[name].content_bytes, dtype=torch.uint8)
+            try:
+                self.start_read(name, buffer).wait()
+            except StorageError as error:
+                problems.append(str(error))
+        return problems
+
+    def close(self) -> None:
+        self.store.close()
+
+    def _damage(self, name: str, slot: str, offset: int, difference: tuple[int, int, int], num_bytes: int) -> StorageError:
+        block, expected, found = difference
+        start = offset + block * BLOCK_BYTES
+        position = getattr(self.store, "position", None)
+        where = f"offset {position(slot) + start} of {self.store.path}" if position is not None else "a store in memory"  # type: ignore[attr-defined]
+        return StorageError(
+            f"{name} is damaged: bytes [{start}, {min(start + BLOCK_BYTES, offset + num_bytes)}) at {where} have CRC-32C {found:08x}, "
+            f"{expected:08x} was written; the drive or a cable is failing: resume from the last checkpoint on another drive"
+        )
+
+
+class _VerifiedRead:
+    """A read that ends with its checksums compared, once. Meets the protocol `Transfer`."""
+
+    def __init__(
+        self, records: RecordStore, name: str, slot: str, offset: int, buffer: torch.Tensor, checksums: tuple[int, ...], inner: Transfer
+    ) -> None:
+        self._records, self._name, self._slot, self._offset = records, name, slot, offset
+        self._buffer, self._checksums, self._inner = buffer, checksums, inner
+        self._lock = threading.Lock()
+        self._is_verified = False
+        self._error: StorageError | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self._inner.is_done
+
+    def wait(self) -> None:
+        """Block until the bytes are there and verified."""
+        self._inner.wait()
+        with self._lock:
+            if not self._is_verified:
+                difference = first_difference(self._buffer, self._checksums)
+                if difference is not None:
+                    self._error = self._records._damage(self._name, self._slot, self._offset, difference, self._buffer.numel())
+                self._is_verified = True
+        if self._error is not None:
+            raise self._error
+
+
+__all__ = ["Generation", "RecordStore", "RecordVersion"]

@@ -1,0 +1,157 @@
+"""Claims about --checkpoint-every, --keep, --resume, signals, and kills of the command itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from typer.testing import Result
+
+from overspill.checkpoint import find_manifests, read_latest
+from overspill.cli.failures import ExitCode
+
+Run = Callable[..., Result]
+FLAGS = ("--steps", 6, "--micro-batch", 4, "--lr", 1e-2, "--held-out", 8)
+ON_SSD = ("--parameters", "ssd", "--states", "ssd")
+
+
+def saved(tmp_path: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(tmp_path / "out" / "model" / "model.safetensors").items()}
+
+
+@pytest.fixture
+def expected(run: Run, tmp_path: Path) -> tuple[dict[str, bytes], list[str]]:
+    """The weights and metrics' steps of the run that nobody stops."""
+    assert run(*FLAGS).exit_code == 0
+    return saved(tmp_path), [line.split(",")[1] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+def _arguments(model_folder: Path, data_file: Path, tmp_path: Path, *flags: object) -> list[str]:
+    return ["finetune", str(model_folder), str(data_file), "--out", str(tmp_path / "out"), "--device", "cpu", *map(str, flags)]
+
+
+def start(model_folder: Path, data_file: Path, tmp_path: Path, *flags: object) -> subprocess.Popen[str]:
+    code = "import sys; from overspill.cli import main; sys.argv[0] = 'overspill'; main()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *_arguments(model_folder, data_file, tmp_path, *flags)],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def wait_for_steps(tmp_path: Path, count: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(3000):
+        path = tmp_path / "out" / "metrics.jsonl"
+        if process.poll() is not None or (path.is_file() and len(path.read_text().splitlines()) >= count):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run makes no steps")
+
+
+def test_three_kills_and_an_interrupt_and_the_run_still_ends_with_the_same_bits(
+    run: Run, expected: tuple[dict[str, bytes], list[str]], model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    flags = (*FLAGS, "--checkpoint-every", 1, "--ssd-dir", tmp_path / "ssd", *ON_SSD)
+    (tmp_path / "out" / "metrics.jsonl").unlink()
+    done = 0
+    for attempt, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
+        process = start(model_folder, data_file, tmp_path, *flags, *(("--resume",) if attempt else ()))
+        wait_for_steps(tmp_path, done + 1, process)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode in (-number, 130), errors
+        if process.returncode == 130:
+            assert "go on with: overspill finetune --config" in errors and "--resume" in errors
+        if attempt == 0 and not find_manifests(tmp_path / "ssd"):
+            pytest.skip("killed before the first checkpoint")
+        done = read_latest(tmp_path / "ssd").step
+    result = run(*flags, "--resume")
+    assert result.exit_code == 0, result.output
+    assert saved(tmp_path) == expected[0]
+    assert [line.split(",")[1] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == expected[1]
+
+
+def test_a_run_in_host_memory_goes_on_from_its_output_folder_with_the_same_bits_and_summary(
+    run: Run, expected: tuple[dict[str, bytes], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from overspill.runtime.session import Session
+
+    step = Session.step
+
+    def interrupting(self, batches):  # type: ignore[no-untyped-def]
+        report = step(self, batches)
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return report
+
+    monkeypatch.setattr(Session, "step", interrupting)
+    result = run(*FLAGS, "--checkpoint-every", 2)
+    assert result.exit_code == ExitCode.INTERRUPTED
+    assert "stopped after step 3 of 6; its checkpoint is saved; go on with: overspill finetune --config" in result.stderr
+    monkeypatch.undo()
+    result = run(*FLAGS, "--checkpoint-every", 2, "--resume", "--parameters", "ssd", "--ssd-dir", tmp_path / "ssd")
+    assert result.exit_code == 0, result.output
+    assert "going on after step 3" in result.output and "held-out loss before:" in result.output
+    assert saved(tmp_path) == expected[0]
+    assert read_latest(tmp_path / "ssd").step == 6
+
+
+def test_an_interrupt_without_checkpoints_says_that_nothing_is_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from overspill.runtime.session import Session
+
+    step = Session.step
+    monkeypatch.setattr(Session, "step", lambda self, batches: (os.kill(os.getpid(), signal.SIGINT), step(self, batches))[1])
+    result = run(*FLAGS)
+    assert result.exit_code == ExitCode.INTERRUPTED and "nothing is saved, since no --checkpoint-every" in result.stderr
+
+
+def test_a_second_interrupt_stops_at_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from overspill.runtime.session import Session
+
+    step, evaluate = Session.step, Session.evaluate
+
+    def twice(self, batches):  # type: ignore[no-untyped-def]
+        if self.step_number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batches)
+
+    monkeypatch.setattr(Session, "step", twice)
+    result = run(*FLAGS, "--checkpoint-every", 1)
+    assert result.exit_code == ExitCode.INTERRUPTED and "stopped at once" in result.stderr
+    assert read_latest(tmp_path / "out" / "checkpoints").step == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and evaluate is Session.evaluate
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", 7], "--steps 6 there, 7 here"),
+        (["--lr", 1e-3], "--lr 0.01 there, 0.001 here"),
+        (["--micro-batch", 2], "--micro-batch 4 there, 2 here"),
+        (["--held-out", 9], "--held-out 8.0 there, 9.0 here"),
+    ],
+)
+def test_a_resume_with_other_flags_is_refused_with_both_values(run: Run, tmp_path: Path, flags: list[object], message: str) -> None:
+    assert run(*FLAGS, "--checkpoint-every", 3).exit_code == 0
+    result = run(*FLAGS, "--checkpoint-every", 3, "--resume", *flags)
+    assert result.exit_code == ExitCode.WRONG_INPUT and message in result.stderr, result.stderr
+
+
+def test_other_data_a_missing_checkpoint_and_a_fresh_start_over_checkpoints_are_refused(run: Run, data_file: Path) -> None:
+    result = run(*FLAGS, "--resume")
+    assert result.exit_code == ExitCode.WORLD_FAILED and "--resume: there is no checkpoint in" in result.stderr
+    assert run(*FLAGS, "--checkpoint-every", 3).exit_code == 0
+    result = run(*FLAGS, "--checkpoint-every", 3)
+    assert result.exit_code == ExitCode.WORLD_FAILED and "--discard-checkpoints" in result.stderr
+    assert run(*FLAGS, "--checkpoint-every", 3, "--discard-checkpoints").exit_code == 0
+    data_file.write_text(data_file.read_text().replace("w7", "w8"))
+    result = run(*FLAGS, "--resume")
+    assert result.exit_code == ExitCode.WRONG_INPUT and "the data (fingerprint" in result.stderr
