@@ -52,6 +52,7 @@ def report(step: int, loss: float) -> StepReport:
         device_peak_bytes=0,
         host_peak_bytes=1 << 20,
         pinned_bytes=0,
+        skipped=False,
         step_s=0.5,
         lane_busy_s={},
         lane_bytes={"ssd_read": 7, "ssd_write": 5},
@@ -267,3 +268,20 @@ def test_help_names_every_flag_and_loads_no_torch() -> None:
     flags += " state-format device-budget host-budget ssd-dir ssd-budget device held-out truncate out debug"
     flags += " config eval-every packing blocks split data-config fields stream shuffle-buffer"
     assert [flag for flag in flags.split() if f"--{flag} " not in done.stdout] == []
+
+
+def test_a_foreign_file_where_the_model_goes_is_refused_before_training(
+    run: Run, tmp_path: Path, scripted: Callable[..., type[ScriptedSession]]
+) -> None:
+    scripted()
+    (tmp_path / "out" / "model").mkdir(parents=True)
+    (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
+    result = run("--steps", 3)
+    assert result.exit_code == 2 and "notes.txt" in result.output
+
+
+def test_skipped_fp16_steps_are_told_and_do_not_count(run: Run, tmp_path: Path) -> None:
+    result = run("--steps", 4, "--micro-batch", 4, "--dtype", "float16")
+    assert result.exit_code == 0, result.output
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows if not row.get("skipped")] == [1, 2, 3, 4]

@@ -17,7 +17,7 @@ from overspill.runtime.compute import UnitRunner
 from overspill.runtime.visit import Visit
 from overspill.scheduling import render_timeline
 from overspill.spec.schedule import Phase, Role
-from overspill.tiers import FakeStore
+from overspill.tiers import Failure, FakeStore
 
 VOCAB = 96
 OPTIMIZER = overspill.AdamW(lr=1e-2)
@@ -214,19 +214,96 @@ def test_the_fake_tier_gives_the_same_losses_however_slow() -> None:
     assert losses[0] == losses[1]
 
 
-def test_a_failing_transfer_stops_the_run_with_its_tensor_and_the_session_refuses_to_go_on() -> None:
+def session_with_failure(operation: str, call_index: int) -> overspill.Session:
     import errno
 
-    failing: list[int] = []
-    open_store, made = fake_stores(failures=lambda operation, index, name: errno.EIO if operation == "read" and index in failing else None)
+    open_store, _ = fake_stores(failures=[Failure(operation=operation, call_index=call_index, errno=errno.EIO)])  # type: ignore[arg-type]
     request = plan(None, parameters="ssd", states="ssd", ssd_dir="fake")
-    with overspill.Session(llama(), plan=request, optimizer=OPTIMIZER, open_store=open_store) as session:
-        failing.append(made[0]._num_calls["read"] + 5)
+    return overspill.Session(llama(), plan=request, optimizer=OPTIMIZER, open_store=open_store)
+
+
+def test_a_transfer_that_fails_among_updates_closes_the_session_for_further_steps() -> None:
+    with open_session(None, parameters="host", states="host") as session:
+        num_writes_of_loading = len(session.homes.names)
+    with session_with_failure("write", num_writes_of_loading + 4) as session:
         with pytest.raises(StorageError, match="EIO"):
             for step in range(3):
                 session.step(batches(step))
-        with pytest.raises(RuntimeError, match="StorageError"):
+        with pytest.raises(RuntimeError, match="half-way.*StorageError"):
             session.step(batches())
+
+
+def test_a_transfer_that_fails_before_any_update_changes_nothing_and_the_session_goes_on() -> None:
+    with open_session(None, parameters="host", states="host") as session:
+        expected = [session.step(batches(step)).loss for step in range(3)]
+    with session_with_failure("read", 5) as session:
+        with pytest.raises(StorageError, match="EIO"):
+            session.step(batches(0))
+        assert [session.step(batches(step)).loss for step in range(3)] == expected
+
+
+def test_an_interrupted_evaluation_leaves_the_session_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(None, parameters="host", states="host", clip=1.0) as session:
+        session.step(batches(0))
+
+        def interrupted(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(UnitRunner, "_run_tail", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                session.evaluate(batches(1))
+        losses = [session.step(batches(step)).loss for step in range(1, 3)]
+    with open_session(None, parameters="host", states="host", clip=1.0) as session:
+        assert losses == [session.step(batches(step)).loss for step in range(3)][1:]
+
+
+def test_a_live_model_is_untouched_by_a_refused_plan_and_hollow_after_an_accepted_one() -> None:
+    model = llama()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(BudgetError):
+        open_session(None, model, parameters="host", states="host", host_budget_bytes=4096)
+    with pytest.raises(ValueError, match="state format"):
+        open_session(None, model, state_format="int9")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    with open_session(None, model, parameters="host", states="host") as session:
+        assert all(parameter.device.type == "meta" for parameter in model.parameters())
+        assert all(torch.equal(session.homes.read(name), before[name]) for name in before)
+    with pytest.raises(ValueError, match="holds no weights.*load it again"):
+        open_session(None, model, parameters="host", states="host")
+
+
+def test_a_model_object_in_evaluation_mode_trains_with_its_dropout() -> None:
+    losses = []
+    for mode in (True, False):
+        model = tiny_model("gpt2", resid_pdrop=0.3).train(mode)
+        with open_session(None, model, parameters="host", states="host") as session:
+            losses.append(session.step(batches()).loss)
+    assert losses[0] == losses[1]
+
+
+def test_fp16_gradients_that_never_become_finite_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(None, dtype="float16", parameters="host", states="host") as session:
+        monkeypatch.setattr("overspill.runtime.session.global_norm", lambda sums: float("nan"))
+        with pytest.raises(NonFiniteError, match="smallest loss scale"):
+            for _ in range(40):
+                assert session.step(batches()).skipped
+        assert session.step_number == 0
+
+
+def test_programs_of_many_shapes_do_not_pile_up() -> None:
+    with open_session(None, parameters="host", states="host") as session:
+        for length in range(3, 12):
+            ids = torch.ones(2, length, dtype=torch.long)
+            session.step([{"input_ids": ids, "labels": ids}])
+        assert len(session._schedules) <= 3
+
+
+def test_a_closed_session_says_so() -> None:
+    with open_session(None, parameters="host", states="host") as session:
+        pass
+    with pytest.raises(RuntimeError, match="closed"):
+        session.step(batches())
 
 
 def test_out_of_memory_is_retried_at_the_failing_op(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +356,8 @@ def test_a_visit_restores_placeholders_also_after_an_error() -> None:
         ({"labels": torch.zeros(2, 5, dtype=torch.long)}, "labels has shape"),
         ({"labels": torch.full((2, 12), -100)}, "no target"),
         ({"input_ids": torch.full((2, 12), VOCAB)}, "vocabulary from 0 to 95"),
+        ({"labels": torch.zeros(2, 12)}, "labels must be integers"),
+        ({"input_ids": torch.zeros(0, 12, dtype=torch.long), "labels": torch.zeros(0, 12, dtype=torch.long)}, "is empty"),
         ({"token_type_ids": torch.zeros(2, 12, dtype=torch.long)}, "has keys"),
     ],
 )

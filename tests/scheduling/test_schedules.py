@@ -9,6 +9,7 @@ import pytest
 
 from overspill.errors import BudgetError, ScheduleError
 from overspill.planning import build_layout, build_plan, predict_step, simulate
+from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, render_timeline, validate
 from overspill.spec.documents import from_json
 from overspill.spec.hardware import HardwareSpec
@@ -37,10 +38,10 @@ def make_layout(*, tied: bool, dtype: str = "float32", blocks: int = BLOCKS) -> 
     return ModelLayout(model="Matrices", units=unit_list, bundles=bundles, hidden_size=HIDDEN, vocab_size=VOCAB)
 
 
-def make_plan(*, tied: bool = False, **request: object) -> Plan:
+def make_plan(*, tied: bool = False, device: str = "cuda:0", **request: object) -> Plan:
     defaults = {"dtype": "float32", "seq_len": 8, "micro_batch": 2, "accumulate": 4, "ssd_dir": "/nowhere"}
     wanted = PlanRequest(**{**defaults, **request})  # type: ignore[arg-type]
-    return build_plan(wanted, make_layout(tied=tied, dtype=wanted.dtype), HardwareSpec(), device="cpu")
+    return build_plan(wanted, make_layout(tied=tied, dtype=wanted.dtype), HardwareSpec(), device=device)
 
 
 PLACEMENTS = list(itertools.product(["device", "host", "ssd"], repeat=3))
@@ -126,6 +127,32 @@ def test_a_budget_that_is_too_small_is_refused_with_missing_bytes_and_flag() -> 
         make_plan(host_budget_bytes=100_000, ssd_dir=None, device_budget_bytes=700_000)
     with pytest.raises(ValueError, match="--ssd-dir DIRECTORY"):
         make_plan(states="ssd", ssd_dir=None)
+
+
+def test_on_the_cpu_device_both_tiers_together_stay_within_the_host_budget() -> None:
+    """Its memory is host memory too."""
+    budget = 2_000_000
+    plan = make_plan(device="cpu", host_budget_bytes=budget)
+    peaks = predict_step(plan, HardwareSpec())
+    assert peaks.device_resident_peak_bytes + peaks.host_resident_peak_bytes + plan.device_working_bytes <= budget
+    with pytest.raises(BudgetError, match="--host-budget"):
+        make_plan(device="cpu", host_budget_bytes=400_000)
+
+
+def test_the_ssd_budget_bounds_what_is_preallocated() -> None:
+    plan = make_plan(parameters="ssd", states="ssd", boundaries="ssd", tied=True)
+    needed = store_bytes(plan) + scratch_bytes(plan)
+    make_plan(parameters="ssd", states="ssd", boundaries="ssd", tied=True, ssd_budget_bytes=needed)
+    with pytest.raises(BudgetError, match="--ssd-budget"):
+        make_plan(parameters="ssd", states="ssd", boundaries="ssd", tied=True, ssd_budget_bytes=needed - 1, group_size=4)
+
+
+def test_an_evaluation_streams_the_model_once_for_many_micro_batches() -> None:
+    plan = make_plan(accumulate=1, parameters="host", states="host")
+    schedule = build_evaluation(plan, [16] * 4)
+    assert plan.group_size == 1 and schedule.groups == ((0, 1, 2, 3),)
+    moved = simulate(schedule, plan, HardwareSpec()).lane_bytes["h2d"]
+    assert moved == sum(bundle.parameter_bytes for bundle in plan.bundles.values())
 
 
 def test_plans_survive_json() -> None:

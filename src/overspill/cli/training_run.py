@@ -31,6 +31,7 @@ from overspill.cli.stopping import StopRequest
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
 from overspill.errors import ModelFolderError, NonFiniteError, StorageError
 from overspill.huggingface.data_position import DataPosition
+from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile
@@ -174,6 +175,7 @@ def _prepare_out(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot create the folder {out}: {error.strerror} (errno {error.errno}); choose another --out") from error
+    validate_target(out / "model")
 
 
 def _announce(options: FinetuneOptions, console: Console, plan: Plan, data: TrainingData, num_steps: int) -> None:
@@ -212,6 +214,8 @@ class _Course:
     held_out: dict[int, float] = dataclasses.field(default_factory=dict)
     """Step -> loss over the held-out targets after it."""
     step: int = 0
+    """Updates made; a step that was skipped (fp16 overflow) is tried again with the next batch."""
+    num_skipped: int = 0
 
     @classmethod
     def from_checkpoint(cls, plain: dict[str, Any]) -> _Course:
@@ -222,7 +226,10 @@ class _Course:
         self.losses = [*self.losses[:1], report.loss]
         self.num_tokens += report.num_tokens
         self.training_s += report.step_s
-        self.step = report.step
+        if report.skipped:
+            self.num_skipped += 1
+        else:
+            self.step = report.step
 
 
 def _evaluate(session: Session, data: TrainingData, course: _Course) -> None:
@@ -248,7 +255,8 @@ def _train(session: Session, data: TrainingData, options: FinetuneOptions, num_s
             report = session.step(next(data.feed))
             course.add(report)
             try:
-                if options.eval_every is not None and report.step % options.eval_every == 0 and math.isfinite(report.loss):
+                is_evaluated = options.eval_every is not None and report.step % options.eval_every == 0 and not report.skipped
+                if is_evaluated and math.isfinite(report.loss):
                     _evaluate(session, data, course)
             finally:  # the step was made, whatever became of the evaluation
                 metrics.write(report, held_out_loss=course.held_out.get(report.step))
@@ -280,6 +288,8 @@ def _summarize(options: FinetuneOptions, console: Console, course: _Course, num_
         f"host peak {format_bytes(host_peak_bytes())}",
         f"training loss: {course.losses[0]:.4f} at the first step, {course.losses[-1]:.4f} at the last",
     ]
+    if course.num_skipped:
+        lines.append(f"{course.num_skipped} more steps were skipped, because fp16 gradients overflowed at their loss scale")
     if course.held_out:
         before, after = course.held_out[0], course.held_out[num_steps]
         lines.append(f"held-out loss after:  {after:.4f} ({after - before:+.4f})")

@@ -2,6 +2,7 @@
 
 from overspill.huggingface.export import write_model_folder
 from overspill.huggingface.meta_model import build_meta_model, swap_parameters_for_meta
+from overspill.huggingface.skeleton import copy_without_weights
 from overspill.huggingface.streamed_model import BlockOutput, Embedded, StreamedModel
 from overspill.huggingface.weights import expected_tensors, open_checkpoint
 
@@ -10,6 +11,7 @@ __all__ = [
     "Embedded",
     "StreamedModel",
     "build_meta_model",
+    "copy_without_weights",
     "expected_tensors",
     "open_checkpoint",
     "swap_parameters_for_meta",

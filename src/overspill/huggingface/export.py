@@ -81,7 +81,7 @@ def write_model_folder(
     """
     out_dir = Path(os.path.abspath(out_dir))
     outgoing = list(tensors)
-    _validate_target(out_dir)
+    validate_target(out_dir)
     partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     try:
         out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ def _untouched(out_dir: Path) -> str:
     return f"the model already in {out_dir} was not touched" if out_dir.exists() else "nothing old was touched"
 
 
-def _validate_target(out_dir: Path) -> None:
+def validate_target(out_dir: Path) -> None:
     """Refuse to replace what is no model folder (rule 2)."""
     if not out_dir.exists():
         return

@@ -10,16 +10,19 @@ masks, alibi slopes), and a model that runs on uninitialised rotary tables gives
 3. Initialisation runs as it does in any model; on meta parameters it costs nothing, on buffers it writes their real values.
 4. Parameters that the model wants in fp32 (`_keep_in_fp32_modules`, for fp16; `_keep_in_fp32_modules_strict`, for bf16 too)
    are declared fp32, as `from_pretrained` would load them.
+5. A model that exists already is given another dtype with its buffers: those that it would have in another one, had it been built
+   in that dtype (XGLM's sinusoids, MiniMax's slopes; not rotary frequencies, which are fp32 always), are cast to it.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -28,8 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 def build_meta_model(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM of `config` with every parameter on the meta device and every buffer real, on the CPU.
 
-    Sets `config.use_cache` to False and `config.dtype` to `dtype` (transformers does the latter). Code from a model's
-    repository is never run.
+    Sets `config.dtype` to `dtype` (as transformers does) and changes nothing else of it. Code from a model's repository is never run.
 
     Args:
         dtype: of the parameters, but for those that the model keeps in fp32.
@@ -39,7 +41,6 @@ def build_meta_model(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrai
     """
     with _parameters_become_meta(), torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    model.config.use_cache = False
     _declare_fp32_parameters(model, dtype)
     return model
 
@@ -48,7 +49,8 @@ def swap_parameters_for_meta(model: nn.Module, *, dtype: torch.dtype | None = No
     """Put a meta parameter of the same shape and trainability where each parameter of `model` was; ties stay ties.
 
     Args:
-        dtype: of the new parameters, but for those that the model keeps in fp32 (rule 4); None: each one's own.
+        dtype: of the new parameters, but for those that the model keeps in fp32 (rule 4); buffers are cast as rule 5 says, and
+            `config.dtype` is set. None: each one's own, and buffers stay.
     """
     replaced: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -61,10 +63,26 @@ def swap_parameters_for_meta(model: nn.Module, *, dtype: torch.dtype | None = No
         assert isinstance(model, PreTrainedModel)
         model.config.dtype = dtype
         _declare_fp32_parameters(model, dtype)
+        _cast_buffers(model, dtype)
 
 
 def _as_meta(parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to(device="meta", dtype=dtype), requires_grad=parameter.requires_grad)
+
+
+def _cast_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Rule 5, by the names of a second model that has only buffers."""
+    own = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if buffer.is_floating_point()}
+    if not own:
+        return
+    with _parameters_become_meta(), torch.random.fork_rng(devices=[]):
+        built = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    wanted = {name: buffer.dtype for name, buffer in built.named_buffers(remove_duplicate=False)}
+    cast: dict[int, Tensor] = {}
+    for name, buffer in own.items():
+        if wanted.get(name, buffer.dtype) != buffer.dtype:
+            path, _, attribute = name.rpartition(".")
+            model.get_submodule(path)._buffers[attribute] = cast.setdefault(id(buffer), buffer.to(wanted[name]))
 
 
 @contextmanager

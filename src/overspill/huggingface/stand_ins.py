@@ -112,6 +112,46 @@ class BlockArguments:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def share_equal_tensors(new: BlockArguments, known: Sequence[BlockArguments]) -> BlockArguments:
+    """`new` over the tensors of `known` where they are equal to its own, and each equal one of its own once.
+
+    Micro-batches of one shape have the same causal mask and the same rotary tables: held once, they cost one micro-batch's memory.
+    Equal means to the last bit, in shape, strides, dtype and place, so that sharing changes no number; side inputs are not
+    shared. Metadata is compared first: a comparison of values (on a GPU: a wait) comes only where it fits.
+    """
+    alike: dict[tuple[Any, ...], list[Tensor]] = {}
+
+    def shared(tensor: Tensor) -> Tensor:
+        candidates = alike.setdefault((tensor.shape, tensor.stride(), tensor.dtype, tensor.device), [])
+        found = next((other for other in candidates if other is tensor), None)
+        if found is None:
+            found = next((other for other in candidates if _equal_bits(other, tensor)), None)
+        if found is None:
+            candidates.append(tensor)
+            return tensor
+        return found
+
+    for arguments in known:
+        for tensor in arguments.tensors:
+            candidates = alike.setdefault((tensor.shape, tensor.stride(), tensor.dtype, tensor.device), [])
+            if not any(other is tensor for other in candidates):
+                candidates.append(tensor)
+    return new.replace_tensors([shared(tensor) for tensor in new.tensors])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _equal_bits(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape, dtype and place are equal to the last bit: 0.0 is not -0.0, a NaN is itself."""
+    if first.data_ptr() == second.data_ptr():
+        return True  # strides are equal too: the same view
+    integers = _INTEGERS.get(first.dtype.itemsize)
+    if integers is None:  # complex128
+        return torch.equal(torch.view_as_real(first).view(torch.int64), torch.view_as_real(second).view(torch.int64))
+    return torch.equal(first.view(integers), second.view(integers))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReturnShape:
     """How a block hands its hidden states back."""

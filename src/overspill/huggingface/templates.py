@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import enum
 import functools
+import math
+import mmap
 import types
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +34,8 @@ from torch import Tensor, nn
 LAYER_NUMBER_NAMES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_num", "layer_number"})
 """Attributes that hold a layer's own number in transformers 5."""
 
-_MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+"""Attributes that every module of torch has."""
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -43,7 +46,7 @@ def build_kind(block: nn.Module) -> Hashable:
     described = []
     for path, module in block.named_modules():
         attributes = vars(module)
-        plain = sorted(name for name in attributes if name not in _MODULE_INTERNALS)
+        plain = sorted(name for name in attributes if name not in MODULE_INTERNALS)
         described.append(
             (
                 path,
@@ -148,3 +151,12 @@ def move_buffers(modules: Iterable[nn.Module], device: torch.device) -> int:
             module._buffers[name] = known
     storages = {there.untyped_storage().data_ptr(): there.untyped_storage().nbytes() for alike in moved.values() for _, there in alike}
     return sum(storages.values())
+
+
+def lazy_zeros(like: Tensor) -> Tensor:
+    """Zeros of the shape and dtype of `like`, on pages that exist only once written: reading costs no memory."""
+    num_bytes = like.numel() * like.dtype.itemsize
+    if num_bytes == 0:
+        return torch.zeros(like.shape, dtype=like.dtype)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype, count=math.prod(like.shape)).view(like.shape)

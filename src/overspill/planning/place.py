@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 
 from overspill.errors import BudgetError
 from overspill.planning.simulate import simulate
+from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.scheduling import build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
@@ -119,9 +120,9 @@ def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier) -> int
         # A capacity is what is free now: the process's own memory is already out of it.
         return max(0, int(capacity * FREE_SHARE) - (taken if tier is Tier.DEVICE else 0))
     if budget <= taken:
-        what = "context and working memory of one unit" if tier is Tier.DEVICE else "the process itself"
+        what = "context and working memory of one unit take" if tier is Tier.DEVICE else "the process itself takes"
         raise BudgetError(
-            f"{_FLAGS[tier]} is {format_bytes(budget)}, but {what} take {format_bytes(taken)}: {format_bytes(taken - budget)} are missing; "
+            f"{_FLAGS[tier]} is {format_bytes(budget)}, but {what} {format_bytes(taken)}: {format_bytes(taken - budget)} are missing; "
             f"raise {_FLAGS[tier]}" + (" or lower --micro-batch or --seq-len" if tier is Tier.DEVICE else "")
         )
     return budget - taken
@@ -151,12 +152,26 @@ def _excess(plan: Plan) -> dict[Tier, int]:
     if (plan.device_budget_bytes, plan.host_budget_bytes, plan.ssd_budget_bytes) == (None, None, None):
         return {}
     peaks = predict_step(plan, HardwareSpec())
+    device_bytes = peaks.device_resident_peak_bytes + _argument_bytes(plan)
+    host_bytes = peaks.host_resident_peak_bytes
+    if is_host_memory(plan.device):
+        host_bytes += device_bytes + plan.device_working_bytes
     held = {
-        Tier.DEVICE: (plan.device_budget_bytes, peaks.device_resident_peak_bytes),
-        Tier.HOST: (plan.host_budget_bytes, peaks.host_resident_peak_bytes),
-        Tier.SSD: (plan.ssd_budget_bytes, peaks.ssd_resident_peak_bytes),
+        Tier.DEVICE: (plan.device_budget_bytes, device_bytes),
+        Tier.HOST: (plan.host_budget_bytes, host_bytes),
+        Tier.SSD: (plan.ssd_budget_bytes, max(peaks.ssd_resident_peak_bytes, store_bytes(plan) + scratch_bytes(plan))),
     }
     return {tier: peak - budget for tier, (budget, peak) in held.items() if budget is not None}
+
+
+def _argument_bytes(plan: Plan) -> int:
+    """Assumed: every micro-batch of a group keeps an attention mask of its own, one byte a pair of positions."""
+    return plan.group_size * plan.micro_batch * plan.seq_len**2
+
+
+def is_host_memory(device: str) -> bool:
+    """Whether what is on `device` takes host memory too, and so counts against both budgets."""
+    return device == "cpu"
 
 
 def _choose_group(request: PlanRequest, base: Plan) -> Plan:
@@ -210,6 +225,8 @@ def _give_away_room(request: PlanRequest, base: Plan, room_cut: dict[Tier, int])
     def lift(name: str, change: Callable[[Placement], Placement]) -> None:
         candidate = change(placements[name])
         cost = {tier: _home(base, name, candidate, tier) - _home(base, name, placements[name], tier) for tier in Tier}
+        if is_host_memory(base.device):
+            cost[Tier.HOST] += cost[Tier.DEVICE]
         if all(cost[tier] <= max(room[tier], 0) for tier in Tier if cost[tier] > 0):
             placements[name] = candidate
             for tier in Tier:

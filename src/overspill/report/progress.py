@@ -51,6 +51,8 @@ class StepFacts(Protocol):
     @property
     def pinned_bytes(self) -> int: ...
     @property
+    def skipped(self) -> bool: ...
+    @property
     def ssd_read_bytes(self) -> int: ...
     @property
     def ssd_written_bytes(self) -> int: ...
@@ -58,7 +60,7 @@ class StepFacts(Protocol):
 
 def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
     """One step as the metrics file has it; bytes and seconds are base units, what is not finite is null (JSON has no NaN)."""
-    row = {
+    row: dict[str, float | int | None] = {
         "step": report.step,
         "loss": report.loss,
         "grad_norm": report.grad_norm,
@@ -72,7 +74,8 @@ def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
         "ssd_read_bytes": report.ssd_read_bytes,
         "ssd_written_bytes": report.ssd_written_bytes,
     }
-    return {name: value if math.isfinite(value) else None for name, value in row.items()}
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    return {**finite, "skipped": True} if report.skipped else finite
 
 
 class MetricsFile:
@@ -170,6 +173,8 @@ def format_step(report: StepFacts, *, num_steps: int, remaining_s: float, held_o
         held_out: the newest held-out loss, and the step after which it was taken.
     """
     parts = [f"step {report.step}/{num_steps}", f"loss {report.loss:.4f}"]
+    if report.skipped:
+        parts.append("skipped: fp16 gradients overflowed")
     if held_out is not None:
         parts.append(f"held-out {held_out[1]:.4f}" + ("" if held_out[0] == report.step else f" at {held_out[0]}"))
     parts += [

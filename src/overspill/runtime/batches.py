@@ -39,9 +39,15 @@ def prepare_batch(
         raise ValueError(
             f"micro-batch {index} has keys {sorted(batch)}; it needs input_ids and labels, and may have {_KEYS[2]}, {_KEYS[3]}"
         )
+    kinds = {key: tensor.dtype for key, tensor in batch.items() if tensor.is_floating_point()}
+    if kinds:
+        raise ValueError(f"micro-batch {index}: {', '.join(kinds)} must be integers, got {', '.join(map(str, kinds.values()))}")
+    batch = {key: tensor.long() for key, tensor in batch.items()}
     ids, labels = batch["input_ids"], batch["labels"]
     if ids.ndim != 2:
         raise ValueError(f"micro-batch {index}: input_ids must be [samples, tokens], got shape {tuple(ids.shape)}")
+    if ids.numel() == 0:
+        raise ValueError(f"micro-batch {index} is empty: shape {tuple(ids.shape)}")
     for key, tensor in batch.items():
         if tensor.shape != ids.shape:
             raise ValueError(

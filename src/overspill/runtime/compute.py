@@ -202,5 +202,5 @@ def check_losses(micro_batches: Sequence[MicroBatch], step: int) -> None:
         if micro_batch.loss is not None and not bool(torch.isfinite(micro_batch.loss)):
             raise NonFiniteError(
                 f"loss of step {step}, micro-batch {index} is {float(micro_batch.loss)}; no weight was changed by this step; "
-                "lower --lr, add --warmup-steps or --clip 1.0, or look at the data of this batch"
+                "lower --lr, add --warmup-steps, or look at the data of this batch"
             )

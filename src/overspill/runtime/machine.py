@@ -12,6 +12,8 @@ from overspill.report.memory import host_resident_bytes
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO
 
+PROCESS_GROWTH_BYTES = 96 * 1024 * 1024
+"""Assumed: what the process itself grows by while it trains (threads, kernels, schedules); 50-60 MiB seen on two cores."""
 CUDA_CONTEXT_BYTES = 600 * 1024 * 1024
 """Assumed: driver context, kernels and library workspaces of one process."""
 
@@ -46,8 +48,7 @@ def read_hardware(device: torch.device, ssd_dir: str | None) -> HardwareSpec:
     if device.type == "cuda":
         device_capacity, context = torch.cuda.mem_get_info(device)[0], CUDA_CONTEXT_BYTES if not torch.cuda.is_initialized() else 0
     else:
-        # The cpu device's memory is host memory too: each may have half of what is free.
-        host //= 2
+        # Host memory too; the planner holds both together against the host's budget.
         device_capacity, context = host, 0
     ssd = 0
     if ssd_dir is not None:
@@ -59,7 +60,7 @@ def read_hardware(device: torch.device, ssd_dir: str | None) -> HardwareSpec:
         device_capacity_bytes=device_capacity,
         host_capacity_bytes=host,
         ssd_capacity_bytes=ssd,
-        process_bytes=host_resident_bytes(),
+        process_bytes=host_resident_bytes() + PROCESS_GROWTH_BYTES,
         device_context_bytes=context,
     )
 

@@ -22,15 +22,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 
+from overspill.planning.space import boundary_slot_bytes
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Piece, Role, initial_copies
 from overspill.spec.tensors import Tier
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SlotPool, Transfer
-from overspill.units import align_up
 
 BUNDLE_ROLES = (Role.PARAMETER, Role.STATE, Role.GRADIENT, Role.PARTIAL_GRADIENT)
 RegionKey = tuple[str, Role, str]
@@ -78,7 +79,8 @@ class Residency:
         self.host_pool = SlotPool(host, "host")
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
         self._regions: dict[tuple[RegionKey, Tier], _Region] = {}
-        self._positions = {unit.name: position for position, unit in enumerate(plan.units)}
+        self._idle_boundary_records: list[str] = []
+        self._num_boundary_records = 0
         self.resident_bytes = dict.fromkeys(Tier, 0)
         self.peak_bytes = dict.fromkeys(Tier, 0)
         for (piece, tier), size in initial_copies(plan, pending=False).items():
@@ -163,16 +165,16 @@ class Residency:
         region.pieces = {gradient for _, gradient in pieces}
         self._regions[(bundle, Role.GRADIENT, ""), Tier.DEVICE] = region
 
-    def keep_as_home(self, piece: Piece, tier: Tier) -> bool:
-        """Whether (piece, tier) is where a parameter or state rests between steps."""
-        region = self._regions.get((_key(piece), tier))
-        return region is not None and region.is_home
+    def drop_all_but_homes(self, *, pending: bool = False) -> bool:
+        """After a failed step: give back everything that was borrowed; whether all homes are there.
 
-    def drop_all_but_homes(self) -> None:
-        """After a failed step: give back everything that was borrowed."""
-        homes = initial_copies(self.plan, pending=False)
+        Args:
+            pending: whether the gradients that wait for their update count as homes.
+        """
+        homes = initial_copies(self.plan, pending=pending)
         for piece, tier in [key for key in self._copies if key not in homes]:
             self.drop(piece, tier)
+        return homes.keys() <= self._copies.keys()
 
     # -- outside of steps --------------------------------------------------------------------------------------------
 
@@ -285,43 +287,29 @@ class Residency:
         if tier is Tier.HOST:
             slot = self.host_pool.acquire(num_bytes)
             return _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release)
-        return _Copy(num_bytes=num_bytes, record=self._scratch_record(piece, num_bytes))
+        return self._borrow_boundary_record(num_bytes)
 
     def _scratch_record(self, piece: Piece, num_bytes: int) -> tuple[RecordStore, str]:
-        """Rule 4. Only two units' boundary gradients exist at a time, so they take turns."""
+        """A gradient's record, made once and kept."""
         assert self.scratch is not None, f"{piece} rests on the SSD but there is no scratch store"
-        if piece.role in BUNDLE_ROLES:
-            name, size = str(piece), num_bytes
+        if not self.scratch.has(str(piece)):
+            self.scratch.create(str(piece), num_bytes)
+        return self.scratch, str(piece)
+
+    def _borrow_boundary_record(self, num_bytes: int) -> _Copy:
+        """A record of scratch that no other hidden state has now; records are made as they are first needed (rule 4)."""
+        assert self.scratch is not None, "boundaries rest on the SSD but there is no scratch store"
+        if self._idle_boundary_records:
+            name = self._idle_boundary_records.pop()
         else:
-            owner = piece.owner if piece.role is Role.BOUNDARY else str(self._positions[piece.owner] % 2)
-            name = f"{owner}.{piece.role.value}.{piece.index % self.plan.group_size}"
-            size = max(self.plan.boundary_bytes(unit.name) for unit in self.plan.units[1:])
-        if not self.scratch.has(name):
-            self.scratch.create(name, size)
-        return self.scratch, name
+            self._num_boundary_records += 1
+            name = f"boundary-{self._num_boundary_records}"
+            self.scratch.create(name, boundary_slot_bytes(self.plan))
+        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=functools.partial(self._idle_boundary_records.append, name))
 
     def home_tier(self, bundle: str, role: Role) -> Tier:
         placement = self.plan.placements[bundle]
         return placement.parameters if role is Role.PARAMETER else placement.states
-
-
-def scratch_bytes(plan: Plan) -> int:
-    """Bytes of all extents that scratch may need under `plan`, each on a 4096-byte boundary."""
-    total = 0
-    for name, bundle in plan.bundles.items():
-        if bundle.trainable and plan.placements[name].gradients is Tier.SSD:
-            total += bundle.parameter_bytes
-            total += sum(name in unit.bundles for unit in plan.units) * bundle.num_elements * 4
-    if plan.boundaries is Tier.SSD:
-        largest = max(plan.boundary_bytes(unit.name) for unit in plan.units[1:])
-        total += (len(plan.units) + 2) * plan.group_size * align_up(largest, 4096)
-    return total
-
-
-def store_bytes(plan: Plan) -> int:
-    """Bytes of all extents of parameters and states that rest on the SSD."""
-    homes = initial_copies(plan, pending=False)
-    return sum(size for (_, tier), size in homes.items() if tier is Tier.SSD)
 
 
 def _key(piece: Piece) -> RegionKey:
@@ -330,6 +318,3 @@ def _key(piece: Piece) -> RegionKey:
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(-1).view(torch.uint8)
-
-
-__all__ = ["Residency", "scratch_bytes", "store_bytes"]

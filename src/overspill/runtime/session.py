@@ -3,16 +3,18 @@
 Rules:
 
 1. All bytes are placed when the session opens; a step allocates nothing that the plan did not count.
-2. Weights are never stale: `evaluate`, `generate`, `save_pretrained` and leaving the `with` block flush pending updates.
+2. Weights are never stale: `evaluate`, `generate`, `save_pretrained` and `save_checkpoint` flush pending updates first.
+   Leaving the `with` block saves nothing.
 3. After a failure that may have changed part of the weights the session refuses to go on.
-4. A model object given to a session is taken over: its weights move into the tiers, and the object keeps none.
+4. A model object given to a session is taken over once the plan stands: its weights move into the tiers, tensor by tensor, and
+   the object keeps none. Until then it is not touched. Sessions train in training mode, whatever mode the object was in.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,34 +27,38 @@ from overspill.errors import NonFiniteError, StorageError
 from overspill.huggingface import (
     StreamedModel,
     build_meta_model,
+    copy_without_weights,
     expected_tensors,
     open_checkpoint,
-    swap_parameters_for_meta,
     write_model_folder,
 )
 from overspill.optim import global_norm
 from overspill.planning import build_layout, build_plan, simulate
+from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.report.memory import host_peak_bytes
 from overspill.runtime.batches import count_targets, prepare_batch, token_count
 from overspill.runtime.checkpointing import Checkpointer, SessionState, config_facts, restore_homes, validate_same_run
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.executor import Executor, UpdateContext
+from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
-from overspill.runtime.residency import Residency, scratch_bytes, store_bytes
+from overspill.runtime.residency import Residency
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
-from overspill.spec.report import EvaluationReport, Prediction, StepReport
-from overspill.spec.schedule import Schedule
+from overspill.spec.report import EvaluationReport, Prediction, StepFigures, StepReport
+from overspill.spec.schedule import Schedule, Update
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES
-from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient
+from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient, gradient_scale
 from overspill.spec.workload import ModelLayout
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 
+MOST_SCHEDULES_KEPT = 3
+"""Programs kept for batches of the same shapes (a step, its pending twin, an evaluation); each can take megabytes."""
 StoreFactory = Callable[[str, int, bool], Store]
 
 
@@ -103,14 +109,12 @@ class Session:
         self.device = resolve_device(plan.device)
         return_freed_memory()
         checkpoint = None if isinstance(model, PreTrainedModel) else open_checkpoint(model)
-        weights: dict[str, torch.Tensor] = {}
+        dtype = getattr(torch, plan.dtype)
         if checkpoint is not None:
-            built = build_meta_model(checkpoint.config, dtype=getattr(torch, plan.dtype))
+            built = build_meta_model(checkpoint.config, dtype=dtype)
         else:
             assert isinstance(model, PreTrainedModel)
-            built = model
-            weights = {name: parameter.data for name, parameter in model.named_parameters()}
-            swap_parameters_for_meta(model, dtype=getattr(torch, plan.dtype))
+            built = copy_without_weights(model, dtype=dtype)
         expected = expected_tensors(built)
         self._generation_config = getattr(built, "generation_config", None) if checkpoint is None else checkpoint.generation_config
         self.model = StreamedModel(built)
@@ -126,10 +130,12 @@ class Session:
                 if resume_from is None or not expected.keys() <= set(self.homes.names):
                     self._load(checkpoint.read(expected), with_homes=resume_from is None)
             else:
-                self._load(((name, weights.pop(name)) for name in list(weights)), with_homes=resume_from is None)
+                assert isinstance(model, PreTrainedModel)
+                self._load(_taken_from(model), with_homes=resume_from is None)
             if resume_from is not None:
                 self._restore(*resume_from)
             self.model.to(self.device)
+            self.model.train()
         except BaseException:
             self.close()
             raise
@@ -143,6 +149,8 @@ class Session:
         """What the last checkpoint said about where the caller's data goes on."""
         self._pending: UpdateContext | None = None
         self._failure: str | None = None
+        self._is_closed = False
+        self._vocab_size = self.model.config.get_text_config().vocab_size
         self._schedules: dict[tuple[str, tuple[int, ...], bool], Schedule] = {}
 
     # -- opening -----------------------------------------------------------------------------------------------------
@@ -248,6 +256,11 @@ class Session:
             NonFiniteError: a loss or gradient is not finite; the message says what was changed.
         """
         self._check_usable()
+        if len(micro_batches) > self.plan.accumulate:
+            raise ValueError(
+                f"a step of {len(micro_batches)} micro-batches, but the plan was made for {self.plan.accumulate}; "
+                "plan with a larger --accumulate"
+            )
         prepared = self._prepare(micro_batches)
         num_targets = sum(count_targets(batch) for batch in micro_batches)
         if num_targets == 0:
@@ -288,6 +301,11 @@ class Session:
             self.loss_scale = self.loss_scale.after_step(not finite)
             if not finite:
                 self.residency.drop_all_but_homes()
+                if scale <= self.loss_scale.minimum:
+                    raise NonFiniteError(
+                        f"gradients of step {number} are not finite even at the smallest loss scale, {scale}; no weight was changed by this "
+                        "step; lower --lr, or compute in --dtype bfloat16 or float32"
+                    )
                 return True
         if not finite:
             self.residency.drop_all_but_homes()
@@ -295,7 +313,7 @@ class Session:
                 f"the gradient norm of step {number} is {norm}; no weight was changed by this step; lower --lr or add --warmup-steps"
             )
         coefficient = clip_coefficient(norm, self.plan.clip) if self.plan.clip is not None else 1.0
-        self._pending = UpdateContext(self.optimizer, step=number, lr=lr, gradient_scale=coefficient / scale)
+        self._pending = UpdateContext(self.optimizer, step=number, lr=lr, gradient_scale=gradient_scale(loss_scale=scale, clip=coefficient))
         return False
 
     def flush(self) -> None:
@@ -432,22 +450,28 @@ class Session:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _run(self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None):  # type: ignore[no-untyped-def]
+    def _run(
+        self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None
+    ) -> tuple[StepFigures, Gradients]:
         try:
             result = self.executor.run(schedule, prepared, context, updates=updates)
-        except NonFiniteError as error:
-            self.residency.drop_all_but_homes()
-            if schedule.starts_pending:
-                self._pending = None
-            if self.executor.updated and not schedule.starts_pending:
-                self._failure = str(error)
-            raise
         except BaseException as error:
-            self._failure = f"{type(error).__name__}: {error}"
+            self._recover(schedule, error)
             raise
         if schedule.starts_pending:
             self._pending = None
         return result
+
+    def _recover(self, schedule: Schedule, error: BaseException) -> None:
+        """After a schedule that stopped: go on if weights are all from before its updates, or all from after them; else rule 3."""
+        num_updates = sum(isinstance(item.op, Update) for item in schedule.ops)
+        untouched = not self.executor.updated
+        if not untouched and schedule.starts_pending and len(self.executor.updated) == num_updates:
+            # The step before is applied in full; only this one's gradients are lost.
+            self._pending = None
+            self.residency.drop_all_but_homes()
+        elif not (untouched and self.residency.drop_all_but_homes(pending=schedule.starts_pending)):
+            self._failure = f"{type(error).__name__}: {error}"
 
     def _schedule(self, name: str, tokens: tuple[int, ...], *, pending: bool) -> Schedule:
         key = (name, tokens, pending)
@@ -459,17 +483,17 @@ class Session:
             else:
                 schedule = build_train_step(self.plan, tokens, starts_pending=pending)
             validate(schedule, self.plan)
-            if len(self._schedules) >= 64:
+            if len(self._schedules) >= MOST_SCHEDULES_KEPT:
                 self._schedules.pop(next(iter(self._schedules)))
             self._schedules[key] = schedule
         return self._schedules[key]
 
     def _prepare(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[MicroBatch]:
         if not micro_batches:
-            raise ValueError("a step needs at least one micro-batch, got none")
+            raise ValueError("at least one micro-batch is needed, got none")
         return [
             MicroBatch(
-                batch=prepare_batch(batch, self.plan, index, vocab_size=self.model.config.get_text_config().vocab_size, device=self.device),
+                batch=prepare_batch(batch, self.plan, index, vocab_size=self._vocab_size, device=self.device),
                 shape=torch.Size([*batch["input_ids"].shape, self.plan.hidden_size]),
             )
             for index, batch in enumerate(micro_batches)
@@ -479,6 +503,8 @@ class Session:
         return _EvaluationMode(self.model)
 
     def _check_usable(self) -> None:
+        if self._is_closed:
+            raise RuntimeError("this session is closed; its memory and files were given back")
         if self._failure is not None:
             raise RuntimeError(f"this session stopped half-way through an update and cannot go on: {self._failure}")
 
@@ -489,6 +515,7 @@ class Session:
 
     def close(self) -> None:
         """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone."""
+        self._is_closed = True
         if self._checkpointer is not None:
             self._checkpointer.close()
         self.residency.close()
@@ -508,6 +535,19 @@ class Session:
         return SsdStore(directory, capacity_bytes=capacity_bytes, unlink=is_scratch, **self._files)  # type: ignore[arg-type]
 
 
+def _taken_from(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model object, each freed there as soon as the next one is asked for; the object ends on the meta device."""
+    shapes: dict[int, torch.Tensor] = {}
+    for name, parameter in list(model.named_parameters()):
+        shapes[id(parameter)] = torch.empty_like(parameter, device="meta")
+        yield name, parameter.data
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    for module in model.modules():
+        for name, held in module._parameters.items():
+            if held is not None:
+                module._parameters[name] = torch.nn.Parameter(shapes[id(held)], requires_grad=held.requires_grad)
+
+
 class _EvaluationMode:
     """No dropout inside, training mode again after."""
 
@@ -521,5 +561,5 @@ class _EvaluationMode:
         self._model.train(True)
 
 
-def _fields(figures) -> dict:  # type: ignore[no-untyped-def, type-arg]
+def _fields(figures: StepFigures) -> dict[str, Any]:
     return {field.name: getattr(figures, field.name) for field in dataclasses.fields(figures)}

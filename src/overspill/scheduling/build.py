@@ -61,7 +61,7 @@ def build_train_step(plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pe
 
 def build_evaluation(plan: Plan, micro_batch_tokens: Sequence[int]) -> Schedule:
     """The loss of micro-batches, nothing kept; weights must have been flushed."""
-    builder = _Builder(plan, micro_batch_tokens, starts_pending=False)
+    builder = _Builder(plan, micro_batch_tokens, starts_pending=False, group_size=plan.evaluation_group_size)
     for group in builder.groups:
         for unit in plan.units:
             builder.forward(unit, group, keep=False)
@@ -86,11 +86,11 @@ class _Copy:
 
 
 class _Builder:
-    def __init__(self, plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pending: bool) -> None:
+    def __init__(self, plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pending: bool, group_size: int | None = None) -> None:
         self.plan = plan
         self.tokens = tuple(micro_batch_tokens)
-        indices = range(len(self.tokens))
-        self.groups = tuple(tuple(indices[start : start + plan.group_size]) for start in range(0, len(indices), plan.group_size))
+        size = plan.group_size if group_size is None else group_size
+        self.groups = tuple(tuple(range(start, min(start + size, len(self.tokens)))) for start in range(0, len(self.tokens), size))
         self.starts_pending = starts_pending
         self.names = [unit.name for unit in plan.units]
         self.pending = {name for name, bundle in plan.bundles.items() if bundle.trainable} if starts_pending else set()

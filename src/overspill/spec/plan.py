@@ -16,6 +16,8 @@ from overspill.spec.tensors import DTYPE_BYTES, Bundle, Tier, Unit
 
 AUTO = "auto"
 TIER_CHOICES = (AUTO, *(tier.value for tier in Tier))
+MOST_EVALUATED_TOGETHER = 32
+"""Chosen, not tuned."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -143,6 +145,15 @@ class Plan:
     def num_groups(self) -> int:
         """Groups of micro-batches in a step; with more than one, partial gradients wait in fp32 between groups."""
         return -(-self.accumulate // self.group_size)
+
+    @property
+    def evaluation_group_size(self) -> int:
+        """Micro-batches that an evaluation takes through a unit together.
+
+        An evaluation keeps one hidden state a micro-batch, training one a micro-batch and unit, so it takes as many more as
+        there are units; at most `MOST_EVALUATED_TOGETHER`, because each brings its attention mask along.
+        """
+        return max(self.group_size, min((len(self.units) - 1) * self.group_size, MOST_EVALUATED_TOGETHER))
 
     @property
     def num_parameters(self) -> int:

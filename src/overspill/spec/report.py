@@ -93,5 +93,5 @@ class Difference:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
     loss: float
-    """Mean over all targets."""
+    """Mean over all targets; a router loss, if the model has one, is added as in training."""
     num_targets: int

@@ -1,0 +1,43 @@
+"""How much room a plan takes in the SSD directory: what is preallocated before the first step."""
+
+from __future__ import annotations
+
+from overspill.spec.plan import Plan, UpdateTiming
+from overspill.spec.schedule import initial_copies
+from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, Tier
+from overspill.units import align_up
+
+
+def store_bytes(plan: Plan) -> int:
+    """Parameters and states that rest on the SSD."""
+    homes = initial_copies(plan, pending=False)
+    return sum(size for (_, tier), size in homes.items() if tier is Tier.SSD)
+
+
+def scratch_bytes(plan: Plan) -> int:
+    """Gradients and boundaries that rest on the SSD during a step.
+
+    A gradient waits only if updates do; a partial gradient (fp32) only between groups, or, of a tied weight, from the tail's
+    backward to the embedding's.
+    """
+    total = 0
+    for name, bundle in plan.bundles.items():
+        if not bundle.trainable or plan.placements[name].gradients is not Tier.SSD:
+            continue
+        readers = sum(name in unit.bundles for unit in plan.units)
+        resting = readers if plan.num_groups > 1 else readers - 1
+        total += bundle.parameter_bytes if plan.timing is UpdateTiming.PENDING else 0
+        total += resting * bundle.num_elements * 4
+    if plan.boundaries is Tier.SSD:
+        total += num_boundary_slots(plan) * boundary_slot_bytes(plan)
+    return total
+
+
+def boundary_slot_bytes(plan: Plan) -> int:
+    """One hidden state at its longest, on a direct-I/O boundary."""
+    return align_up(max(plan.boundary_bytes(unit.name) for unit in plan.units[1:]), CHUNK_ALIGNMENT_ELEMENTS)
+
+
+def num_boundary_slots(plan: Plan) -> int:
+    """Hidden states and their gradients that exist at one time in training: one a boundary, and one unit's gradients."""
+    return len(plan.units) * plan.group_size
