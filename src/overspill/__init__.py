@@ -33,6 +33,7 @@ _PUBLIC = {
     "BudgetError": "overspill.errors",
     "ScheduleError": "overspill.errors",
     "StorageError": "overspill.errors",
+    "HostMemoryError": "overspill.errors",
     "NonFiniteError": "overspill.errors",
 }
 

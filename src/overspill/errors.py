@@ -40,5 +40,9 @@ class StorageError(OverspillError):
     """Reading or writing a file failed: what, path, offset, bytes wanted and done, the errno."""
 
 
+class HostMemoryError(OverspillError):
+    """Host memory is nearly used up and the run stopped before the kernel would end it; the message names what grew."""
+
+
 class NonFiniteError(OverspillError):
     """A loss or a gradient is not finite; the message names where it showed and which weights were already updated."""

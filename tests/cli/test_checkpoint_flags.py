@@ -46,31 +46,32 @@ def start(model_folder: Path, data_file: Path, tmp_path: Path, *flags: object) -
     )  # fmt: skip
 
 
-def wait_for_steps(tmp_path: Path, count: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(3000):
-        path = tmp_path / "out" / "metrics.jsonl"
-        if process.poll() is not None or (path.is_file() and len(path.read_text().splitlines()) >= count):
+def wait_for_checkpoint(directory: Path, number: int, process: subprocess.Popen[str]) -> None:
+    """Until checkpoint `number` or a later one is there, or the process ended."""
+    for _ in range(6000):
+        if process.poll() is not None or max(find_manifests(directory), default=0) >= number:
             return
         time.sleep(0.01)
-    raise AssertionError("the run makes no steps")
+    raise AssertionError("the run makes no checkpoints")
 
 
 def test_three_kills_and_an_interrupt_and_the_run_still_ends_with_the_same_bits(
-    run: Run, expected: tuple[dict[str, bytes], list[str]], model_folder: Path, data_file: Path, tmp_path: Path
+    run: Run, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    flags = (*FLAGS, "--checkpoint-every", 1, "--ssd-dir", tmp_path / "ssd", *ON_SSD)
+    long = ("--steps", 200, "--micro-batch", 4, "--lr", 1e-2, "--held-out", 8)
+    assert run(*long).exit_code == 0
+    expected = saved(tmp_path), [line.split(",")[1] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    flags = (*long, "--checkpoint-every", 1, "--ssd-dir", tmp_path / "ssd", *ON_SSD)
     (tmp_path / "out" / "metrics.jsonl").unlink()
     done = 0
     for attempt, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
         process = start(model_folder, data_file, tmp_path, *flags, *(("--resume",) if attempt else ()))
-        wait_for_steps(tmp_path, done + 1, process)
+        wait_for_checkpoint(tmp_path / "ssd", done + 3, process)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode in (-number, 130), errors
         if process.returncode == 130:
             assert "go on with: overspill finetune --config" in errors and "--resume" in errors
-        if attempt == 0 and not find_manifests(tmp_path / "ssd"):
-            pytest.skip("killed before the first checkpoint")
         done = read_latest(tmp_path / "ssd").step
     result = run(*flags, "--resume")
     assert result.exit_code == 0, result.output
@@ -155,3 +156,30 @@ def test_other_data_a_missing_checkpoint_and_a_fresh_start_over_checkpoints_are_
     data_file.write_text(data_file.read_text().replace("w7", "w8"))
     result = run(*FLAGS, "--resume")
     assert result.exit_code == ExitCode.WRONG_INPUT and "the data (fingerprint" in result.stderr
+
+
+def test_checkpoints_can_be_verified_and_exported(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from overspill.cli import app
+    from overspill.tiers.extent_file import FILE_NAME
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(app, ["checkpoint", *map(str, arguments)], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+    assert run(*FLAGS, "--checkpoint-every", 3, "--keep", 2).exit_code == 0
+    directory = tmp_path / "out" / "checkpoints"
+    result = call("verify", directory)
+    assert result.exit_code == 0, result.output
+    assert "checkpoint 1: step 3, " in result.output and "checkpoint 2: step 6, " in result.output and "damaged" not in result.output
+    result = call("export", directory, tmp_path / "exported", "--model", model_folder)
+    assert result.exit_code == 0, result.output
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    assert {name: tensor.numpy().tobytes() for name, tensor in exported.items()} == saved(tmp_path)
+    assert (tmp_path / "exported" / "tokenizer.json").is_file()
+    entry = read_latest(directory).records[0]
+    with (directory / FILE_NAME).open("r+b") as file:
+        file.seek(entry.positions[entry.slot])
+        file.write(b"\xff\xff\xff\xff")
+    result = call("verify", directory)
+    assert result.exit_code == ExitCode.WORLD_FAILED and f"{entry.name} is damaged" in result.output

@@ -68,8 +68,9 @@ class ScriptedSession:
 
     losses: list[float | BaseException] = []
     saved: list[Path] = []
+    memory_warning: str | None = None
 
-    def __init__(self, model: Path, *, plan: Any, optimizer: Any, learning_rate: Any, seed: int) -> None:
+    def __init__(self, model: Path, *, plan: Any, optimizer: Any, learning_rate: Any, seed: int, checkpoints: Any = None) -> None:
         self.plan = types.SimpleNamespace(
             table=lambda: [("parameters", {"device": 0, "host": 4 << 20, "ssd": 0})],
             notes=("a reason",),

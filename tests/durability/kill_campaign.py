@@ -18,6 +18,7 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,13 +27,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 for folder in ("runtime", "architectures", "durability", "."):
     sys.path.insert(0, str(Path(__file__).parents[1] / folder))
 
-import torch
-from small_runs import Weights, content, open_run, train, uninterrupted
-from tiny_models import tiny_model
+import torch  # noqa: E402
+from small_runs import Weights, content, open_run, train, uninterrupted  # noqa: E402
+from tiny_models import tiny_model  # noqa: E402
 
-import overspill
-from overspill.checkpoint import find_manifests
-from overspill.tiers import Fault, FaultInjector, FaultKind
+import overspill  # noqa: E402
+from overspill.checkpoint import find_manifests  # noqa: E402
+from overspill.tiers import Fault, FaultInjector, FaultKind  # noqa: E402
 
 NUM_STEPS = 5
 PLACEMENTS: dict[str, dict[str, object]] = {
@@ -129,6 +130,9 @@ def main(num_kills: int, seed: int, directory: Path) -> dict[str, object]:
         "seed": seed,
         "elapsed_s": round(time.monotonic() - started_s, 1),
         "command": f"python tests/durability/kill_campaign.py {num_kills} {seed} DIRECTORY",
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        ).stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "torch": torch.__version__,

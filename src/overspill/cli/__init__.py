@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from overspill.cli.checkpoint import checkpoint
 from overspill.cli.finetune import finetune
 
 app = typer.Typer(
@@ -14,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(finetune)
+app.add_typer(checkpoint)
 
 
 @app.callback()

@@ -6,6 +6,7 @@ weights, and what the summary at the end wants to know.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -49,10 +50,8 @@ def find_checkpoint(options: FinetuneOptions) -> tuple[Path, Manifest]:
         StorageError: there is none, or it is damaged.
     """
     candidates = [checkpoint_directory(options), options.out / "checkpoints"]
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError):
         candidates.insert(0, Path(json.loads((options.out / _POINTER).read_text(encoding="utf-8"))["directory"]))
-    except (OSError, ValueError, KeyError):
-        pass
     candidates = list({path.resolve(): path for path in candidates}.values())
     found = [(path, read_latest(path)) for path in candidates if find_manifests(path)]
     if not found:

@@ -29,7 +29,7 @@ from overspill.cli.continuation import (
 from overspill.cli.finetune import FinetuneOptions
 from overspill.cli.stopping import StopRequest
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
-from overspill.errors import ModelFolderError, NonFiniteError, StorageError
+from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, StorageError
 from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
@@ -162,7 +162,7 @@ def build_session(
         optimizer=AdamW(lr=options.lr, weight_decay=options.weight_decay),
         learning_rate=LearningRate(kind=options.lr_schedule, base=options.lr, warmup_steps=options.warmup_steps, total_steps=num_steps),
         seed=options.seed,
-        **({"checkpoints": policy} if policy is not None else {}),
+        checkpoints=policy,
     )
 
 
@@ -267,8 +267,11 @@ def _train(session: Session, data: TrainingData, options: FinetuneOptions, num_s
                     f"Lower --lr (now {report.lr:.2e}), add --warmup-steps or --clip, or compute in --dtype float32"
                 )
             is_due = options.checkpoint_every is not None and course.step % options.checkpoint_every == 0
-            if is_saving and (is_due or stop.is_requested or course.step == num_steps):
+            warning = session.memory_warning
+            if is_saving and (is_due or stop.is_requested or warning is not None or course.step == num_steps):
                 save()
+            if warning is not None and course.step < num_steps:
+                raise HostMemoryError(f"{warning}. {_farewell(options, course.step, num_steps, is_saving)}")
             if stop.is_requested and course.step < num_steps:
                 raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
 

@@ -82,9 +82,8 @@ class Checkpointer:
         self.plan, self.keep, self._calls = plan, policy.keep, calls
         self.directory = resolve_directory(policy, plan)
         self._space = SpaceWaiter(space)
-        self._written = 0
         pieces = initial_copies(plan, pending=False)
-        self.capacity_bytes = (policy.keep + 1) * sum(align_up(size, EXTENT_ALIGNMENT_BYTES) for size in pieces.values())
+        self.capacity_bytes = room_bytes(policy, plan)
         budget = plan.ssd_budget_bytes
         if budget is not None and plan.ssd_dir is not None and self.capacity_bytes > budget:
             raise BudgetError(
@@ -187,6 +186,27 @@ class Checkpointer:
         )
 
 
+def room_bytes(policy: CheckpointPolicy, plan: Plan) -> int:
+    """Size of the data file: every record once more than checkpoints are kept."""
+    state = sum(align_up(size, EXTENT_ALIGNMENT_BYTES) for size in initial_copies(plan, pending=False).values())
+    return (policy.keep + 1) * state
+
+
+def describe_room(policy: CheckpointPolicy, plan: Plan) -> str:
+    """What checkpoints take, for the plan's notes."""
+    number = f"{policy.keep} checkpoint{'s' if policy.keep > 1 else ''}"
+    return (
+        f"{number} kept in {resolve_directory(policy, plan)}: {format_bytes(room_bytes(policy, plan))} are reserved there, "
+        f"{policy.keep + 1} times the state"
+    )
+
+
+def kept_bytes(directory: str | Path) -> int:
+    """Bytes on the drive of the data file that an earlier run left in `directory`."""
+    path = Path(directory) / FILE_NAME
+    return path.stat().st_blocks * 512 if path.is_file() else 0
+
+
 def resolve_directory(policy: CheckpointPolicy, plan: Plan) -> Path:
     """Where the checkpoints of `plan` go.
 
@@ -274,4 +294,13 @@ def _tensors(plan: Plan) -> Mapping[str, str]:
     }
 
 
-__all__ = ["Checkpointer", "SessionState", "config_facts", "resolve_directory", "restore_homes", "validate_same_run"]
+__all__ = [
+    "Checkpointer",
+    "SessionState",
+    "config_facts",
+    "describe_room",
+    "kept_bytes",
+    "resolve_directory",
+    "restore_homes",
+    "validate_same_run",
+]

@@ -22,6 +22,7 @@ from overspill.huggingface import StreamedModel
 from overspill.optim import update
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
+from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan, UpdateTiming
@@ -55,6 +56,7 @@ class Executor:
         self.units = UnitRunner(plan, model, residency)
         self.device = torch.device(plan.device)
         self._visit: Visit | None = None
+        self.guard = HostMemoryGuard(residency)
         self.updated: list[str] = []
         """Bundles updated by the step that runs, for the error that stops it half-way."""
 
@@ -87,6 +89,7 @@ class Executor:
             with self._seeded_apart():
                 for index, item in enumerate(schedule.ops):
                     assert all(wait < index for wait in item.waits), f"op {index} waits for a later op"
+                    self.guard.look()
                     before = time.perf_counter()
                     with self._timed(item.op, events):
                         self._execute(item.op, micro_batches, context, gradients, updates)

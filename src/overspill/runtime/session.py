@@ -37,7 +37,15 @@ from overspill.planning import build_layout, build_plan, simulate
 from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.report.memory import host_peak_bytes
 from overspill.runtime.batches import count_targets, prepare_batch, token_count
-from overspill.runtime.checkpointing import Checkpointer, SessionState, config_facts, restore_homes, validate_same_run
+from overspill.runtime.checkpointing import (
+    Checkpointer,
+    SessionState,
+    config_facts,
+    describe_room,
+    kept_bytes,
+    restore_homes,
+    validate_same_run,
+)
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.executor import Executor, UpdateContext
 from overspill.runtime.gradients import Gradients
@@ -119,7 +127,12 @@ class Session:
         self._generation_config = getattr(built, "generation_config", None) if checkpoint is None else checkpoint.generation_config
         self.model = StreamedModel(built)
         self.hardware = read_hardware(self.device, plan.ssd_dir)
+        if plan.ssd_dir is not None:  # a data file that is there is used again, or discarded
+            free = self.hardware.ssd_capacity_bytes + kept_bytes(plan.ssd_dir)
+            self.hardware = dataclasses.replace(self.hardware, ssd_capacity_bytes=free)
         self.plan = self._make_plan(plan, chunk_bytes)
+        if checkpoints is not None:
+            self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, describe_room(checkpoints, self.plan)))
         if resume_from is not None:
             validate_same_run(resume_from[0], self.plan, self.model.config)
         self.residency = self._allocate(checkpoints, resume_from)
@@ -322,6 +335,11 @@ class Session:
         if self._pending is not None:
             context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
             self._run(self._schedule("flush", (), pending=True), [], context, self._pending)
+
+    @property
+    def memory_warning(self) -> str | None:
+        """Why the run should make a checkpoint and stop now: host memory is nearly used up. None while there is room."""
+        return self.executor.guard.warning
 
     def save_checkpoint(self, data_position: Any = None) -> Manifest:
         """Make a checkpoint of the state after the last step, and drop the oldest one beyond what is kept.

@@ -18,8 +18,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+Result = TypeVar("Result")
 LOG = logging.getLogger("overspill")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -59,7 +60,7 @@ class SpaceWaiter:
     def stop(self) -> None:
         self._stopped.set()
 
-    def call(self, path: object, function: Callable[[], int]) -> int:
+    def call(self, path: object, function: Callable[[], Result]) -> Result:
         """The result of `function()`, tried again while it raises ENOSPC or EDQUOT; other errors pass through."""
         started_s: float | None = None
         while True:
@@ -107,7 +108,7 @@ def write_durably(path: Path, content: bytes, *, calls: FileCalls, space: SpaceW
             calls.fsync(fd)
         finally:
             os.close(fd)
-        calls.replace(partial, path)
+        space.call(path, lambda: calls.replace(partial, path))
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(partial)
