@@ -10,8 +10,7 @@ import transformers
 from tiny_models import NAMES, tiny_config, tiny_model
 
 from overspill.huggingface import StreamedModel, build_meta_model
-from overspill.huggingface.inspection import lazy_zeros
-from overspill.huggingface.templates import build_kind
+from overspill.huggingface.templates import build_kind, lazy_zeros
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -52,7 +52,6 @@ def report(step: int, loss: float) -> StepReport:
         device_peak_bytes=0,
         host_peak_bytes=1 << 20,
         pinned_bytes=0,
-        skipped=False,
         step_s=0.5,
         lane_busy_s={},
         lane_bytes={"ssd_read": 7, "ssd_write": 5},

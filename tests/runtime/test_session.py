@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from overspill.runtime.compute import UnitRunner
 from overspill.runtime.visit import Visit
 from overspill.scheduling import render_timeline
 from overspill.spec.schedule import Phase, Role
-from overspill.tiers import Failure, FakeStore
+from overspill.tiers import FakeStore
 
 VOCAB = 96
 OPTIMIZER = overspill.AdamW(lr=1e-2)
@@ -214,21 +215,31 @@ def test_the_fake_tier_gives_the_same_losses_however_slow() -> None:
     assert losses[0] == losses[1]
 
 
-def session_with_failure(operation: str, call_index: int) -> overspill.Session:
-    import errno
+class OneFailure:
+    """A failure rule that fails the n-th transfer of a kind, counted from when it is armed."""
 
-    open_store, _ = fake_stores(failures=[Failure(operation=operation, call_index=call_index, errno=errno.EIO)])  # type: ignore[arg-type]
+    def __init__(self, operation: str, after: int) -> None:
+        self.operation, self.left, self.is_armed = operation, after, False
+
+    def __call__(self, operation: str, call_index: int, name: str) -> int | None:
+        if not self.is_armed or operation != self.operation:
+            return None
+        self.left -= 1
+        return errno.EIO if self.left == 0 else None
+
+
+def session_with_failure(rule: OneFailure) -> overspill.Session:
+    open_store, _ = fake_stores(failures=rule)
     request = plan(None, parameters="ssd", states="ssd", ssd_dir="fake")
-    return overspill.Session(llama(), plan=request, optimizer=OPTIMIZER, open_store=open_store)
+    session = overspill.Session(llama(), plan=request, optimizer=OPTIMIZER, open_store=open_store)
+    rule.is_armed = True
+    return session
 
 
 def test_a_transfer_that_fails_among_updates_closes_the_session_for_further_steps() -> None:
-    with open_session(None, parameters="host", states="host") as session:
-        num_writes_of_loading = len(session.homes.names)
-    with session_with_failure("write", num_writes_of_loading + 4) as session:
+    with session_with_failure(OneFailure("write", after=4)) as session:
         with pytest.raises(StorageError, match="EIO"):
-            for step in range(3):
-                session.step(batches(step))
+            session.step(batches())
         with pytest.raises(RuntimeError, match="half-way.*StorageError"):
             session.step(batches())
 
@@ -236,7 +247,7 @@ def test_a_transfer_that_fails_among_updates_closes_the_session_for_further_step
 def test_a_transfer_that_fails_before_any_update_changes_nothing_and_the_session_goes_on() -> None:
     with open_session(None, parameters="host", states="host") as session:
         expected = [session.step(batches(step)).loss for step in range(3)]
-    with session_with_failure("read", 5) as session:
+    with session_with_failure(OneFailure("read", after=3)) as session:
         with pytest.raises(StorageError, match="EIO"):
             session.step(batches(0))
         assert [session.step(batches(step)).loss for step in range(3)] == expected
@@ -269,7 +280,7 @@ def test_a_live_model_is_untouched_by_a_refused_plan_and_hollow_after_an_accepte
     with open_session(None, model, parameters="host", states="host") as session:
         assert all(parameter.device.type == "meta" for parameter in model.parameters())
         assert all(torch.equal(session.homes.read(name), before[name]) for name in before)
-    with pytest.raises(ValueError, match="holds no weights.*load it again"):
+    with pytest.raises(ValueError, match="no values.*load it again"):
         open_session(None, model, parameters="host", states="host")
 
 
@@ -291,12 +302,42 @@ def test_fp16_gradients_that_never_become_finite_stop_the_run(monkeypatch: pytes
         assert session.step_number == 0
 
 
+def test_equal_masks_of_a_group_are_stored_once() -> None:
+    seen: set[int] = set()
+    with open_session(None, parameters="host", states="host", accumulate=4, group_size=4) as session:
+        tail = session.executor.units._run_tail
+
+        def look(op, visit, micro_batch, *rest):  # type: ignore[no-untyped-def]
+            seen.update(tensor.data_ptr() for tensor in micro_batch.arguments.tensors)
+            seen.add(-len(micro_batch.arguments.tensors))
+            tail(op, visit, micro_batch, *rest)
+
+        session.executor.units._run_tail = look  # type: ignore[method-assign]
+        padded = make_batches(2, vocab_size=VOCAB)[1]
+        session.step([padded] * 4)
+        (count,) = (-value for value in seen if value < 0)
+        assert len([value for value in seen if value > 0]) <= count
+
+
+def test_samples_longer_than_learned_positions_are_refused_before_training() -> None:
+    with pytest.raises(ValueError, match="learned positions for 32; lower --seq-len"):
+        open_session(None, tiny_model("gpt2"), seq_len=64)
+
+
+def test_the_saved_config_is_the_models_own(tmp_path: Path) -> None:
+    model = llama()
+    model.config.use_cache = True
+    with open_session(None, model, parameters="host", states="host") as session:
+        saved = AutoModelForCausalLM.from_pretrained(session.save_pretrained(tmp_path / "model"))
+    assert saved.config.use_cache is True and saved.config.architectures == ["LlamaForCausalLM"]
+
+
 def test_programs_of_many_shapes_do_not_pile_up() -> None:
     with open_session(None, parameters="host", states="host") as session:
         for length in range(3, 12):
             ids = torch.ones(2, length, dtype=torch.long)
             session.step([{"input_ids": ids, "labels": ids}])
-        assert len(session._schedules) <= 3
+        assert len(session._programs) <= 3
 
 
 def test_a_closed_session_says_so() -> None:

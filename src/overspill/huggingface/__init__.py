@@ -2,7 +2,9 @@
 
 from overspill.huggingface.export import write_model_folder
 from overspill.huggingface.meta_model import build_meta_model, swap_parameters_for_meta
+from overspill.huggingface.model_object import validate_model_object
 from overspill.huggingface.skeleton import copy_without_weights
+from overspill.huggingface.stand_ins import share_equal_tensors
 from overspill.huggingface.streamed_model import BlockOutput, Embedded, StreamedModel
 from overspill.huggingface.weights import expected_tensors, open_checkpoint
 
@@ -14,6 +16,8 @@ __all__ = [
     "copy_without_weights",
     "expected_tensors",
     "open_checkpoint",
+    "share_equal_tensors",
     "swap_parameters_for_meta",
+    "validate_model_object",
     "write_model_folder",
 ]

@@ -7,21 +7,23 @@ A dispatch mode sees every operation of torch in between and knows whose storage
 * which parameters the embedding reads (before the first block) and which the tail (after the last);
 * how blocks return their hidden states, in which dtype, and with which router logits;
 * which recorded tensors depend on the embedding's parameters (side inputs);
+* how many positions a table of position embeddings before the blocks has;
 
 and a model is refused, by name and with the reason, whose forward
 
 * operates on hidden states or reads parameters between its blocks, or reads an inner block's output after the last;
 * lets the tail depend on what the embedding computed, other than through the blocks;
-* writes to buffers, to the hidden states it was given, or to a recorded argument, in a block;
-* shares a parameter between blocks, or between a block and the rest; has an encoder; has several stacks.
+* writes to buffers (but for rotary embeddings outside the blocks, `rotary_state`), or, in a block, to the hidden states
+  it was given or to a recorded argument;
+* gives its blocks, or its head, hidden states of another shape than [B, T, hidden size];
+and, in `blocks`, one that shares a parameter between blocks, or between a block and the rest; has an encoder; has several stacks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import mmap
-from collections.abc import Hashable, Iterator, Mapping
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -32,24 +34,17 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from overspill.errors import UnsupportedModelError
-from overspill.huggingface.side_outputs import SideOutputTaps, has_router_loss
+from overspill.huggingface.rotary_state import RotaryStates
+from overspill.huggingface.side_outputs import SideOutputTaps
 from overspill.huggingface.stand_ins import CallRecorder, ReturnShape, StandInStack
-from overspill.huggingface.tail import forward_replaced
-from overspill.huggingface.templates import ParameterSlots, build_kind
+from overspill.huggingface.tail import forward_replaced, last_hidden_state
+from overspill.huggingface.templates import ParameterSlots, lazy_zeros
 
 NUM_TOKENS = 8
 """Of the run; chosen, not tuned: more than one, and cheap at any width."""
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockList:
-    """Where a model keeps its blocks."""
-
-    owner: PreTrainedModel
-    """The module whose forward loops over them."""
-    container: nn.ModuleList
-    blocks: Mapping[str, nn.Module]
-    """By qualified name, in order."""
+_RECORDINGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+"""Settings of a configuration that make a forward keep what passes by; arguments of the same names override them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,52 +63,21 @@ class Inspection:
     num_side_outputs: Mapping[str, int]
     hidden_dtypes: Mapping[str, torch.dtype]
     """Unit -> dtype of the hidden states that it returns; the embedding's under "embedding"."""
+    max_positions: int | None
+    """Longest sequence that the tables of position embeddings before the blocks can take; None without such a table."""
 
 
 def fixed_inputs(model: PreTrainedModel) -> dict[str, Any]:
-    """What every call of the model's forward gets: no cache; router logits are collected by `side_outputs` and not by the model."""
-    return {"use_cache": False} | ({"output_router_logits": False} if has_router_loss(model.config) else {})
+    """What every call of the model's forward gets, so that its configuration can stay as it is: no cache, no recorded intermediates.
 
-
-def find_blocks(model: PreTrainedModel) -> BlockList:
-    """The one list of decoder blocks.
-
-    Raises:
-        UnsupportedModelError: an encoder-decoder, no list or several.
+    Router logits are collected by `side_outputs` and not by the model.
     """
-    if getattr(model.config, "is_encoder_decoder", False):
-        _refuse(model, "it has an encoder and a decoder; causal language models with one stack of blocks are supported")
-    found: list[tuple[str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
-        inside_other = any(name.startswith(f"{outer}.") for outer, _ in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside_other and _are_blocks(model, module):
-            found.append((name, module))
-    if len(found) != 1:
-        names = ", ".join(f"{name} ({len(module)} modules)" for name, module in found) or "none"
-        _refuse(model, f"it needs exactly one list of blocks, found {names}")
-    name, container = found[0]
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if owner is model or not isinstance(owner, PreTrainedModel):
-        _refuse(model, f"its blocks {name} are not in a base model of their own, so its head cannot run apart from them")
-    if float(getattr(owner, "layerdrop", 0) or 0) > 0:
-        _refuse(model, f"layerdrop={owner.layerdrop} skips blocks at random; set config.layerdrop=0")
-    return BlockList(owner=owner, container=container, blocks={f"{name}.{index}": block for index, block in enumerate(container)})
-
-
-def find_kinds(blocks: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Block -> the first block of its kind (`templates`). Before anything of ours is hooked to them."""
-    first_of: dict[Hashable, str] = {}
-    return {name: first_of.setdefault(build_kind(block), name) for name, block in blocks.items()}
-
-
-def validate_sharing(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> None:
-    """Refuse a parameter that two blocks read, or a block and the rest of the model."""
-    readers: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        unit = next((unit for unit in blocks if name.startswith(f"{unit}.")), "the rest of the model")
-        first = readers.setdefault(id(parameter), unit)
-        if first != unit:
-            _refuse(model, f"{name} is shared by {first} and {unit}")
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+    names = {parameter.name for parameter in parameters}
+    configs = (model.config, model.config.get_text_config())
+    switched_on = [name for name in _RECORDINGS if any(getattr(config, name, False) for config in configs)]
+    return {"use_cache": False} | {name: False for name in switched_on if takes_any or name in names}
 
 
 def inspect_model(
@@ -125,17 +89,19 @@ def inspect_model(
     kinds: Mapping[str, str],
     outer: ParameterSlots,
     slots: Mapping[str, ParameterSlots],
+    rotary: RotaryStates,
 ) -> Inspection:
     """Run `model` on eight tokens and see (the module's docstring).
 
     Args:
         owner: the module whose forward loops over the blocks.
         stack: installed in their place.
-        kinds: as `find_kinds` gave them.
+        kinds: as `blocks.find_kinds` gave them.
         outer: parameters of everything but the blocks.
         slots: parameters of each block.
+        rotary: reset before each pass and at the end.
     """
-    run = _InspectionRun(model, owner, stack, taps, kinds, outer, slots)
+    run = _InspectionRun(model, owner, stack, taps, kinds, outer, slots, rotary)
     modes = {module: module.training for module in (*model.modules(), *(m for block in stack.blocks for m in block.modules()))}
     model.train()
     try:
@@ -151,6 +117,7 @@ def inspect_model(
     finally:
         for module, mode in modes.items():
             module.__dict__["training"] = mode
+        rotary.reset()
     return run.result()
 
 
@@ -164,7 +131,10 @@ class _InspectionRun:
         kinds: Mapping[str, str],
         outer: ParameterSlots,
         slots: Mapping[str, ParameterSlots],
+        rotary: RotaryStates,
     ) -> None:
+        self.rotary = rotary
+        self.max_positions: int | None = None
         self.model, self.owner, self.stack, self.taps, self.outer, self.slots = model, owner, stack, taps, outer, slots
         self.touched: dict[str, set[str]] = {"prefix": set(), "body": set(), "head": set()}
         self.returns: dict[str, ReturnShape] = {}
@@ -184,9 +154,16 @@ class _InspectionRun:
         def watched_forward(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             watcher.phase = "head"
+            self.validate_shape("its head", last_hidden_state(output), any_size=True)
             return output
 
-        versions = {name: (buffer, buffer._version) for name, buffer in self.model.named_buffers()}
+        self.rotary.reset()
+        buffers = [
+            (f"{path}.{name}", module, name, buffer, buffer._version)
+            for path, module in self.model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and module not in self.rotary.modules
+        ]
         inputs = {
             **fixed_inputs(self.model),
             "input_ids": torch.arange(NUM_TOKENS).remainder(2).unsqueeze(0),
@@ -202,9 +179,11 @@ class _InspectionRun:
             output = self.model(**inputs, return_dict=True)
         if watcher.phase != "head" or len(visitor.recorder.calls) != len(self.stack.names):
             _refuse(self.model, f"it ran {len(visitor.recorder.calls)} of its {len(self.stack.names)} blocks")
-        for name, (buffer, version) in versions.items():
-            if buffer._version != version:
-                _refuse(self.model, f"it writes to the buffer {name}")
+        for path, module, name, buffer, version in buffers:
+            if module._buffers.get(name) is not buffer or buffer._version != version:
+                _refuse(self.model, f"it writes to the buffer {path}")
+        if attention_mask is None:  # positions count from 0 to 7
+            self.max_positions = min(watcher.table_rooms, default=None)
         for phase, names in self.touched.items():
             names |= watcher.touched[phase]
         self._refuse_shortcuts(output.logits, floating)
@@ -219,6 +198,13 @@ class _InspectionRun:
         for name, gradient in zip(prefix_only, gradients, strict=True):
             if gradient is not None:
                 _refuse(self.model, f"its tail reads what was computed from {name} before the blocks")
+
+    def validate_shape(self, reader: str, hidden: Any, *, any_size: bool = False) -> None:
+        size = hidden.shape[-1:] if any_size else (self.model.config.get_text_config().hidden_size,)
+        wanted = (1, NUM_TOKENS, *size)
+        if not isinstance(hidden, Tensor) or tuple(hidden.shape) != wanted:
+            what = f"hidden states of shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else f"a {type(hidden).__name__}"
+            _refuse(self.model, f"{reader} gets {what} for {NUM_TOKENS} tokens where {wanted} is expected (several streams?)")
 
     def learn_block(self, unit: str, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run one block of a kind for real; note how it returns."""
@@ -251,6 +237,7 @@ class _InspectionRun:
             side_paths=frozenset(self.side_paths),
             num_side_outputs={name: self.num_side_outputs[first] for name, first in self.kinds.items()},
             hidden_dtypes=self.hidden_dtypes | {name: self.hidden_dtypes[first] for name, first in self.kinds.items()},
+            max_positions=self.max_positions,
         )
 
 
@@ -287,6 +274,7 @@ class _InspectionVisitor:
         hidden = self.recorder.record(index, args, kwargs).detach()
         first = self.run.kinds[unit]
         if index == 0:
+            self.run.validate_shape(unit, hidden)
             self.run.hidden_dtypes["embedding"] = hidden.dtype
         if first not in self.run.returns:
             self.run.learn_block(unit, hidden, *self.recorder.block_arguments().rebuilt(unit, hidden))
@@ -307,6 +295,8 @@ class _Watcher(TorchDispatchMode):
         self.phase: str | None = "prefix"
         """"prefix" | "between" | "body" | "head"; None while a stand-in works."""
         self.touched: dict[str, set[str]] = {"prefix": set(), "body": set(), "head": set()}
+        self.table_rooms: list[int] = []
+        """Longest sequence for each table that was read row by row, at one position after the other, before the blocks."""
         self._owner_of = {_address(tensor): name for name, tensor in parameters.items() if tensor.numel()}
         self._outputs: dict[int, int] = {}
         self._kept: list[Tensor] = []  # an address is not used twice while its tensor lives
@@ -323,7 +313,17 @@ class _Watcher(TorchDispatchMode):
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor):
                     self._look_at(func, tensor)
+            if self.phase == "prefix" and func in (torch.ops.aten.embedding.default, torch.ops.aten.index.Tensor):
+                self._look_for_positions(args[0], args[1])
         return func(*args, **(kwargs or {}))
+
+    def _look_for_positions(self, table: Tensor, index: Any) -> None:
+        rows = index[0] if isinstance(index, list | tuple) and len(index) == 1 else index
+        if not (isinstance(rows, Tensor) and table.dim() == 2 and table.is_floating_point() and rows.numel() == NUM_TOKENS):
+            return
+        first, *others = rows.flatten().tolist()
+        if others == list(range(first + 1, first + NUM_TOKENS)):  # the tokens' own rows alternate between 0 and 1
+            self.table_rooms.append(table.shape[0] - first)
 
     def _look_at(self, func: Any, tensor: Tensor) -> None:
         address = _address(tensor)
@@ -335,15 +335,6 @@ class _Watcher(TorchDispatchMode):
             _refuse(self.model, f"it reads the output of block {output} after its last block ({func})")
         if parameter is not None and self.phase is not None:
             self.touched[self.phase].add(parameter)
-
-
-def lazy_zeros(like: Tensor) -> Tensor:
-    """Zeros of the shape and dtype of `like`, on pages that exist only once written: reading costs no memory."""
-    num_bytes = like.numel() * like.dtype.itemsize
-    if num_bytes == 0:
-        return torch.zeros(like.shape, dtype=like.dtype)
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype, count=math.prod(like.shape)).view(like.shape)
 
 
 @contextmanager
@@ -358,15 +349,6 @@ def _without_flash_attention(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
-
-
-def _are_blocks(model: PreTrainedModel, modules: nn.ModuleList) -> bool:
-    """Whether a list is one of decoder blocks: transformers names their classes, or they are as many as the config says."""
-    named = set(getattr(model, "_no_split_modules", None) or ())
-    if {type(module).__name__ for module in modules} <= named:
-        return True
-    config = model.config.get_text_config()
-    return not named and len(modules) == getattr(config, "num_hidden_layers", None)
 
 
 def _address(tensor: Tensor) -> int:

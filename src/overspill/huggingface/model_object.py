@@ -12,6 +12,7 @@ sentence, before anything of it is changed:
 from __future__ import annotations
 
 import copy
+from typing import NoReturn
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -66,5 +67,5 @@ def build_saved_config(model: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-def _refuse(model: object, reason: str) -> None:
+def _refuse(model: object, reason: str) -> NoReturn:
     raise UnsupportedModelError(f"{type(model).__name__} cannot be streamed: {reason}")

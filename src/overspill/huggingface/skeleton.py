@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from overspill.huggingface.meta_model import swap_parameters_for_meta
+from overspill.huggingface.model_object import validate_model_object
 
 
 def copy_without_weights(model: PreTrainedModel, *, dtype: torch.dtype) -> PreTrainedModel:
@@ -17,10 +18,9 @@ def copy_without_weights(model: PreTrainedModel, *, dtype: torch.dtype) -> PreTr
     The model itself is not touched, whatever happens to the copy.
 
     Raises:
-        ValueError: the model has no weights.
+        UnsupportedModelError: it is no model object that can be taken over, or has no weights.
     """
-    if any(parameter.device.type == "meta" for parameter in model.parameters()):
-        raise ValueError(f"this {type(model).__name__} holds no weights (a session took them over, or none were loaded); load it again")
+    validate_model_object(model)
     without = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     copied = copy.deepcopy(model, without)
     swap_parameters_for_meta(copied, dtype=dtype)

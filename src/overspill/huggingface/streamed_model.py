@@ -19,7 +19,8 @@ Rules:
 2. A tied parameter has one name, belongs to the embedding and to the tail, and gets a gradient from each.
 3. After construction the model's blocks hang on their stand-ins alone: `state_dict`, `parameters` and the like do not see them,
    `train` and `eval` do.
-4. One thread at a time runs a StreamedModel. Blocks may be bound side by side, embedding and tail may not: they share modules.
+4. The model's configuration is not changed; `saved_config` is the one to save.
+5. One thread at a time runs a StreamedModel. Blocks may be bound side by side, embedding and tail may not: they share modules.
 
 Limits: the loss is that of predicting the next token (labels are shifted here, as `ForCausalLMLoss` does); the decoders of Bart and its
 kin, whose own `labels` loss does not shift, train on shifted labels all the same. Read-only dictionaries as block arguments
@@ -38,8 +39,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from overspill.huggingface.inspection import find_blocks, find_kinds, fixed_inputs, inspect_model, validate_sharing
+from overspill.errors import UnsupportedModelError
+from overspill.huggingface.blocks import find_blocks, find_kinds, validate_sharing
+from overspill.huggingface.inspection import fixed_inputs, inspect_model
 from overspill.huggingface.meta_model import swap_parameters_for_meta
+from overspill.huggingface.model_object import build_saved_config, validate_model_class
+from overspill.huggingface.rotary_state import RotaryStates
 from overspill.huggingface.side_outputs import SideOutputTaps, has_router_loss
 from overspill.huggingface.stand_ins import AllRecorded, BlockArguments, CallRecorder, RecordingVisitor, StandInStack
 from overspill.huggingface.tail import Accumulate, Tail, TailOutput, last_hidden_state
@@ -76,16 +81,19 @@ class StreamedModel:
     def __init__(self, model: PreTrainedModel) -> None:
         """
         Args:
-            model: with parameters anywhere (they are replaced by meta ones) and buffers on the CPU. It belongs to
+            model: with parameters and buffers anywhere (parameters are replaced by meta ones, buffers go to the CPU). It belongs to
                 the StreamedModel from here on.
 
         Raises:
             UnsupportedModelError: it does something that streaming cannot reproduce exactly; model and reason are named.
         """
+        validate_model_class(model)
         found = find_blocks(model)
         validate_sharing(model, found.blocks)
+        self.saved_config = build_saved_config(model)
+        """What `save_pretrained` writes: the model's own configuration, with the parameters' dtype and its class."""
         swap_parameters_for_meta(model)
-        _turn_off_extras(model)
+        _turn_off_checkpointing(model)
         self.model = model
         self.config = model.config
         self.block_names = tuple(found.blocks)
@@ -95,15 +103,17 @@ class StreamedModel:
         persistent = set(model.state_dict(keep_vars=True)) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.persistent_buffers = {name: self._buffer_place(name) for name, _ in model.named_buffers() if name in persistent}
         self._modules = list(model.modules())
+        _bring_buffers(model)
         self._block_slots = {name: ParameterSlots((m, canonical) for m in block.modules()) for name, block in found.blocks.items()}
         self._blocks = dict(found.blocks)
         self._stack = StandInStack(type(model).__name__, found.blocks, found.container)
+        self._rotary = RotaryStates(model.modules())
         self._outer_slots = ParameterSlots((module, canonical) for module in model.modules())
         kinds = find_kinds(found.blocks)
         self._taps = SideOutputTaps(found.owner, found.blocks)
         self.has_router_loss = has_router_loss(self.config)
         self.inspection = inspect_model(
-            model, found.owner, self._stack, self._taps, kinds=kinds, outer=self._outer_slots, slots=self._block_slots
+            model, found.owner, self._stack, self._taps, kinds=kinds, outer=self._outer_slots, slots=self._block_slots, rotary=self._rotary
         )
         if self.has_router_loss and not any(self.inspection.num_side_outputs.values()):
             self._stack.refuse("its router loss is on, but none of its blocks has router logits; turn config.output_router_logits off")
@@ -135,10 +145,16 @@ class StreamedModel:
         """Embedding and blocks -> dtype of the hidden states they return (Mamba-2 keeps them in fp32 in a bf16 model)."""
         return self.inspection.hidden_dtypes
 
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence that fits the model's tables of position embeddings before the blocks (GPT-2, OPT); None: no such table."""
+        return self.inspection.max_positions
+
     def to(self, device: torch.device | str) -> int:
         """Move all buffers to `device`, equal ones once; returns the bytes they take there (also in `buffer_bytes`)."""
         self.device = torch.device(device)
-        self.buffer_bytes = move_buffers(self._modules, self.device)
+        shared = move_buffers((module for module in self._modules if module not in self._rotary.modules), self.device)
+        self.buffer_bytes = shared + self._rotary.to(self.device)
         return self.buffer_bytes
 
     def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
@@ -188,14 +204,14 @@ class StreamedModel:
         else:
             slots, filled = self._outer_slots, {**self._zeros_for(unit), **tensors}
         buffers = list(self._blocks[unit].buffers()) if unit in self._blocks else []
-        versions = [buffer._version for buffer in buffers]
+        before = [(id(buffer), buffer._version) for buffer in buffers]
         with slots.filled(filled):
             self._bound[unit] = tensors
             try:
                 yield
             finally:
                 del self._bound[unit]
-        if [buffer._version for buffer in buffers] != versions:
+        if unit in self._blocks and [(id(buffer), buffer._version) for buffer in self._blocks[unit].buffers()] != before:
             self._stack.refuse(f"{unit} writes to a buffer")
 
     def embed(self, batch: Mapping[str, Tensor]) -> Embedded:
@@ -207,6 +223,7 @@ class StreamedModel:
             batch: `input_ids` [B, T]; `attention_mask` [B, T] and `position_ids` [B, T] if wanted; `labels` are not looked at.
         """
         self._validate_bound(EMBEDDING)
+        self._rotary.reset()
         recorder = CallRecorder(self._stack, self.inspection.side_paths)
         with self._stack.visited_by(RecordingVisitor(recorder, self.inspection.returns)):
             try:
@@ -266,6 +283,7 @@ class StreamedModel:
             before_tail: called right before the tail's own code runs (to seed its dropout).
         """
         self._validate_bound(TAIL)
+        self._rotary.reset()
         return self._tail.run(
             self._inputs(batch),
             batch["labels"],
@@ -286,6 +304,7 @@ class StreamedModel:
             positions: int64 [B]; None for all positions.
         """
         self._validate_bound(TAIL)
+        self._rotary.reset()
         inputs = self._inputs(batch)
         with torch.no_grad():
             output = self._tail.run_body(inputs, hidden.detach())
@@ -335,15 +354,24 @@ class StreamedModel:
             raise RuntimeError(f'{unit} has no weights here; call this inside `with bound("{unit}", ...)`')
 
 
-def _turn_off_extras(model: PreTrainedModel) -> None:
-    """Caches, gradient checkpointing and recorded intermediates: streaming has its own, or they change no number."""
-    for config in (model.config, model.config.get_text_config()):
-        config.use_cache = False
-        config.output_attentions = False
-        config.output_hidden_states = False
+def _turn_off_checkpointing(model: PreTrainedModel) -> None:
+    """Streaming recomputes by itself."""
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False):
             vars(module)["gradient_checkpointing"] = False
+
+
+def _bring_buffers(model: PreTrainedModel) -> None:
+    """All buffers to the CPU, where the model is inspected."""
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "meta":
+                raise UnsupportedModelError(
+                    f"{type(model).__name__} cannot be streamed: its buffer {path}.{name} has no values (meta device); load it without "
+                    "a device_map, or build it with build_meta_model"
+                )
+            if buffer is not None and buffer.device.type != "cpu":
+                module._buffers[name] = buffer.to("cpu")
 
 
 def _tensor_spec(model: nn.Module, name: str, parameter: nn.Parameter) -> TensorSpec:

@@ -5,7 +5,7 @@ Labels stay on the CPU too: which rows have a target is known there without wait
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,6 +19,11 @@ _KEYS = ("input_ids", "labels", "attention_mask", "position_ids")
 def token_count(batch: Mapping[str, torch.Tensor]) -> int:
     """Samples times padded length."""
     return batch["input_ids"].numel()
+
+
+def token_counts(batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[int, ...]:
+    """`token_count` of each micro-batch: what a program depends on."""
+    return tuple(map(token_count, batches))
 
 
 def count_targets(batch: Mapping[str, torch.Tensor]) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from overspill.errors import NonFiniteError
-from overspill.huggingface import StreamedModel
+from overspill.huggingface import StreamedModel, share_equal_tensors
 from overspill.optim import update
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
@@ -27,7 +27,7 @@ from overspill.runtime.residency import Residency
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.report import LINK_LANES, StepFigures
-from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Piece, Role, Schedule, Update
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Piece, Role, Schedule, Update
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import Tier
 from overspill.spec.update_rule import AdamW, AdamWScalars
@@ -131,6 +131,8 @@ class Executor:
                 self.residency.drop(op.piece, op.tier)
             case Compute():
                 self._compute(op, micro_batches[op.micro_batch], context, gradients)
+                if op.unit == self.plan.units[0].name and op.phase is Phase.FORWARD:
+                    self._share_arguments(micro_batches[: op.micro_batch + 1])
             case Compress():
                 self._leave_visit()
                 check_losses(micro_batches, context.step)
@@ -170,6 +172,12 @@ class Executor:
             self.residency.trim()
             torch.cuda.empty_cache()
             self.units.run(op, visit, micro_batch, context, gradients)
+
+    def _share_arguments(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Masks and tables that equal the first or the previous micro-batch's of the group are stored once (design 2)."""
+        *earlier, newest = [micro_batch for micro_batch in micro_batches if micro_batch.arguments is not None]
+        if earlier:
+            newest.arguments = share_equal_tensors(newest.arguments, [earlier[0].arguments, earlier[-1].arguments])
 
     def _check_gradient(self, op: Compress, context: StepContext, gradients: Gradients) -> None:
         sums = {slot.tensor.name: gradients.sums_of_squares[slot.tensor.name] for slot in self.plan.bundles[op.bundle].slots}

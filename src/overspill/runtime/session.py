@@ -12,9 +12,10 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,6 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel
 
-from overspill.checkpoint import discard_manifests, open_records
 from overspill.errors import NonFiniteError, StorageError
 from overspill.huggingface import (
     StreamedModel,
@@ -33,41 +33,33 @@ from overspill.huggingface import (
     write_model_folder,
 )
 from overspill.optim import global_norm
-from overspill.planning import build_layout, build_plan, simulate
-from overspill.planning.space import scratch_bytes, store_bytes
+from overspill.planning import simulate
 from overspill.report.memory import host_peak_bytes
-from overspill.runtime.batches import count_targets, prepare_batch, token_count
+from overspill.runtime.batches import count_targets, prepare_batch, token_count, token_counts
 from overspill.runtime.checkpointing import (
     Checkpointer,
     SessionState,
     config_facts,
     describe_room,
     kept_bytes,
-    restore_homes,
     validate_same_run,
 )
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.executor import Executor, UpdateContext
+from overspill.runtime.generation import generate_greedily
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
-from overspill.runtime.residency import Residency
-from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
+from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, restore, take_weights
+from overspill.runtime.programs import Programs
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import EvaluationReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule, Update
-from overspill.spec.state_formats import resolve_state_format
-from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES
+from overspill.spec.tensors import CHUNK_BYTES
 from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient, gradient_scale
-from overspill.spec.workload import ModelLayout
-from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
-
-MOST_SCHEDULES_KEPT = 3
-"""Programs kept for batches of the same shapes (a step, its pending twin, an evaluation); each can take megabytes."""
-StoreFactory = Callable[[str, int, bool], Store]
 
 
 class Session:
@@ -110,18 +102,17 @@ class Session:
         num_threads: int = 4,
     ) -> None:
         self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
-        self._files = {"calls": calls, "space": space or SpacePolicy(), "num_threads": num_threads}
-        self._open_store = open_store or self._open_ssd_store
+        files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, open_store=open_store)
         self._checkpointer: Checkpointer | None = None
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
         return_freed_memory()
-        checkpoint = None if isinstance(model, PreTrainedModel) else open_checkpoint(model)
+        checkpoint = open_checkpoint(model) if isinstance(model, str | Path) else None
         dtype = getattr(torch, plan.dtype)
         if checkpoint is not None:
             built = build_meta_model(checkpoint.config, dtype=dtype)
         else:
-            assert isinstance(model, PreTrainedModel)
+            assert not isinstance(model, str | Path)
             built = copy_without_weights(model, dtype=dtype)
         expected = expected_tensors(built)
         self._generation_config = getattr(built, "generation_config", None) if checkpoint is None else checkpoint.generation_config
@@ -130,23 +121,23 @@ class Session:
         if plan.ssd_dir is not None:  # a data file that is there is used again, or discarded
             free = self.hardware.ssd_capacity_bytes + kept_bytes(plan.ssd_dir)
             self.hardware = dataclasses.replace(self.hardware, ssd_capacity_bytes=free)
-        self.plan = self._make_plan(plan, chunk_bytes)
+        self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
         if checkpoints is not None:
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, describe_room(checkpoints, self.plan)))
         if resume_from is not None:
             validate_same_run(resume_from[0], self.plan, self.model.config)
-        self.residency = self._allocate(checkpoints, resume_from)
+        self.residency, self._checkpointer = allocate(self.plan, files, checkpoints, resume_from)
         try:
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}
             if checkpoint is not None:
                 if resume_from is None or not expected.keys() <= set(self.homes.names):
-                    self._load(checkpoint.read(expected), with_homes=resume_from is None)
+                    self._unread = load(checkpoint.read(expected), self.model, self.homes, with_homes=resume_from is None)
             else:
-                assert isinstance(model, PreTrainedModel)
-                self._load(_taken_from(model), with_homes=resume_from is None)
+                assert not isinstance(model, str | Path)
+                self._unread = load(take_weights(model), self.model, self.homes, with_homes=resume_from is None)
             if resume_from is not None:
-                self._restore(*resume_from)
+                restore(self.residency, self._checkpointer, *resume_from, calls)
             self.model.to(self.device)
             self.model.train()
         except BaseException:
@@ -164,95 +155,7 @@ class Session:
         self._failure: str | None = None
         self._is_closed = False
         self._vocab_size = self.model.config.get_text_config().vocab_size
-        self._schedules: dict[tuple[str, tuple[int, ...], bool], Schedule] = {}
-
-    # -- opening -----------------------------------------------------------------------------------------------------
-
-    def _make_plan(self, plan: PlanRequest | Plan, chunk_bytes: int) -> Plan:
-        state_format = plan.state_format
-
-        def bytes_per_element(dtype: str, trainable: bool) -> int:
-            if not trainable:
-                return DTYPE_BYTES[dtype]
-            return 2 * DTYPE_BYTES[dtype] + resolve_state_format(state_format, dtype).bytes_per_element
-
-        config = self.model.config.get_text_config()
-        units, bundles = build_layout(
-            self.model.unit_parameters, self.model.parameters, bytes_per_element, dtype=plan.dtype, chunk_bytes=chunk_bytes
-        )
-        layout = ModelLayout(
-            model=type(self.model.model).__name__,
-            units=units,
-            bundles=bundles,
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            hidden_dtypes={
-                unit: str(dtype).removeprefix("torch.")
-                for unit, dtype in self.model.hidden_dtypes.items()
-                if dtype is not getattr(torch, plan.dtype)
-            },
-            buffer_bytes=self.model.buffer_bytes,
-        )
-        if isinstance(plan, PlanRequest):
-            return build_plan(plan, layout, self.hardware, device=str(self.device))
-        if (plan.model, plan.units, dict(plan.bundles)) != (layout.model, units, bundles):
-            raise ValueError(f"the plan was made for a {plan.model} of {plan.num_parameters} parameters, this model differs; plan it anew")
-        return plan
-
-    def _allocate(self, checkpoints: CheckpointPolicy | None, resume_from: tuple[Manifest, Path] | None) -> Residency:
-        plan = self.plan
-        if resume_from is None and store_bytes(plan) and plan.ssd_dir is not None and checkpoints is None:
-            discard_manifests(Path(plan.ssd_dir), allowed=False)
-        stores: list[RecordStore | None] = []
-        needs = (store_bytes(plan) if checkpoints is None else 0, scratch_bytes(plan))
-        # Slots are rounded up to pages, which the schedule does not count.
-        rounding = 2 * len(plan.units) * plan.group_size * 4096
-        host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
-        host = HostMemory(pin=self.device.type == "cuda", budget_bytes=host_budget)
-        device = DeviceMemory(self.device, budget_bytes=plan.device_budget_bytes)
-        try:
-            for num_bytes, is_scratch in zip(needs, (False, True), strict=True):
-                if num_bytes == 0:
-                    stores.append(None)
-                    continue
-                assert plan.ssd_dir is not None
-                stores.append(RecordStore(self._open_store(plan.ssd_dir, num_bytes, is_scratch)))
-            if checkpoints is not None:
-                self._checkpointer = Checkpointer(checkpoints, plan, source=resume_from, **self._files)  # type: ignore[arg-type]
-                stores[0] = self._checkpointer.records
-            return Residency(plan, device=device, host=host, store=stores[0], scratch=stores[1])
-        except BaseException:
-            for store in (*stores[1:], stores[0] if stores else None):
-                if store is not None:
-                    store.close()
-            device.close()
-            host.close()
-            raise
-
-    def _restore(self, manifest: Manifest, directory: Path) -> None:
-        """Parameters and states from a checkpoint, one record at a time."""
-        own = self._checkpointer
-        if own is not None and own.directory.resolve() == directory.resolve():
-            restore_homes(self.residency, own.records)
-            return
-        records, _ = open_records(directory, manifest, calls=self._files["calls"])  # type: ignore[arg-type]
-        try:
-            restore_homes(self.residency, records)
-        finally:
-            records.close()
-
-    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]], *, with_homes: bool = True) -> None:
-        """Parameters into their homes, buffers into the model; what no unit reads is kept for `save_pretrained`."""
-        homes = set(self.homes.names)
-        for name, tensor in tensors:
-            if name in homes:
-                if with_homes:
-                    self.homes.write(name, tensor)
-            elif name in self.model.persistent_buffers:
-                self.model.load_buffers({name: tensor})
-            else:
-                self._unread[name] = tensor.detach().to("cpu", getattr(torch, self.model.parameters[name].dtype))
-            del tensor
+        self._programs = Programs(self.plan)
 
     # -- work --------------------------------------------------------------------------------------------------------
 
@@ -284,7 +187,7 @@ class Session:
         context = StepContext(step=number, seed=self.seed, num_targets=num_targets, loss_scale=scale)
         waits = self.plan.timing is UpdateTiming.PENDING
         updates = self._pending if waits else UpdateContext(self.optimizer, step=number, lr=lr, gradient_scale=1.0)
-        schedule = self._schedule("train", tuple(token_count(batch) for batch in micro_batches), pending=self._pending is not None)
+        schedule = self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         figures, gradients = self._run(schedule, prepared, context, updates)
@@ -316,8 +219,8 @@ class Session:
                 self.residency.drop_all_but_homes()
                 if scale <= self.loss_scale.minimum:
                     raise NonFiniteError(
-                        f"gradients of step {number} are not finite even at the smallest loss scale, {scale}; no weight was changed by this "
-                        "step; lower --lr, or compute in --dtype bfloat16 or float32"
+                        f"gradients of step {number} are not finite even at the smallest loss scale, {scale}; no weight was changed by "
+                        "this step; lower --lr, or compute in --dtype bfloat16 or float32"
                     )
                 return True
         if not finite:
@@ -334,7 +237,7 @@ class Session:
         self._check_usable()
         if self._pending is not None:
             context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
-            self._run(self._schedule("flush", (), pending=True), [], context, self._pending)
+            self._run(self._programs.flush(), [], context, self._pending)
 
     @property
     def memory_warning(self) -> str | None:
@@ -381,7 +284,7 @@ class Session:
             raise ValueError("nothing to evaluate: all labels are -100 after the shift by one")
         context = StepContext(step=self.step_number, seed=self.seed, num_targets=num_targets)
         with self._evaluation_mode():
-            schedule = self._schedule("evaluate", tuple(token_count(batch) for batch in micro_batches), pending=False)
+            schedule = self._programs.evaluate(token_counts(micro_batches))
             self._run(schedule, prepared, context, None)
         loss = math.fsum(float(batch.loss) for batch in prepared if batch.loss is not None)
         return EvaluationReport(loss=loss, num_targets=num_targets)
@@ -398,43 +301,19 @@ class Session:
             ValueError: no prompt, or an empty one, or prompt and continuation longer than the plan's batch holds.
         """
         self.flush()
-        if not prompts or any(len(prompt) == 0 for prompt in prompts):
-            raise ValueError("generate needs at least one prompt and at least one token in each")
-        texts = [list(prompt) for prompt in prompts]
-        open_texts = set(range(len(texts)))
         context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
-        with self._evaluation_mode():
-            for _ in range(max_new_tokens):
-                if not open_texts:
-                    break
-                logits = self._next_logits([texts[index] for index in sorted(open_texts)], context)
-                for row, index in enumerate(sorted(open_texts)):
-                    token = int(logits[row].argmax())
-                    if token == eos_token_id:
-                        open_texts.discard(index)
-                    else:
-                        texts[index].append(token)
-        return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
-    def _next_logits(self, texts: list[list[int]], context: StepContext) -> torch.Tensor:
-        """Logits after the last token of each text, [texts, vocabulary], in micro-batches of the plan's size."""
-        size = self.plan.micro_batch
-        batches, ends = [], []
-        for start in range(0, len(texts), size):
-            part = texts[start : start + size]
-            longest = max(map(len, part))
-            ids = torch.zeros(len(part), longest, dtype=torch.long)
-            mask = torch.zeros(len(part), longest, dtype=torch.long)
-            for row, text in enumerate(part):
-                ids[row, : len(text)] = torch.tensor(text)
-                mask[row, : len(text)] = 1
-            batches.append({"input_ids": ids, "labels": torch.full_like(ids, -100), "attention_mask": mask})
-            ends.append(torch.tensor([len(text) - 1 for text in part]))
-        prepared = self._prepare(batches)
-        for micro_batch, positions in zip(prepared, ends, strict=True):
-            micro_batch.positions = positions.to(self.device)
-        self._run(self._schedule("evaluate", tuple(token_count(batch) for batch in batches), pending=False), prepared, context, None)
-        return torch.cat([micro_batch.logits for micro_batch in prepared if micro_batch.logits is not None])
+        def logits_at(batches: list[Mapping[str, torch.Tensor]], ends: list[torch.Tensor]) -> torch.Tensor:
+            prepared = self._prepare(batches)
+            for micro_batch, positions in zip(prepared, ends, strict=True):
+                micro_batch.positions = positions.to(self.device)
+            self._run(self._programs.evaluate(token_counts(batches)), prepared, context, None)
+            return torch.cat([micro_batch.logits for micro_batch in prepared if micro_batch.logits is not None])
+
+        with self._evaluation_mode():
+            return generate_greedily(
+                prompts, logits_at, micro_batch=self.plan.micro_batch, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id
+            )
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: object | None = None) -> Path:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; streamed, read back, compared.
@@ -443,14 +322,13 @@ class Session:
             tokenizer: a tokenizer to save along, or a folder to copy it from.
         """
         self.flush()
-        model = self.model.model
         others = dict(self._unread)
         for name, (module, attribute) in self.model.persistent_buffers.items():
             others[name] = getattr(module, attribute).detach()
         kept = [(name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor.to("cpu")) for name, tensor in others.items()]
         return write_model_folder(
             directory,
-            config=model.config,
+            config=self.model.saved_config,
             generation_config=self._generation_config,
             tokenizer_source=tokenizer,
             tensors=[*self.homes.outgoing(), *kept],
@@ -458,13 +336,11 @@ class Session:
 
     def predict(self, micro_batches: Sequence[Mapping[str, torch.Tensor]], *, hardware: HardwareSpec | None = None) -> Prediction:
         """What the next step over `micro_batches` will move, hold and take."""
-        tokens = tuple(token_count(batch) for batch in micro_batches)
-        schedule = self._schedule("train", tokens, pending=self._pending is not None)
-        return simulate(schedule, self.plan, hardware or self.hardware)
+        return simulate(self.schedule(micro_batches), self.plan, hardware or self.hardware)
 
     def schedule(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> Schedule:
         """The program of the next step over `micro_batches`."""
-        return self._schedule("train", tuple(token_count(batch) for batch in micro_batches), pending=self._pending is not None)
+        return self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -491,21 +367,6 @@ class Session:
         elif not (untouched and self.residency.drop_all_but_homes(pending=schedule.starts_pending)):
             self._failure = f"{type(error).__name__}: {error}"
 
-    def _schedule(self, name: str, tokens: tuple[int, ...], *, pending: bool) -> Schedule:
-        key = (name, tokens, pending)
-        if key not in self._schedules:
-            if name == "flush":
-                schedule = build_flush(self.plan)
-            elif name == "evaluate":
-                schedule = build_evaluation(self.plan, tokens)
-            else:
-                schedule = build_train_step(self.plan, tokens, starts_pending=pending)
-            validate(schedule, self.plan)
-            if len(self._schedules) >= MOST_SCHEDULES_KEPT:
-                self._schedules.pop(next(iter(self._schedules)))
-            self._schedules[key] = schedule
-        return self._schedules[key]
-
     def _prepare(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[MicroBatch]:
         if not micro_batches:
             raise ValueError("at least one micro-batch is needed, got none")
@@ -517,8 +378,14 @@ class Session:
             for index, batch in enumerate(micro_batches)
         ]
 
-    def _evaluation_mode(self) -> _EvaluationMode:
-        return _EvaluationMode(self.model)
+    @contextlib.contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        """No dropout inside, training mode again after."""
+        self.model.train(False)
+        try:
+            yield
+        finally:
+            self.model.train(True)
 
     def _check_usable(self) -> None:
         if self._is_closed:
@@ -548,35 +415,6 @@ class Session:
             if error is None:
                 raise
             error.add_note(str(unseen))
-
-    def _open_ssd_store(self, directory: str, capacity_bytes: int, is_scratch: bool) -> Store:
-        return SsdStore(directory, capacity_bytes=capacity_bytes, unlink=is_scratch, **self._files)  # type: ignore[arg-type]
-
-
-def _taken_from(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights of a model object, each freed there as soon as the next one is asked for; the object ends on the meta device."""
-    shapes: dict[int, torch.Tensor] = {}
-    for name, parameter in list(model.named_parameters()):
-        shapes[id(parameter)] = torch.empty_like(parameter, device="meta")
-        yield name, parameter.data
-        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-    for module in model.modules():
-        for name, held in module._parameters.items():
-            if held is not None:
-                module._parameters[name] = torch.nn.Parameter(shapes[id(held)], requires_grad=held.requires_grad)
-
-
-class _EvaluationMode:
-    """No dropout inside, training mode again after."""
-
-    def __init__(self, model: StreamedModel) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._model.train(False)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._model.train(True)
 
 
 def _fields(figures: StepFigures) -> dict[str, Any]:

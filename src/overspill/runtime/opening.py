@@ -1,0 +1,186 @@
+"""Opening a session: from a model and a request to a plan, memory, files, and weights in their homes.
+
+The order is that of cost and of what can be undone: look at the model, plan, refuse; then allocate; then load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from overspill.checkpoint import discard_manifests, open_records
+from overspill.huggingface import StreamedModel
+from overspill.planning import build_layout, build_plan
+from overspill.planning.space import scratch_bytes, store_bytes
+from overspill.runtime.checkpointing import Checkpointer, restore_homes
+from overspill.runtime.homes import Homes
+from overspill.runtime.residency import Residency
+from overspill.spec.checkpoint import CheckpointPolicy, Manifest
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import Plan, PlanRequest
+from overspill.spec.state_formats import resolve_state_format
+from overspill.spec.tensors import DTYPE_BYTES
+from overspill.spec.workload import ModelLayout
+from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
+from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
+
+StoreFactory = Callable[[str, int, bool], Store]
+"""(directory, capacity in bytes, is scratch) -> a store."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """How a session reaches the SSD."""
+
+    calls: FileCalls = OS_CALLS
+    space: SpacePolicy = dataclasses.field(default_factory=SpacePolicy)
+    num_threads: int = 4
+    open_store: StoreFactory | None = None
+    """None: files in the directory."""
+
+    def open(self, directory: str, capacity_bytes: int, is_scratch: bool) -> RecordStore:
+        if self.open_store is not None:
+            return RecordStore(self.open_store(directory, capacity_bytes, is_scratch))
+        store = SsdStore(
+            directory,
+            capacity_bytes=capacity_bytes,
+            unlink=is_scratch,
+            calls=self.calls,
+            space=self.space,
+            num_threads=self.num_threads,
+        )
+        return RecordStore(store)
+
+
+def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: HardwareSpec, *, device: str, chunk_bytes: int) -> Plan:
+    """The plan for `model`, or the one given if it was made for the same model.
+
+    Raises:
+        BudgetError: it does not fit.
+        ValueError: a plan for another model, or samples longer than the model's table of positions.
+    """
+    if model.max_positions is not None and request.seq_len > model.max_positions:
+        raise ValueError(
+            f"samples may have {request.seq_len} tokens, but {type(model.model).__name__} has learned positions for "
+            f"{model.max_positions}; lower --seq-len to {model.max_positions} (with --truncate for longer samples)"
+        )
+    layout = _read_layout(model, request.dtype, request.state_format, chunk_bytes)
+    if isinstance(request, PlanRequest):
+        return build_plan(request, layout, hardware, device=device)
+    if (request.model, request.units, dict(request.bundles)) != (layout.model, layout.units, layout.bundles):
+        raise ValueError(
+            f"the plan was made for a {request.model} of {request.num_parameters} parameters, this model differs; plan it anew"
+        )
+    return request
+
+
+def _read_layout(model: StreamedModel, dtype: str, state_format: str, chunk_bytes: int) -> ModelLayout:
+    def bytes_per_element(kind: str, trainable: bool) -> int:
+        if not trainable:
+            return DTYPE_BYTES[kind]
+        return 2 * DTYPE_BYTES[kind] + resolve_state_format(state_format, kind).bytes_per_element
+
+    config = model.config.get_text_config()
+    units, bundles = build_layout(model.unit_parameters, model.parameters, bytes_per_element, dtype=dtype, chunk_bytes=chunk_bytes)
+    names = {unit: str(kind).removeprefix("torch.") for unit, kind in model.hidden_dtypes.items()}
+    return ModelLayout(
+        model=type(model.model).__name__,
+        units=units,
+        bundles=bundles,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        hidden_dtypes={unit: kind for unit, kind in names.items() if kind != dtype},
+        buffer_bytes=model.buffer_bytes,
+    )
+
+
+def allocate(
+    plan: Plan, files: Files, checkpoints: CheckpointPolicy | None, source: tuple[Manifest, Path] | None
+) -> tuple[Residency, Checkpointer | None]:
+    """All memory and files of a plan.
+
+    Args:
+        checkpoints: reserve their room; the store of parameters and states is then the one that checkpoints pin.
+        source: the checkpoint that is resumed.
+    """
+    if source is None and store_bytes(plan) and plan.ssd_dir is not None and checkpoints is None:
+        discard_manifests(Path(plan.ssd_dir), allowed=False)
+    # Slots are rounded up to pages, which the schedule does not count.
+    rounding = 2 * len(plan.units) * plan.group_size * 4096
+    host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
+    is_cuda = torch.device(plan.device).type == "cuda"
+    opened: list[HostMemory | DeviceMemory | RecordStore] = [HostMemory(pin=is_cuda, budget_bytes=host_budget)]
+    host = opened[0]
+    assert isinstance(host, HostMemory)
+    try:
+        device = DeviceMemory(torch.device(plan.device), budget_bytes=plan.device_budget_bytes)
+        opened.append(device)
+        store, scratch, checkpointer = None, None, None
+        if scratch_bytes(plan):
+            assert plan.ssd_dir is not None
+            scratch = files.open(plan.ssd_dir, scratch_bytes(plan), True)
+            opened.append(scratch)
+        if checkpoints is not None:
+            checkpointer = Checkpointer(
+                checkpoints, plan, source=source, calls=files.calls, space=files.space, num_threads=files.num_threads
+            )
+            store = checkpointer.records
+            opened.append(store)
+        elif store_bytes(plan):
+            assert plan.ssd_dir is not None
+            store = files.open(plan.ssd_dir, store_bytes(plan), False)
+            opened.append(store)
+        return Residency(plan, device=device, host=host, store=store, scratch=scratch), checkpointer
+    except BaseException:
+        for item in reversed(opened):
+            item.close()
+        raise
+
+
+def restore(residency: Residency, own: Checkpointer | None, manifest: Manifest, directory: Path, calls: FileCalls) -> None:
+    """Parameters and states from a checkpoint, one record at a time."""
+    if own is not None and own.directory.resolve() == directory.resolve():
+        restore_homes(residency, own.records)
+        return
+    records, _ = open_records(directory, manifest, calls=calls)
+    try:
+        restore_homes(residency, records)
+    finally:
+        records.close()
+
+
+def load(tensors: Iterable[tuple[str, torch.Tensor]], model: StreamedModel, homes: Homes, *, with_homes: bool) -> dict[str, torch.Tensor]:
+    """Parameters into their homes, buffers into the model; what no unit reads is returned, for `save_pretrained`.
+
+    Args:
+        with_homes: False where a checkpoint fills the homes.
+    """
+    names = set(homes.names)
+    unread: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if name in names:
+            if with_homes:
+                homes.write(name, tensor)
+        elif name in model.persistent_buffers:
+            model.load_buffers({name: tensor})
+        else:
+            unread[name] = tensor.detach().to("cpu", getattr(torch, model.parameters[name].dtype))
+        del tensor
+    return unread
+
+
+def take_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model object, each freed there as soon as the next one is asked for; the object ends on the meta device."""
+    shapes: dict[int, torch.Tensor] = {}
+    for name, parameter in list(model.named_parameters()):
+        shapes[id(parameter)] = torch.empty_like(parameter, device="meta")
+        yield name, parameter.data
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    for module in model.modules():
+        for name, held in module._parameters.items():
+            if held is not None:
+                module._parameters[name] = torch.nn.Parameter(shapes[id(held)], requires_grad=held.requires_grad)
