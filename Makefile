@@ -15,8 +15,9 @@ CPP = $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 demo: $(VENV)/.installed
 	$(VENV)/bin/python examples/demo/run.py
 
+# Two workers with one thread each: what two cores do best, and bits do not depend on it.
 test: $(VENV)/.installed
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2
 
 # Ruff (lint and format), types, import contracts, C++ format.
 check: $(VENV)/.installed
@@ -29,7 +30,7 @@ check: $(VENV)/.installed
 # Proofs that take minutes; their results go on file.
 prove: $(VENV)/.installed
 	mkdir -p benchmarks/results
-	$(PYTEST) -m "slow and not gpu and not multi_gpu" --durations=0 -q --no-header 2>&1 | tee benchmarks/results/prove.txt
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "slow and not gpu and not multi_gpu" --durations=0 -q --no-header 2>&1 | tee benchmarks/results/prove.txt
 
 # torch first and by itself: a range would fetch a CUDA build of gigabytes.
 $(VENV)/.installed: $(NATIVE)

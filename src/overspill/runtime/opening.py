@@ -120,6 +120,10 @@ def allocate(
         device = DeviceMemory(torch.device(plan.device), budget_bytes=plan.device_budget_bytes)
         opened.append(device)
         store, scratch, checkpointer = None, None, None
+        if checkpoints is None and store_bytes(plan):
+            assert plan.ssd_dir is not None
+            store = files.open(plan.ssd_dir, store_bytes(plan), False)
+            opened.append(store)
         if scratch_bytes(plan):
             assert plan.ssd_dir is not None
             scratch = files.open(plan.ssd_dir, scratch_bytes(plan), True)
@@ -129,10 +133,6 @@ def allocate(
                 checkpoints, plan, source=source, calls=files.calls, space=files.space, num_threads=files.num_threads
             )
             store = checkpointer.records
-            opened.append(store)
-        elif store_bytes(plan):
-            assert plan.ssd_dir is not None
-            store = files.open(plan.ssd_dir, store_bytes(plan), False)
             opened.append(store)
         return Residency(plan, device=device, host=host, store=store, scratch=scratch), checkpointer
     except BaseException:
