@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -177,6 +178,8 @@ def test_checkpoints_can_be_verified_and_exported(run: Run, model_folder: Path, 
     exported = load_file(tmp_path / "exported" / "model.safetensors")
     assert {name: tensor.numpy().tobytes() for name, tensor in exported.items()} == saved(tmp_path)
     assert (tmp_path / "exported" / "tokenizer.json").is_file()
+    settings = [json.loads((tmp_path / name / "generation_config.json").read_text()) for name in ("exported", "out/model")]
+    assert settings[0] == settings[1]
     entry = read_latest(directory).records[0]
     with (directory / FILE_NAME).open("r+b") as file:
         file.seek(entry.positions[entry.slot])

@@ -69,7 +69,7 @@ class ScriptedSession:
     saved: list[Path] = []
     memory_warning: str | None = None
 
-    def __init__(self, model: Path, *, plan: Any, optimizer: Any, learning_rate: Any, seed: int, checkpoints: Any = None) -> None:
+    def __init__(self, model: Path, *, plan: Any, **settings: Any) -> None:
         self.plan = types.SimpleNamespace(
             table=lambda: [("parameters", {"device": 0, "host": 4 << 20, "ssd": 0})],
             notes=("a reason",),

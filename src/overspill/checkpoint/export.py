@@ -53,8 +53,8 @@ def export_checkpoint(
     """Write the weights of a checkpoint as a folder that `from_pretrained` loads, verified on the way.
 
     Args:
-        model: the folder that was trained: gives the tokenizer, and the tensors that are not trained and are in no checkpoint
-            (stored buffers), which few models have.
+        model: the folder that was trained: gives the tokenizer, the generation settings, and the tensors that are not trained and are in no
+            checkpoint (stored buffers), which few models have.
         generation: which checkpoint; None: the newest.
 
     Raises:
@@ -83,10 +83,19 @@ def export_checkpoint(
             (name, slot.tensor.shape, getattr(torch, bundle.dtype), functools.partial(_read_tensor, records, bundle, slot))
             for name, (bundle, slot) in slots.items()
         ]
-        path = write_model_folder(out, config=config, tokenizer_source=model, tensors=[*tensors, *others])
+        path = write_model_folder(
+            out, config=config, generation_config=_generation_config(model), tokenizer_source=model, tensors=[*tensors, *others]
+        )
     finally:
         records.close()
     return path, manifest
+
+
+def _generation_config(model: str | Path | None) -> transformers.GenerationConfig | None:
+    """Of the folder that was trained, which needs no weights for this; None if it has none."""
+    if model is None or not (Path(model) / "generation_config.json").is_file():
+        return None
+    return transformers.GenerationConfig.from_pretrained(model)
 
 
 def _read_tensor(records: RecordStore, bundle: Bundle, slot: TensorSlot) -> torch.Tensor:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from overspill.checkpoint.manifests import find_manifests, read_manifest, remove_manifest
+from overspill.checkpoint.manifests import find_manifests, manifest_path, read_manifest, remove_manifest
 from overspill.errors import StorageError
 from overspill.spec.checkpoint import Manifest
 from overspill.tiers import RecordStore, SsdStore
@@ -27,12 +28,15 @@ def open_records(
 ) -> tuple[RecordStore, dict[int, Generation]]:
     """The records of `manifest`, which become the current ones, and the pinned generations by number.
 
+    Rules: the manifests are looked at again under the lock, since another run may have been ending while this one started.
+    Every checkpoint that is there stays pinned, older and newer ones too: opening changes none of them, and the first
+    checkpoint that is saved removes what is not kept.
+
     Args:
-        keep: checkpoints that shall fit from now on (older ones beyond it are removed, and the file grows if it must);
-            None: only look, change nothing.
+        keep: checkpoints that shall fit from now on (the file grows if it must); None: only look, with a shared lock.
 
     Raises:
-        StorageError: the data file is missing, too short, or in use.
+        StorageError: the data file is missing, too short, or in use; or the checkpoint is not there any more.
     """
     folder = Path(directory)
     path = folder / manifest.data_file
@@ -47,35 +51,67 @@ def open_records(
     num_slots = keep + 1 if keep is not None else 1
     missing = sum(max(0, num_slots - len(entry.slots)) * align_up(entry.num_bytes, EXTENT_ALIGNMENT_BYTES) for entry in manifest.records)
     store = SsdStore(
-        folder, capacity_bytes=manifest.data_file_bytes + missing, existing=True, calls=calls, space=space, num_threads=num_threads
+        folder,
+        capacity_bytes=manifest.data_file_bytes + missing,
+        existing=True,
+        read_only=keep is None,
+        calls=calls,
+        space=space,
+        num_threads=num_threads,
     )
     try:
-        for entry in manifest.records:
-            for name, position in zip(entry.slots, entry.positions, strict=True):
+        present = _read_again(folder, manifest, calls, others=keep is not None)
+        table = _slot_table(present)
+        for positions, entry in zip(table.values(), manifest.records, strict=True):
+            for name, position in positions.items():
                 store.adopt(name, position, entry.num_bytes)
         records = RecordStore(store, num_slots=num_slots)
         for entry in manifest.records:
-            version = RecordVersion(num_bytes=entry.num_bytes, slots=entry.slots, slot=entry.slot, checksums=from_hex(entry.checksums))
-            records.restore(entry.name, version)
-        generations: dict[int, Generation] = {}
-        if keep is not None:
-            generations = _pin_kept(folder, manifest, records, keep, calls)
-        return records, generations
+            slots = tuple(table[entry.name])
+            current = slots.index(entry.slots[entry.slot])
+            records.restore(
+                entry.name, RecordVersion(num_bytes=entry.num_bytes, slots=slots, slot=current, checksums=from_hex(entry.checksums))
+            )
+        return records, {} if keep is None else _pin_all(folder, present, manifest, records, calls)
     except BaseException:
         store.close()
         raise
 
 
-def _pin_kept(folder: Path, manifest: Manifest, records: RecordStore, keep: int, calls: FileCalls) -> dict[int, Generation]:
-    """Pin the newest `keep` checkpoints up to `manifest`; remove the older ones, and newer ones that were passed over."""
-    numbers = [number for number in find_manifests(folder) if number <= manifest.generation]
+def _read_again(folder: Path, manifest: Manifest, calls: FileCalls, *, others: bool) -> dict[int, Manifest]:
+    """The checkpoints that are there now, the lock held, oldest first: `manifest`, and the `others` if they matter."""
+    found = find_manifests(folder)
+    wanted = found if others else {number: path for number, path in found.items() if number == manifest.generation}
+    present = {number: read_manifest(path, calls=calls) for number, path in wanted.items()}
+    if present.get(manifest.generation) != manifest:
+        raise StorageError(
+            f"checkpoint {manifest.generation} of {folder} is gone: another run was still saving there while this one started; "
+            f"there {'are' if found else 'is'} now {', '.join(map(str, found)) or 'none'}; start again"
+        )
+    return present
+
+
+def _slot_table(present: Mapping[int, Manifest]) -> dict[str, dict[str, int]]:
+    """Record -> its slots and their places in the file: of all checkpoints, for a newer one may have been given more of them."""
+    table: dict[str, dict[str, int]] = {}
+    for manifest in present.values():
+        for entry in manifest.records:
+            table.setdefault(entry.name, {}).update(zip(entry.slots, entry.positions, strict=True))
+    return table
+
+
+def _pin_all(
+    folder: Path, present: Mapping[int, Manifest], manifest: Manifest, records: RecordStore, calls: FileCalls
+) -> dict[int, Generation]:
+    """Pin every checkpoint. One more than there is room for is what a kill left between two steps of saving: finish that."""
     generations: dict[int, Generation] = {}
-    for number, path in find_manifests(folder).items():
-        if number not in numbers[-keep:]:
-            remove_manifest(path, calls=calls)
-            continue
-        kept = manifest if number == manifest.generation else read_manifest(path, calls=calls)
-        slots = {entry.name: records.version(entry.name).slots.index(entry.slots[entry.slot]) for entry in kept.records}
-        records.pin(slots)
-        generations[number] = slots
+    for number, kept in present.items():
+        versions = {entry.name: records.version(entry.name).slots.index(entry.slots[entry.slot]) for entry in kept.records}
+        records.pin(versions)
+        generations[number] = versions
+    num_slots = min(len(records.version(entry.name).slots) for entry in manifest.records)
+    while len(generations) >= num_slots:
+        oldest = min(number for number in generations if number != manifest.generation)
+        remove_manifest(manifest_path(folder, oldest), calls=calls)
+        records.unpin(generations.pop(oldest))
     return generations

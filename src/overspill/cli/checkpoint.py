@@ -40,7 +40,9 @@ def verify(directory: Directory, debug: Debug = False) -> None:
 def export(
     directory: Directory,
     out: Annotated[Path, typer.Argument(help="Model folder to write.", show_default=False)],
-    model: Annotated[str | None, typer.Option(help="The model that was trained, for its tokenizer.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that was trained, for tokenizer and generation settings.", show_default=False)
+    ] = None,
     generation: Annotated[int | None, typer.Option(min=1, help="Which checkpoint; the newest.", show_default=False)] = None,
     debug: Debug = False,
 ) -> None:

@@ -27,6 +27,7 @@ from rich.console import Console
 
 from overspill.cli.failures import failures_as_exit_codes
 from overspill.errors import StorageError
+from overspill.report.progress import replace_text
 
 _NOT_IN_A_FILE = {"config", "help"}
 
@@ -93,7 +94,7 @@ def write_config(path: Path, options: Any) -> None:
         if (value := getattr(options, field.name)) is not None
     }
     try:
-        path.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        replace_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror} (errno {error.errno})") from error
 

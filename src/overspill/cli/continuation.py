@@ -6,16 +6,18 @@ weights, and what the summary at the end wants to know.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 from overspill.checkpoint import find_manifests, read_latest
+from overspill.cli.config_file import write_config
 from overspill.cli.finetune import FinetuneOptions
 from overspill.errors import StorageError
 from overspill.huggingface.data_position import DataPosition
+from overspill.report.progress import replace_text
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 
 _POINTER = "checkpoints.json"
@@ -35,31 +37,74 @@ def checkpoint_directory(options: FinetuneOptions) -> Path:
 
 
 def note_directory(options: FinetuneOptions) -> None:
-    """Write down where this run's checkpoints are, so that `--resume` finds them whatever the other flags say then."""
+    """Write down where this run's checkpoints are, so that `--resume` finds them whatever the other flags say then.
+
+    Only once there is one: until then, what the run was resumed from is all there is to go on with.
+    """
     path = options.out / _POINTER
     try:
-        path.write_text(json.dumps({"directory": str(checkpoint_directory(options).resolve())}) + "\n", encoding="utf-8")
+        replace_text(path, json.dumps({"directory": str(checkpoint_directory(options).resolve())}) + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror} (errno {error.errno})") from error
+
+
+def note_flags(options: FinetuneOptions) -> None:
+    """Write `run.yaml`: the flags of this run, which hold from any working directory."""
+    write_config(options.out / "run.yaml", dataclasses.replace(with_absolute_paths(options), resume=False, discard_checkpoints=False))
+
+
+def with_absolute_paths(options: FinetuneOptions) -> FinetuneOptions:
+    """The same run, asked for from anywhere; hub names stay."""
+    return dataclasses.replace(
+        options,
+        model=_absolute_if_here(options.model),
+        data=_absolute_if_here(options.data),
+        out=options.out.absolute(),
+        ssd_dir=options.ssd_dir.absolute() if options.ssd_dir is not None else None,
+    )
+
+
+def _absolute_if_here(path_or_name: str) -> str:
+    path = Path(path_or_name).expanduser()
+    return str(path.absolute()) if path.exists() else path_or_name
 
 
 def find_checkpoint(options: FinetuneOptions) -> tuple[Path, Manifest]:
     """The newest checkpoint of the run in `--out`.
 
+    1. It is where the run wrote down that it is, whatever steps an older run in another directory has reached.
+    2. If nothing is there any more, `--ssd-dir` may say where it was moved to.
+    3. If nothing was written down: the highest step in `--ssd-dir` and in the output folder.
+
     Raises:
         StorageError: there is none, or it is damaged.
     """
-    candidates = [checkpoint_directory(options), options.out / "checkpoints"]
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        candidates.insert(0, Path(json.loads((options.out / _POINTER).read_text(encoding="utf-8"))["directory"]))
+    noted = _noted_directory(options)
+    if noted is not None:
+        candidates = [noted, *([options.ssd_dir] if options.ssd_dir is not None else [])]
+    else:
+        candidates = [checkpoint_directory(options), options.out / "checkpoints"]
     candidates = list({path.resolve(): path for path in candidates}.values())
-    found = [(path, read_latest(path)) for path in candidates if find_manifests(path)]
+    found = [path for path in candidates if find_manifests(path)]
     if not found:
-        raise StorageError(
-            f"--resume: there is no checkpoint in {' or '.join(map(str, candidates))}; leave --resume out to start, or give the --out "
-            "and --ssd-dir of the run that shall go on"
+        where = " or ".join(map(str, candidates))
+        cure = (
+            f"{options.out / _POINTER} says that they are in {noted}; mount it, or give the place they were moved to as --ssd-dir"
+            if noted is not None
+            else "give the --out and --ssd-dir of the run that shall go on"
         )
-    return max(found, key=lambda item: item[1].step)
+        raise StorageError(f"--resume: there is no checkpoint in {where}; leave --resume out to start anew, or {cure}")
+    if noted is not None:
+        return found[0], read_latest(found[0])
+    return max(((path, read_latest(path)) for path in found), key=lambda item: item[1].step)
+
+
+def _noted_directory(options: FinetuneOptions) -> Path | None:
+    """What `note_directory` wrote; None if there is no such file, or nothing in it that can be read."""
+    try:
+        return Path(json.loads((options.out / _POINTER).read_text(encoding="utf-8"))["directory"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def deciding_flags(options: FinetuneOptions, num_steps: int) -> dict[str, Any]:
@@ -94,4 +139,5 @@ def validate_same_flags(manifest: Manifest, flags: dict[str, Any]) -> None:
 
 
 def command_to_go_on(options: FinetuneOptions) -> str:
-    return f"overspill finetune --config {options.out / 'run.yaml'} --resume"
+    """To be pasted into a shell, in whatever directory."""
+    return f"overspill finetune --config {shlex.quote(str(options.out.absolute() / 'run.yaml'))} --resume"

@@ -1,5 +1,7 @@
 """Ctrl-C and SIGTERM while training: the first one finishes the step, the second one stops at once.
 
+A step that waits for space on a full drive cannot be finished: there the first signal ends the waiting, and the step with it.
+
 Rules:
 
 1. A handler only sets a flag and says so; the training loop looks at the flag between steps.
@@ -15,7 +17,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from overspill.tiers.calls import SpacePolicy
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+SPACE_POLL_S = 1.0
+"""Between two looks at a full drive, and so the longest that a pause outlasts a signal. Chosen, not tuned."""
 
 
 class StopRequest:
@@ -39,4 +47,27 @@ class StopRequest:
         if self.is_requested:
             raise KeyboardInterrupt("stopped at once; the last checkpoint, if there is one, is whole")
         self.is_requested = True
-        self._say(f"{signal.Signals(number).name}: stopping when this step is done; once more stops at once")
+        self._say(
+            f"{signal.Signals(number).name}: stopping when this step is done, or now if it is paused for space; once more stops at once"
+        )
+
+
+class PauseUntilStopped(SpacePolicy):
+    """Waits for space until a stop is requested; from then on a write that meets a full drive fails at once.
+
+    `tiers/calls.py` asks for `max_wait_s` each time that a write has failed for want of space, on whichever thread.
+    """
+
+    was_ended: bool
+    """A write failed because of the stop, and not because of the drive alone."""
+
+    def __init__(self, stop: StopRequest) -> None:
+        super().__init__(poll_s=SPACE_POLL_S)
+        object.__setattr__(self, "_stop", stop)
+        object.__setattr__(self, "was_ended", False)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "max_wait_s" and object.__getattribute__(self, "_stop").is_requested:
+            object.__setattr__(self, "was_ended", True)
+            return 0
+        return super().__getattribute__(name)

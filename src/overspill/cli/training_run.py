@@ -16,25 +16,26 @@ from typing import Any
 
 from rich.console import Console
 
-from overspill.cli.config_file import write_config
 from overspill.cli.continuation import (
+    checkpoint_directory,
     checkpoint_policy,
     command_to_go_on,
     deciding_flags,
     describe_position,
     find_checkpoint,
     note_directory,
+    note_flags,
     validate_same_flags,
 )
 from overspill.cli.finetune import FinetuneOptions
-from overspill.cli.stopping import StopRequest
+from overspill.cli.stopping import PauseUntilStopped, StopRequest
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
 from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, StorageError
 from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
 from overspill.report.memory import host_peak_bytes, reset_host_peak
-from overspill.report.progress import LiveLine, MetricsFile
+from overspill.report.progress import LiveLine, MetricsFile, replace_text
 from overspill.report.tables import placement_table
 from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
@@ -43,6 +44,7 @@ from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.update_rule import AdamW, LearningRate
+from overspill.tiers.calls import SpacePolicy
 from overspill.units import format_bytes, format_seconds, parse_bytes
 
 
@@ -66,8 +68,12 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         validate_same_flags(source[1], deciding_flags(options, num_steps))
         data.feed.seek(DataPosition.from_plain(source[1].data_position["data"]))
 
-    with build_session(options, folder, data.seq_len, num_steps, source) as session:
+    stop = StopRequest(lambda text: console.print(text, highlight=False))
+    pause = PauseUntilStopped(stop)
+    with build_session(options, folder, data.seq_len, num_steps, source, space=pause) as session:
         _announce(options, console, session.plan, data, num_steps)
+        if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
+            note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
         course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
         if source is not None:
             console.print(f"going on after step {course.step}", highlight=False)
@@ -75,7 +81,12 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
             _evaluate(session, data, course)
         if course.held_out:
             console.print(f"held-out loss before: {course.held_out[0]:.4f}")
-        _train(session, data, options, num_steps, console, course)
+        try:
+            _train(session, data, options, num_steps, console, course, stop)
+        except StorageError as error:
+            if not pause.was_ended:
+                raise
+            raise KeyboardInterrupt(_farewell_while_paused(options, course.step, num_steps)) from error
         if num_steps not in course.held_out:
             _evaluate(session, data, course)
         session.save_pretrained(options.out / "model", tokenizer=folder)
@@ -134,9 +145,19 @@ def resolve_dtype(options: FinetuneOptions) -> str:
 
 
 def build_session(
-    options: FinetuneOptions, folder: Path, seq_len: int, num_steps: int, source: tuple[Path, Manifest] | None = None
+    options: FinetuneOptions,
+    folder: Path,
+    seq_len: int,
+    num_steps: int,
+    source: tuple[Path, Manifest] | None = None,
+    *,
+    space: SpacePolicy | None = None,
 ) -> Session:
-    """The session of these options, for rows of at most `seq_len` positions; at the checkpoint `source` if there is one."""
+    """The session of these options, for rows of at most `seq_len` positions; at the checkpoint `source` if there is one.
+
+    Args:
+        space: what it does on a full drive.
+    """
     policy = checkpoint_policy(options)
     request = PlanRequest(
         parameters=options.parameters,
@@ -155,7 +176,7 @@ def build_session(
         device=options.device,
     )
     if source is not None:
-        return resume(source[0], model=folder, plan=request, checkpoints=policy, generation=source[1].generation)
+        return resume(source[0], model=folder, plan=request, checkpoints=policy, generation=source[1].generation, space=space)
     return Session(
         folder,
         plan=request,
@@ -163,6 +184,7 @@ def build_session(
         learning_rate=LearningRate(kind=options.lr_schedule, base=options.lr, warmup_steps=options.warmup_steps, total_steps=num_steps),
         seed=options.seed,
         checkpoints=policy,
+        space=space,
     )
 
 
@@ -179,7 +201,7 @@ def _prepare_out(out: Path) -> None:
 
 
 def _announce(options: FinetuneOptions, console: Console, plan: Plan, data: TrainingData, num_steps: int) -> None:
-    """Show and record flags and plan, and refuse a run whose result would not fit on the drive."""
+    """Show and record the plan, and refuse a run whose result would not fit on the drive."""
     console.print(placement_table(plan.table()))
     for note in (*plan.notes, *data.notes):
         console.print(f"· {note}", highlight=False)
@@ -187,11 +209,8 @@ def _announce(options: FinetuneOptions, console: Console, plan: Plan, data: Trai
     free = shutil.disk_usage(options.out).free
     if needed > free:
         raise StorageError(f"the trained model needs {format_bytes(needed)} in {options.out}, {format_bytes(free)} are free; make room")
-    write_config(options.out / "run.yaml", dataclasses.replace(options, resume=False, discard_checkpoints=False))
-    if checkpoint_policy(options) is not None:
-        note_directory(options)
     try:
-        (options.out / "plan.json").write_text(plan.to_json() + "\n", encoding="utf-8")
+        replace_text(options.out / "plan.json", plan.to_json() + "\n")
     except OSError as error:
         raise StorageError(f"cannot write {options.out / 'plan.json'}: {error.strerror} (errno {error.errno})") from error
     console.print(
@@ -239,11 +258,25 @@ def _evaluate(session: Session, data: TrainingData, course: _Course) -> None:
         course.held_out[course.step] = session.evaluate(batches).loss
 
 
-def _train(session: Session, data: TrainingData, options: FinetuneOptions, num_steps: int, console: Console, course: _Course) -> None:
-    def save() -> None:
-        session.save_checkpoint(describe_position(data.feed.position, deciding_flags(options, num_steps), course))
+def _train(
+    session: Session,
+    data: TrainingData,
+    options: FinetuneOptions,
+    num_steps: int,
+    console: Console,
+    course: _Course,
+    stop: StopRequest,
+) -> None:
+    is_noted = False
 
-    stop = StopRequest(lambda text: console.print(text, highlight=False))
+    def save() -> None:
+        nonlocal is_noted
+        session.save_checkpoint(describe_position(data.feed.position, deciding_flags(options, num_steps), course))
+        if not is_noted:
+            note_flags(options)
+            note_directory(options)
+            is_noted = True
+
     is_saving = checkpoint_policy(options) is not None
     resume_after = course.step if options.resume else None
     with (
@@ -281,6 +314,16 @@ def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: boo
     if is_saved:
         return f"stopped after step {step} of {num_steps}; its checkpoint is saved; go on with: {command_to_go_on(options)}"
     return f"stopped after step {step} of {num_steps}; nothing is saved, since no --checkpoint-every was given"
+
+
+def _farewell_while_paused(options: FinetuneOptions, step: int, num_steps: int) -> str:
+    """The same for a stop during which nothing could be written."""
+    text = f"stopped after step {step} of {num_steps}, while paused for want of space; "
+    try:
+        saved = find_checkpoint(options)[1].step
+    except StorageError:
+        return text + "there is no checkpoint to go on from"
+    return text + f"the checkpoint of step {saved} is whole; make room, then go on with: {command_to_go_on(options)}"
 
 
 def _summarize(options: FinetuneOptions, console: Console, course: _Course, num_steps: int, elapsed_s: float) -> None:

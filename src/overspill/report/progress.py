@@ -7,11 +7,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import os
 import time
 from pathlib import Path
-from typing import IO, Protocol
+from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.live import Live
@@ -79,7 +83,9 @@ def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
 
 
 class MetricsFile:
-    """Appends one JSON object a step; a context manager. An older file of that name is replaced.
+    """Appends one JSON object a step; a context manager. An older file of that name is replaced, as a whole or not at all.
+
+    A row that cannot be written is taken back, so the file always ends with a whole row.
 
     Args:
         resume_after: keep the older file's rows up to this step; None: none of them.
@@ -92,34 +98,73 @@ class MetricsFile:
         self.path = path
         try:
             kept = _rows_up_to(path, resume_after) if resume_after is not None else []
-            self._file: IO[str] = path.open("w", encoding="utf-8")
-            self._file.writelines(kept)
-            self._file.flush()
+            replace_text(path, "".join(kept))
+            self._file = path.open("ab", buffering=0)  # no buffer: nothing is left that closing would have to write
         except OSError as error:
-            raise StorageError(f"cannot create {path}: {error.strerror} (errno {error.errno})") from error
+            raise StorageError(
+                f"cannot create {path}: {error.strerror} (errno {error.errno}); make room, or choose another --out"
+            ) from error
 
     def __enter__(self) -> MetricsFile:
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._file.close()
+        except OSError as failure:
+            text = f"cannot close {self.path}: {failure.strerror} (errno {failure.errno})"
+            if error is None:
+                raise StorageError(text) from failure
+            error.add_note(text)
 
     def write(self, report: StepFacts, *, held_out_loss: float | None = None) -> None:
-        """Append one step, with the held-out loss if it was evaluated after it, and flush it."""
+        """Append one step, with the held-out loss if it was evaluated after it."""
         row = metrics_row(report)
         if held_out_loss is not None:
             row["held_out_loss"] = held_out_loss if math.isfinite(held_out_loss) else None
         try:
-            self._file.write(json.dumps(row) + "\n")
-            self._file.flush()
+            _append(self._file, (json.dumps(row) + "\n").encode())
         except OSError as error:
-            raise StorageError(f"cannot write step {report.step} to {self.path}: {error.strerror} (errno {error.errno})") from error
+            raise StorageError(
+                f"cannot write step {report.step} to {self.path}: {error.strerror} (errno {error.errno}); "
+                "the rows before it are whole; make room, then go on with --resume"
+            ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give the file `path` this content: to a name beside it, flushed, renamed. A failure or crash leaves the old file whole.
+
+    Raises:
+        OSError: a call failed; what was written beside is removed.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb", buffering=0) as file:
+            _append(file, text.encode())
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+
+
+def _append(file: io.FileIO, content: bytes) -> None:
+    """Write all of `content` at the end, or nothing of it."""
+    start, done = os.fstat(file.fileno()).st_size, 0
+    try:
+        while done < len(content):
+            done += file.write(content[done:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(start)
+        raise
 
 
 def _rows_up_to(path: Path, step: int) -> list[str]:
     """The lines of steps up to `step`; a line that a kill cut in half is left out."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             is_kept = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):

@@ -6,7 +6,8 @@ How saving works:
 2. What rests on the SSD is in the data file already: nothing is moved. What rests in host or device memory is written to its
    record's free slot.
 3. The data file is flushed to the drive, then the manifest is written, flushed, and renamed into place (`checkpoint/manifests`).
-4. The slots it names are pinned: the next steps write elsewhere. Checkpoints beyond `keep` are removed, their slots are free.
+4. The slots it names are pinned: the next steps write elsewhere. Checkpoints beyond `keep` are removed, their slots are free; of a
+   directory that was resumed, first those that were newer than the one it went on from.
 
 How starting works: the records of the newest manifest become the current ones. Where the new plan has a home on the SSD of
 that same directory, nothing is copied; every other home is filled record by record, verified.
@@ -91,10 +92,14 @@ class Checkpointer:
                 f"{self.directory}, the budget leaves {format_bytes(budget)}; raise --ssd-budget, or lower --keep"
             )
         self._generations: dict[int, Generation] = {}
+        self._passed_over: set[int] = set()
+        """Checkpoints that are newer than the one this run goes on from."""
+        self._is_new_file = source is None or source[1].resolve() != self.directory.resolve()
         if source is not None and source[1].resolve() == self.directory.resolve():
             self.records, self._generations = open_records(
                 self.directory, source[0], keep=policy.keep, calls=calls, space=space, num_threads=num_threads
             )
+            self._passed_over = {number for number in self._generations if number > source[0].generation}
         else:
             store = SsdStore(
                 self.directory,
@@ -133,15 +138,16 @@ class Checkpointer:
         self.records.pin(generation)
         self._generations[manifest.generation] = generation
         while len(self._generations) > self.keep:
-            oldest = min(self._generations)
+            oldest = min(self._passed_over or self._generations)
+            self._passed_over.discard(oldest)
             remove_manifest(manifest_path(self.directory, oldest), calls=self._calls)
             self.records.unpin(self._generations.pop(oldest))
         return manifest
 
     def close(self) -> None:
-        """End a pause for space; without a checkpoint the data file goes with the session."""
+        """End a pause for space; without a checkpoint the data file goes with the session that made it."""
         self._space.stop()
-        if not find_manifests(self.directory):
+        if self._is_new_file and not find_manifests(self.directory):
             self._store.keep(False)
 
     def _write_memory(self, residency: Residency) -> None:

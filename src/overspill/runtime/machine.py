@@ -71,12 +71,23 @@ def host_available_bytes() -> int:
     available = fields.get("MemAvailable", 0) * 1024
     for limit_path, usage_path in _cgroup_paths():
         try:
-            limit, usage = limit_path.read_text().strip(), int(usage_path.read_text())
+            limit = limit_path.read_text().strip()
+            usage = int(usage_path.read_text()) - _reclaimable_bytes(limit_path.parent)
         except (OSError, ValueError):
             continue
         if limit.isdigit():
             available = min(available, max(0, int(limit) - usage))
     return available
+
+
+def _reclaimable_bytes(folder: Path) -> int:
+    """File cache that a control group counts as used, but that the kernel drops when somebody asks for memory."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
 
 
 def _cgroup_paths() -> list[tuple[Path, Path]]:

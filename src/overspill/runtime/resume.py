@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from overspill.checkpoint import find_manifests, manifest_path, read_latest, read_manifest
 from overspill.errors import StorageError
 from overspill.runtime.session import Session
-from overspill.spec.checkpoint import CheckpointPolicy
+from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.tiers.calls import OS_CALLS, FileCalls
 
@@ -37,8 +37,9 @@ def resume(
         directory: where the checkpoints are.
         model: the model that was trained: a folder, a hub name, or a live model (taken over).
         plan: where everything rests from now on; None: as it did.
-        checkpoints: how new checkpoints are made; None: in `directory`, one kept. Elsewhere, the old ones stay untouched.
-        generation: which checkpoint; None: the newest. Newer ones in the same directory are removed.
+        checkpoints: how new checkpoints are made; None: in `directory`, as many kept as its file has room for. Elsewhere, the old
+            ones stay untouched.
+        generation: which checkpoint; None: the newest. Newer ones in the same directory stay until a checkpoint is saved.
         settings: passed on to `Session`.
 
     Raises:
@@ -59,8 +60,13 @@ def resume(
         learning_rate=manifest.learning_rate,
         seed=manifest.seed,
         chunk_bytes=manifest.chunk_bytes,
-        checkpoints=checkpoints or CheckpointPolicy(directory=str(folder)),
+        checkpoints=checkpoints or CheckpointPolicy(directory=str(folder), keep=_kept_before(manifest)),
         resume_from=(manifest, folder),
         calls=calls,
         **settings,
     )
+
+
+def _kept_before(manifest: Manifest) -> int:
+    """Checkpoints that the data file has room for beside the state."""
+    return max(1, min(len(entry.slots) for entry in manifest.records) - 1)

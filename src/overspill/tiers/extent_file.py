@@ -51,6 +51,7 @@ class ExtentFile:
         unlink: give the file a random name and remove that at once; the blocks are free again when the process ends, even
             when it is killed.
         existing: open the file that is there and keep its content.
+        read_only: change nothing in the directory; the lock is shared with others that only read.
         before_discarding: called when the lock is held and nothing is changed yet; may refuse by raising.
 
     Raises:
@@ -66,9 +67,11 @@ class ExtentFile:
         *,
         unlink: bool,
         existing: bool = False,
+        read_only: bool = False,
         before_discarding: Callable[[], None] | None = None,
         calls: FileCalls = OS_CALLS,
     ) -> None:
+        assert existing or not read_only
         assert capacity_bytes % EXTENT_ALIGNMENT_BYTES == 0, capacity_bytes
         folder = Path(directory)
         _make_directory(folder)
@@ -82,7 +85,7 @@ class ExtentFile:
         self.path = folder / (f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}" if unlink else FILE_NAME)
         if existing and not self.path.is_file():
             raise StorageError(f"{self.path} is missing: there is nothing to go on with in {folder}")
-        self.fd = _open_locked(self.path)
+        self.fd = _open_locked(self.path, read_only=read_only)
         self.calls = calls
         self._is_named = True
         self._note: RunNote | None = None
@@ -91,13 +94,14 @@ class ExtentFile:
         try:
             if unlink:
                 self._remove_name()
-            else:
+            elif not read_only:
                 self._note = RunNote(folder)
             if before_discarding is not None:
                 before_discarding()
             if existing:
                 capacity_bytes = max(capacity_bytes, os.fstat(self.fd).st_size)
-            _preallocate(self.fd, self.path, capacity_bytes, keep=existing)
+            if not read_only:
+                _preallocate(self.fd, self.path, capacity_bytes, keep=existing)
             self.capacity_bytes = capacity_bytes
             self.is_direct = _enable_direct(self.fd, folder)
             """Whether transfers bypass the page cache and must be aligned."""
@@ -189,18 +193,22 @@ def _filesystem_of(folder: Path) -> str:
     return ""
 
 
-def _open_locked(path: Path) -> int:
+def _open_locked(path: Path, *, read_only: bool) -> int:
     """Open or create the file and lock it (rule 2)."""
     while True:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            mode = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+            fd = os.open(path, mode | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StorageError(f"{path} cannot be opened for writing ({_reason(error)}); give another --ssd-dir") from error
+            raise StorageError(
+                f"{path} cannot be opened for {'reading' if read_only else 'writing'} ({_reason(error)}); give another --ssd-dir"
+            ) from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise StorageError(f"{path} is not a regular file; remove it or give another --ssd-dir")
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.fchmod(fd, 0o600)
+            fcntl.flock(fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not read_only:
+                os.fchmod(fd, 0o600)
             # Its owner may have removed the name between our open and our lock; then this descriptor is of a lost file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.stat(path, follow_symlinks=False), os.fstat(fd)):

@@ -86,6 +86,7 @@ class SsdStore:
         unlink: for scratch (boundaries, gradients): no name, so nothing is left behind even by `kill -9`.
         existing: open what an earlier run kept; its extents are taken over with `adopt`.
         before_discarding: see `ExtentFile`.
+        read_only: with `existing`: only look; others may look at the same time.
         calls: the system calls; tests give a `FaultInjector`.
         space: what to do when the file system is full; None: fail.
 
@@ -101,6 +102,7 @@ class SsdStore:
         num_threads: int = 4,
         unlink: bool = False,
         existing: bool = False,
+        read_only: bool = False,
         before_discarding: Callable[[], None] | None = None,
         calls: FileCalls = OS_CALLS,
         space: SpacePolicy | None = None,
@@ -109,7 +111,13 @@ class SsdStore:
             raise ValueError(f"a store needs at least 1 thread, got {num_threads}")
         capacity_bytes = ExtentTable(capacity_bytes).capacity_bytes
         self._file = ExtentFile(
-            directory, capacity_bytes, unlink=unlink, existing=existing, before_discarding=before_discarding, calls=calls
+            directory,
+            capacity_bytes,
+            unlink=unlink,
+            existing=existing,
+            read_only=read_only,
+            before_discarding=before_discarding,
+            calls=calls,
         )
         self._table = ExtentTable(self._file.capacity_bytes)
         if existing:
