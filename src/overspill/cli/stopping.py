@@ -52,22 +52,15 @@ class StopRequest:
         )
 
 
-class PauseUntilStopped(SpacePolicy):
-    """Waits for space until a stop is requested; from then on a write that meets a full drive fails at once.
-
-    `tiers/calls.py` asks for `max_wait_s` each time that a write has failed for want of space, on whichever thread.
-    """
-
-    was_ended: bool
-    """A write failed because of the stop, and not because of the drive alone."""
+class PauseUntilStopped:
+    """Waits for space until a stop is requested; from then on a write that meets a full drive fails."""
 
     def __init__(self, stop: StopRequest) -> None:
-        super().__init__(poll_s=SPACE_POLL_S)
-        object.__setattr__(self, "_stop", stop)
-        object.__setattr__(self, "was_ended", False)
+        self._stop = stop
+        self.was_ended = False
+        """A write failed because of the stop, and not because of the drive alone."""
+        self.policy = SpacePolicy(poll_s=SPACE_POLL_S, gives_up=self._gives_up)
 
-    def __getattribute__(self, name: str) -> Any:
-        if name == "max_wait_s" and object.__getattribute__(self, "_stop").is_requested:
-            object.__setattr__(self, "was_ended", True)
-            return 0
-        return super().__getattribute__(name)
+    def _gives_up(self) -> bool:
+        self.was_ended = self.was_ended or self._stop.is_requested
+        return self._stop.is_requested

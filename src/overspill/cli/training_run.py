@@ -70,7 +70,7 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
 
     stop = StopRequest(lambda text: console.print(text, highlight=False))
     pause = PauseUntilStopped(stop)
-    with build_session(options, folder, data.seq_len, num_steps, source, space=pause) as session:
+    with build_session(options, folder, data.seq_len, num_steps, source, space=pause.policy) as session:
         _announce(options, console, session.plan, data, num_steps)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came

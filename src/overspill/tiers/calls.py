@@ -48,6 +48,8 @@ class SpacePolicy:
     """After this the write fails; None: wait until there is space or the run is stopped. 0: fail at once."""
     report: Callable[[str], None] = LOG.warning
     """Takes the message when a pause begins and when it ends; may be called on any thread."""
+    gives_up: Callable[[], bool] = lambda: False
+    """Asked at every try, on any thread; once it says yes, the write fails."""
 
 
 class SpaceWaiter:
@@ -67,7 +69,7 @@ class SpaceWaiter:
             try:
                 result = function()
             except OSError as error:
-                if error.errno not in FULL or self._policy.max_wait_s == 0:
+                if error.errno not in FULL or self._policy.max_wait_s == 0 or self._policy.gives_up():
                     raise
                 now = time.monotonic()
                 if started_s is None:
