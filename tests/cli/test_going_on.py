@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from overspill.checkpoint import find_manifests
 from overspill.cli import app, stopping
-from overspill.cli.continuation import find_checkpoint
+from overspill.cli.continuation import find_checkpoint, fingerprint_weights
 from overspill.cli.failures import ExitCode
 from overspill.cli.finetune import FinetuneOptions
 from overspill.errors import StorageError
@@ -186,3 +187,17 @@ def test_the_command_to_go_on_works_from_any_directory(
     monkeypatch.chdir(tmp_path / "elsewhere")
     result = CliRunner().invoke(app, command[1:])
     assert result.exit_code == 0 and "going on after step 2" in result.output, result.output
+
+
+def test_another_models_weights_of_the_same_shapes_are_told_apart(model_folder: Path, tmp_path: Path) -> None:
+    """What `--resume` compares, beside configuration and shapes."""
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    assert fingerprint_weights(str(other)) == fingerprint_weights(str(model_folder))
+    fingerprint_weights.cache_clear()
+    path = other / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(byte ^ 255 for byte in content[middle : middle + 8])
+    path.write_bytes(bytes(content))
+    assert fingerprint_weights(str(other)) != fingerprint_weights(str(model_folder))

@@ -7,6 +7,8 @@ weights, and what the summary at the end wants to know.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import json
 import shlex
 from pathlib import Path
@@ -17,6 +19,7 @@ from overspill.cli.config_file import write_config
 from overspill.cli.finetune import FinetuneOptions
 from overspill.errors import StorageError
 from overspill.huggingface.data_position import DataPosition
+from overspill.huggingface.model_folder import find_model_folder, find_shards
 from overspill.report.progress import replace_text
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 
@@ -107,6 +110,20 @@ def _noted_directory(options: FinetuneOptions) -> Path | None:
         return None
 
 
+@functools.lru_cache
+def fingerprint_weights(model: str) -> str:
+    """What tells one model's weights from another's of the same shapes: sizes, and 64 samples of each file. Read once a process."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in find_shards(find_model_folder(model)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for sample in range(64):
+                file.seek(size * sample // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
+
+
 def deciding_flags(options: FinetuneOptions, num_steps: int) -> dict[str, Any]:
     """The flags that decide the weights and are not in the plan or in the data's position."""
     return {
@@ -116,6 +133,7 @@ def deciding_flags(options: FinetuneOptions, num_steps: int) -> dict[str, Any]:
         "warmup-steps": options.warmup_steps,
         "weight-decay": options.weight_decay,
         "seed": options.seed,
+        "model (its weights)": fingerprint_weights(str(options.model)),
     }
 
 

@@ -23,6 +23,7 @@ from overspill.cli.continuation import (
     deciding_flags,
     describe_position,
     find_checkpoint,
+    fingerprint_weights,
     note_directory,
     note_flags,
     validate_same_flags,
@@ -61,6 +62,7 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     folder = find_model_folder(options.model)
     data = open_data(options, folder, load_tokenizer(folder))
     num_steps = count_steps(options, data)
+    fingerprint_weights(str(options.model))  # while the folder is surely there
     _prepare_out(options.out)
 
     source = find_checkpoint(options) if options.resume else None
