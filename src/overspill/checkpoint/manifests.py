@@ -17,7 +17,7 @@ from pathlib import Path
 from overspill.errors import StorageError
 from overspill.spec.checkpoint import FORMAT, VERSION, Manifest
 from overspill.spec.documents import from_json, to_plain
-from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy, SpaceWaiter, flush_folder, read_whole, write_durably
+from overspill.tiers.calls import OS_CALLS, FileCalls, SpaceWaiter, flush_folder, read_whole, write_durably
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.json")
 _ZEROS = "0" * 64
@@ -125,7 +125,3 @@ def _others(path: Path) -> str:
     if not others:
         return "there is no other checkpoint beside it"
     return f"to go on from {others[-1]}, move this file away"
-
-
-def default_waiter() -> SpaceWaiter:
-    return SpaceWaiter(SpacePolicy())
