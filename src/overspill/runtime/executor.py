@@ -19,32 +19,16 @@ import torch
 
 from overspill.errors import NonFiniteError
 from overspill.huggingface import StreamedModel, share_equal_tensors
-from overspill.optim import update
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency
+from overspill.runtime.updating import UpdateContext, Updater
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.report import LINK_LANES, StepFigures
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Piece, Role, Schedule, Update
-from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import Tier
-from overspill.spec.update_rule import AdamW, AdamWScalars
-
-
-class UpdateContext:
-    """The scalars with which the updates of one optimizer step run, whenever they run."""
-
-    def __init__(self, optimizer: AdamW, *, step: int, lr: float, gradient_scale: float) -> None:
-        self.step = step
-        self._scalars = {
-            decay: optimizer.scalars(step=step, lr=lr, weight_decay=None if decay else 0.0, gradient_scale=gradient_scale)
-            for decay in (True, False)
-        }
-
-    def scalars(self, *, decay: bool) -> AdamWScalars:
-        return self._scalars[decay]
 
 
 class Executor:
@@ -54,6 +38,7 @@ class Executor:
         self.plan, self.residency = plan, residency
         self.model = model
         self.units = UnitRunner(plan, model, residency)
+        self.updater = Updater(plan, residency)
         self.device = torch.device(plan.device)
         self._visit: Visit | None = None
         self.guard = HostMemoryGuard(residency)
@@ -140,7 +125,10 @@ class Executor:
                 if self.plan.timing is UpdateTiming.IMMEDIATE:
                     self._check_gradient(op, context, gradients)
             case Update():
-                self._update(op, updates)
+                assert updates is not None, f"no scalars for the update of {op.bundle}"
+                self.updater.run(op, updates)
+                self.residency.drop(Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk), op.tier)
+                self.updated.append(op.bundle)
 
     def _move(self, op: Fetch | Evict, micro_batches: Sequence[MicroBatch]) -> None:
         """One hop. Serial: the buffer is the op's until the copy is done, which is before this returns."""
@@ -189,32 +177,6 @@ class Executor:
             f"gradient of {name} is not finite in step {context.step}; already updated in this step: {updated}. "
             "Set --clip (updates then wait until all gradients are known finite), or lower --lr"
         )
-
-    def _update(self, op: Update, context: UpdateContext | None) -> None:
-        """One chunk, in place on the copies at `op.tier`; tensor by tensor, since weight decay differs."""
-        assert context is not None, f"no scalars for the update of {op.bundle}"
-        bundle = self.plan.bundles[op.bundle]
-        chunk = bundle.chunks[op.chunk]
-        dtype = TORCH_DTYPES[bundle.dtype]
-
-        def copy_of(role: Role) -> torch.Tensor:
-            return self.residency.bytes_of(Piece(role=role, owner=op.bundle, index=op.chunk), op.tier)
-
-        state_format = resolve_state_format(self.plan.state_format, bundle.dtype)
-        parameter, gradient = copy_of(Role.PARAMETER).view(dtype), copy_of(Role.GRADIENT).view(dtype)
-        record = copy_of(Role.STATE)
-        ranges = state_format.field_ranges(chunk.num_elements)
-        fields = {field.name: record[slice(*ranges[field.name])].view(TORCH_DTYPES[field.dtype]) for field in state_format.fields}
-        for segment in bundle.segments(chunk):
-            part = slice(segment.start - chunk.start, segment.end - chunk.start)
-            update(
-                context.scalars(decay=segment.tensor.decay),
-                parameter=parameter[part],
-                gradient=gradient[part],
-                states={name: field[part] for name, field in fields.items()},
-            )
-        self.residency.drop(Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk), op.tier)
-        self.updated.append(op.bundle)
 
     # -- visits and time ---------------------------------------------------------------------------------------------
 

@@ -45,13 +45,14 @@ from overspill.runtime.checkpointing import (
     validate_same_run,
 )
 from overspill.runtime.compute import MicroBatch, StepContext
-from overspill.runtime.executor import Executor, UpdateContext
+from overspill.runtime.executor import Executor
 from overspill.runtime.generation import generate_greedily
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
 from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, restore, take_weights
 from overspill.runtime.programs import Programs
+from overspill.runtime.updating import UpdateContext
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming

@@ -1,0 +1,21 @@
+// What the binding files share: addresses come from Python as integers, and each file adds its functions to the one module.
+//
+// Every call that computes or waits releases the GIL; the caller keeps the memory alive until it returns.
+// std::invalid_argument becomes ValueError, other exceptions RuntimeError. overspill/_native.pyi has the signatures.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <cstdint>
+
+namespace nb = nanobind;
+
+using Unlocked = nb::call_guard<nb::gil_scoped_release>;
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_update(nb::module_& module);
+void bind_storage(nb::module_& module);
