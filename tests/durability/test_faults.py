@@ -33,9 +33,9 @@ def expected() -> Weights:
     return uninterrupted(NUM_STEPS, clip=1.0)
 
 
-def run(directory: Path, calls: FaultInjector) -> Weights:
-    """Three steps, a checkpoint after each, everything on the SSD, one I/O thread so that calls have one order."""
-    with open_run(directory, settings={"calls": calls, "space": QUICK, "num_threads": 1}, **PLACEMENT) as session:
+def run(directory: Path, calls: FaultInjector, *, serial: bool = True) -> Weights:
+    """Three steps, a checkpoint after each, everything on the SSD; serial and with one I/O thread, calls have one order."""
+    with open_run(directory, settings={"calls": calls, "space": QUICK, "num_threads": 1, "serial": serial}, **PLACEMENT) as session:
         train(session, NUM_STEPS)
         return content(session)
 
@@ -68,14 +68,23 @@ def test_a_fault_at_any_call_is_an_error_that_names_it_or_changes_nothing(kind: 
     break_calls(kind, tmp_path, expected, num_calls=24)
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_fault_while_lanes_overlap_is_an_error_that_names_it_or_changes_nothing(
+    kind: FaultKind, tmp_path: Path, expected: Weights
+) -> None:
+    break_calls(kind, tmp_path, expected, num_calls=8, serial=False)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_fault_at_every_call_is_an_error_that_names_it_or_changes_nothing(kind: FaultKind, tmp_path: Path, expected: Weights) -> None:
     break_calls(kind, tmp_path, expected, num_calls=None)
+    break_calls(kind, tmp_path, expected, num_calls=None, serial=False)
 
 
-def break_calls(kind: FaultKind, tmp_path: Path, expected: Weights, *, num_calls: int | None) -> None:
+def break_calls(kind: FaultKind, tmp_path: Path, expected: Weights, *, num_calls: int | None, serial: bool = True) -> None:
     indices, log = all_calls(tmp_path / "clean")
     if num_calls is not None:
         manifests = [index for index, operation in enumerate(log) if operation in ("fsync", "replace", "unlink")]
@@ -87,7 +96,7 @@ def break_calls(kind: FaultKind, tmp_path: Path, expected: Weights, *, num_calls
         directory = tmp_path / f"{index}"
         calls = FaultInjector(Fault(kind=kind, call_index=index))
         try:
-            found = run(directory, calls)
+            found = run(directory, calls, serial=serial)
         except StorageError as error:
             outcomes["error"] += 1
             assert kind in (FaultKind.EIO, FaultKind.TORN, FaultKind.FLIPPED), (index, log[index], error)
@@ -186,7 +195,7 @@ def test_a_flipped_bit_in_scratch_is_found_before_use() -> None:
             return FakeStore(capacity_bytes, calls=made[-1])
 
         plan = request(Path("fake"), **PLACEMENT)
-        return Session(tiny_model("llama_tied"), plan=plan, optimizer=OPTIMIZER, open_store=open_store)
+        return Session(tiny_model("llama_tied"), plan=plan, optimizer=OPTIMIZER, open_store=open_store, serial=True)
 
     with build(None) as session:
         train(session, 2, every=None)

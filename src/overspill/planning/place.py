@@ -4,7 +4,8 @@ How it decides, in order:
 
 1. What the user fixed is fixed. What is `auto` starts on the lowest tier there is (SSD if a directory is given, else host).
 2. Boundaries and group size: the first that fits of (device, host, ssd) x (all micro-batches, half of them, ... one), since a
-   large group saves the most traffic. "Fits" is not a formula: the step's schedule is built and its peaks are read off.
+   large group saves the most traffic; of each, with prefetching before without. "Fits" is not a formula: the step's schedule is
+   built and its peaks are read off.
 3. What room is left is given away bundle by bundle: on the device to parameters and states together (embedding and tail
    first: their update cannot hide), in host memory first to parameters (they cross a link twice a step), then to states.
 4. The result is simulated once more; if it does not fit after all, the room of step 3 is cut by the excess.
@@ -94,6 +95,7 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
         },
         boundaries=_lowest(request, request.boundaries),
         group_size=1,
+        prefetch_units=1,
         timing=UpdateTiming.PENDING if pending else UpdateTiming.IMMEDIATE,
         seq_len=request.seq_len,
         micro_batch=request.micro_batch,
@@ -182,9 +184,9 @@ def _choose_group(request: PlanRequest, base: Plan) -> Plan:
         tiers = [Tier(request.boundaries)]
     sizes = [request.group_size] if request.group_size is not None else list(_halvings(request.accumulate))
     closest: dict[Tier, int] = {}
-    for size in sizes:
-        for tier in tiers:
-            plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate))
+    for size, tier in ((size, tier) for size in sizes for tier in tiers):
+        for prefetch_units in (1, 0):
+            plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate), prefetch_units=prefetch_units)
             closest = {tier: over for tier, over in _excess(plan).items() if over > 0}
             if not closest:
                 return plan
@@ -277,6 +279,9 @@ def _with_notes(plan: Plan, request: PlanRequest) -> Plan:
         notes.append(f"{role} on {', '.join(sorted(tiers))} ({how})")
     how = "as asked" if request.boundaries != AUTO else "as high as the budgets allow"
     notes.append(f"boundaries on {plan.boundaries} ({how}), {plan.group_size} of {plan.accumulate} micro-batches a group")
+    notes.append(
+        "the next unit's parameters are fetched ahead" if plan.prefetch_units else "no room to fetch a unit ahead: lanes take turns"
+    )
     notes.append(
         "updates wait for the gradient norm and run in the next step's forward"
         if plan.timing is UpdateTiming.PENDING

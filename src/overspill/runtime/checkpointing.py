@@ -246,7 +246,8 @@ def restore_homes(residency: Residency, source: RecordStore) -> None:
         with residency.host_pool.acquire(source.version(str(piece)).num_bytes) as slot:
             source.start_read(str(piece), slot.tensor).wait()
             if tier is Tier.SSD:
-                residency.start_write(piece, slot.tensor).wait()
+                store, name = residency.record_of(piece)
+                store.start_write(name, slot.tensor).wait()
             else:
                 residency.bytes_of(piece, tier).copy_(slot.tensor)
 

@@ -193,14 +193,20 @@ class UnitRunner:
 
 
 def check_losses(micro_batches: Sequence[MicroBatch], step: int) -> None:
-    """Stop before anything is updated if a loss is not finite.
+    """Stop if a loss is not finite.
 
     Raises:
         NonFiniteError: with the micro-batch's number.
     """
     for index, micro_batch in enumerate(micro_batches):
         if micro_batch.loss is not None and not bool(torch.isfinite(micro_batch.loss)):
-            raise NonFiniteError(
-                f"loss of step {step}, micro-batch {index} is {float(micro_batch.loss)}; no weight was changed by this step; "
-                "lower --lr, add --warmup-steps, or look at the data of this batch"
-            )
+            raise describe_loss(micro_batch.loss, index, step)
+
+
+def describe_loss(loss: torch.Tensor | None, index: int, step: int) -> NonFiniteError:
+    """The error for a loss that is not finite, met before this step has updated anything."""
+    value = float(loss) if loss is not None else float("nan")
+    return NonFiniteError(
+        f"loss of step {step}, micro-batch {index} is {value}; no weight was changed by this step; "
+        "lower --lr, add --warmup-steps, or look at the data of this batch"
+    )

@@ -1,19 +1,30 @@
 """The schedule's second interpreter: execute it for real.
 
-Serial: one op after the other in the program's order, each done before the next starts; an op's waits are then always met,
-which is asserted. The lanes' overlap is a matter of this file alone; schedule, residency and compute stay as they are.
+How: this thread goes through the ops in the program's order. Work of the `compute` lane it does itself; every other op becomes a
+job of its lane (`runtime/lanes`) with the completions it has to wait for: those of the op's `waits`, and those of whatever still
+uses the buffer that the op fills (`runtime/residency`, rule 6). A `Free` is bookkeeping alone. So buffers change hands in the
+program's order, peaks are those of the plan, and the lanes overlap as far as data and buffers allow.
 
-The executor takes no decisions: what moves, when and where to is in the schedule. It owns waiting, timing, and one retry:
-when the device is out of memory, an op that has not yet added to a gradient is run again after idle buffers were freed (its
-inputs are still held), never the whole step.
+Rules:
+
+1. The executor takes no decisions: what moves, when and where to is in the schedule.
+2. With `serial` every op is complete before the next begins. The results are the same bits; tests hold the two together.
+3. An `Update` first looks at its gradient's verdict: all losses of the step and this bundle's gradient must be finite. The verdict
+   is computed on the device by `Compress` and travels with the gradient, so no lane but the updating one waits for it.
+4. After a failure nothing more is begun, all that was begun is waited for, and the failure that comes first in the program is
+   raised.
+
+One retry: when the device is out of memory, an op that has not yet added to a gradient is run again after idle buffers were freed
+(its inputs are still held), never the whole step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,29 +32,40 @@ from overspill.errors import NonFiniteError
 from overspill.huggingface import StreamedModel, share_equal_tensors
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
+from overspill.runtime.lanes import Abandoned, Completion, Job, Lanes
 from overspill.runtime.memory_guard import HostMemoryGuard
-from overspill.runtime.residency import Residency
+from overspill.runtime.residency import Residency, Work
+from overspill.runtime.trace import Span, busy_s
 from overspill.runtime.updating import UpdateContext, Updater
+from overspill.runtime.verdicts import Verdicts
 from overspill.runtime.visit import TORCH_DTYPES, Visit
-from overspill.spec.plan import Plan, UpdateTiming
+from overspill.spec.plan import Plan
 from overspill.spec.report import LINK_LANES, StepFigures
-from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Piece, Role, Schedule, Update
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Phase, Piece, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
 
 
 class Executor:
-    """Runs schedules of one plan."""
+    """Runs schedules of one plan.
 
-    def __init__(self, plan: Plan, model: StreamedModel, residency: Residency) -> None:
+    Args:
+        serial: one op after the other (rule 2).
+    """
+
+    def __init__(self, plan: Plan, model: StreamedModel, residency: Residency, *, serial: bool = False) -> None:
         self.plan, self.residency = plan, residency
         self.model = model
+        self.serial = serial
         self.units = UnitRunner(plan, model, residency)
-        self.updater = Updater(plan, residency)
+        self.updater = Updater(plan)
         self.device = torch.device(plan.device)
+        self.lanes = Lanes(self.device)
         self._visit: Visit | None = None
         self.guard = HostMemoryGuard(residency)
         self.updated: list[str] = []
         """Bundles updated by the step that runs, for the error that stops it half-way."""
+        self.spans: list[Span] = []
+        """When each op of the last schedule ran."""
 
     def run(
         self,
@@ -53,7 +75,7 @@ class Executor:
         *,
         updates: UpdateContext | None = None,
     ) -> tuple[StepFigures, Gradients]:
-        """Execute all ops.
+        """Execute all ops; when it returns, all are complete.
 
         Args:
             updates: for the updates in this schedule: of the step's own gradients (immediate timing) or of the step before
@@ -63,124 +85,92 @@ class Executor:
             NonFiniteError: a loss or a gradient is not finite; the message says which weights were updated.
             StorageError: a transfer failed.
         """
-        gradients = Gradients(self.plan, self.residency)
         self.updated = []
         self.residency.reset_peaks()
-        seconds = dict.fromkeys((lane.value for lane in Lane), 0.0)
-        lane_bytes = dict.fromkeys(LINK_LANES, 0)
-        events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        start = time.perf_counter()
+        base, base_s = self._mark(), time.perf_counter()
+        step = _Step(self, schedule, micro_batches, context, updates)
+        failure: BaseException | None = None
         try:
             with self._seeded_apart():
-                for index, item in enumerate(schedule.ops):
-                    assert all(wait < index for wait in item.waits), f"op {index} waits for a later op"
-                    self.guard.look()
-                    before = time.perf_counter()
-                    with self._timed(item.op, events):
-                        self._execute(item.op, micro_batches, context, gradients, updates)
-                    seconds[item.lane.value] += time.perf_counter() - before
-                    if isinstance(item.op, Fetch | Evict):
-                        lane_bytes[item.lane.value] += item.op.num_bytes
+                step.dispatch_all()
+        except BaseException as error:
+            failure = error
         finally:
             self._leave_visit()
+        failure = self._settle(step.completions, failure)
+        if failure is not None:
+            raise failure
+        check_losses(micro_batches, context.step)
+        step_s = time.perf_counter() - base_s
+        self.spans = [
+            Span(op=index, lane=item.lane, start_s=start_s, end_s=end_s)
+            for index, item in enumerate(schedule.ops)
+            if not isinstance(item.op, Free)
+            for start_s, end_s in [step.completions[index].span_s(base, base_s)]
+        ]
+        return self._figures(schedule, step_s), step.gradients
+
+    def close(self) -> None:
+        """End the lanes."""
+        self.lanes.close()
+
+    def wait_on_device(self, work: Work) -> None:
+        """Let the compute lane wait for `work`."""
+        stream = self.lanes.stream(Lane.COMPUTE)
+        for completion in work:
+            completion.wait_on(stream)
+
+    # -- ends --------------------------------------------------------------------------------------------------------
+
+    def _settle(self, completions: Sequence[Completion], failure: BaseException | None) -> BaseException | None:
+        """Rule 4: nothing is under way when this returns; the failure to tell."""
+        if failure is not None:
+            self.lanes.has_failed = True
+            self.residency.interrupt()
+        failures = [error for completion in completions if (error := completion.settle()) is not None]
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            seconds[Lane.COMPUTE.value] = sum(begin.elapsed_time(end) for begin, end in events) / 1e3
-        figures = StepFigures(
-            step_s=time.perf_counter() - start,
-            lane_busy_s=seconds,
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError as error:
+                failures.append(error)
+        self.lanes.reset()
+        causes = [error for error in failures if not isinstance(error, Abandoned)]
+        if failure is not None and (not isinstance(failure, Exception) or not causes):
+            return failure  # Ctrl-C, or what this thread itself met
+        return causes[0] if causes else None
+
+    def _figures(self, schedule: Schedule, step_s: float) -> StepFigures:
+        lane_bytes = dict.fromkeys(LINK_LANES, 0)
+        for item in schedule.ops:
+            if isinstance(item.op, Fetch | Evict):
+                lane_bytes[item.lane.value] += item.op.num_bytes
+        return StepFigures(
+            step_s=step_s,
+            lane_busy_s={lane.value: busy_s(self.spans, lane) for lane in Lane},
             lane_bytes=lane_bytes,
             num_ops=len(schedule.ops),
             device_resident_peak_bytes=self.residency.peak_bytes[Tier.DEVICE],
             host_resident_peak_bytes=self.residency.peak_bytes[Tier.HOST],
             ssd_resident_peak_bytes=self.residency.peak_bytes[Tier.SSD],
         )
-        return figures, gradients
 
-    # -- ops ---------------------------------------------------------------------------------------------------------
+    def _mark(self) -> torch.cuda.Event | None:
+        """A point in the device's time."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self.device)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-    def _execute(
-        self,
-        op: Op,
-        micro_batches: Sequence[MicroBatch],
-        context: StepContext,
-        gradients: Gradients,
-        updates: UpdateContext | None,
-    ) -> None:
-        match op:
-            case Fetch() | Evict():
-                self._move(op, micro_batches)
-            case Free():
-                if op.piece.role is Role.PARAMETER and op.tier is Tier.DEVICE:
-                    self._leave_visit()
-                self.residency.drop(op.piece, op.tier)
-            case Compute():
-                self._compute(op, micro_batches[op.micro_batch], context, gradients)
-                if op.unit == self.plan.units[0].name and op.phase is Phase.FORWARD:
-                    self._share_arguments(micro_batches[: op.micro_batch + 1])
-            case Compress():
-                self._leave_visit()
-                check_losses(micro_batches, context.step)
-                gradients.compress(op)
-                if self.plan.timing is UpdateTiming.IMMEDIATE:
-                    self._check_gradient(op, context, gradients)
-            case Update():
-                assert updates is not None, f"no scalars for the update of {op.bundle}"
-                self.updater.run(op, updates)
-                self.residency.drop(Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk), op.tier)
-                self.updated.append(op.bundle)
+    def _seeded_apart(self) -> contextlib.AbstractContextManager[None]:
+        """The user's random generators are as before when the step is over."""
+        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
 
-    def _move(self, op: Fetch | Evict, micro_batches: Sequence[MicroBatch]) -> None:
-        """One hop. Serial: the buffer is the op's until the copy is done, which is before this returns."""
-        piece, residency = op.piece, self.residency
-        if piece.role is Role.PARAMETER and op.target is Tier.DEVICE:
-            self._leave_visit()
-        residency.create(piece, op.target, op.num_bytes)
-        if op.target is Tier.SSD:
-            residency.start_write(piece, residency.bytes_of(piece, Tier.HOST)).wait()
-        elif op.source is Tier.SSD:
-            residency.start_read(piece, residency.bytes_of(piece, Tier.HOST)).wait()
-        else:
-            residency.bytes_of(piece, op.target).copy_(residency.bytes_of(piece, op.source))
-        if op.target is Tier.DEVICE and piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT):
-            residency.fill_boundary(piece, micro_batches[piece.index].shape, TORCH_DTYPES[self.plan.boundary_dtype(piece.owner)])
+    # -- visits ------------------------------------------------------------------------------------------------------
 
-    def _compute(self, op: Compute, micro_batch: MicroBatch, context: StepContext, gradients: Gradients) -> None:
-        for piece, size in op.produced:
-            if piece.role is Role.PARTIAL_GRADIENT:
-                self.residency.create(piece, Tier.DEVICE, size)
-        visit = self._enter_visit(op.unit)
-        added = gradients.num_added
-        try:
-            self.units.run(op, visit, micro_batch, context, gradients)
-        except torch.OutOfMemoryError:
-            if gradients.num_added != added:
-                raise
-            gc.collect()
-            self.residency.trim()
-            torch.cuda.empty_cache()
-            self.units.run(op, visit, micro_batch, context, gradients)
-
-    def _share_arguments(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Masks and tables that equal the first or the previous micro-batch's of the group are stored once (design 2)."""
-        *earlier, newest = [micro_batch for micro_batch in micro_batches if micro_batch.arguments is not None]
-        if earlier:
-            newest.arguments = share_equal_tensors(newest.arguments, [earlier[0].arguments, earlier[-1].arguments])
-
-    def _check_gradient(self, op: Compress, context: StepContext, gradients: Gradients) -> None:
-        sums = {slot.tensor.name: gradients.sums_of_squares[slot.tensor.name] for slot in self.plan.bundles[op.bundle].slots}
-        if bool(torch.isfinite(torch.stack(list(sums.values()))).all()):
-            return
-        name = next(name for name, value in sums.items() if not bool(torch.isfinite(value)))
-        updated = ", ".join(dict.fromkeys(self.updated)) or "none"
-        raise NonFiniteError(
-            f"gradient of {name} is not finite in step {context.step}; already updated in this step: {updated}. "
-            "Set --clip (updates then wait until all gradients are known finite), or lower --lr"
-        )
-
-    # -- visits and time ---------------------------------------------------------------------------------------------
-
-    def _enter_visit(self, unit: str) -> Visit:
+    def enter_visit(self, unit: str) -> Visit:
+        """The open visit of `unit`; another one is left first."""
         if self._visit is None or self._visit.unit != unit:
             self._leave_visit()
             self._visit = Visit(self.plan, self.model, self.residency, unit).__enter__()
@@ -191,18 +181,140 @@ class Executor:
             visit, self._visit = self._visit, None
             visit.__exit__(None, None, None)
 
-    def _seeded_apart(self) -> contextlib.AbstractContextManager[None]:
-        """The user's random generators are as before when the step is over."""
-        return torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else [])
+    def leave_visit_of(self, bundle: str) -> None:
+        """Leave the open visit if it reads `bundle`."""
+        if self._visit is not None and bundle in self._visit.bundles:
+            self._leave_visit()
 
-    @contextlib.contextmanager
-    def _timed(self, op: Op, events: list[tuple[torch.cuda.Event, torch.cuda.Event]]):  # type: ignore[no-untyped-def]
-        """Compute runs asynchronously on CUDA: take its time from events, read when the step is over."""
-        if self.device.type != "cuda" or not isinstance(op, Compute | Compress):
-            yield
-            return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        yield
-        end.record()
-        events.append((begin, end))
+
+class _Step:
+    """One schedule while it runs."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        schedule: Schedule,
+        micro_batches: Sequence[MicroBatch],
+        context: StepContext,
+        updates: UpdateContext | None,
+    ) -> None:
+        self.executor, self.plan, self.residency, self.lanes = executor, executor.plan, executor.residency, executor.lanes
+        self.schedule, self.micro_batches, self.context, self.updates = schedule, micro_batches, context, updates
+        self.gradients = Gradients(self.plan, self.residency, executor.wait_on_device)
+        self.verdicts = Verdicts(self.plan, context)
+        self.completions: list[Completion] = []
+        """Of the ops dispatched so far; those of a `Free` are done at once."""
+
+    def dispatch_all(self) -> None:
+        """Go through the program."""
+        for index, item in enumerate(self.schedule.ops):
+            assert all(wait < index for wait in item.waits), f"op {index} waits for a later op"
+            completion = self._dispatch(item)
+            self.completions.append(completion)
+            if self.executor.serial:
+                completion.wait()
+            if self.lanes.has_failed:
+                raise Abandoned("another op of the step failed")
+
+    def _waits(self, item: ScheduledOp) -> list[Completion]:
+        return [self.completions[wait] for wait in item.waits]
+
+    def _dispatch(self, item: ScheduledOp) -> Completion:
+        op, waits = item.op, self._waits(item)
+        match op:
+            case Fetch() | Evict():
+                return self._move(op, item.lane, waits)
+            case Free():
+                if op.piece.role is Role.PARAMETER and op.tier is Tier.DEVICE:
+                    self.executor.leave_visit_of(op.piece.owner)
+                self.residency.drop(op.piece, op.tier, waits)
+                return self.lanes.done(item.lane)
+            case Compute():
+                self.executor.guard.look()
+                return self.lanes.run_here(functools.partial(self._compute, op), waits)
+            case Compress():
+                return self.lanes.run_here(functools.partial(self._compress, op), waits)
+            case Update():
+                return self._update(op, item.lane, waits)
+
+    def _move(self, op: Fetch | Evict, lane: Lane, waits: list[Completion]) -> Completion:
+        """One hop. Both buffers are the job's until it is complete."""
+        piece, residency = op.piece, self.residency
+        if lane in (Lane.SSD_READ, Lane.SSD_WRITE):
+            self.executor.guard.look()
+        waits.extend(residency.create(piece, op.target, op.num_bytes))
+        job: Job
+        if op.target is Tier.SSD:
+            store, name = residency.record_of(piece)
+            job = functools.partial(store.start_write, name, residency.bytes_of(piece, Tier.HOST))
+        elif op.source is Tier.SSD:
+            store, name = residency.record_of(piece)
+            job = functools.partial(store.start_read, name, residency.bytes_of(piece, Tier.HOST))
+        else:
+            job = _copy(residency.bytes_of(piece, op.target), residency.bytes_of(piece, op.source))
+        if op.target is Tier.DEVICE and piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT):
+            shape = self.micro_batches[piece.index].shape
+            residency.fill_boundary(piece, shape, TORCH_DTYPES[self.plan.boundary_dtype(piece.owner)])
+        return self.lanes.submit(lane, job, waits)
+
+    def _compute(self, op: Compute) -> None:
+        fresh = set()
+        for piece, size in op.produced:
+            if piece.role is Role.PARTIAL_GRADIENT:
+                self.executor.wait_on_device(self.residency.create(piece, Tier.DEVICE, size))
+                fresh.add((piece.owner, piece.role, piece.reader))
+        for key in fresh:
+            self.residency.region(*key).zero_()
+        visit = self.executor.enter_visit(op.unit)
+        micro_batch, added = self.micro_batches[op.micro_batch], self.gradients.num_added
+        run = functools.partial(self.executor.units.run, op, visit, micro_batch, self.context, self.gradients)
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            if self.gradients.num_added != added:
+                raise
+            gc.collect()
+            self.residency.trim()
+            torch.cuda.empty_cache()
+            run()
+        if op.unit == self.plan.units[0].name and op.phase is Phase.FORWARD:
+            self._share_arguments(self.micro_batches[: op.micro_batch + 1])
+
+    def _share_arguments(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Masks and tables that equal the first or the previous micro-batch's of the group are stored once (design 2)."""
+        *earlier, newest = [micro_batch for micro_batch in micro_batches if micro_batch.arguments is not None]
+        if earlier:
+            newest.arguments = share_equal_tensors(newest.arguments, [earlier[0].arguments, earlier[-1].arguments])
+
+    def _compress(self, op: Compress) -> None:
+        self.executor.leave_visit_of(op.bundle)
+        self.gradients.compress(op)
+        if self.updates is not None and not self.schedule.ends_pending:
+            self.verdicts.start(op.bundle, self.gradients.sums_of_squares, [batch.loss for batch in self.micro_batches])
+
+    def _update(self, op: Update, lane: Lane, waits: list[Completion]) -> Completion:
+        assert self.updates is not None, f"no scalars for the update of {op.bundle}"
+        copies = {
+            role: self.residency.bytes_of(Piece(role=role, owner=op.bundle, index=op.chunk), op.tier)
+            for role in (Role.PARAMETER, Role.GRADIENT, Role.STATE)
+        }
+        run = functools.partial(self._run_update, op, self.updates, copies)
+        completion = self.lanes.run_here(run, waits) if lane is Lane.COMPUTE else self.lanes.submit(lane, run, waits)
+        self.residency.drop(Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk), op.tier, [completion])
+        return completion
+
+    def _run_update(self, op: Update, updates: UpdateContext, copies: dict[Role, torch.Tensor]) -> None:
+        """On the lane that updates."""
+        self.verdicts.check(op.bundle, self.executor.updated)
+        self.executor.updater.run(op, updates, copies)
+        self.executor.updated.append(op.bundle)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
+    def run() -> None:
+        target.copy_(source, non_blocking=True)
+
+    return run
+
+
+__all__ = ["Executor", "NonFiniteError", "UpdateContext"]

@@ -10,10 +10,12 @@ Rules:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from overspill.optim import sum_of_squares
-from overspill.runtime.residency import Residency
+from overspill.runtime.residency import Residency, Work
 from overspill.runtime.visit import TORCH_DTYPES, tensor_views
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Compress, Role
@@ -21,10 +23,15 @@ from overspill.spec.tensors import Tier
 
 
 class Gradients:
-    """The gradients of one step."""
+    """The gradients of one step.
 
-    def __init__(self, plan: Plan, residency: Residency) -> None:
+    Args:
+        wait: lets the compute lane wait for work that still uses a buffer.
+    """
+
+    def __init__(self, plan: Plan, residency: Residency, wait: Callable[[Work], None]) -> None:
         self.plan, self.residency = plan, residency
+        self._wait = wait
         self._begun: set[tuple[str, str]] = set()
         self.num_added = 0
         """Contributions so far; an op that has added any cannot be run again."""
@@ -65,7 +72,7 @@ class Gradients:
             for reader in readers[1:]:
                 total.add_(self._typed(op.bundle, self.residency.region(op.bundle, Role.PARTIAL_GRADIENT, reader)))
             for piece, size in op.produced:
-                self.residency.create(piece, Tier.DEVICE, size)
+                self._wait(self.residency.create(piece, Tier.DEVICE, size))
             self.residency.region(op.bundle, Role.GRADIENT).view(TORCH_DTYPES[layout.dtype]).copy_(total)
             for piece, _ in op.partials:
                 self.residency.drop(piece, Tier.DEVICE)

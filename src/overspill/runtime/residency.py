@@ -13,29 +13,37 @@ Rules:
 1. Parameters, gradients and partial gradients of a bundle are contiguous on the device, so that tensors are views; the
    region is borrowed when its first chunk is created and given back when its last chunk is dropped.
 2. `create` makes a copy with undefined content; whoever executes the op fills it before anybody reads it.
-3. Bytes are counted per piece, as the schedule's rules count them, so predicted and measured peaks must be equal.
+3. Bytes are counted per piece and in the order of the program, as the schedule's rules count them, so predicted and measured
+   peaks are equal, whatever overlaps.
 4. Records of scratch are made once, at the plan's largest sizes, and used again by every step.
 5. What comes from the SSD is verified before it is used, scratch as well.
+6. Only the dispatching thread asks or changes anything here. `drop` is given the work that still uses the copy's buffer, and
+   `create` returns the work that must have ended before the new copy's buffer is touched: the in-flight hazards of all buffers
+   are these two lists. (Hazards between copies of one piece are the schedule's waits.)
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from overspill.planning.space import boundary_slot_bytes
+from overspill.runtime.lanes import Completion
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Piece, Role, initial_copies
+from overspill.spec.schedule import Lane, Piece, Role, initial_copies
 from overspill.spec.tensors import Tier
-from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SlotPool, Transfer
+from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SlotPool
 
 BUNDLE_ROLES = (Role.PARAMETER, Role.STATE, Role.GRADIENT, Role.PARTIAL_GRADIENT)
 RegionKey = tuple[str, Role, str]
 """Bundle, role, and the reader of a partial gradient."""
+Work = Sequence[Completion]
+Release = Callable[[Work], None]
+"""Gives a buffer back, with the work that still uses it."""
 
 
 @dataclasses.dataclass
@@ -44,9 +52,13 @@ class _Region:
 
     tensor: torch.Tensor
     """uint8 [bytes of the whole role]."""
-    release: Callable[[], None]
+    release: Release | None
+    """None: a home."""
     pieces: set[Piece]
-    is_home: bool = False
+    after: Work = ()
+    """What must have ended before its memory is touched."""
+    left: list[Completion] = dataclasses.field(default_factory=list)
+    """Work on the pieces that have left it."""
 
 
 @dataclasses.dataclass
@@ -56,9 +68,11 @@ class _Copy:
     """uint8 view of the bytes; None on the SSD."""
     value: torch.Tensor | None = None
     """A boundary on the device, in its own shape and dtype."""
-    release: Callable[[], None] | None = None
+    release: Release | None = None
     record: tuple[RecordStore, str] | None = None
     """Where it is on the SSD."""
+    after: Work = ()
+    """What must have ended before its memory, or its record, is touched."""
 
 
 class Residency:
@@ -79,8 +93,12 @@ class Residency:
         self.host_pool = SlotPool(host, "host")
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
         self._regions: dict[tuple[RegionKey, Tier], _Region] = {}
-        self._idle_boundary_records: list[str] = []
+        self._idle_boundary_records: collections.deque[tuple[str, Work]] = collections.deque()
         self._num_boundary_records = 0
+        self._scratch_work: dict[str, Work] = {}
+        """Record of scratch -> the work that still uses what it held last."""
+        self._dying: collections.deque[tuple[torch.Tensor, Work]] = collections.deque()
+        """Device tensors that nobody owns any more but that other lanes still read."""
         self.resident_bytes = dict.fromkeys(Tier, 0)
         self.peak_bytes = dict.fromkeys(Tier, 0)
         for (piece, tier), size in initial_copies(plan, pending=False).items():
@@ -92,34 +110,40 @@ class Residency:
     def has(self, piece: Piece, tier: Tier) -> bool:
         return (piece, tier) in self._copies
 
-    def create(self, piece: Piece, tier: Tier, num_bytes: int) -> None:
-        """Make room for a copy; a home that exists is kept and will be overwritten (rule 2)."""
+    def create(self, piece: Piece, tier: Tier, num_bytes: int) -> Work:
+        """Make room for a copy; a home that exists is kept and will be overwritten (rule 2).
+
+        Returns:
+            What must have ended before the copy is filled (rule 6).
+        """
         if (piece, tier) in self._copies:
-            return
+            return ()
         if piece.role not in BUNDLE_ROLES:
             copy = self._create_boundary(piece, tier, num_bytes)
         elif tier is Tier.DEVICE:
             copy = self._create_in_region(piece, num_bytes)
         elif tier is Tier.HOST:
-            slot = self.host_pool.acquire(num_bytes)
-            copy = _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release)
+            copy = _borrow(self.host_pool, num_bytes)
         else:
-            copy = _Copy(num_bytes=num_bytes, record=self._scratch_record(piece, num_bytes))
+            copy = self._scratch_copy(piece, num_bytes)
         self._add(piece, tier, copy)
+        return copy.after
 
     def put_boundary(self, piece: Piece, value: torch.Tensor) -> None:
         """Take a hidden state that the device has computed."""
         value = value.contiguous()
         self._add(piece, Tier.DEVICE, _Copy(num_bytes=value.nbytes, tensor=_bytes_of(value), value=value))
 
-    def drop(self, piece: Piece, tier: Tier) -> None:
-        """Give a copy's buffer back."""
+    def drop(self, piece: Piece, tier: Tier, work: Work = ()) -> None:
+        """Give a copy's buffer back; `work` still uses it (rule 6)."""
         copy = self._copies.pop((piece, tier))
         self.resident_bytes[tier] -= copy.num_bytes
         if copy.release is not None:
-            copy.release()
+            copy.release(work)
         elif tier is Tier.DEVICE and piece.role in BUNDLE_ROLES:
-            self._leave_region(piece)
+            self._leave_region(piece, work)
+        elif copy.tensor is not None:
+            self._let_die(copy.tensor, work)
 
     def bytes_of(self, piece: Piece, tier: Tier) -> torch.Tensor:
         """The copy's bytes, uint8; host or device."""
@@ -143,19 +167,11 @@ class Residency:
         """All chunks of a role of a bundle on the device, uint8, contiguous."""
         return self._regions[(bundle, role, reader), Tier.DEVICE].tensor
 
-    def start_read(self, piece: Piece, buffer: torch.Tensor) -> Transfer:
-        """From the SSD into host memory; `buffer` is lent until the transfer is waited for."""
+    def record_of(self, piece: Piece) -> tuple[RecordStore, str]:
+        """Where the copy on the SSD is: store and record."""
         record = self._copies[piece, Tier.SSD].record
         assert record is not None
-        store, name = record
-        return store.start_read(name, buffer)
-
-    def start_write(self, piece: Piece, buffer: torch.Tensor) -> Transfer:
-        """From host memory to the SSD; `buffer` is lent until the transfer is waited for."""
-        record = self._copies[piece, Tier.SSD].record
-        assert record is not None
-        store, name = record
-        return store.start_write(name, buffer)
+        return record
 
     def turn_into_gradient(self, bundle: str, reader: str, pieces: list[tuple[Piece, Piece]]) -> None:
         """A partial gradient that is already the gradient: its region changes hands, nothing is copied."""
@@ -216,10 +232,17 @@ class Residency:
         """Free idle slots of both pools; their bytes."""
         return self.device_pool.trim() + self.host_pool.trim()
 
+    def interrupt(self) -> None:
+        """A step is given up: transfers that wait for a person fail instead."""
+        for store in (self.store, self.scratch):
+            if store is not None:
+                store.interrupt()
+
     def close(self) -> None:
         """Give all memory and files back."""
         self._copies.clear()
         self._regions.clear()
+        self._dying.clear()
         with contextlib.ExitStack() as stack:  # all are closed, also when one raises
             for store in (self.store, self.scratch):
                 if store is not None:
@@ -254,7 +277,7 @@ class Residency:
         key = (_key(piece), tier)
         if key not in self._regions:
             tensor = memory.allocate(name, bundle.num_elements * per_element)
-            self._regions[key] = _Region(tensor=tensor, release=lambda: memory.free(name), pieces=set(), is_home=True)
+            self._regions[key] = _Region(tensor=tensor, release=None, pieces=set())
         region = self._regions[key]
         region.pieces.add(piece)
         self._add(piece, tier, _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes]))
@@ -265,51 +288,70 @@ class Residency:
         key = (_key(piece), Tier.DEVICE)
         if key not in self._regions:
             slot = self.device_pool.acquire(bundle.num_elements * per_element)
-            if piece.role is Role.PARTIAL_GRADIENT:
-                slot.tensor.zero_()
-            self._regions[key] = _Region(tensor=slot.tensor, release=slot.release, pieces=set())
+            self._regions[key] = _Region(tensor=slot.tensor, release=slot.release, pieces=set(), after=slot.after)  # type: ignore[arg-type]
         region = self._regions[key]
         region.pieces.add(piece)
         offset = bundle.chunks[piece.index].start * per_element
-        return _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes])
+        return _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes], after=region.after)
 
-    def _leave_region(self, piece: Piece) -> None:
+    def _leave_region(self, piece: Piece, work: Work) -> None:
         key = (_key(piece), Tier.DEVICE)
         region = self._regions[key]
         region.pieces.discard(piece)
-        if not region.pieces:
+        region.left.extend(completion for completion in work if completion not in region.left)
+        if not region.pieces and region.release is not None:
             del self._regions[key]
-            region.release()
+            region.release(region.left)
+
+    def _let_die(self, tensor: torch.Tensor, work: Work) -> None:
+        """Keep a device tensor until other lanes have done with it; what the compute lane does with it, its allocator knows."""
+        while self._dying and all(completion.is_done for completion in self._dying[0][1]):
+            self._dying.popleft()
+        late = [completion for completion in work if completion.lane is not Lane.COMPUTE and not completion.is_done]
+        if late:
+            self._dying.append((tensor, late))
 
     def _create_boundary(self, piece: Piece, tier: Tier, num_bytes: int) -> _Copy:
-        if tier is Tier.DEVICE:
-            return _Copy(num_bytes=num_bytes, tensor=torch.empty(num_bytes, dtype=torch.uint8, device=self.device.device))
-        if tier is Tier.HOST:
-            slot = self.host_pool.acquire(num_bytes)
-            return _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release)
-        return self._borrow_boundary_record(num_bytes)
+        if tier is Tier.SSD:
+            return self._borrow_boundary_record(num_bytes)
+        return _borrow(self.device_pool if tier is Tier.DEVICE else self.host_pool, num_bytes)
 
-    def _scratch_record(self, piece: Piece, num_bytes: int) -> tuple[RecordStore, str]:
+    def _scratch_copy(self, piece: Piece, num_bytes: int) -> _Copy:
         """A gradient's record, made once and kept."""
         assert self.scratch is not None, f"{piece} rests on the SSD but there is no scratch store"
-        if not self.scratch.has(str(piece)):
-            self.scratch.create(str(piece), num_bytes)
-        return self.scratch, str(piece)
+        name = str(piece)
+        if not self.scratch.has(name):
+            self.scratch.create(name, num_bytes)
+
+        def release(work: Work) -> None:
+            self._scratch_work[name] = work
+
+        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=self._scratch_work.pop(name, ()))
 
     def _borrow_boundary_record(self, num_bytes: int) -> _Copy:
         """A record of scratch that no other hidden state has now; records are made as they are first needed (rule 4)."""
         assert self.scratch is not None, "boundaries rest on the SSD but there is no scratch store"
+        after: Work = ()
         if self._idle_boundary_records:
-            name = self._idle_boundary_records.pop()
+            name, after = self._idle_boundary_records.popleft()
         else:
             self._num_boundary_records += 1
             name = f"boundary-{self._num_boundary_records}"
             self.scratch.create(name, boundary_slot_bytes(self.plan))
-        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=functools.partial(self._idle_boundary_records.append, name))
+
+        def release(work: Work) -> None:
+            self._idle_boundary_records.append((name, work))
+
+        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=after)
 
     def home_tier(self, bundle: str, role: Role) -> Tier:
         placement = self.plan.placements[bundle]
         return placement.parameters if role is Role.PARAMETER else placement.states
+
+
+def _borrow(pool: SlotPool, num_bytes: int) -> _Copy:
+    slot = pool.acquire(num_bytes)
+    return _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release, after=slot.after)  # type: ignore[arg-type]
 
 
 def _key(piece: Piece) -> RegionKey:

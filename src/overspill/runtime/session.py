@@ -77,6 +77,7 @@ class Session:
         chunk_bytes: bound on the bytes of one chunk; tests lower it.
         checkpoints: reserve room for checkpoints, which `save_checkpoint` makes; None: none can be made.
         resume_from: used by `overspill.resume`.
+        serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
         calls, space, num_threads: of the files on the SSD; tests give a `FaultInjector` (no effect with `open_store`).
 
     Raises:
@@ -101,6 +102,7 @@ class Session:
         calls: FileCalls = OS_CALLS,
         space: SpacePolicy | None = None,
         num_threads: int = 4,
+        serial: bool = False,
     ) -> None:
         self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
         files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, open_store=open_store)
@@ -144,7 +146,7 @@ class Session:
         except BaseException:
             self.close()
             raise
-        self.executor = Executor(self.plan, self.model, self.residency)
+        self.executor = Executor(self.plan, self.model, self.residency, serial=serial)
         self.step_number = resume_from[0].step if resume_from is not None else 0
         """Optimizer steps done, pending ones included."""
         self.loss_scale = LossScale() if self.plan.dtype == "float16" else None
@@ -402,6 +404,8 @@ class Session:
     def close(self) -> None:
         """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone."""
         self._is_closed = True
+        if hasattr(self, "executor"):  # opening may have failed before
+            self.executor.close()
         if self._checkpointer is not None:
             self._checkpointer.close()
         self.residency.close()

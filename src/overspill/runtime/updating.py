@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from overspill.optim import update
-from overspill.runtime.residency import Residency
 from overspill.runtime.visit import TORCH_DTYPES
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Piece, Role, Update
+from overspill.spec.schedule import Role, Update
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.update_rule import AdamW, AdamWScalars
 
@@ -30,21 +31,23 @@ class UpdateContext:
 class Updater:
     """Executes `Update` ops."""
 
-    def __init__(self, plan: Plan, residency: Residency) -> None:
-        self.plan, self.residency = plan, residency
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
 
-    def run(self, op: Update, context: UpdateContext) -> None:
-        """Update one chunk on the copies at `op.tier`."""
+    def run(self, op: Update, context: UpdateContext, copies: Mapping[Role, torch.Tensor]) -> None:
+        """Update one chunk.
+
+        Args:
+            copies: parameter, gradient and state record of the chunk, uint8, where the update runs; parameter and state are
+                overwritten.
+        """
         bundle = self.plan.bundles[op.bundle]
         chunk = bundle.chunks[op.chunk]
         dtype = TORCH_DTYPES[bundle.dtype]
 
-        def copy_of(role: Role) -> torch.Tensor:
-            return self.residency.bytes_of(Piece(role=role, owner=op.bundle, index=op.chunk), op.tier)
-
         state_format = resolve_state_format(self.plan.state_format, bundle.dtype)
-        parameter, gradient = copy_of(Role.PARAMETER).view(dtype), copy_of(Role.GRADIENT).view(dtype)
-        record = copy_of(Role.STATE)
+        parameter, gradient = copies[Role.PARAMETER].view(dtype), copies[Role.GRADIENT].view(dtype)
+        record = copies[Role.STATE]
         ranges = state_format.field_ranges(chunk.num_elements)
         fields = {field.name: record[slice(*ranges[field.name])].view(TORCH_DTYPES[field.dtype]) for field in state_format.fields}
         for segment in bundle.segments(chunk):

@@ -36,8 +36,9 @@ class Visit:
         self.parameters: dict[str, torch.Tensor] = {}
         """Name -> leaf view on the device; trainable ones require grad."""
         self.bundle_of: dict[str, str] = {}
-        bundles = next(item.bundles for item in plan.units if item.name == unit)
-        for name in bundles:
+        self.bundles = next(item.bundles for item in plan.units if item.name == unit)
+        """Names of the bundles it reads."""
+        for name in self.bundles:
             bundle = plan.bundles[name]
             for tensor, view in tensor_views(bundle, residency.region(name, Role.PARAMETER), TORCH_DTYPES[bundle.dtype]).items():
                 self.parameters[tensor] = view.detach().requires_grad_(bundle.trainable)

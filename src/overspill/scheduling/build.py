@@ -11,6 +11,17 @@ forward + backward, and a `flush` program runs what is pending before anybody el
 Several groups. A partial gradient is fetched before the next group's backward of its unit, added to, and evicted again, so
 the order of additions, and with it every bit, is that of one group.
 
+Overlap. Buffers change hands in the program's order, so what shall overlap must hold its buffers side by side in it:
+
+1. The parameters of the next visit are fetched before the present one computes (`Plan.prefetch_units`), and so is the next
+   micro-batch's hidden state where these rest elsewhere.
+2. A gradient's device buffer is freed after the next visit has computed, so that it leaves under that visit's compute.
+3. Chunks are read, updated and written back in a pipeline of `UPDATED_CHUNKS`; see also `scheduling/program.py`.
+4. What an update needs is not read twice: the host copy of a parameter that its backward has fetched stays for its update, and
+   the one that a pending update has made stays for the visit that waits for it.
+
+Without prefetching (`prefetch_units` 0: there is no room for it) rules 1, 2 and 4 do not apply.
+
 This file decides the order and nothing else; it is pure (plan in, schedule out) and imports no torch. Source of the
 order: GreedySnake's vertical schedule (arXiv 2512.17570), design 2.
 """
@@ -18,53 +29,33 @@ order: GreedySnake's vertical schedule (arXiv 2512.17570), design 2.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
+from overspill.scheduling.program import LADDER, Emission, Program
 from overspill.spec.plan import Plan, UpdateTiming
-from overspill.spec.schedule import (
-    Compress,
-    Compute,
-    Evict,
-    Fetch,
-    Free,
-    Lane,
-    Op,
-    Phase,
-    Piece,
-    Role,
-    Schedule,
-    ScheduledOp,
-    Update,
-    bundle_pieces,
-    effects,
-    initial_copies,
-    link_lane,
-    parameter_pieces,
-)
+from overspill.spec.schedule import Compress, Compute, Lane, Phase, Piece, Role, Schedule, Update, bundle_pieces, parameter_pieces
 from overspill.spec.tensors import Bundle, Tier, Unit
 
-LADDER = (Tier.SSD, Tier.HOST, Tier.DEVICE)
-_FREE_LANE = {Tier.DEVICE: Lane.COMPUTE, Tier.HOST: Lane.HOST_UPDATE, Tier.SSD: Lane.SSD_WRITE}
+UPDATED_CHUNKS = 4
+"""Of states on the SSD: one is read, one updated, one written back, and one is spare, so that a slow one delays nobody. Chosen."""
 
 
 def build_train_step(plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pending: bool) -> Schedule:
     """One optimizer step over micro-batches of the given token counts (samples x padded length)."""
     builder = _Builder(plan, micro_batch_tokens, starts_pending=starts_pending)
+    visits = []
     for group in builder.groups:
-        for unit in plan.units[:-1]:
-            builder.forward(unit, group, keep=True)
-        for unit in reversed(plan.units):
-            builder.backward(unit, group)
-    ends_pending = plan.timing is UpdateTiming.PENDING
-    return builder.finish("train", ends_pending=ends_pending)
+        visits += [_Visit(unit=unit, phase=Phase.FORWARD, group=group, keep=True) for unit in plan.units[:-1]]
+        visits += [_Visit(unit=unit, phase=Phase.BACKWARD, group=group) for unit in reversed(plan.units)]
+    builder.go_through(visits)
+    return builder.finish("train", ends_pending=plan.timing is UpdateTiming.PENDING)
 
 
 def build_evaluation(plan: Plan, micro_batch_tokens: Sequence[int]) -> Schedule:
     """The loss of micro-batches, nothing kept; weights must have been flushed."""
     builder = _Builder(plan, micro_batch_tokens, starts_pending=False, group_size=plan.evaluation_group_size)
-    for group in builder.groups:
-        for unit in plan.units:
-            builder.forward(unit, group, keep=False)
+    builder.go_through([_Visit(unit=unit, phase=Phase.FORWARD, group=group) for group in builder.groups for unit in plan.units])
     return builder.finish("evaluate", ends_pending=False)
 
 
@@ -72,93 +63,95 @@ def build_flush(plan: Plan) -> Schedule:
     """The pending updates alone, in forward order."""
     builder = _Builder(plan, (), starts_pending=True)
     for unit in plan.units:
-        builder.pending_updates(unit)
+        builder.pending_updates(unit, for_visit=False)
     return builder.finish("flush", ends_pending=False)
 
 
-@dataclasses.dataclass
-class _Copy:
-    """One copy of a piece while the program is written."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Visit:
+    """One unit on all micro-batches of a group."""
 
-    num_bytes: int
-    writer: int | None
-    readers: list[int]
+    unit: Unit
+    phase: Phase
+    group: tuple[int, ...]
+    keep: bool = False
+    """Forward: boundaries stay for the backward."""
 
 
-class _Builder:
+class _Builder(Program):
     def __init__(self, plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pending: bool, group_size: int | None = None) -> None:
-        self.plan = plan
+        super().__init__(plan, starts_pending=starts_pending)
         self.tokens = tuple(micro_batch_tokens)
         size = plan.group_size if group_size is None else group_size
         self.groups = tuple(tuple(range(start, min(start + size, len(self.tokens)))) for start in range(0, len(self.tokens), size))
         self.starts_pending = starts_pending
         self.names = [unit.name for unit in plan.units]
         self.pending = {name for name, bundle in plan.bundles.items() if bundle.trainable} if starts_pending else set()
-        homes = initial_copies(plan, pending=starts_pending)
-        self.copies = {key: _Copy(num_bytes=size, writer=None, readers=[]) for key, size in homes.items()}
-        self.ops: list[ScheduledOp] = []
+        self.late_frees: list[tuple[Piece, Tier]] = []
+        """Rule 2: freed after the next visit."""
 
-    # -- ops ---------------------------------------------------------------------------------------------------------
+    # -- visits ------------------------------------------------------------------------------------------------------
 
-    def emit(self, op: Op, lane: Lane) -> None:
-        """Append `op`, waiting for the ops that made what it reads and that used what it overwrites or drops."""
-        index = len(self.ops)
-        effect = effects(op, self.plan)
-        waits: set[int] = set()
-        for key in effect.reads:
-            copy = self.copies[key]
-            if copy.writer is not None:
-                waits.add(copy.writer)
-            copy.readers.append(index)
-        for key in (*effect.changes, *effect.drops, *((piece, tier) for piece, tier, _ in effect.creates)):
-            old = self.copies.get(key)
-            if old is not None:
-                waits.update(old.readers)
-                if old.writer is not None:
-                    waits.add(old.writer)
-        for key in effect.changes:
-            self.copies[key].writer = index
-            self.copies[key].readers = []
-        for key in effect.drops:
-            del self.copies[key]
-        for piece, tier, size in effect.creates:
-            self.copies[piece, tier] = _Copy(num_bytes=size, writer=index, readers=[])
-        waits.discard(index)
-        self.ops.append(ScheduledOp(op=op, lane=lane, waits=tuple(sorted(waits))))
+    def go_through(self, visits: Sequence[_Visit]) -> None:
+        """All visits, each prepared while the one before it computes (rule 1)."""
+        prefetches = self.plan.prefetch_units > 0
+        for index, visit in enumerate(visits):
+            following = visits[index + 1] if prefetches and index + 1 < len(visits) else None
+            if index == 0 or not prefetches:
+                self.prepare(visit)
+            if following is not None:
+                self.prepare(following)
+            if prefetches and index + 2 < len(visits):
+                self.pending_updates(visits[index + 2].unit, for_visit=True)
+            if visit.phase is Phase.FORWARD:
+                self.forward(visit)
+            else:
+                self.backward(visit)
+            self.free_parameters(visit.unit, following)
+            self.free_late()
+            if visit.phase is Phase.BACKWARD:
+                if visit.group == self.groups[-1]:
+                    self.finish_gradients(visit.unit)
+                else:
+                    self.evict_partials(visit.unit)
+            if not prefetches:
+                self.free_late()
+        self.free_late()
 
-    def move(self, piece: Piece, source: Tier, target: Tier) -> None:
-        """Hop by hop from `source` to `target`; copies in between are freed, the one at `source` stays."""
-        start, end = LADDER.index(source), LADDER.index(target)
-        step = 1 if end > start else -1
-        size = self.copies[piece, source].num_bytes
-        for position in range(start, end, step):
-            here, there = LADDER[position], LADDER[position + step]
-            hop = Fetch if step > 0 else Evict
-            self.emit(hop(piece=piece, source=here, target=there, num_bytes=size), link_lane(here, there))
-            if here is not source:
-                self.free(piece, here)
+    def prepare(self, visit: _Visit) -> None:
+        """What the visit's first compute reads."""
+        self.pending_updates(visit.unit, for_visit=True)
+        for bundle in visit.unit.bundles:
+            self.bring([piece for piece, _ in parameter_pieces(self.plan, bundle)], Tier.DEVICE, keep=self.is_updated_after(visit, bundle))
+        if visit.phase is Phase.BACKWARD:
+            for piece in self.inputs(visit, visit.group[0]):
+                if any((piece, tier) in self.copies for tier in LADDER):  # else the visit before makes it
+                    self.bring([piece], Tier.DEVICE)
 
-    def free(self, piece: Piece, tier: Tier) -> None:
-        copy = self.copies[piece, tier]
-        self.emit(Free(piece=piece, tier=tier, num_bytes=copy.num_bytes), _FREE_LANE[tier])
+    def is_updated_after(self, visit: _Visit, bundle: str) -> bool:
+        """Whether an update on the host follows the visit, so that host copies of the parameters stay for it (rule 4)."""
+        if not self.plan.prefetch_units or self.plan.timing is not UpdateTiming.IMMEDIATE:
+            return False
+        if not self.plan.bundles[bundle].trainable or self.plan.placements[bundle].update_tier is not Tier.HOST:
+            return False
+        return visit.phase is Phase.BACKWARD and visit.group == self.groups[-1] and self.last_reader(bundle) == visit.unit.name
 
-    def bring(self, piece: Piece, home: Tier, target: Tier) -> None:
-        """Make sure that a copy is at `target`."""
-        if (piece, target) not in self.copies:
-            self.move(piece, home, target)
+    def last_reader(self, bundle: str) -> str:
+        """The unit whose backward completes the bundle's gradient."""
+        return next(unit.name for unit in self.plan.units if bundle in unit.bundles)
 
-    # -- units -------------------------------------------------------------------------------------------------------
-
-    def fetch_parameters(self, unit: Unit) -> None:
+    def free_parameters(self, unit: Unit, following: _Visit | None) -> None:
+        """After a visit; what the following one reads too, and has been prepared for it, stays."""
         for bundle in unit.bundles:
-            for piece, _ in parameter_pieces(self.plan, bundle):
-                self.bring(piece, self.plan.placements[bundle].parameters, Tier.DEVICE)
-
-    def free_parameters(self, unit: Unit) -> None:
-        for bundle in unit.bundles:
-            if self.plan.placements[bundle].parameters is not Tier.DEVICE:
+            is_read_again = following is not None and bundle in following.unit.bundles
+            if self.plan.placements[bundle].parameters is not Tier.DEVICE and not is_read_again:
                 for piece, _ in parameter_pieces(self.plan, bundle):
                     self.free(piece, Tier.DEVICE)
+
+    def free_late(self) -> None:
+        for piece, tier in self.late_frees:
+            self.free(piece, tier)
+        self.late_frees = []
 
     def boundary(self, unit: str, micro_batch: int, role: Role = Role.BOUNDARY) -> Piece:
         return Piece(role=role, owner=unit, index=micro_batch)
@@ -176,83 +169,63 @@ class _Builder:
             passes = 3
         return 2.0 * parameters * self.tokens[micro_batch] * passes
 
-    def forward(self, unit: Unit, group: Sequence[int], *, keep: bool) -> None:
-        """One visit: all micro-batches of the group, without a graph. `keep`: boundaries stay for the backward."""
-        self.pending_updates(unit)
-        self.fetch_parameters(unit)
-        position = self.names.index(unit.name)
+    def inputs(self, visit: _Visit, micro_batch: int) -> list[Piece]:
+        """The hidden state that a compute of the visit reads and, in the backward, the gradient of its output."""
+        position = self.names.index(visit.unit.name)
+        pieces = [self.boundary(visit.unit.name, micro_batch)] if position > 0 else []
+        if visit.phase is Phase.BACKWARD and position < len(self.names) - 1:
+            pieces.append(self.boundary(self.names[position + 1], micro_batch, Role.BOUNDARY_GRADIENT))
+        return pieces
+
+    def bring_inputs(self, visit: _Visit, number: int) -> None:
+        """For the visit's micro-batch `number` and, if there is room to, for the one after it (rule 1)."""
+        for micro_batch in visit.group[number : number + 1 + min(self.plan.prefetch_units, 1)]:
+            for piece in self.inputs(visit, micro_batch):
+                self.bring([piece], Tier.DEVICE)
+
+    def emit_compute(self, visit: _Visit, micro_batch: int, produced: tuple[tuple[Piece, int], ...]) -> None:
+        flops = self.flops(visit.unit, micro_batch, visit.phase)
+        op = Compute(unit=visit.unit.name, micro_batch=micro_batch, phase=visit.phase, produced=produced, flops=flops)
+        self.emit(op, Lane.COMPUTE)
+
+    def forward(self, visit: _Visit) -> None:
+        """All micro-batches of the group, without a graph."""
+        position = self.names.index(visit.unit.name)
         home = self.plan.boundaries
         moves = home is not Tier.DEVICE
-        for micro_batch in group:
+        for number, micro_batch in enumerate(visit.group):
             produced: tuple[tuple[Piece, int], ...] = ()
             if position < len(self.names) - 1:
                 above = self.names[position + 1]
                 produced = ((self.boundary(above, micro_batch), self.boundary_bytes(above, micro_batch)),)
+            self.bring_inputs(visit, number)
+            self.emit_compute(visit, micro_batch, produced)
             if position > 0:
-                self.bring(self.boundary(unit.name, micro_batch), home, Tier.DEVICE)
-            self.emit(
-                Compute(
-                    unit=unit.name,
-                    micro_batch=micro_batch,
-                    phase=Phase.FORWARD,
-                    produced=produced,
-                    flops=self.flops(unit, micro_batch, Phase.FORWARD),
-                ),
-                Lane.COMPUTE,
-            )
-            if position > 0:
-                self.release(self.boundary(unit.name, micro_batch), tiers=(Tier.DEVICE,) if keep and moves else () if keep else LADDER)
-            if produced and moves and (keep or len(group) > 1):
-                self.move(produced[0][0], Tier.DEVICE, home)
-                if len(group) > 1:
+                tiers = (Tier.DEVICE,) if visit.keep and moves else () if visit.keep else LADDER
+                self.release(self.boundary(visit.unit.name, micro_batch), tiers)
+            if produced and moves and (visit.keep or len(visit.group) > 1):
+                self.lower([produced[0][0]], Tier.DEVICE, home)
+                if len(visit.group) > 1:
                     self.free(produced[0][0], Tier.DEVICE)
-        self.free_parameters(unit)
 
-    def release(self, piece: Piece, tiers: Sequence[Tier] = LADDER) -> None:
-        """Free the copies of `piece` on `tiers`, where there are any."""
-        for tier in tiers:
-            if (piece, tier) in self.copies:
-                self.free(piece, tier)
-
-    def backward(self, unit: Unit, group: Sequence[int]) -> None:
-        """One visit: rebuild each micro-batch's graph from its boundary, take gradients; updates where they are complete."""
-        self.pending_updates(unit)
-        self.fetch_parameters(unit)
+    def backward(self, visit: _Visit) -> None:
+        """Rebuild each micro-batch's graph from its boundary, take gradients."""
+        unit = visit.unit
         self.fetch_partials(unit)
         position = self.names.index(unit.name)
-        home = self.plan.boundaries
-        for micro_batch in group:
-            inputs = []
-            if position > 0:
-                inputs.append(self.boundary(unit.name, micro_batch))
-            if position < len(self.names) - 1:
-                inputs.append(self.boundary(self.names[position + 1], micro_batch, Role.BOUNDARY_GRADIENT))
-            for piece in inputs:
-                self.bring(piece, home, Tier.DEVICE)
+        moves = self.plan.boundaries is not Tier.DEVICE
+        for number, micro_batch in enumerate(visit.group):
+            self.bring_inputs(visit, number)
             produced = list(self.new_partials(unit))
             if position > 0:
                 below = self.boundary(unit.name, micro_batch, Role.BOUNDARY_GRADIENT)
                 produced.append((below, self.boundary_bytes(unit.name, micro_batch)))
-            self.emit(
-                Compute(
-                    unit=unit.name,
-                    micro_batch=micro_batch,
-                    phase=Phase.BACKWARD,
-                    produced=tuple(produced),
-                    flops=self.flops(unit, micro_batch, Phase.BACKWARD),
-                ),
-                Lane.COMPUTE,
-            )
-            for piece in inputs:
+            self.emit_compute(visit, micro_batch, tuple(produced))
+            for piece in self.inputs(visit, micro_batch):
                 self.release(piece)
-            if position > 0 and home is not Tier.DEVICE and len(group) > 1:
-                self.move(produced[-1][0], Tier.DEVICE, home)
+            if position > 0 and moves and len(visit.group) > 1:
+                self.lower([produced[-1][0]], Tier.DEVICE, self.plan.boundaries)
                 self.free(produced[-1][0], Tier.DEVICE)
-        self.free_parameters(unit)
-        if group == self.groups[-1]:
-            self.finish_gradients(unit)
-        else:
-            self.evict_partials(unit)
 
     # -- gradients and updates ---------------------------------------------------------------------------------------
 
@@ -273,18 +246,22 @@ class _Builder:
     def fetch_partials(self, unit: Unit) -> None:
         for bundle in self.trainable(unit):
             home = self.plan.placements[bundle.name].gradients
-            for piece, _ in self.partials(bundle, unit.name):
-                if home is not Tier.DEVICE and (piece, home) in self.copies:
-                    self.move(piece, home, Tier.DEVICE)
-                    self.free(piece, home)
+            waiting = [piece for piece, _ in self.partials(bundle, unit.name) if home is not Tier.DEVICE and (piece, home) in self.copies]
+            self.bring(waiting, Tier.DEVICE)
+            for piece in waiting:
+                self.free(piece, home)
 
     def evict_partials(self, unit: Unit) -> None:
         for bundle in self.trainable(unit):
-            home = self.plan.placements[bundle.name].gradients
-            if home is not Tier.DEVICE:
-                for piece, _ in self.partials(bundle, unit.name):
-                    self.move(piece, Tier.DEVICE, home)
-                    self.free(piece, Tier.DEVICE)
+            self.rest_partials(bundle, unit.name)
+
+    def rest_partials(self, bundle: Bundle, reader: str) -> None:
+        """What one unit has added up leaves the device until the next group, or (tied) the embedding's share, is there."""
+        home = self.plan.placements[bundle.name].gradients
+        if home is not Tier.DEVICE:
+            pieces = [piece for piece, _ in self.partials(bundle, reader)]
+            self.lower(pieces, Tier.DEVICE, home)
+            self.late_frees += [(piece, Tier.DEVICE) for piece in pieces]
 
     def finish_gradients(self, unit: Unit) -> None:
         """Compress each bundle whose last contribution was this unit's, then update it or let its gradient wait."""
@@ -293,63 +270,79 @@ class _Builder:
             if readers[-1] != unit.name:
                 self.rest_partials(bundle, unit.name)
                 continue
-            for reader in readers:
-                for piece, _ in self.partials(bundle, reader):
-                    self.unrest(piece, bundle)
+            home = self.plan.placements[bundle.name].gradients
             partials = tuple(item for reader in readers for item in self.partials(bundle, reader))
+            for piece, _ in partials:
+                if (piece, Tier.DEVICE) not in self.copies:
+                    self.bring([piece], Tier.DEVICE)
+                    self.free(piece, home)
             produced = bundle_pieces(self.plan, bundle.name, Role.GRADIENT, bundle.element_bytes)
             self.emit(Compress(bundle=bundle.name, partials=partials, produced=produced), Lane.COMPUTE)
-            home = self.plan.placements[bundle.name].gradients
-            for piece, _ in produced:
-                if self.plan.timing is UpdateTiming.IMMEDIATE:
-                    self.update(bundle, piece, Tier.DEVICE)
-                elif home is not Tier.DEVICE:
-                    self.move(piece, Tier.DEVICE, home)
-                    self.free(piece, Tier.DEVICE)
+            pieces = [piece for piece, _ in produced]
+            if self.plan.timing is UpdateTiming.IMMEDIATE:
+                self.update(bundle, pieces, for_visit=False)
+            elif home is not Tier.DEVICE:
+                self.lower(pieces, Tier.DEVICE, home)
+                self.late_frees += [(piece, Tier.DEVICE) for piece in pieces]
 
-    def rest_partials(self, bundle: Bundle, reader: str) -> None:
-        """A tied weight's share from the tail leaves the device until the embedding's share is there."""
-        home = self.plan.placements[bundle.name].gradients
-        if home is not Tier.DEVICE:
-            for piece, _ in self.partials(bundle, reader):
-                self.move(piece, Tier.DEVICE, home)
-                self.free(piece, Tier.DEVICE)
+    def update(self, bundle: Bundle, gradients: Sequence[Piece], *, for_visit: bool) -> None:
+        """Bring gradient, parameter and state of each chunk to where they are updated, update, and write back what changed.
 
-    def unrest(self, piece: Piece, bundle: Bundle) -> None:
-        if (piece, Tier.DEVICE) not in self.copies:
-            home = self.plan.placements[bundle.name].gradients
-            self.move(piece, home, Tier.DEVICE)
-            self.free(piece, home)
-
-    def update(self, bundle: Bundle, gradient: Piece, gradient_tier: Tier) -> None:
-        """Bring gradient, parameter and state of one chunk to where they are updated, update, and write back what changed."""
+        Args:
+            for_visit: a visit is about to fetch the parameters: their host copies stay for it (rule 4).
+        """
         placement = self.plan.placements[bundle.name]
         where = placement.update_tier
-        if gradient_tier is not where:
-            self.move(gradient, gradient_tier, where)
-            self.free(gradient, gradient_tier)
-        homes = {Role.PARAMETER: placement.parameters}
-        if self.plan.state_bytes_per_element[bundle.name]:
-            homes[Role.STATE] = placement.states
-        pieces = {role: Piece(role=role, owner=bundle.name, index=gradient.index) for role in homes}
-        for role, home in homes.items():
-            self.bring(pieces[role], home, where)
+        from_ssd = Tier.SSD in (placement.parameters, placement.states, placement.gradients)
+        depth = 1 if where is Tier.DEVICE else UPDATED_CHUNKS if from_ssd else len(gradients)
+        keep = for_visit and self.plan.prefetch_units > 0
+        chains: list[list[Emission]] = []
+        for gradient in gradients:
+            pieces = [Piece(role=Role.PARAMETER, owner=bundle.name, index=gradient.index)]
+            if self.plan.state_bytes_per_element[bundle.name]:
+                pieces.append(Piece(role=Role.STATE, owner=bundle.name, index=gradient.index))
+            chains.append(
+                [
+                    functools.partial(self.bring_for_update, gradient, pieces, where),
+                    functools.partial(self.update_chunk, bundle, gradient, pieces, where, keep=keep),
+                ]
+            )
+        self.pipeline(chains, depth)
+
+    def bring_for_update(self, gradient: Piece, pieces: Sequence[Piece], where: Tier) -> None:
+        if where is Tier.HOST and (gradient, Tier.DEVICE) in self.copies:
+            self.lower([gradient], Tier.DEVICE, Tier.HOST)
+            self.late_frees.append((gradient, Tier.DEVICE))
+        elif (gradient, where) not in self.copies:
+            home = self.nearest(gradient, where)
+            self.bring([gradient], where)
+            self.free(gradient, home)
+        for piece in pieces:
+            if (piece, where) not in self.copies:
+                self.carry(piece, self.home(piece), where)
+
+    def home(self, piece: Piece) -> Tier:
+        """Where a parameter or state rests."""
+        placement = self.plan.placements[piece.owner]
+        return placement.parameters if piece.role is Role.PARAMETER else placement.states
+
+    def update_chunk(self, bundle: Bundle, gradient: Piece, pieces: Sequence[Piece], where: Tier, *, keep: bool) -> None:
         size = self.copies[gradient, where].num_bytes
         num_elements = bundle.chunks[gradient.index].num_elements
         lane = Lane.COMPUTE if where is Tier.DEVICE else Lane.HOST_UPDATE
         self.emit(Update(bundle=bundle.name, chunk=gradient.index, tier=where, num_elements=num_elements, num_bytes=size), lane)
-        for role, home in homes.items():
-            if home is not where:
-                self.move(pieces[role], where, home)
-                self.free(pieces[role], where)
+        for piece in pieces:
+            if self.home(piece) is not where:
+                self.carry(piece, where, self.home(piece))
+                if not (keep and piece.role is Role.PARAMETER and self.home(piece) is Tier.SSD):
+                    self.free(piece, where)
 
-    def pending_updates(self, unit: Unit) -> None:
+    def pending_updates(self, unit: Unit, *, for_visit: bool) -> None:
         for bundle in self.trainable(unit):
             if bundle.name in self.pending:
                 self.pending.remove(bundle.name)
-                home = self.plan.placements[bundle.name].gradients
-                for piece, _ in bundle_pieces(self.plan, bundle.name, Role.GRADIENT, bundle.element_bytes):
-                    self.update(bundle, piece, home)
+                pieces = bundle_pieces(self.plan, bundle.name, Role.GRADIENT, bundle.element_bytes)
+                self.update(bundle, [piece for piece, _ in pieces], for_visit=for_visit)
 
     def finish(self, name: str, *, ends_pending: bool) -> Schedule:
         assert not self.pending, f"bundles never updated: {sorted(self.pending)}"

@@ -110,6 +110,9 @@ class Plan:
     boundaries: Tier
     group_size: int
     """Micro-batches that go through a unit before the next unit."""
+    prefetch_units: int
+    """1: a unit's parameters are fetched while the unit before it computes, and host copies stay for the update that follows. 0: one
+    after the other, with the least memory."""
     timing: UpdateTiming
     seq_len: int
     micro_batch: int

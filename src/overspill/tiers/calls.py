@@ -53,18 +53,34 @@ class SpacePolicy:
 
 
 class SpaceWaiter:
-    """Repeats calls that fail for want of space; thread-safe. `stop()` ends all pauses with the failure."""
+    """Repeats calls that fail for want of space; thread-safe.
+
+    `stop()` ends all pauses with the failure, now and in future; `interrupt()` those that have begun.
+    """
 
     def __init__(self, policy: SpacePolicy) -> None:
         self._policy = policy
-        self._stopped = threading.Event()
+        self._ends = threading.Condition()
+        self._is_stopped = False
+        self._num_interruptions = 0
 
     def stop(self) -> None:
-        self._stopped.set()
+        with self._ends:
+            self._is_stopped = True
+            self._ends.notify_all()
+
+    def interrupt(self) -> None:
+        with self._ends:
+            self._num_interruptions += 1
+            self._ends.notify_all()
+
+    def _has_ended(self, since: int) -> bool:
+        return self._is_stopped or self._num_interruptions != since
 
     def call(self, path: object, function: Callable[[], Result]) -> Result:
         """The result of `function()`, tried again while it raises ENOSPC or EDQUOT; other errors pass through."""
         started_s: float | None = None
+        since = self._num_interruptions
         while True:
             try:
                 result = function()
@@ -80,8 +96,9 @@ class SpaceWaiter:
                     )
                 if self._policy.max_wait_s is not None and now - started_s >= self._policy.max_wait_s:
                     raise
-                if self._stopped.wait(self._policy.poll_s):
-                    raise
+                with self._ends:
+                    if self._ends.wait_for(lambda: self._has_ended(since), timeout=self._policy.poll_s):
+                        raise
                 continue
             if started_s is not None:
                 self._policy.report(f"going on: {path} can be written again after {time.monotonic() - started_s:.1f} s")

@@ -126,6 +126,9 @@ class FakeStore:
         """Start writing bytes [offset, offset + len(buffer)) of an extent; `buffer` is lent until `wait()`."""
         return self._start("write", name, offset, buffer)
 
+    def interrupt(self) -> None:
+        """Nothing here waits for a person."""
+
     def close(self) -> None:
         """Wait for the transfers in flight, stop the threads, raise a failure that nobody waited for."""
         if self._is_closed:

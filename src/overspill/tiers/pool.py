@@ -10,16 +10,22 @@ Rules:
 1. A slot is used by whoever acquired it until `release()`; its tensor, and every view of it, is dead afterwards. Using the
    slot again, or releasing it again, is asserted; a kept view cannot be seen from here.
 2. A slot's content is undefined when it is acquired.
-3. Acquiring takes an idle slot of the class (the one released last, its pages are warm), else it allocates one. Only when
-   the memory's budget refuses that, idle slots of all classes are freed, and it is tried once more.
-4. The pool never waits: how many slots are in flight is the Schedule's decision, and `validate` proved that they fit.
+3. Acquiring takes an idle slot of the class (the one released first: whatever still works on it is likeliest to be done),
+   else it allocates one. Only when the memory's budget refuses that, idle slots of all classes are freed, and it is tried once
+   more.
+4. The pool never waits for a slot: how many are in flight is the Schedule's decision, and `validate` proved that they fit.
+5. A slot may be released while work on it is still under way, and is lent again at once together with that work
+   (`Slot.after`): whoever acquires it lets everything that touches its memory wait for that first. So lending follows the
+   order of the program, whatever runs late.
 """
 
 from __future__ import annotations
 
+import collections
 import threading
+from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
@@ -31,12 +37,25 @@ SLOT_ALIGNMENT_BYTES = 4096
 """Granule of the size classes: a page, and the block that direct I/O wants."""
 
 
+class Pending(Protocol):
+    """Work that may still be under way."""
+
+    @property
+    def is_done(self) -> bool: ...
+
+    def settle(self) -> object:
+        """Block until it has ended, well or not."""
+        ...
+
+
 class Slot:
     """A borrowed buffer (rule 1). Leaving a `with` block releases it."""
 
-    def __init__(self, pool: SlotPool, block_name: str, block: torch.Tensor, num_bytes: int) -> None:
+    def __init__(self, pool: SlotPool, block_name: str, block: torch.Tensor, num_bytes: int, after: tuple[Pending, ...]) -> None:
         self._pool, self._block_name, self._block = pool, block_name, block
         self._is_released = False
+        self.after = after
+        """What must have ended before the slot's memory is touched (rule 5)."""
         self.num_bytes = num_bytes
         """Bytes that were asked for."""
 
@@ -46,11 +65,11 @@ class Slot:
         assert not self._is_released, f"slot {self._block_name} is used after its release"
         return self._block[: self.num_bytes]
 
-    def release(self) -> None:
-        """Give the slot back; the bytes may be overwritten from now on."""
+    def release(self, after: Iterable[Pending] = ()) -> None:
+        """Give the slot back; the bytes may be overwritten as soon as `after` has ended (rule 5)."""
         assert not self._is_released, f"slot {self._block_name} is released twice"
         self._is_released = True
-        self._pool._take_back(self._block_name, self._block, self.num_bytes)
+        self._pool._take_back(self._block_name, self._block, self.num_bytes, tuple(work for work in after if not work.is_done))
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +91,7 @@ class SlotPool:
         self.name = name
         self._memory = memory
         self._lock = threading.Lock()
-        self._idle: dict[int, list[tuple[str, torch.Tensor]]] = {}
+        self._idle: dict[int, collections.deque[tuple[str, torch.Tensor, tuple[Pending, ...]]]] = {}
         self._num_created = 0
         self._used_bytes = 0
         self._asked_bytes = 0
@@ -110,15 +129,16 @@ class SlotPool:
         size = align_up(num_bytes, SLOT_ALIGNMENT_BYTES)
         with self._lock:
             idle = self._idle.get(size)
+            after: tuple[Pending, ...] = ()
             if idle:
-                block_name, block = idle.pop()
+                block_name, block, after = idle.popleft()
                 self._idle_bytes -= size
             else:
                 block_name, block = self._create(size)
             self._used_bytes += size
             self._asked_bytes += num_bytes
             self._peak_bytes = max(self._peak_bytes, self.resident_bytes)
-        return Slot(self, block_name, block, num_bytes)
+        return Slot(self, block_name, block, num_bytes, tuple(work for work in after if not work.is_done))
 
     def trim(self) -> int:
         """Free all idle slots; their bytes."""
@@ -143,16 +163,18 @@ class SlotPool:
 
     def _free_idle(self) -> int:
         freed, self._idle_bytes = self._idle_bytes, 0
-        names = [block_name for blocks in self._idle.values() for block_name, _ in blocks]
+        idle = [(block_name, after) for blocks in self._idle.values() for block_name, _, after in blocks]
         self._idle.clear()
-        for block_name in names:
+        for block_name, after in idle:
+            for work in after:
+                work.settle()
             self._memory.free(block_name)
         return freed
 
-    def _take_back(self, block_name: str, block: torch.Tensor, num_bytes: int) -> None:
+    def _take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: tuple[Pending, ...]) -> None:
         size = block.numel()
         with self._lock:
             self._used_bytes -= size
             self._asked_bytes -= num_bytes
             self._idle_bytes += size
-            self._idle.setdefault(size, []).append((block_name, block))
+            self._idle.setdefault(size, collections.deque()).append((block_name, block, after))

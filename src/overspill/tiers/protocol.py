@@ -146,6 +146,10 @@ class Store(Protocol):
         """Start copying `buffer`, which is lent (rule 1), to bytes [offset, offset + len(buffer)) of an extent."""
         ...
 
+    def interrupt(self) -> None:
+        """Let transfers that wait for something a person must do (free space on a drive) fail instead."""
+        ...
+
     def close(self) -> None:
         """Wait for the transfers in flight and drop all content. Closing again does nothing.
 

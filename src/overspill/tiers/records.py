@@ -213,6 +213,10 @@ class RecordStore:
                 problems.append(str(error))
         return problems
 
+    def interrupt(self) -> None:
+        """See `Store.interrupt`."""
+        self.store.interrupt()
+
     def close(self) -> None:
         self.store.close()
 
@@ -242,6 +246,10 @@ class _VerifiedRead:
     @property
     def is_done(self) -> bool:
         return self._inner.is_done
+
+    @property
+    def ended_s(self) -> float | None:
+        return getattr(self._inner, "ended_s", None)
 
     def wait(self) -> None:
         """Block until the bytes are there and verified."""

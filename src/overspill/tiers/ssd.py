@@ -234,6 +234,10 @@ class SsdStore:
             self._written_bytes += buffer.numel()
         return transfer
 
+    def interrupt(self) -> None:
+        """End the pauses for space that have begun: their transfers fail, so that nobody waits for them any longer."""
+        self._space.interrupt()
+
     def close(self) -> None:
         """Wait for the transfers in flight, stop the threads, remove the file, raise a failure that nobody waited for."""
         if self._is_closed:

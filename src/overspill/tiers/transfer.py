@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 
@@ -67,6 +68,8 @@ class PartsTransfer:
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
+        self.ended_s: float | None = None
+        """When it ended, by `time.perf_counter`; None before."""
 
     @property
     def is_done(self) -> bool:
@@ -91,6 +94,7 @@ class PartsTransfer:
             is_last = self._num_left == 0
         if is_last:
             self._book._end(self, self._name, self._error)
+            self.ended_s = time.perf_counter()
             self._ended.set()
 
 

@@ -1,0 +1,236 @@
+"""Lanes: in-order queues of ops that run beside each other, and what it means for an op to be complete.
+
+Words:
+
+* **lane**: one queue of `spec.schedule.Lane`. Every lane but `compute` has a thread that takes its jobs in order; `compute` is
+  the thread that dispatches, because autograd runs there.
+* **job**: what one op does on its lane, with the completions it has to wait for first.
+* **issued**: the job's function has returned. On the lanes of a CUDA link the copy is then in the lane's stream, with an event
+  behind it; on the lanes of an SSD the transfer has been started; elsewhere the work is done.
+* **complete**: issued, and its event or transfer has ended.
+
+Rules:
+
+1. Within a lane jobs are issued in the order in which they were submitted.
+2. A CUDA lane waits for another CUDA lane on the device (its stream waits for the event) and for all others on its own thread. No
+   thread but the one that asks waits for a device.
+3. After a failure no job that has not begun is begun any more: it fails as `Abandoned`. Jobs end in any case, so whoever waits is
+   released, and `settle` says when nobody uses a buffer any more.
+4. On the `cpu` device the links are lanes with threads too, so that everything above it is the same code.
+
+Costs: about 20 us of a lane's thread for each job; five threads a session, started with the first job.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from overspill.errors import OverspillError
+from overspill.spec.schedule import Lane
+from overspill.tiers import Transfer
+
+Job = Callable[[], Transfer | None]
+"""The work of one op; an SSD op returns the transfer that it has started."""
+
+
+class Abandoned(OverspillError):
+    """A job that was not begun because another one failed."""
+
+
+class Completion:
+    """The end of one op. Made by `Lanes`; thread-safe."""
+
+    __slots__ = ("lane", "_lanes", "_issued", "_event", "_begin_event", "_transfer", "_error", "_begin_s", "_end_s")
+
+    def __init__(self, lanes: Lanes, lane: Lane) -> None:
+        self.lane = lane
+        self._lanes = lanes
+        self._issued = False
+        self._event: torch.cuda.Event | None = None
+        self._begin_event: torch.cuda.Event | None = None
+        self._transfer: Transfer | None = None
+        self._error: BaseException | None = None
+        self._begin_s = self._end_s = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would return or raise at once."""
+        if not self._issued:
+            return False
+        if self._error is not None:
+            return True
+        if self._event is not None:
+            return bool(self._event.query())
+        return self._transfer is None or self._transfer.is_done
+
+    def wait(self) -> None:
+        """Block this thread until the op is complete.
+
+        Raises:
+            BaseException: what the op failed with.
+        """
+        self._wait_issued()
+        if self._event is not None:
+            self._event.synchronize()
+        if self._transfer is not None:
+            self._transfer.wait()
+
+    def wait_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Let what is put into `stream` from now on wait for the op; without a stream this thread waits (rule 2)."""
+        self._wait_issued()
+        if stream is None or self._event is None:
+            self.wait()
+        elif self._lanes.stream(self.lane) != stream:
+            stream.wait_event(self._event)
+
+    def settle(self) -> BaseException | None:
+        """Wait for the end, whatever it is; the failure if it was one."""
+        try:
+            self.wait()
+        except BaseException as error:  # handed to the caller, who decides which failure of a step is told
+            return error
+        return None
+
+    def span_s(self, base: torch.cuda.Event | None, base_s: float) -> tuple[float, float]:
+        """When the complete op ran, in seconds after the base; zeros if it never ran."""
+        if self._begin_event is not None and self._event is not None and base is not None:
+            return base.elapsed_time(self._begin_event) / 1e3, base.elapsed_time(self._event) / 1e3
+        end_s = getattr(self._transfer, "ended_s", None) or self._end_s
+        return (self._begin_s - base_s, end_s - base_s) if self._begin_s else (0.0, 0.0)
+
+    def _wait_issued(self) -> None:
+        if not self._issued:
+            with self._lanes.condition:
+                self._lanes.condition.wait_for(lambda: self._issued)
+        if self._error is not None:
+            raise self._error
+
+    def _end(self, *, transfer: Transfer | None = None, error: BaseException | None = None) -> None:
+        self._transfer, self._error = transfer, error
+        self._end_s = time.perf_counter()
+        with self._lanes.condition:
+            self._issued = True
+            self._lanes.condition.notify_all()
+
+
+class Lanes:
+    """The lanes of one session.
+
+    Args:
+        device: where `compute` runs; `cuda` gives the link lanes a stream each.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.condition = threading.Condition()
+        """Notified whenever an op is issued."""
+        self.has_failed = False
+        """Set by the first failure (rule 3), cleared by `reset`."""
+        self._queues: dict[Lane, _Queue] = {}
+        self._streams: dict[Lane, torch.cuda.Stream] = {}
+        self._is_closed = False
+        if device.type == "cuda":
+            self._streams = {lane: torch.cuda.Stream(device) for lane in (Lane.H2D, Lane.D2H)}
+
+    def stream(self, lane: Lane) -> torch.cuda.Stream | None:
+        """The lane's CUDA stream; None where it works on the host."""
+        if self.device.type == "cuda" and lane is Lane.COMPUTE:
+            return torch.cuda.current_stream(self.device)
+        return self._streams.get(lane)
+
+    def submit(self, lane: Lane, job: Job, waits: Iterable[Completion]) -> Completion:
+        """Queue a job of any lane but `compute`."""
+        assert lane is not Lane.COMPUTE and not self._is_closed, lane
+        completion = Completion(self, lane)
+        queue = self._queues.get(lane)
+        if queue is None:
+            queue = self._queues[lane] = _Queue(self, lane)
+        queue.put((job, tuple(waits), completion))
+        return completion
+
+    def run_here(self, job: Callable[[], Any], waits: Iterable[Completion]) -> Completion:
+        """Do a job of lane `compute` on this thread, which waits as rule 2 says.
+
+        Raises:
+            BaseException: what the job, or something that it waits for, failed with.
+        """
+        completion = Completion(self, Lane.COMPUTE)
+        stream = self.stream(Lane.COMPUTE)
+        self._run(completion, job, waits, stream)
+        if completion._error is not None:
+            raise completion._error
+        return completion
+
+    def done(self, lane: Lane) -> Completion:
+        """The completion of an op that has nothing to do."""
+        completion = Completion(self, lane)
+        completion._issued = True
+        return completion
+
+    def reset(self) -> None:
+        """Forget a failure; all ops must have settled."""
+        self.has_failed = False
+
+    def close(self) -> None:
+        """End the threads, after what is queued; closing again does nothing."""
+        self._is_closed = True
+        for queue in self._queues.values():
+            queue.put(None)
+        for queue in self._queues.values():
+            queue.thread.join()
+        self._queues = {}
+
+    def _run(self, completion: Completion, job: Job, waits: Iterable[Completion], stream: torch.cuda.Stream | None) -> None:
+        transfer = None
+        try:
+            for wait in waits:
+                wait.wait_on(stream)
+            if self.has_failed:
+                raise Abandoned(f"not begun on lane {completion.lane}: another op of the step failed")
+            completion._begin_s = time.perf_counter()
+            if stream is None:
+                transfer = job()
+            else:
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record(stream)
+                with torch.cuda.stream(stream):
+                    transfer = job()
+                end.record(stream)
+                completion._begin_event, completion._event = begin, end
+        except BaseException as error:
+            self.has_failed = True
+            completion._end(error=error)
+            return
+        completion._end(transfer=transfer)
+
+
+class _Queue:
+    """One lane's thread and its jobs."""
+
+    def __init__(self, lanes: Lanes, lane: Lane) -> None:
+        self._lanes, self._lane = lanes, lane
+        self._jobs: collections.deque[tuple[Job, tuple[Completion, ...], Completion] | None] = collections.deque()
+        self._wake = threading.Semaphore(0)
+        self.thread = threading.Thread(target=self._serve, name=f"overspill-{lane.value}", daemon=True)
+        self.thread.start()
+
+    def put(self, item: tuple[Job, tuple[Completion, ...], Completion] | None) -> None:
+        self._jobs.append(item)
+        self._wake.release()
+
+    def _serve(self) -> None:
+        stream = self._lanes.stream(self._lane)
+        while True:
+            self._wake.acquire()
+            item = self._jobs.popleft()
+            if item is None:
+                return
+            job, waits, completion = item
+            self._lanes._run(completion, job, waits, stream)
+            del item, job, waits, completion  # an idle lane keeps no buffer alive

@@ -1,0 +1,199 @@
+"""Claims about overlap: it changes no bit however the lanes are delayed, it saves the time it says, and failures end it cleanly."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from training_loop import make_batches
+
+import overspill
+from overspill.errors import StorageError
+from overspill.runtime.compute import UnitRunner
+from overspill.runtime.lanes import Abandoned, Lanes
+from overspill.runtime.trace import Span, busy_s, overlap_s
+from overspill.spec.schedule import Lane
+from overspill.tiers import FakeStore
+
+OPTIMIZER = overspill.AdamW(lr=1e-2)
+
+
+def open_session(*, serial: bool, delay_s: float = 0.0, chunk_bytes: int = 64 * 1024, **fields: object) -> overspill.Session:
+    defaults: dict[str, object] = {"dtype": "float32", "seq_len": 12, "micro_batch": 2, "device": "cpu", "accumulate": 2, "ssd_dir": "fake"}
+    return overspill.Session(
+        tiny_model("llama_tied"),
+        plan=overspill.PlanRequest(**{**defaults, **fields}),  # type: ignore[arg-type]
+        optimizer=OPTIMIZER,
+        serial=serial,
+        chunk_bytes=chunk_bytes,
+        open_store=lambda directory, capacity_bytes, is_scratch: FakeStore(capacity_bytes, delay_s=delay_s),
+    )
+
+
+def outcome(session: overspill.Session, num_steps: int = 3) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor]]:
+    """Loss and norm of each step, and every parameter and moment after them."""
+    with session:
+        reports = [session.step(make_batches(2, vocab_size=96, seed=step)) for step in range(num_steps)]
+        for report in reports:
+            assert report.host_resident_peak_bytes > 0
+        session.flush()
+        tensors = {name: session.homes.read(name) for name in session.homes.names}
+        tensors |= {f"{name}.exp_avg_sq": session.homes.read_state(name, "exp_avg_sq") for name in session.homes.names}
+    return [(report.loss, report.grad_norm) for report in reports], tensors
+
+
+def assert_same(found: tuple[list, dict], expected: tuple[list, dict]) -> None:  # type: ignore[type-arg]
+    assert found[0] == expected[0]
+    for name, tensor in expected[1].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
+PLACEMENTS = [
+    {"parameters": "ssd", "states": "ssd", "boundaries": "ssd"},
+    {"parameters": "host", "states": "host", "boundaries": "host"},
+    {"parameters": "host", "states": "ssd", "boundaries": "device"},
+    {"parameters": "ssd", "states": "host", "boundaries": "host", "group_size": 1},
+    {"parameters": "device", "states": "host", "boundaries": "device"},
+]
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["immediate", "pending"])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: "-".join(map(str, placement.values())))
+def test_overlapped_steps_are_the_serial_ones_to_the_last_bit(placement: dict[str, object], clip: float | None) -> None:
+    expected = outcome(open_session(serial=True, clip=clip, **placement))
+    assert_same(outcome(open_session(serial=False, clip=clip, delay_s=0.0005, **placement)), expected)
+
+
+def hunt(monkeypatch: pytest.MonkeyPatch, num_rounds: int) -> None:
+    """Every job of every lane starts late, and its completion is told late, by a random time."""
+    expected = {
+        (index, clip): outcome(open_session(serial=True, clip=clip, **placement), 2)
+        for (index, placement), clip in itertools.product(enumerate(PLACEMENTS[:4]), (None, 1.0))
+    }
+    run = Lanes._run
+
+    def late(self, completion, job, waits, stream):  # type: ignore[no-untyped-def]
+        def slow_job():  # type: ignore[no-untyped-def]
+            time.sleep(delays.random() * 0.002 * (delays.random() < 0.3))
+            result = job()
+            time.sleep(delays.random() * 0.002 * (delays.random() < 0.3))
+            return result
+
+        run(self, completion, slow_job, waits, stream)
+
+    monkeypatch.setattr(Lanes, "_run", late)
+    for number in range(num_rounds):
+        delays = random.Random(number)
+        index, clip = number % 4, (None, 1.0)[number // 4 % 2]
+        found = outcome(open_session(serial=False, clip=clip, **PLACEMENTS[index]), 2)  # type: ignore[arg-type]
+        assert_same(found, expected[index, clip])
+
+
+def test_random_delays_on_every_lane_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hunt(monkeypatch, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_200_rounds_of_random_delays_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    hunt(monkeypatch, 200)
+
+
+def test_reads_run_under_the_compute_of_the_unit_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units take 20 ms, a drive about as long for a unit's chunks: overlapped is quicker by more than a quarter."""
+    run = UnitRunner.run
+
+    def slow(self, op, visit, micro_batch, context, gradients):  # type: ignore[no-untyped-def]
+        time.sleep(0.02)
+        run(self, op, visit, micro_batch, context, gradients)
+
+    monkeypatch.setattr(UnitRunner, "run", slow)
+    seconds = {}
+    for serial in (True, False):
+        with open_session(serial=serial, delay_s=0.004, accumulate=1, parameters="ssd", states="host", boundaries="device") as session:
+            session.step(make_batches(1, vocab_size=96, seed=0))
+            seconds[serial] = session.step(make_batches(1, vocab_size=96, seed=1)).step_s
+            shared = overlap_s(session.executor.spans, Lane.COMPUTE, Lane.SSD_READ)
+            assert (shared == 0) == serial
+    assert seconds[False] < 0.75 * seconds[True], seconds
+
+
+def test_states_are_read_updated_and_written_back_side_by_side() -> None:
+    """Reading and writing each take the drive 4 ms a chunk; overlapped, they share most of that time."""
+    spans = {}
+    for serial in (True, False):
+        with open_session(serial=serial, delay_s=0.004, accumulate=1, parameters="host", states="ssd", boundaries="device") as session:
+            for step in range(2):
+                session.step(make_batches(1, vocab_size=96, seed=step))
+            spans[serial] = session.executor.spans
+    written = busy_s(spans[False], Lane.SSD_WRITE)
+    assert overlap_s(spans[True], Lane.SSD_READ, Lane.SSD_WRITE) == 0
+    assert overlap_s(spans[False], Lane.SSD_READ, Lane.SSD_WRITE) > 0.5 * written
+    assert max(span.end_s for span in spans[False]) < 0.75 * max(span.end_s for span in spans[True])
+
+
+def test_measured_peaks_are_the_predicted_ones_although_lanes_overlap() -> None:
+    for placement in PLACEMENTS:
+        with open_session(serial=False, **placement) as session:
+            batches = make_batches(2, vocab_size=96, seed=0)
+            for _ in range(2):
+                prediction = session.predict(batches)
+                report = session.step(batches)
+                difference = report - prediction
+                assert set(difference.lane_bytes.values()) == {0}
+                assert difference.host_resident_peak_bytes == difference.device_resident_peak_bytes == 0
+                assert difference.ssd_resident_peak_bytes == 0
+
+
+@pytest.mark.parametrize("lane", [Lane.SSD_READ, Lane.SSD_WRITE, Lane.HOST_UPDATE, Lane.H2D, Lane.D2H])
+def test_a_failure_on_any_lane_ends_the_step_with_that_failure_and_leaves_no_thread(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = threading.active_count()
+    submit = Lanes.submit
+    numbers = itertools.count()
+
+    def failing(self, where, job, waits):  # type: ignore[no-untyped-def]
+        def broken() -> None:
+            raise StorageError(f"broken on {where}")
+
+        return submit(self, where, broken if where is lane and next(numbers) == 5 else job, waits)
+
+    monkeypatch.setattr(Lanes, "submit", failing)
+    with open_session(serial=False, parameters="ssd", states="ssd", boundaries="host") as session:
+        with pytest.raises(StorageError, match=f"broken on {lane}"):
+            session.step(make_batches(2, vocab_size=96, seed=0))
+        if session.executor.updated:
+            with pytest.raises(RuntimeError, match="half-way"):
+                session.step(make_batches(2, vocab_size=96, seed=0))
+        else:
+            session.step(make_batches(2, vocab_size=96, seed=0))
+    assert threading.active_count() == threads
+
+
+def test_jobs_behind_a_failure_are_abandoned_and_the_lanes_work_again_after_a_reset() -> None:
+    lanes = Lanes(torch.device("cpu"))
+    done: list[str] = []
+
+    def fail() -> None:
+        raise StorageError("broken")
+
+    first = lanes.submit(Lane.SSD_READ, fail, [])
+    second = lanes.submit(Lane.HOST_UPDATE, lambda: done.append("second"), [first])
+    third = lanes.submit(Lane.SSD_READ, lambda: done.append("third"), [])
+    assert isinstance(first.settle(), StorageError) and isinstance(second.settle(), StorageError)
+    assert isinstance(third.settle(), Abandoned) and not done
+    lanes.reset()
+    lanes.submit(Lane.SSD_READ, lambda: done.append("fourth"), []).wait()
+    assert done == ["fourth"]
+    lanes.close()
+
+
+def test_busy_time_counts_overlapping_transfers_of_a_lane_once() -> None:
+    spans = [Span(op=index, lane=Lane.SSD_READ, start_s=start, end_s=end) for index, (start, end) in enumerate([(0, 2), (1, 3), (5, 6)])]
+    other = [Span(op=9, lane=Lane.COMPUTE, start_s=2.5, end_s=5.5)]
+    assert busy_s(spans, Lane.SSD_READ) == 4
+    assert overlap_s(spans + other, Lane.SSD_READ, Lane.COMPUTE) == 1.0
