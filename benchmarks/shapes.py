@@ -65,11 +65,12 @@ class LlamaShape:
 
 SHAPES = {
     "tiny": LlamaShape(hidden_size=64, num_blocks=4, num_heads=4, num_kv_heads=2, ffn_size=128),
+    "63M": LlamaShape(hidden_size=512, num_blocks=8, num_heads=8, num_kv_heads=2, ffn_size=2048),
     "1.10B": LlamaShape(hidden_size=2048, num_blocks=16, num_heads=32, num_kv_heads=8, ffn_size=8192),
     "3.02B": LlamaShape(hidden_size=3072, num_blocks=28, num_heads=24, num_kv_heads=8, ffn_size=8192),
     "8B": LlamaShape(hidden_size=4096, num_blocks=32, num_heads=32, num_kv_heads=8, ffn_size=14336, vocab_size=128256),
 }
-"""`8B` is Llama-3.1-8B. `tiny` is for tests."""
+"""`8B` is Llama-3.1-8B. `tiny` is for tests, `63M` for trying things on a CPU: its matrices are just large enough for DeepSpeed to swap."""
 
 
 def build_model(shape: LlamaShape, device: torch.device) -> LlamaForCausalLM:
