@@ -101,10 +101,10 @@ class HostWatch:
 
 def _watch(pid: int, floor_bytes: int | None, last_words: Path | None) -> None:
     """The child: looks every `PERIOD_S`, answers each line of its input with what it saw, ends with its input."""
-    first = _meminfo()
+    first = meminfo()
     lowest, cgroup_most = dict(first), _cgroup_bytes()
     while True:
-        now = _meminfo()
+        now = meminfo()
         lowest = {name: min(lowest[name], now[name]) for name in WITNESSES}
         cgroup_most = max(cgroup_most, _cgroup_bytes())
         seen = {
@@ -124,10 +124,11 @@ def _watch(pid: int, floor_bytes: int | None, last_words: Path | None) -> None:
             if not sys.stdin.readline():
                 return
             print(json.dumps(seen), flush=True)
-            lowest, cgroup_most = _meminfo(), _cgroup_bytes()
+            lowest, cgroup_most = meminfo(), _cgroup_bytes()
 
 
-def _meminfo() -> dict[str, int]:
+def meminfo() -> dict[str, int]:
+    """MemAvailable and MemFree of the machine, in bytes."""
     found = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")

@@ -124,7 +124,7 @@ def main() -> int:
     options = parse_arguments()
     if options.child is not None:
         return run_child(options)
-    configuration = {key: value for key, value in vars(options).items() if key not in ("out", "child")}
+    configuration = {key: value for key, value in vars(options).items() if key not in ("out", "child", "steps")}
     result = {"system": "deepspeed", **provenance(), **configuration}
     with tempfile.TemporaryDirectory() as folder:
         report, last_words = Path(folder) / "report.json", Path(folder) / "last-words.json"

@@ -47,7 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     options = parse_arguments()
     watch = HostWatch()  # before torch: its own memory belongs to the process
-    configuration = {key: value for key, value in vars(options).items() if key != "out"}
+    configuration = {key: value for key, value in vars(options).items() if key not in ("out", "steps")}
     result = {"system": "overspill", **provenance(), **configuration}
     try:
         result |= measure_run(options, watch)
