@@ -254,9 +254,7 @@ def sized_trial(kind: str, size: int, options: argparse.Namespace, *, blocks: in
     return Trial(samples=size, seq_len=options.batch_seq_len, blocks=blocks, boundaries=boundaries)
 
 
-def confirm(
-    kind: str, times: dict[int, float], shape: Any, worker: Worker, options: argparse.Namespace, seconds: float
-) -> dict[str, Any]:
+def confirm(kind: str, times: dict[int, float], shape: Any, worker: Worker, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
     """The whole depth, from the largest size down, as long as there is time."""
     deadline = time.monotonic() + seconds
     tried = []

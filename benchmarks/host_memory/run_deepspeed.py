@@ -205,9 +205,7 @@ def train(options: argparse.Namespace, watch: HostWatch) -> dict[str, Any]:
         step_s, value = time.perf_counter() - begun, float(loss.detach())
         peak_bytes = torch.cuda.max_memory_reserved() if is_cuda else 0
         io = dataclasses.asdict(counters.read() - before)
-        steps.append(
-            {"step_s": step_s, "loss": value, "tokens_per_s": tokens / step_s, "io": io, "device_peak_bytes": peak_bytes}
-        )
+        steps.append({"step_s": step_s, "loss": value, "tokens_per_s": tokens / step_s, "io": io, "device_peak_bytes": peak_bytes})
         print(f"step {step + 1}: {step_s:.2f} s, loss {value:.4f}", flush=True)
     training = watch.read()
     return {

@@ -82,7 +82,9 @@ all_ssd=(--parameters ssd --states ssd --boundaries ssd)
       deepspeed infinity-both-defaults 60 infinity-both --live 1000000000 --prefetch 50000000 --buffer-count 24 --steps 1
       ;;
     parts)
-      # One step shows the peak; parameters and states on the SSD, gradients as the part needs them.
+      # One step shows the peak. Rounding to powers of two shows where much rests in host memory.
+      overspill parts-host-as-is 40 "$shape" --steps 1
+      overspill parts-host-no-pinned 40 "$shape" --steps 1 --off pinned
       overspill parts-as-is 80 "$shape" "${all_ssd[@]}" --steps 1
       for off in pool pinned check engine check-flat; do
         overspill "parts-no-$off" 90 "$shape" "${all_ssd[@]}" --steps 1 --off "$off"

@@ -85,6 +85,8 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, Any]:
         theirs_clipped = find("deepspeed", name, clip=1.0) or theirs
         if ours and theirs:
             found[f"host peak, all SSD, of {name}'s"] = host_peak_bytes(ours) / host_peak_bytes(theirs)
+            resident = [result["host"]["training"]["vm_hwm_bytes"] for result in (ours, theirs)]
+            found[f"host peak, all SSD, of {name}'s, VmHWM alone"] = resident[0] / resident[1]
             found[f"SSD bytes a step, no clip, of {name}'s"] = ssd_bytes(ours) / max(1, ssd_bytes(theirs))
         if clipped and theirs_clipped:
             found[f"SSD bytes a step, clip, of {name}'s"] = ssd_bytes(clipped) / max(1, ssd_bytes(theirs_clipped))
@@ -94,6 +96,8 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, Any]:
     deep, half = find("overspill", "whole-depth"), find("overspill", "half-depth")
     if deep and half:
         found["host peak, whole depth of half depth"] = host_peak_bytes(deep) / host_peak_bytes(half)
+        resident = [result["host"]["training"]["vm_hwm_bytes"] for result in (deep, half)]
+        found["host peak, whole depth of half depth, VmHWM alone"] = resident[0] / resident[1]
     for name, bound in (("host", 12.6), ("host-clip", 14.6)):
         result = find("overspill", name)
         if result:
@@ -102,9 +106,10 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, Any]:
     theirs = find("deepspeed", "zero3-cpu")
     if theirs:
         found["zero3-cpu: host bytes a parameter beyond 1.5 GiB"] = (host_peak_bytes(theirs) - OWN_BYTES) / theirs["num_parameters"]
-    base = find("overspill", "parts-as-is")
-    for result in good if base else ():
-        if base and result["name"].startswith("parts-no-"):
+    for result in good:
+        stem, _, off = result["name"].partition("-no-")
+        base = find("overspill", f"{stem}-as-is")
+        if off and base:
             found[f"{result['name']}: host GiB more"] = (host_peak_bytes(result) - host_peak_bytes(base)) / GIB
             with_cache = result["host"]["training"]["free_fall_bytes"] - base["host"]["training"]["free_fall_bytes"]
             found[f"{result['name']}: with page cache, GiB more"] = with_cache / GIB

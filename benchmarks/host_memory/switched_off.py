@@ -5,7 +5,7 @@ The package has no switch for these; nobody should want them off. What is exchan
 | part | switched off | seam |
 |---|---|---|
 | `pool` | every slot of host memory is as large as the model's largest tensor (DeepSpeed's swap buffers) | `SlotPool.acquire` |
-| `pinned` | host memory comes from torch's caching host allocator, which rounds up to powers of two and keeps what is freed | `Memory.allocate` |
+| `pinned` | torch's caching host allocator, which rounds up to powers of two and keeps what is freed | `Memory.allocate` |
 | `check` | each gradient is looked at by `isinf(x).any()` and `isnan(x).any()` on an fp32 copy in host memory | `optim.sum_of_squares` |
 | `check-flat` | the same on all gradients of a step in one flat fp32 buffer, which is how DeepSpeed keeps them | the same |
 | `engine` | one file a tensor through the page cache, by Python, instead of direct I/O on extents | `Session(open_store=...)` |

@@ -26,6 +26,7 @@ from overspill.units import GIB, format_bytes
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from shapes import SHAPES, build_model  # noqa: E402
 
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1.10B")
