@@ -42,7 +42,11 @@ class Outcome:
 
 
 def run_attempt(command: list[str], *, limit_s: float, environment: dict[str, str] | None = None) -> Outcome:
-    """Run `command` to its end or to `limit_s`; its output goes to a file, of which the end is kept, and to the screen."""
+    """Run `command` to its end or to `limit_s`; its output goes to a file, of which the end is kept, and to the screen.
+
+    A SIGTERM that this process gets meanwhile ends the child too.
+    """
+    signal.signal(signal.SIGTERM, _exit_on_signal)
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:
         child = subprocess.Popen(
@@ -62,6 +66,10 @@ def run_attempt(command: list[str], *, limit_s: float, environment: dict[str, st
         tail = output.read().decode(errors="replace")
     print(tail[-1500:], flush=True)
     return Outcome(return_code=code, wall_s=time.monotonic() - started, output_tail=tail)
+
+
+def _exit_on_signal(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import gc
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -144,6 +145,7 @@ class Worker:
 
     def run(self, trial: Trial, limit_s: float) -> dict[str, Any]:
         if self._child is None:
+            signal.signal(signal.SIGTERM, lambda number, frame: self._stop(number))
             environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
             self._child = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         assert self._child.stdin is not None and self._child.stdout is not None
@@ -156,6 +158,11 @@ class Worker:
             return {**json.loads(line), "wall_s": wall_s}
         self.close()
         return {"runs": False, "error": "the worker died" if ready else f"ran past its limit of {limit_s:.0f} s", "wall_s": wall_s}
+
+    def _stop(self, number: int) -> None:
+        """Told to end from outside: the worker first."""
+        self.close()
+        raise SystemExit(128 + number)
 
     def close(self) -> None:
         if self._child is not None:

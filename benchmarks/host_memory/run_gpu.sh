@@ -26,7 +26,8 @@ if [ "${INSTALL:-1}" = 1 ]; then
   export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 shape=${SHAPE:-1.10B} deep=${DEEP_SHAPE:-3.02B} half=${HALF_BLOCKS:-14} large=${LARGE_SHAPE:-8B}
-read -r -a common <<< "${COMMON:-}"  # arguments for every run of overspill: a smaller batch, another dtype
+read -r -a batch <<< "${BATCH:---samples 8 --seq-len 2048}"  # of every run of both systems
+read -r -a common <<< "${COMMON:-}"                          # more arguments for every run of overspill, as --dtype float32
 
 # run NAME SECONDS COMMAND...: run it if it is wanted and if at least half of its time is left.
 run() {
@@ -49,15 +50,19 @@ overspill() {  # NAME SECONDS SHAPE ARGUMENTS...
   local name=$1 seconds=$2 which=$3
   shift 3
   run "$name" "$seconds" python3 "$here/run_overspill.py" --name "$name" --shape "$which" --ssd-dir "$ssd/overspill" --out "$out" \
-    ${common[@]+"${common[@]}"} "$@"
+    "${batch[@]}" ${common[@]+"${common[@]}"} "$@"
   rm -rf "$ssd/overspill"
 }
 deepspeed() {  # NAME SECONDS CONFIGURATION ARGUMENTS...
   local name=$1 seconds=$2 configuration=$3
   shift 3
+  # Its own limit comes before the one from outside: it then writes what it saw, and removes its files.
+  local left=$((deadline - SECONDS - 15))
+  [ "$left" -gt 15 ] && [ "$left" -lt "$seconds" ] && seconds=$left
   run "$name" $((seconds + 15)) python3 "$here/run_deepspeed.py" --name "$configuration" --shape "$shape" --ssd-dir "$ssd" --limit-s "$seconds" \
-    --out "$out" "$@"
+    --out "$out" "${batch[@]}" "$@"
 }
+ssd_states=(--parameters ssd --states ssd --boundaries device)  # as ZeRO-Infinity: hidden states stay on the GPU
 all_ssd=(--parameters ssd --states ssd --boundaries ssd)
 
 {
@@ -65,16 +70,17 @@ all_ssd=(--parameters ssd --states ssd --boundaries ssd)
     overspill)
       overspill host 60 "$shape" --steps 4
       overspill host-clip 60 "$shape" --clip 1.0 --steps 4
-      overspill all-ssd 150 "$shape" "${all_ssd[@]}"
-      overspill all-ssd-clip 170 "$shape" "${all_ssd[@]}" --clip 1.0
-      overspill all-ssd-bf16 120 "$shape" "${all_ssd[@]}" --state-format bf16
+      overspill ssd 120 "$shape" "${ssd_states[@]}"
+      overspill ssd-clip 140 "$shape" "${ssd_states[@]}" --clip 1.0
+      overspill ssd-bf16 100 "$shape" "${ssd_states[@]}" --state-format bf16
+      overspill all-ssd 130 "$shape" "${all_ssd[@]}"
       ;;
     depth)
       overspill half-depth 180 "$deep" "${all_ssd[@]}" --blocks "$half" --steps 2
       overspill whole-depth 330 "$deep" "${all_ssd[@]}" --steps 2
       ;;
     deepspeed)
-      overspill all-ssd 120 "$shape" "${all_ssd[@]}"
+      overspill ssd 120 "$shape" "${ssd_states[@]}"
       deepspeed infinity-both 150 infinity-both
       deepspeed infinity-states 120 infinity-states
       deepspeed zero3-cpu 60 zero3-cpu

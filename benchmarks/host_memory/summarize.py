@@ -78,21 +78,21 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, Any]:
         return matching[-1] if matching else None
 
     found: dict[str, Any] = {}
-    ours = find("overspill", "all-ssd", part="deepspeed") or find("overspill", "all-ssd")
-    clipped = find("overspill", "all-ssd-clip")
+    ours = find("overspill", "ssd", part="deepspeed") or find("overspill", "ssd")
+    clipped = find("overspill", "ssd-clip")
     for name in ("infinity-both", "infinity-states"):
         theirs = find("deepspeed", name, clip=None)
         theirs_clipped = find("deepspeed", name, clip=1.0) or theirs
         if ours and theirs:
-            found[f"host peak, all SSD, of {name}'s"] = host_peak_bytes(ours) / host_peak_bytes(theirs)
+            found[f"host peak, parameters and states on SSD, of {name}'s"] = host_peak_bytes(ours) / host_peak_bytes(theirs)
             resident = [result["host"]["training"]["vm_hwm_bytes"] for result in (ours, theirs)]
-            found[f"host peak, all SSD, of {name}'s, VmHWM alone"] = resident[0] / resident[1]
+            found[f"host peak, parameters and states on SSD, of {name}'s, VmHWM alone"] = resident[0] / resident[1]
             found[f"SSD bytes a step, no clip, of {name}'s"] = ssd_bytes(ours) / max(1, ssd_bytes(theirs))
         if clipped and theirs_clipped:
             found[f"SSD bytes a step, clip, of {name}'s"] = ssd_bytes(clipped) / max(1, ssd_bytes(theirs_clipped))
     if ours:
         bound = OWN_BYTES + 2 * ours["block_bytes"] + GIB
-        found["host peak, all SSD, of 1.5 GiB + two blocks + 1 GiB"] = host_peak_bytes(ours) / bound
+        found["host peak, parameters and states on SSD, of 1.5 GiB + two blocks + 1 GiB"] = host_peak_bytes(ours) / bound
     deep, half = find("overspill", "whole-depth"), find("overspill", "half-depth")
     if deep and half:
         found["host peak, whole depth of half depth"] = host_peak_bytes(deep) / host_peak_bytes(half)

@@ -10,6 +10,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,9 @@ def gpu_configurations() -> dict[str, list[str]]:
     script = (FOLDER / "run_gpu.sh").read_text()
     found = {}
     for name, arguments in re.findall(r'^ +overspill "?([\w$-]+)"? \d+ "\$\w+"(.*)$', script, flags=re.MULTILINE):
-        placed = arguments.replace('"${all_ssd[@]}"', "--parameters ssd --states ssd --boundaries ssd").replace('"$half"', "2")
+        placed = arguments.replace('"${all_ssd[@]}"', "--parameters ssd --states ssd --boundaries ssd")
+        placed = placed.replace('"${ssd_states[@]}"', "--parameters ssd --states ssd --boundaries device")
+        placed = placed.replace('"$half"', "2")
         for off in switched_off.PARTS if "$off" in name else ("",):
             found[name.replace("$off", off)] = shlex.split(placed.replace('"$off"', off))
     return {name: arguments for name, arguments in found.items() if "--state-format" not in arguments}
@@ -60,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 def test_every_gpu_configuration_runs_small(runs: dict[str, dict[str, Any]]) -> None:
-    assert {"host", "host-clip", "all-ssd", "all-ssd-clip", "half-depth", "whole-depth", "parts-no-check-flat"} <= runs.keys()
+    assert {"host", "host-clip", "ssd", "ssd-clip", "all-ssd", "half-depth", "whole-depth", "parts-no-check-flat"} <= runs.keys()
     for name, result in runs.items():
         assert len(result["steps"]) == 2, name
         assert result["host"]["training"]["vm_hwm_bytes"] > result["process_own_bytes"] / 2, name
@@ -151,6 +154,19 @@ def test_an_attempt_that_hangs_is_ended_at_its_limit() -> None:
     assert "past its limit" in outcome.describe_failure(1)
 
 
+def test_ending_the_supervisor_ends_its_child(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    child = f"import os, pathlib, time; pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = f"import attempt, sys; attempt.run_attempt([sys.executable, '-S', '-c', {child!r}], limit_s=60)"
+    with subprocess.Popen([sys.executable, "-S", "-c", code], cwd=FOLDER, start_new_session=True) as supervisor:
+        while not (pid_file.exists() and pid_file.read_text()):
+            assert supervisor.poll() is None
+            time.sleep(0.05)
+        supervisor.terminate()
+        assert supervisor.wait(timeout=20) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{pid_file.read_text()}").exists()
+
+
 @pytest.mark.parametrize(("capacity", "expected"), [(0, 0), (1, 1), (5, 5), (9, 8), (100, 64)])
 def test_the_search_finds_the_largest_size_that_runs(capacity: int, expected: int) -> None:
     size, good = longest.search(1, 64, 2, 1, lambda size: size <= capacity)
@@ -160,11 +176,11 @@ def test_the_search_finds_the_largest_size_that_runs(capacity: int, expected: in
 def test_longest_searches_and_confirms_at_full_depth(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     arguments = ["--shape", "tiny", "--state-format", "fp32", "--dtype", "float32", "--start-tokens", "32", "--most-tokens", "64"]
-    arguments += ["--batch-seq-len", "16", "--ssd-dir", str(tmp_path / "ssd"), "--out", str(out)]
+    arguments += ["--search", "context", "--ssd-dir", str(tmp_path / "ssd"), "--out", str(out)]
     done = run_script("longest.py", *arguments)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(result["search"], result["confirmed"]) for result in results] == [("context", 64), ("batch", 4)]
+    assert [(result["search"], result["confirmed"]) for result in results] == [("context", 64)]
     assert results[0]["whole"][0]["boundaries"] == "host" and results[0]["whole"][0]["runs"]
 
 
