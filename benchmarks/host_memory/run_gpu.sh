@@ -22,7 +22,7 @@ if [ "$part" = deepspeed ] || [ "$part" = longest ]; then
   [ -n "${DEEPSPEED_ENV:-}" ] && . "$DEEPSPEED_ENV"
 fi
 if [ "${INSTALL:-1}" = 1 ]; then
-  (cd "$here/../.." && env -u CFLAGS -u LDFLAGS python3 -m pip install -q --no-deps --no-build-isolation --target /tmp/site .) || exit 1
+  (cd "$here/../.." && env -u CFLAGS -u LDFLAGS python3 -m pip install -q --no-deps --no-build-isolation --upgrade --target /tmp/site .) || exit 1
   export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
 fi
 shape=${SHAPE:-1.10B} deep=${DEEP_SHAPE:-3.02B} half=${HALF_BLOCKS:-14} large=${LARGE_SHAPE:-8B}
