@@ -18,29 +18,13 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import overspill
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.units import GIB, format_bytes
 
-SHAPES = {
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128},
-    "1.10B": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 8192},
-    "3.02B": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "intermediate_size": 8192},
-}
-
-
-def build_model(shape: str, device: torch.device) -> LlamaForCausalLM:
-    """The shape with random bf16 weights, in host memory; drawn on the device, where that is quick."""
-    config = LlamaConfig(vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=False, **SHAPES[shape])
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    config.dtype = torch.bfloat16
-    return model.to("cpu")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shapes import SHAPES, build_model  # noqa: E402
 
 
 def main() -> None:
@@ -57,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(options.shape, device)
+    model = build_model(SHAPES[options.shape], device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     request = overspill.PlanRequest(
