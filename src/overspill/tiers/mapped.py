@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -175,8 +176,5 @@ def node_of_device(device: torch.device) -> int | None:
     """The NUMA node that a CUDA device hangs on; None for other devices, with one node, or if unknown."""
     if device.type != "cuda":
         return None
-    facts = torch.cuda.get_device_properties(device)
-    try:
-        return nearest_node(f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0")
-    except AttributeError:  # a torch that does not say
-        return None
+    facts: Any = torch.cuda.get_device_properties(device)
+    return nearest_node(f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0")
