@@ -86,7 +86,9 @@ def test_a_new_class_takes_the_room_of_the_slot_that_was_idle_longest_and_of_no_
 def test_what_does_not_fit_beside_the_slots_lent_is_refused_with_the_numbers() -> None:
     memory, pool = make_pool(limit_bytes=4 * PAGE)
     slot = pool.acquire(3 * PAGE)
-    with pytest.raises(BudgetError, match=r"host/slot-1 needs 8.00 KiB \(8192 B\) but .* 16.00 KiB, leaves 4.00 KiB \(4096 B\) beside the 1 slots"):
+    with pytest.raises(
+        BudgetError, match=r"host/slot-1 needs 8.00 KiB \(8192 B\) but .* 16.00 KiB, leaves 4.00 KiB \(4096 B\) beside the 1 slots"
+    ):
         pool.acquire(2 * PAGE)
     slot.release()
     pool.limit_bytes = 2 * PAGE

@@ -72,10 +72,16 @@ def test_the_guard_warns_below_the_chosen_years_and_says_everything_that_leads_t
 
 def test_sentences_say_what_is_known_and_what_is_not() -> None:
     unknown = build_wear(own_bytes=3 * 10**9, rated_bytes=None, health=None)
-    assert describe_wear(unknown) == "overspill wrote 3.0 GB in this directory so far; its rated life is unknown: give --ssd-tbw from the drive's data sheet"
+    assert (
+        describe_wear(unknown)
+        == "overspill wrote 3.0 GB in this directory so far; its rated life is unknown: give --ssd-tbw from the drive's data sheet"
+    )
     assert "to the drive's rated end" not in describe_forecast(forecast_wear(unknown, bytes_per_step=1, step_s=1))
     known = build_wear(own_bytes=0, rated_bytes=600 * TB, health=None)
-    assert describe_run(known, bytes_per_step=6e9, num_steps=1000) == "1000 steps write 6.00 TB to the SSD (5.59 GiB a step), 1.00% of the drive's rated life"
+    assert (
+        describe_run(known, bytes_per_step=6e9, num_steps=1000)
+        == "1000 steps write 6.00 TB to the SSD (5.59 GiB a step), 1.00% of the drive's rated life"
+    )
     assert [format_years(years) for years in (2000, 4.21, 0.5, 0.001)] == ["more than 1000 years", "4.2 years", "183 days", "8.8 hours"]
 
 
@@ -196,7 +202,9 @@ def make_sysfs(root: Path) -> Path:
 
 def test_the_controller_is_found_through_partitions_and_encryption_and_never_guessed(tmp_path: Path) -> None:
     sysfs = make_sysfs(tmp_path)
-    found = {number: find_controller(os.makedev(*number), sysfs=sysfs) for number in ((259, 2), (259, 9), (253, 0), (253, 1), (252, 1), (0, 45))}
+    found = {
+        number: find_controller(os.makedev(*number), sysfs=sysfs) for number in ((259, 2), (259, 9), (253, 0), (253, 1), (252, 1), (0, 45))
+    }
     assert found == {(259, 2): "nvme3", (259, 9): "nvme1", (253, 0): "nvme3", (253, 1): None, (252, 1): None, (0, 45): None}
 
 
@@ -222,7 +230,9 @@ def test_health_is_asked_with_one_admin_command_and_unknown_where_that_is_refuse
 # -- a session's watch -----------------------------------------------------------------------------------------------
 
 
-def watch(tmp_path: Path, *, rated_bytes: int | None, min_years: float = 3.0, drive: DriveHealth | None = None) -> tuple[SsdWear, types.SimpleNamespace]:
+def watch(
+    tmp_path: Path, *, rated_bytes: int | None, min_years: float = 3.0, drive: DriveHealth | None = None
+) -> tuple[SsdWear, types.SimpleNamespace]:
     store = types.SimpleNamespace(written_bytes=0)
     plan = types.SimpleNamespace(ssd_dir=str(tmp_path), ssd_rated_bytes=rated_bytes, ssd_min_years=min_years)
     records = types.SimpleNamespace(store=store)

@@ -198,7 +198,7 @@ class SlotPool:
                 left = self.limit_bytes - self._used_bytes
                 raise BudgetError(
                     f"{block_name} needs {format_bytes(size)} ({size} B) but the limit of pool {self.name}, "
-                    f"{format_bytes(self.limit_bytes)}, leaves {format_bytes(left)} ({left} B) beside the {self._num_lent} slots lent"
+                    f"{format_bytes(self.limit_bytes)}, leaves {format_bytes(left)} ({left} B) beside what is lent"
                 )
             self._free_idle(self.resident_bytes + size - self.limit_bytes)
         while True:
