@@ -251,8 +251,9 @@ def test_locked_bytes_never_exceed_the_budget_and_one_warning_has_both_prices(cu
     memory.allocate("a", 6 * MIB)
     with pytest.warns(
         RuntimeWarning,
-        match=r"b: 5.00 MiB .* stay pageable, because 6.00 MiB are pinned and --pinned-budget is 10.00 MiB \(measured here: pinned 55.0 GB/s "
-        r"to the GPU and 52.0 GB/s from it, pageable 9.0 GB/s to the GPU and 8.0 GB/s from it\); raise --pinned-budget to at least 11534336 B",
+        match=r"b: 5.00 MiB .* stay pageable, because 6.00 MiB are pinned and --pinned-budget is 10.00 MiB \(measured here: "
+        r"pinned 55.0 GB/s to the GPU and 52.0 GB/s from it, pageable 9.0 GB/s to the GPU and 8.0 GB/s from it\); "
+        r"raise --pinned-budget to at least 11534336 B",
     ) as caught:
         memory.allocate("b", 5 * MIB)
         memory.allocate("c", 7 * MIB)

@@ -87,7 +87,7 @@ def test_what_does_not_fit_beside_the_slots_lent_is_refused_with_the_numbers() -
     memory, pool = make_pool(limit_bytes=4 * PAGE)
     slot = pool.acquire(3 * PAGE)
     with pytest.raises(
-        BudgetError, match=r"host/slot-1 needs 8.00 KiB \(8192 B\) but .* 16.00 KiB, leaves 4.00 KiB \(4096 B\) beside the 1 slots"
+        BudgetError, match=r"host/slot-1 needs 8.00 KiB \(8192 B\) but .* 16.00 KiB, leaves 4.00 KiB \(4096 B\) beside what is lent"
     ):
         pool.acquire(2 * PAGE)
     slot.release()

@@ -177,4 +177,7 @@ def node_of_device(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     facts: Any = torch.cuda.get_device_properties(device)
-    return nearest_node(f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0")
+    try:
+        return nearest_node(f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0")
+    except AttributeError:  # a torch that does not say where its devices are
+        return None
