@@ -26,6 +26,7 @@ _PUBLIC = {
     "Fault": "overspill.tiers",
     "FaultInjector": "overspill.tiers",
     "FaultKind": "overspill.tiers",
+    "pinned_empty": "overspill.tiers.pinned",
     "OverspillError": "overspill.errors",
     "UnsupportedModelError": "overspill.errors",
     "ModelFolderError": "overspill.errors",

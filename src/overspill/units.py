@@ -22,11 +22,14 @@ _SUFFIXES = {
     "mb": 1000**2,
     "gb": 1000**3,
     "tb": 1000**4,
+    "pb": 1000**5,
+    "tbw": 1000**4,
+    "pbw": 1000**5,
 }
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of a size such as `8GiB`, `1.5 GB`, `4096`; an int passes through.
+    """Bytes of a size such as `8GiB`, `1.5 GB`, `4096`, or of a drive's endurance such as `600TBW`; an int passes through.
 
     Raises:
         ValueError: the text is no size, or is negative; the message lists the suffixes.
@@ -38,7 +41,7 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", text)
     suffix = match.group(2).lower() if match else ""
     if match is None or suffix not in _SUFFIXES:
-        raise ValueError(f"{text!r} is not a size; write a number and one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB, such as 8GiB")
+        raise ValueError(f"{text!r} is not a size; write a number and one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB, PB, such as 8GiB")
     return round(float(match.group(1)) * _SUFFIXES[suffix])
 
 

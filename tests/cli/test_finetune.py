@@ -20,6 +20,7 @@ from overspill.cli import training_run
 from overspill.cli.failures import ExitCode, exit_code_of
 from overspill.errors import NonFiniteError, StorageError
 from overspill.spec.report import EvaluationReport, StepReport
+from overspill.tiers.wear import COUNTER_NAME
 
 Run = Callable[..., Result]
 
@@ -68,6 +69,7 @@ class ScriptedSession:
     losses: list[float | BaseException] = []
     saved: list[Path] = []
     memory_warning: str | None = None
+    wear: None = None
 
     def __init__(self, model: Path, *, plan: Any, **settings: Any) -> None:
         self.plan = types.SimpleNamespace(
@@ -85,6 +87,9 @@ class ScriptedSession:
 
     def __exit__(self, *exc_info: object) -> None:
         pass
+
+    def pool_reports(self) -> tuple[()]:
+        return ()
 
     def step(self, micro_batches: list[dict[str, torch.Tensor]]) -> StepReport:
         outcome = self.losses[self._step]
@@ -285,3 +290,21 @@ def test_skipped_fp16_steps_are_told_and_do_not_count(run: Run, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     rows = metrics(tmp_path)
     assert [row["step"] for row in rows if not row.get("skipped")] == [1, 2, 3, 4]
+
+
+def test_a_run_on_the_ssd_says_what_it_does_to_the_drive(run: Run, tmp_path: Path) -> None:
+    flags = ["--states", "ssd", "--ssd-dir", tmp_path / "ssd", "--ssd-tbw", "600TB", "--ssd-years", "0", "--pinned-budget", "64MiB"]
+    result = run("--steps", 3, *flags)
+    assert result.exit_code == 0, result.output
+    assert "3 steps write " in result.output and "of the drive's rated life" in result.output
+    last = result.output[result.output.index("done: 3 steps") :]
+    assert "host pool " in last and "written a step of" in last and "years to the drive's rated end" in last
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert (plan["pinned_budget_bytes"], plan["ssd_rated_bytes"], plan["ssd_min_years"]) == (64 << 20, 600 * 10**12, 0.0)
+    assert json.loads((tmp_path / "ssd" / COUNTER_NAME).read_text())["written_bytes"] > 0
+
+
+@pytest.mark.parametrize(("flag", "text"), [("--ssd-tbw", "plenty"), ("--pinned-budget", "all")])
+def test_a_size_that_is_none_is_refused_with_its_flag(run: Run, flag: str, text: str) -> None:
+    result = run("--steps", 1, flag, text)
+    assert result.exit_code == ExitCode.WRONG_INPUT and f"{flag}: '{text}' is not a size" in " ".join(result.output.split())

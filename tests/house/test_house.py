@@ -72,6 +72,13 @@ def test_the_spine_benchmark_runs_small(tmp_path: Path) -> None:
     assert result["last_step"]["lane_bytes"]["ssd_write"] > 0
 
 
+def test_the_pinned_benchmark_runs_small_and_stays_within_1_percent(tmp_path: Path) -> None:
+    out = tmp_path / "pinned.json"
+    done = run("benchmarks/pinned/run.py", "--least", "4MiB", "--most", "16MiB", "--count", "5", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(out.read_text())["ratio"]["overspill"]["max"] <= 1.01
+
+
 def test_the_tree_names_no_machine_of_ours() -> None:
     """Code and documents are for everybody: no absolute paths of a developer's machine."""
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()

@@ -127,7 +127,9 @@ def test_states_are_read_updated_and_written_back_side_by_side() -> None:
     """Reading and writing each take the drive 4 ms a chunk; overlapped, they share most of that time."""
     spans = {}
     for serial in (True, False):
-        with open_session(serial=serial, delay_s=0.004, accumulate=1, parameters="host", states="ssd", boundaries="device") as session:
+        with open_session(
+            serial=serial, delay_s=0.004, chunk_bytes=16 * 1024, accumulate=1, parameters="host", states="ssd", boundaries="device"
+        ) as session:
             for step in range(2):
                 session.step(make_batches(1, vocab_size=96, seed=step))
             spans[serial] = session.executor.spans

@@ -37,16 +37,18 @@ def make_memories(budget_bytes: int | None) -> list[Memory]:
 def test_resident_memory_grows_by_what_was_asked_and_falls_when_freed() -> None:
     size = 33 * MIB + 12345  # a caching host allocator would take 64 MiB
     memory = HostMemory(pin=False, budget_bytes=None)
-    gc.collect()
-    before = resident_bytes()
-    tensor = memory.allocate("a", size)
-    tensor.fill_(1)
-    grown = resident_bytes() - before
+    for name in ("warm-up", "a"):  # the first loads the code that runs here, which is resident too
+        gc.collect()
+        before = resident_bytes()
+        tensor = memory.allocate(name, size)
+        tensor.fill_(1)
+        grown = resident_bytes() - before
+        view = tensor[5:10]  # a forgotten view does not keep the memory
+        memory.free(name)
+        left = resident_bytes() - before
+        assert view.tolist() == [0] * 5
     assert size <= grown <= 1.01 * size + mmap.PAGESIZE
-    view = tensor[5:10]  # a forgotten view does not keep the memory
-    memory.free("a")
-    assert resident_bytes() - before <= 0.01 * size + mmap.PAGESIZE
-    assert view.tolist() == [0] * 5
+    assert left <= 0.01 * size + mmap.PAGESIZE
 
 
 def test_memories_meet_their_protocol_and_allocate_aligned_zeros_of_exactly_the_asked_size() -> None:

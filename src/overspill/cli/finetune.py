@@ -11,6 +11,7 @@ from rich.console import Console
 
 from overspill.cli.config_file import use_config_file
 from overspill.cli.failures import failures_as_exit_codes
+from overspill.spec.lifetime import DEFAULT_MIN_YEARS
 
 TierChoice = Literal["auto", "device", "host", "ssd"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -44,8 +45,11 @@ class FinetuneOptions:
     device: str = "auto"
     device_budget: str | None = None
     host_budget: str | None = None
+    pinned_budget: str | None = None
     ssd_budget: str | None = None
     ssd_dir: Path | None = None
+    ssd_tbw: str | None = None
+    ssd_years: float = DEFAULT_MIN_YEARS
     held_out: float = 0.0
     truncate: bool = False
     packing: bool = False
@@ -90,8 +94,17 @@ def finetune(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_PLACEMENT)] = "auto",
     device_budget: Annotated[str | None, typer.Option(help="Device memory to use, such as 8GiB.", rich_help_panel=_PLACEMENT)] = None,
     host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,
+    pinned_budget: Annotated[
+        str | None, typer.Option(help="Page-locked host memory at most; the rest is pageable.", rich_help_panel=_PLACEMENT)
+    ] = None,
     ssd_budget: Annotated[str | None, typer.Option(help="Room to use in --ssd-dir.", rich_help_panel=_PLACEMENT)] = None,
     ssd_dir: Annotated[Path | None, typer.Option(help="Folder on a local drive, for the SSD tier.", rich_help_panel=_PLACEMENT)] = None,
+    ssd_tbw: Annotated[
+        str | None, typer.Option(help="Rated endurance of the drive, such as 600TB; else SMART is asked.", rich_help_panel=_PLACEMENT)
+    ] = None,
+    ssd_years: Annotated[
+        float, typer.Option(min=0.0, help="Warn if the drive's rated life would end sooner.", rich_help_panel=_PLACEMENT)
+    ] = DEFAULT_MIN_YEARS,
     held_out: Annotated[
         float, typer.Option(min=0.0, help="Samples set aside for evaluation: a count, or a share below 1.", rich_help_panel=_DATA)
     ] = 0.0,

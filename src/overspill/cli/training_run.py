@@ -11,6 +11,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile, replace_text
-from overspill.report.tables import placement_table
+from overspill.report.tables import describe_pools, placement_table
 from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
 from overspill.spec.checkpoint import Manifest
@@ -74,6 +75,8 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     pause = PauseUntilStopped(stop)
     with build_session(options, folder, data.seq_len, num_steps, source, space=pause.policy) as session:
         _announce(options, console, session.plan, data, num_steps)
+        for sentence in session.wear.announce(num_steps) if session.wear is not None else ():
+            console.print(f"· {sentence}", highlight=False)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
         course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
@@ -92,7 +95,8 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         if num_steps not in course.held_out:
             _evaluate(session, data, course)
         session.save_pretrained(options.out / "model", tokenizer=folder)
-    _summarize(options, console, course, num_steps, time.monotonic() - started_s)
+        resources = _describe_resources(session)
+    _summarize(options, console, course, num_steps, time.monotonic() - started_s, resources)
 
 
 def validate_options(options: FinetuneOptions) -> None:
@@ -106,12 +110,12 @@ def validate_options(options: FinetuneOptions) -> None:
     validate_data_options(options)
     if "ssd" in (options.parameters, options.states, options.boundaries) and options.ssd_dir is None:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
-    budgets = {"device": options.device_budget, "host": options.host_budget, "ssd": options.ssd_budget}
-    for tier, text in budgets.items():
+    sizes = {f"{tier}-budget": getattr(options, f"{tier}_budget") for tier in ("device", "host", "pinned", "ssd")}
+    for flag, text in {**sizes, "ssd-tbw": options.ssd_tbw}.items():
         try:
             parse_bytes(text or "0")
         except ValueError as error:
-            raise ValueError(f"--{tier}-budget: {error}") from error
+            raise ValueError(f"--{flag}: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -169,8 +173,11 @@ def build_session(
         dtype=resolve_dtype(options),
         device_budget_bytes=_optional_bytes(options.device_budget),
         host_budget_bytes=_optional_bytes(options.host_budget),
+        pinned_budget_bytes=_optional_bytes(options.pinned_budget),
         ssd_budget_bytes=_optional_bytes(options.ssd_budget),
         ssd_dir=str(options.ssd_dir) if options.ssd_dir is not None else None,
+        ssd_rated_bytes=_optional_bytes(options.ssd_tbw),
+        ssd_min_years=options.ssd_years,
         seq_len=seq_len,
         micro_batch=options.micro_batch,
         accumulate=options.accumulate,
@@ -328,7 +335,17 @@ def _farewell_while_paused(options: FinetuneOptions, step: int, num_steps: int) 
     return text + f"the checkpoint of step {saved} is whole; make room, then go on with: {command_to_go_on(options)}"
 
 
-def _summarize(options: FinetuneOptions, console: Console, course: _Course, num_steps: int, elapsed_s: float) -> None:
+def _describe_resources(session: Session) -> tuple[str, ...]:
+    """What the run took besides time: memory for slots, and life of the drive."""
+    lines = [describe_pools(session.pool_reports())]
+    if session.wear is not None:
+        lines.append(f"SSD: {session.wear.summarize()}")
+    return tuple(line for line in lines if line)
+
+
+def _summarize(
+    options: FinetuneOptions, console: Console, course: _Course, num_steps: int, elapsed_s: float, resources: Sequence[str]
+) -> None:
     """The last lines: what was reached, and where it is."""
     rate = course.num_tokens / course.training_s if course.training_s else 0.0
     lines = [
@@ -346,5 +363,6 @@ def _summarize(options: FinetuneOptions, console: Console, course: _Course, num_
             lines.append(f"lowest held-out loss: {course.held_out[best]:.4f} after step {best}; what is saved is the last step's")
     lines.append(f"saved {options.out / 'model'} (with its tokenizer; AutoModelForCausalLM.from_pretrained reads it)")
     lines.append(f"also in {options.out}: metrics.jsonl (each step), plan.json, run.yaml (these flags, for --config)")
+    lines.extend(resources)
     for text in lines:
         console.print(text, soft_wrap=True, highlight=False)

@@ -110,6 +110,9 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
         ),
         host_budget_bytes=_allowance(request.host_budget_bytes, hardware.host_capacity_bytes, hardware.process_bytes, Tier.HOST),
         ssd_budget_bytes=_allowance(request.ssd_budget_bytes, hardware.ssd_capacity_bytes, 0, Tier.SSD),
+        pinned_budget_bytes=request.pinned_budget_bytes,
+        ssd_rated_bytes=request.ssd_rated_bytes,
+        ssd_min_years=request.ssd_min_years,
         device_working_bytes=working,
     )
 

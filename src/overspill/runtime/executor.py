@@ -60,6 +60,7 @@ class Executor:
         self.updater = Updater(plan)
         self.device = torch.device(plan.device)
         self.lanes = Lanes(self.device)
+        residency.device_work = self.lanes.compute_so_far
         self._visit: Visit | None = None
         self.guard = HostMemoryGuard(residency)
         self.updated: list[str] = []

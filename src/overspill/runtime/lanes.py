@@ -167,6 +167,17 @@ class Lanes:
             raise completion._error
         return completion
 
+    def compute_so_far(self) -> tuple[Completion, ...]:
+        """All that was put into the stream of lane `compute` until now; nothing where compute is done when it returns."""
+        stream = self.stream(Lane.COMPUTE)
+        if stream is None:
+            return ()
+        completion = Completion(self, Lane.COMPUTE)
+        completion._event = torch.cuda.Event()
+        completion._event.record(stream)
+        completion._issued = True
+        return (completion,)
+
     def done(self, lane: Lane) -> Completion:
         """The completion of an op that has nothing to do."""
         completion = Completion(self, lane)

@@ -27,6 +27,7 @@ from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.workload import ModelLayout
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
+from overspill.tiers.mapped import node_of_device
 
 StoreFactory = Callable[[str, int, bool], Store]
 """(directory, capacity in bytes, is scratch) -> a store."""
@@ -113,7 +114,13 @@ def allocate(
     rounding = 2 * len(plan.units) * plan.group_size * 4096
     host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
     is_cuda = torch.device(plan.device).type == "cuda"
-    opened: list[HostMemory | DeviceMemory | RecordStore] = [HostMemory(pin=is_cuda, budget_bytes=host_budget)]
+    host_memory = HostMemory(
+        pin=is_cuda,
+        budget_bytes=host_budget,
+        pinned_budget_bytes=plan.pinned_budget_bytes,
+        numa_node=node_of_device(torch.device(plan.device)),
+    )
+    opened: list[HostMemory | DeviceMemory | RecordStore] = [host_memory]
     host = opened[0]
     assert isinstance(host, HostMemory)
     try:

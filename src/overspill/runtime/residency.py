@@ -89,7 +89,10 @@ class Residency:
     ) -> None:
         self.plan = plan
         self.device, self.host, self.store, self.scratch = device, host, store, scratch
-        self.device_pool = SlotPool(device, "device")
+        self.device_work: Callable[[], Work] = tuple
+        """The work that the device's own lane has now; set by the executor. A new allocation is zeroed there, and may be memory that
+        it still uses."""
+        self.device_pool = SlotPool(device, "device", fresh_work=lambda: self.device_work())
         self.host_pool = SlotPool(host, "host")
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
         self._regions: dict[tuple[RegionKey, Tier], _Region] = {}

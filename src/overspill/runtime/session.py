@@ -53,10 +53,11 @@ from overspill.runtime.machine import read_hardware, resolve_device, return_free
 from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, restore, take_weights
 from overspill.runtime.programs import Programs
 from overspill.runtime.updating import UpdateContext
+from overspill.runtime.wear import SsdWear
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
-from overspill.spec.report import EvaluationReport, Prediction, StepFigures, StepReport
+from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule, Update
 from overspill.spec.tensors import CHUNK_BYTES
 from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient, gradient_scale
@@ -107,6 +108,8 @@ class Session:
         self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
         files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, open_store=open_store)
         self._checkpointer: Checkpointer | None = None
+        self.wear: SsdWear | None = None
+        """Watches the life of the SSD; None if nothing of the session is in files."""
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
         return_freed_memory()
@@ -131,6 +134,9 @@ class Session:
             validate_same_run(resume_from[0], self.plan, self.model.config)
         self.residency, self._checkpointer = allocate(self.plan, files, checkpoints, resume_from)
         try:
+            stores = [store for store in (self.residency.store, self.residency.scratch) if store is not None]
+            if stores and self.plan.ssd_dir is not None and open_store is None:
+                self.wear = SsdWear(self.plan, stores)
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}
             if checkpoint is not None:
@@ -198,6 +204,7 @@ class Session:
         skipped = self._finish_step(number, lr, norm, scale) if waits else False
         if not skipped:
             self.step_number = number
+        pools = self.pool_reports()
         return StepReport(
             **_fields(figures),
             step=number,
@@ -211,7 +218,15 @@ class Session:
             device_peak_bytes=self._device_peak_bytes(),
             host_peak_bytes=host_peak_bytes(),
             pinned_bytes=self.residency.host.pinned_bytes,
+            pool_peak_bytes=sum(pool.peak_bytes for pool in pools),
+            pool_waste_bytes=sum(pool.peak_bytes - pool.peak_asked_bytes for pool in pools),
+            pool_one_size_bytes=sum(pool.one_size_bytes for pool in pools),
+            ssd_life_written_bytes=self.wear.after_step(figures.step_s) if self.wear is not None else 0,
         )
+
+    def pool_reports(self) -> tuple[PoolReport, PoolReport]:
+        """What the pools of device and host slots hold and have held since the session was opened."""
+        return self.residency.device_pool.report(), self.residency.host_pool.report()
 
     def _finish_step(self, number: int, lr: float, norm: float, scale: float) -> bool:
         """Pending timing: decide with which scale the waiting gradients are applied, or drop them; whether they were dropped."""
@@ -275,6 +290,8 @@ class Session:
         except BaseException as error:
             self._failure = f"the checkpoint of step {self.step_number} failed: {error}"
             raise
+        if self.wear is not None:
+            self.wear.save()
         self.data_position = data_position
         return manifest
 
@@ -408,6 +425,8 @@ class Session:
             self.executor.close()
         if self._checkpointer is not None:
             self._checkpointer.close()
+        if self.wear is not None:
+            self.wear.save()
         self.residency.close()
 
     def __enter__(self) -> Self:

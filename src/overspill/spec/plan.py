@@ -12,6 +12,7 @@ import enum
 from collections.abc import Mapping
 
 from overspill.spec.documents import to_json
+from overspill.spec.lifetime import DEFAULT_MIN_YEARS
 from overspill.spec.tensors import DTYPE_BYTES, Bundle, Tier, Unit
 
 AUTO = "auto"
@@ -37,9 +38,15 @@ class PlanRequest:
     device_budget_bytes: int | None = None
     host_budget_bytes: int | None = None
     """Bound on the whole process's host memory, what it held before included."""
+    pinned_budget_bytes: int | None = None
+    """Most page-locked host memory, where there is a GPU; beyond it memory is pageable. None: no limit."""
     ssd_budget_bytes: int | None = None
     ssd_dir: str | None = None
     """Directory for what rests on the SSD; needed as soon as something does."""
+    ssd_rated_bytes: int | None = None
+    """What the drive is rated to have written to it over its life (TBW of its data sheet); None: ask the drive."""
+    ssd_min_years: float = DEFAULT_MIN_YEARS
+    """A warning says if training without a pause would use up the rated life sooner; no effect if the rating is unknown."""
     seq_len: int = 1024
     """Most tokens of a sample."""
     micro_batch: int = 1
@@ -64,6 +71,10 @@ class PlanRequest:
                 raise ValueError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if self.ssd_rated_bytes is not None and self.ssd_rated_bytes < 1:
+            raise ValueError(f"--ssd-tbw must be positive, got {self.ssd_rated_bytes} B; leave it out if it is unknown")
+        if not self.ssd_min_years >= 0:
+            raise ValueError(f"--ssd-years cannot be negative, got {self.ssd_min_years}; 0 never warns")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"--clip must be positive, got {self.clip}; leave it out for no clipping")
 
@@ -131,6 +142,10 @@ class Plan:
     ssd_budget_bytes: int | None
     device_working_bytes: int
     """Assumed device memory of activations and logits while a unit computes (measured by the probe later)."""
+    pinned_budget_bytes: int | None = None
+    """As in the request."""
+    ssd_rated_bytes: int | None = None
+    ssd_min_years: float = DEFAULT_MIN_YEARS
     notes: tuple[str, ...] = ()
     """Why the plan is as it is, one sentence each."""
 

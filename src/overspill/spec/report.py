@@ -42,6 +42,66 @@ class Prediction(StepFigures):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SizeClassReport:
+    """The slots of one size in a pool; bytes now unless it says peak."""
+
+    slot_bytes: int
+    used_bytes: int
+    """Of the slots lent."""
+    wasted_bytes: int
+    """Rounding in the slots lent: held, and not asked for."""
+    idle_bytes: int
+    peak_bytes: int
+    """The most that this class has held, lent and idle."""
+    most_in_flight: int
+    """Most slots lent at one time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolReport:
+    """What a pool of slots holds and has held, beside what one size of slot for everything would have taken."""
+
+    name: str
+    classes: tuple[SizeClassReport, ...]
+    """Largest first."""
+    peak_bytes: int
+    """The most that the pool has held, lent and idle. The classes' peaks may be at other times, so it is at most their sum."""
+    peak_asked_bytes: int
+    """Most bytes that were asked for at one time: what a pool without any waste would have taken."""
+    most_in_flight: int
+    """Most slots lent at one time, of all classes."""
+    num_created: int
+    num_trimmed: int
+    """Slots freed to make room for others; each costs an allocation when its class is wanted again."""
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(item.used_bytes for item in self.classes)
+
+    @property
+    def wasted_bytes(self) -> int:
+        return sum(item.wasted_bytes for item in self.classes)
+
+    @property
+    def idle_bytes(self) -> int:
+        return sum(item.idle_bytes for item in self.classes)
+
+    @property
+    def waste_fraction(self) -> float:
+        """Share of the peak that was never asked for at one time."""
+        return 1 - self.peak_asked_bytes / self.peak_bytes if self.peak_bytes else 0.0
+
+    @property
+    def one_size_bytes(self) -> int:
+        """A pool of the same slots in flight, each as large as the largest."""
+        return self.most_in_flight * max((item.slot_bytes for item in self.classes), default=0)
+
+    @property
+    def one_size_waste_fraction(self) -> float:
+        return 1 - self.peak_asked_bytes / self.one_size_bytes if self.one_size_bytes else 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport(StepFigures):
     """Made by the executor."""
 
@@ -62,6 +122,15 @@ class StepReport(StepFigures):
     host_peak_bytes: int
     """The process's VmHWM."""
     pinned_bytes: int
+    """Page-locked now."""
+    pool_peak_bytes: int = 0
+    """Most that the pools of slots have held since the session was opened, both together."""
+    pool_waste_bytes: int = 0
+    """Of that, what was never asked for at one time."""
+    pool_one_size_bytes: int = 0
+    """What pools with one slot size each would have held."""
+    ssd_life_written_bytes: int = 0
+    """Everything overspill ever wrote in the SSD directory, this step included; 0 without one."""
 
     @property
     def tokens_per_s(self) -> float:

@@ -8,6 +8,8 @@ Rules:
 3. Memory is zero when it is allocated. On the host the kernel gives zero pages when they are first touched.
 4. Freed host memory goes back to the system at once: its pages are dropped even if a forgotten view is still alive. Such a
    view reads zeros then; it cannot crash, because the addresses stay mapped until the last view is gone.
+5. Only what crosses the link to a GPU needs pinning: parameters, gradients, hidden states. Optimizer states that are updated on the
+   host do not, so `allocate(..., pinned=False)` leaves them pageable, in huge pages where the system grants them.
 
 Limits: freed device memory goes back to torch's caching allocator when the last view of it dies, so the model's own tensors
 can use it but `nvidia-smi` does not fall. Device allocations of 1 MiB and more may take up to 2 MiB more inside that
@@ -16,7 +18,6 @@ allocator; that is not in `allocated_bytes`. A device out of memory raises torch
 
 from __future__ import annotations
 
-import dataclasses
 import mmap
 import threading
 import weakref
@@ -25,6 +26,7 @@ from collections.abc import Mapping
 import torch
 
 from overspill.errors import BudgetError
+from overspill.tiers.mapped import MappedBlock, map_anonymous, prefer_node
 from overspill.tiers.pinned import PageLocker
 from overspill.units import align_up, format_bytes
 
@@ -71,26 +73,12 @@ class _Account:
         return tuple(self._sizes)
 
 
-def map_anonymous(num_bytes: int) -> mmap.mmap:
-    """Zero-filled, page-aligned memory of `num_bytes` rounded up to a page, from the system and from no allocator.
-
-    Private, so that dropping its pages returns them; the pages become resident when they are first touched.
-    """
-    return mmap.mmap(-1, align_up(num_bytes, mmap.PAGESIZE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
 def _validate_size(name: str, num_bytes: int) -> None:
     if num_bytes <= 0:
         raise ValueError(f"{name}: an allocation has at least 1 byte, got {num_bytes} B")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Block:
-    mapping: mmap.mmap
-    address: int
-
-
-def _unlock_blocks(blocks: Mapping[str, _Block], locker: PageLocker) -> None:
+def _unlock_blocks(blocks: Mapping[str, MappedBlock], locker: PageLocker) -> None:
     """Unpin what a memory that was dropped without `close()` still holds, before it is unmapped."""
     for block in blocks.values():
         locker.unlock(block.address)
@@ -100,14 +88,19 @@ class HostMemory:
     """Host memory in exact, page-aligned allocations; page-locked for CUDA if `pin` (see `tiers/pinned.py`).
 
     Args:
-        pin: lock every allocation; where that is refused, the memory is pageable and one warning says why.
+        pin: lock allocations unless they say otherwise; where that is refused, the memory is pageable and one warning says why.
         budget_bytes: most bytes allocated at once, pinned or not; None: no limit.
+        pinned_budget_bytes: most bytes locked at once; what goes beyond is pageable, with one warning. None: no limit.
+        numa_node: where pages shall come from, which is where the GPU hangs; None: wherever they are touched.
     """
 
-    def __init__(self, *, pin: bool, budget_bytes: int | None) -> None:
+    def __init__(
+        self, *, pin: bool, budget_bytes: int | None, pinned_budget_bytes: int | None = None, numa_node: int | None = None
+    ) -> None:
         self._account = _Account(tier="host", flag="--host-budget", budget_bytes=budget_bytes)
-        self._locker = PageLocker(is_wanted=pin)
-        self._blocks: dict[str, _Block] = {}
+        self._locker = PageLocker(is_wanted=pin, budget_bytes=pinned_budget_bytes)
+        self._numa_node = numa_node
+        self._blocks: dict[str, MappedBlock] = {}
         self._is_closed = False
         # Not at exit: the process ends anyway, and CUDA may be gone by then.
         weakref.finalize(self, _unlock_blocks, self._blocks, self._locker).atexit = False
@@ -126,6 +119,7 @@ class HostMemory:
 
     @property
     def pinned_bytes(self) -> int:
+        """Bytes that are really locked."""
         return self._locker.locked_bytes
 
     @property
@@ -133,8 +127,11 @@ class HostMemory:
         """Why allocations are pageable although `pin` was asked for; None if they are as asked."""
         return self._locker.refusal
 
-    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+    def allocate(self, name: str, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
         """A zero-filled uint8 tensor of shape [num_bytes] that starts on a page.
+
+        Args:
+            pinned: False for what the host alone reads and writes (rule 5).
 
         Raises:
             BudgetError: the budget leaves less, or the system refuses to map it.
@@ -144,26 +141,26 @@ class HostMemory:
         size = align_up(num_bytes, mmap.PAGESIZE)
         self._account.reserve(name, size)
         try:
-            mapping = map_anonymous(size)
+            block = map_anonymous(size)
         except (OSError, ValueError, OverflowError) as error:
             self._account.release(name)
             raise BudgetError(
                 f"{name} needs {format_bytes(size)} but the system refused to map it beside {format_bytes(self.allocated_bytes)} "
                 f"of host memory ({error}); lower --host-budget"
             ) from error
-        # The tensor holds the mapping, so the addresses outlive every view (rule 4).
-        tensor = torch.frombuffer(mapping, dtype=torch.uint8, count=num_bytes)
-        block = _Block(mapping=mapping, address=tensor.data_ptr())
+        if self._numa_node is not None:
+            prefer_node(block.address, size, self._numa_node)
         self._blocks[name] = block
-        self._locker.lock(name, block.address, size)
-        return tensor
+        if pinned and self._locker.lock(name, block.address, size):
+            block.keep_from_children()
+        return block.tensor(num_bytes)
 
     def free(self, name: str) -> None:
         """Unpin an allocation and return its pages to the system (rule 4)."""
         self._account.release(name)
         block = self._blocks.pop(name)
         self._locker.unlock(block.address)
-        block.mapping.madvise(mmap.MADV_DONTNEED)
+        block.drop_pages()
 
     def close(self) -> None:
         """Free everything."""
@@ -202,8 +199,8 @@ class DeviceMemory:
     def pinned_bytes(self) -> int:
         return 0
 
-    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
-        """A zero-filled uint8 tensor of shape [num_bytes] on the device, owned by the current stream.
+    def allocate(self, name: str, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
+        """A zero-filled uint8 tensor of shape [num_bytes] on the device, owned by the current stream; `pinned` has no effect.
 
         Raises:
             BudgetError: the budget leaves less.
@@ -214,7 +211,7 @@ class DeviceMemory:
         self._account.reserve(name, align_up(num_bytes, DEVICE_GRANULE_BYTES))
         try:
             if self.device.type == "cpu":
-                tensor = torch.frombuffer(map_anonymous(num_bytes), dtype=torch.uint8, count=num_bytes)
+                tensor = map_anonymous(num_bytes).tensor(num_bytes)
             else:
                 tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
         except BaseException:

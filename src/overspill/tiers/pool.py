@@ -10,28 +10,32 @@ Rules:
 1. A slot is used by whoever acquired it until `release()`; its tensor, and every view of it, is dead afterwards. Using the
    slot again, or releasing it again, is asserted; a kept view cannot be seen from here.
 2. A slot's content is undefined when it is acquired.
-3. Acquiring takes an idle slot of the class (the one released first: whatever still works on it is likeliest to be done),
-   else it allocates one. Only when the memory's budget refuses that, idle slots of all classes are freed, and it is tried once
-   more.
+3. Acquiring takes an idle slot of the class (the one released first: whatever still works on it is likeliest to be done), else it
+   allocates one. Where `limit_bytes` or the memory's budget leaves no room for it, idle slots of other classes are freed first, the
+   one that was idle longest first, and no more of them than needed.
 4. The pool never waits for a slot: how many are in flight is the Schedule's decision, and `validate` proved that they fit.
-5. A slot may be released while work on it is still under way, and is lent again at once together with that work
-   (`Slot.after`): whoever acquires it lets everything that touches its memory wait for that first. So lending follows the
-   order of the program, whatever runs late.
+5. A slot may be released while work on it is still under way, and is lent again at once together with that work (`Slot.after`):
+   whoever acquires it lets everything that touches its memory wait for that first. So lending follows the order of the program,
+   whatever runs late. A slot that was just allocated comes with the work of its allocation (`fresh_work`).
+
+Costs: freeing unpins and allocating pins again, so a limit below what a step's classes need together costs time in every step;
+`PoolReport.num_trimmed` says how often that happened.
 """
 
 from __future__ import annotations
 
 import collections
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
 
 from overspill.errors import BudgetError
+from overspill.spec.report import PoolReport, SizeClassReport
 from overspill.tiers.protocol import Memory
-from overspill.units import align_up
+from overspill.units import align_up, format_bytes
 
 SLOT_ALIGNMENT_BYTES = 4096
 """Granule of the size classes: a page, and the block that direct I/O wants."""
@@ -48,10 +52,13 @@ class Pending(Protocol):
         ...
 
 
+Work = tuple[Pending, ...]
+
+
 class Slot:
     """A borrowed buffer (rule 1). Leaving a `with` block releases it."""
 
-    def __init__(self, pool: SlotPool, block_name: str, block: torch.Tensor, num_bytes: int, after: tuple[Pending, ...]) -> None:
+    def __init__(self, pool: SlotPool, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
         self._pool, self._block_name, self._block = pool, block_name, block
         self._is_released = False
         self.after = after
@@ -69,7 +76,7 @@ class Slot:
         """Give the slot back; the bytes may be overwritten as soon as `after` has ended (rule 5)."""
         assert not self._is_released, f"slot {self._block_name} is released twice"
         self._is_released = True
-        self._pool._take_back(self._block_name, self._block, self.num_bytes, tuple(work for work in after if not work.is_done))
+        self._pool._take_back(self._block_name, self._block, self.num_bytes, _unfinished(after))
 
     def __enter__(self) -> Self:
         return self
@@ -79,24 +86,50 @@ class Slot:
             self.release()
 
 
+class _SizeClass:
+    """The slots of one size, and what was seen of them."""
+
+    def __init__(self) -> None:
+        self.idle: collections.deque[tuple[int, str, torch.Tensor, Work]] = collections.deque()
+        """(when it was released, name, block, work still under way); the newest last."""
+        self.num_lent = 0
+        self.asked_bytes = 0
+        """Of the slots lent now."""
+        self.most_lent = 0
+        self.most_held = 0
+
+
 class SlotPool:
     """Slots of exact size classes in one memory; thread-safe.
 
     Args:
         memory: where slots are allocated; its budget bounds the pool. The pool is the only one to free them.
         name: prefix of the allocations' names, for errors and reports.
+        fresh_work: called when a slot was allocated: what must have ended before its memory is touched.
+        limit_bytes: most bytes held, lent and idle; None: only the memory's budget. May be changed at any time, and holds from the
+            next `acquire` on.
     """
 
-    def __init__(self, memory: Memory, name: str) -> None:
+    def __init__(
+        self, memory: Memory, name: str, *, limit_bytes: int | None = None, fresh_work: Callable[[], Iterable[Pending]] = tuple
+    ) -> None:
         self.name = name
+        self._fresh_work = fresh_work
+        self.limit_bytes = limit_bytes
         self._memory = memory
-        self._lock = threading.Lock()
-        self._idle: dict[int, collections.deque[tuple[str, torch.Tensor, tuple[Pending, ...]]]] = {}
+        # Reentrant: a collected slot may be released while this thread is inside.
+        self._lock = threading.RLock()
+        self._classes: collections.defaultdict[int, _SizeClass] = collections.defaultdict(_SizeClass)
         self._num_created = 0
+        self._num_trimmed = 0
+        self._num_released = 0
         self._used_bytes = 0
         self._asked_bytes = 0
         self._idle_bytes = 0
+        self._num_lent = 0
         self._peak_bytes = 0
+        self._peak_asked_bytes = 0
+        self._most_lent = 0
 
     @property
     def used_bytes(self) -> int:
@@ -122,59 +155,115 @@ class SlotPool:
         """Borrow a slot of at least `num_bytes` bytes (rules 2 and 3).
 
         Raises:
-            BudgetError: the memory's budget has no room for it, even without the idle slots.
+            BudgetError: `limit_bytes` or the memory's budget has no room for it, even without the idle slots.
         """
         if num_bytes <= 0:
             raise ValueError(f"{self.name}: a slot has at least 1 byte, got {num_bytes} B")
         size = align_up(num_bytes, SLOT_ALIGNMENT_BYTES)
         with self._lock:
-            idle = self._idle.get(size)
-            after: tuple[Pending, ...] = ()
-            if idle:
-                block_name, block, after = idle.popleft()
+            if size in self._classes and self._classes[size].idle:
+                _, block_name, block, after = self._classes[size].idle.popleft()
                 self._idle_bytes -= size
             else:
                 block_name, block = self._create(size)
-            self._used_bytes += size
-            self._asked_bytes += num_bytes
-            self._peak_bytes = max(self._peak_bytes, self.resident_bytes)
-        return Slot(self, block_name, block, num_bytes, tuple(work for work in after if not work.is_done))
+                after = tuple(self._fresh_work())
+            self._note_lent(self._classes[size], size, num_bytes)
+        return Slot(self, block_name, block, num_bytes, _unfinished(after))
 
     def trim(self) -> int:
         """Free all idle slots; their bytes."""
         with self._lock:
-            return self._free_idle()
+            return self._free_idle(self._idle_bytes)
 
     def close(self) -> None:
         """Free all slots; none may be lent."""
         assert self._used_bytes == 0, f"pool {self.name} is closed with {self._used_bytes} B of slots lent"
         self.trim()
 
+    def report(self) -> PoolReport:
+        """What the pool holds now, and the most it has held."""
+        with self._lock:
+            classes = tuple(
+                SizeClassReport(
+                    slot_bytes=size,
+                    used_bytes=item.num_lent * size,
+                    wasted_bytes=item.num_lent * size - item.asked_bytes,
+                    idle_bytes=len(item.idle) * size,
+                    peak_bytes=item.most_held * size,
+                    most_in_flight=item.most_lent,
+                )
+                for size, item in sorted(self._classes.items(), reverse=True)
+            )
+            return PoolReport(
+                name=self.name,
+                classes=classes,
+                peak_bytes=self._peak_bytes,
+                peak_asked_bytes=self._peak_asked_bytes,
+                most_in_flight=self._most_lent,
+                num_created=self._num_created,
+                num_trimmed=self._num_trimmed,
+            )
+
+    def _note_lent(self, item: _SizeClass, size: int, num_bytes: int) -> None:
+        item.num_lent += 1
+        item.asked_bytes += num_bytes
+        item.most_lent = max(item.most_lent, item.num_lent)
+        item.most_held = max(item.most_held, item.num_lent + len(item.idle))
+        self._num_lent += 1
+        self._most_lent = max(self._most_lent, self._num_lent)
+        self._used_bytes += size
+        self._asked_bytes += num_bytes
+        self._peak_asked_bytes = max(self._peak_asked_bytes, self._asked_bytes)
+        self._peak_bytes = max(self._peak_bytes, self.resident_bytes)
+
     def _create(self, size: int) -> tuple[str, torch.Tensor]:
         block_name = f"{self.name}/slot-{self._num_created}"
+        if self.limit_bytes is not None:
+            if self._used_bytes + size > self.limit_bytes:
+                left = self.limit_bytes - self._used_bytes
+                raise BudgetError(
+                    f"{block_name} needs {format_bytes(size)} ({size} B) but the limit of pool {self.name}, "
+                    f"{format_bytes(self.limit_bytes)}, leaves {format_bytes(left)} ({left} B) beside what is lent"
+                )
+            self._free_idle(self.resident_bytes + size - self.limit_bytes)
+        while True:
+            try:
+                block = self._memory.allocate(block_name, size)
+                break
+            except BudgetError:
+                if not self._free_idle(1):
+                    raise
         self._num_created += 1
-        try:
-            return block_name, self._memory.allocate(block_name, size)
-        except BudgetError:
-            if not self._idle_bytes:
-                raise
-        self._free_idle()
-        return block_name, self._memory.allocate(block_name, size)
+        return block_name, block
 
-    def _free_idle(self) -> int:
-        freed, self._idle_bytes = self._idle_bytes, 0
-        idle = [(block_name, after) for blocks in self._idle.values() for block_name, _, after in blocks]
-        self._idle.clear()
-        for block_name, after in idle:
+    def _free_idle(self, wanted_bytes: int) -> int:
+        """Free idle slots, longest idle first, until `wanted_bytes` are free or none is left; the bytes freed."""
+        freed = 0
+        while freed < wanted_bytes and self._idle_bytes:
+            size, item = min(((size, item) for size, item in self._classes.items() if item.idle), key=lambda entry: entry[1].idle[0][0])
+            _, block_name, block, after = item.idle.popleft()
             for work in after:
                 work.settle()
+            del block  # or device memory would not be free
+            self._idle_bytes -= size
+            self._num_trimmed += 1
+            freed += size
             self._memory.free(block_name)
         return freed
 
-    def _take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: tuple[Pending, ...]) -> None:
+    def _take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
         size = block.numel()
         with self._lock:
+            item = self._classes[size]
+            item.num_lent -= 1
+            item.asked_bytes -= num_bytes
+            item.idle.append((self._num_released, block_name, block, after))
+            self._num_released += 1
+            self._num_lent -= 1
             self._used_bytes -= size
             self._asked_bytes -= num_bytes
             self._idle_bytes += size
-            self._idle.setdefault(size, collections.deque()).append((block_name, block, after))
+
+
+def _unfinished(work: Iterable[Pending]) -> Work:
+    return tuple(item for item in work if not item.is_done)

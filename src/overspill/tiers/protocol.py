@@ -77,8 +77,11 @@ class Memory(Protocol):
         """Bytes of `allocated_bytes` that are page-locked."""
         ...
 
-    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+    def allocate(self, name: str, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
         """A zero-filled uint8 tensor of shape [num_bytes] under a name that is not in use.
+
+        Args:
+            pinned: whether it will be copied to or from a GPU; no effect where memory is not pinned.
 
         Raises:
             BudgetError: the budget, or the machine, has no room; nothing was allocated.

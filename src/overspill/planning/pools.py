@@ -1,0 +1,116 @@
+"""What a schedule borrows from the pools of slots, on paper: how large they must be, and what their size classes are.
+
+As `runtime/residency.py` does it for real: on the device one slot for all chunks of a role of a bundle, from its first chunk to its
+last; in host memory one slot a chunk or hidden state. Homes are no slots, nor are hidden states on the device.
+
+Limit: a slot counts as given back when its op is done. An executor that lends a slot longer needs as much more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+from overspill.spec.plan import Plan
+from overspill.spec.schedule import Piece, Role, Schedule, effects, initial_copies
+from overspill.spec.tensors import Tier
+from overspill.units import align_up
+
+SLOT_BYTES = 4096
+"""Granule of a slot (`tiers/pool.py`)."""
+_REGION_ROLES = (Role.PARAMETER, Role.STATE, Role.GRADIENT, Role.PARTIAL_GRADIENT)
+
+RegionKey = tuple[str, Role, str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolEvent:
+    """A slot is borrowed (`num_bytes` of it) or given back (0)."""
+
+    tier: Tier
+    slot: int
+    """Which one; numbers are not used again."""
+    num_bytes: int
+
+
+def pool_events(schedule: Schedule, plan: Plan) -> Iterator[PoolEvent]:
+    """Every borrowing and giving back of a schedule, in the order of its ops."""
+    books = _Books(plan)
+    if schedule.starts_pending:
+        for (piece, tier), size in initial_copies(plan, pending=True).items():
+            if piece.role is Role.GRADIENT:
+                yield from books.create(piece, tier, size)
+    for item in schedule.ops:
+        effect = effects(item.op, plan)
+        if effect.in_place:
+            books.rename([piece for piece, _ in effect.drops], [piece for piece, _, _ in effect.creates])
+            continue
+        for piece, tier, size in effect.creates:
+            yield from books.create(piece, tier, size)
+        for piece, tier in effect.drops:
+            yield from books.drop(piece, tier)
+
+
+def pool_demand(events: Iterable[PoolEvent]) -> dict[Tier, int]:
+    """Most bytes of slots lent at one time, rounded to their classes: the least `limit_bytes` that the schedule can run with."""
+    lent: dict[Tier, dict[int, int]] = {Tier.DEVICE: {}, Tier.HOST: {}}
+    now, peak = dict.fromkeys(lent, 0), dict.fromkeys(lent, 0)
+    for event in events:
+        if event.num_bytes:
+            lent[event.tier][event.slot] = align_up(event.num_bytes, SLOT_BYTES)
+            now[event.tier] += lent[event.tier][event.slot]
+            peak[event.tier] = max(peak[event.tier], now[event.tier])
+        else:
+            now[event.tier] -= lent[event.tier].pop(event.slot)
+    return peak
+
+
+class _Books:
+    """Which slots are lent for which pieces."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._homes = initial_copies(plan, pending=False).keys()
+        self._num_slots = 0
+        self._regions: dict[RegionKey, tuple[int, set[Piece]]] = {}
+        self._host: dict[Piece, int] = {}
+
+    def create(self, piece: Piece, tier: Tier, size: int) -> Iterator[PoolEvent]:
+        if (piece, tier) in self._homes or tier is Tier.SSD or (tier is Tier.DEVICE and piece.role not in _REGION_ROLES):
+            return
+        if tier is Tier.HOST:
+            if piece not in self._host:
+                self._host[piece] = self._next_slot()
+                yield PoolEvent(tier=tier, slot=self._host[piece], num_bytes=size)
+            return
+        key = _region(piece)
+        if key not in self._regions:
+            self._regions[key] = (self._next_slot(), set())
+            bundle = self._plan.bundles[piece.owner]
+            per_element = size // bundle.chunks[piece.index].num_elements
+            yield PoolEvent(tier=tier, slot=self._regions[key][0], num_bytes=bundle.num_elements * per_element)
+        self._regions[key][1].add(piece)
+
+    def drop(self, piece: Piece, tier: Tier) -> Iterator[PoolEvent]:
+        key = _region(piece)
+        if tier is Tier.HOST and piece in self._host:
+            yield PoolEvent(tier=tier, slot=self._host.pop(piece), num_bytes=0)
+        elif tier is Tier.DEVICE and key in self._regions:
+            slot, pieces = self._regions[key]
+            pieces.discard(piece)
+            if not pieces:
+                del self._regions[key]
+                yield PoolEvent(tier=tier, slot=slot, num_bytes=0)
+
+    def rename(self, before: list[Piece], after: list[Piece]) -> None:
+        """A partial gradient becomes the gradient where it lies."""
+        slot, _ = self._regions.pop(_region(before[0]))
+        self._regions[_region(after[0])] = (slot, set(after))
+
+    def _next_slot(self) -> int:
+        self._num_slots += 1
+        return self._num_slots
+
+
+def _region(piece: Piece) -> RegionKey:
+    return piece.owner, piece.role, piece.reader

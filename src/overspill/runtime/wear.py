@@ -1,0 +1,101 @@
+"""A session's watch over the life of its SSD: counts what is written, forecasts, and warns once if the drive would not last.
+
+The forecast takes all bytes that the session's stores wrote since the end of its first step (loading is left out, checkpoints are in)
+and the time of the steps since. Evaluation and pauses are left out, so a real day writes less.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+
+from overspill.planning import predict_step
+from overspill.report.lifetime import describe_forecast, describe_run, describe_wear, wear_warning
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.lifetime import DriveHealth, Wear, WearForecast, build_wear, forecast_wear
+from overspill.spec.plan import Plan
+from overspill.tiers import RecordStore
+from overspill.tiers.wear import WriteCounter, read_drive_health
+
+FIRST_FORECAST_STEPS = 3
+"""Steps after the first before the guard judges. Chosen: one slow step is no rate."""
+
+
+class SsdWear:
+    """Watches the stores of one session.
+
+    Args:
+        stores: whose writes count; all in the plan's SSD directory.
+        read_health: tests give their own.
+    """
+
+    def __init__(
+        self, plan: Plan, stores: Sequence[RecordStore], *, read_health: Callable[[str], DriveHealth | None] = read_drive_health
+    ) -> None:
+        assert plan.ssd_dir is not None
+        self._plan, self._stores = plan, tuple(stores)
+        self._counter = WriteCounter(plan.ssd_dir)
+        self._health = read_health(plan.ssd_dir)
+        self._num_steps = 0
+        self._steps_s = 0.0
+        self._first_bytes = 0
+        """Of the session, when its first step ended."""
+        self._has_warned = False
+
+    @property
+    def state(self) -> Wear:
+        """What is known of the drive now."""
+        health = self._health
+        if health is not None:  # as it was when the session opened
+            health = dataclasses.replace(health, written_bytes=health.written_bytes + self._session_bytes())
+        return build_wear(own_bytes=self._counter.written_bytes, rated_bytes=self._plan.ssd_rated_bytes, health=health)
+
+    def after_step(self, step_s: float) -> int:
+        """Count; bytes written over the directory's life. The guard warns once."""
+        now = self._session_bytes()
+        self._counter.note(now)
+        if self._num_steps:
+            self._steps_s += step_s
+        else:
+            self._first_bytes = now
+        self._num_steps += 1
+        if not self._has_warned and self._num_steps > FIRST_FORECAST_STEPS:
+            forecast = self.forecast()
+            assert forecast is not None
+            text = wear_warning(self.state, forecast, min_years=self._plan.ssd_min_years)
+            if text is not None:
+                self._has_warned = True
+                warnings.warn(text, RuntimeWarning, stacklevel=3)
+        return self._counter.written_bytes
+
+    def forecast(self) -> WearForecast | None:
+        """At the measured rate; None before the second step has ended."""
+        if self._num_steps < 2 or self._steps_s <= 0:
+            return None
+        steps = self._num_steps - 1
+        written = self._session_bytes() - self._first_bytes
+        return forecast_wear(self.state, bytes_per_step=written / steps, step_s=self._steps_s / steps)
+
+    def announce(self, num_steps: int) -> tuple[str, ...]:
+        """Sentences before the first step."""
+        per_step = predict_step(self._plan, HardwareSpec()).ssd_written_bytes
+        sentences = [describe_run(self.state, bytes_per_step=per_step, num_steps=num_steps), describe_wear(self.state)]
+        if not self._counter.is_complete:
+            sentences.append(f"earlier writes were lost from {self._counter.path}: the count starts again")
+        if self._health is not None and self._health.has_warning:
+            sentences.append("the drive reports a critical condition (SMART): look at it before you train")
+        return tuple(sentences)
+
+    def summarize(self) -> str:
+        """One sentence after the last step."""
+        forecast = self.forecast()
+        return "; ".join([*([describe_forecast(forecast)] if forecast is not None else []), describe_wear(self.state)])
+
+    def save(self) -> None:
+        """Make the count durable: at checkpoints and at the end."""
+        self._counter.note(self._session_bytes())
+        self._counter.save()
+
+    def _session_bytes(self) -> int:
+        return sum(records.store.written_bytes for records in self._stores)
