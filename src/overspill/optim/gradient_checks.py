@@ -9,12 +9,14 @@
 
 Every addition is one elementwise float64 operation, so any number of threads gives the same bits, which `torch.sum` does not
 promise. On CUDA it is one reduction with float64 accumulators instead: as deterministic there, and one kernel a tensor where the
-definition takes some 25 a slice (measured: 150 ms of a step of 500 on 1.10B parameters). The global norm is the square root of all tensors' sums under `math.fsum`, which rounds
-once: the order in which tensors arrive, and which rank owns them, does not matter. It is the norm of whole tensors; sums
-of parts of a tensor, added up, may differ in the last bit.
+definition takes some 25 a slice (measured: 150 ms of a step of 500 on 1.10B parameters).
 
-A finite float64 sum cannot overflow here (3.4e38 squared times any number of elements is far below 1e308), so the sum is
-non-finite exactly when an element is.
+The global norm is the square root of all tensors' sums under `math.fsum`, which rounds once: the order in which tensors arrive, and
+which rank owns them, does not matter. It is the norm of whole tensors; sums of parts of a tensor, added up, may differ in the last
+bit.
+
+A finite float64 sum cannot overflow here (3.4e38 squared times any number of elements is far below 1e308), so the sum is non-finite
+exactly when an element is.
 """
 
 from __future__ import annotations
