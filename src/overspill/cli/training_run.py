@@ -29,6 +29,7 @@ from overspill.cli.continuation import (
     validate_same_flags,
 )
 from overspill.cli.finetune import FinetuneOptions
+from overspill.cli.optimizer_flags import build_optimizer
 from overspill.cli.stopping import PauseUntilStopped, StopRequest
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
 from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, StorageError
@@ -44,7 +45,7 @@ from overspill.spec.checkpoint import Manifest
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
-from overspill.spec.update_rule import AdamW, LearningRate
+from overspill.spec.update_rule import LearningRate
 from overspill.tiers.calls import SpacePolicy
 from overspill.units import format_bytes, format_seconds, parse_bytes
 
@@ -104,6 +105,7 @@ def validate_options(options: FinetuneOptions) -> None:
     if options.steps is not None and options.epochs is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
     validate_data_options(options)
+    build_optimizer(options)
     if "ssd" in (options.parameters, options.states, options.boundaries) and options.ssd_dir is None:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
     budgets = {"device": options.device_budget, "host": options.host_budget, "ssd": options.ssd_budget}
@@ -166,6 +168,7 @@ def build_session(
         states=options.states,
         boundaries=options.boundaries,
         state_format=options.state_format,
+        optimizer=build_optimizer(options).kind,
         dtype=resolve_dtype(options),
         device_budget_bytes=_optional_bytes(options.device_budget),
         host_budget_bytes=_optional_bytes(options.host_budget),
@@ -182,7 +185,7 @@ def build_session(
     return Session(
         folder,
         plan=request,
-        optimizer=AdamW(lr=options.lr, weight_decay=options.weight_decay),
+        optimizer=build_optimizer(options),
         learning_rate=LearningRate(kind=options.lr_schedule, base=options.lr, warmup_steps=options.warmup_steps, total_steps=num_steps),
         seed=options.seed,
         checkpoints=policy,

@@ -329,7 +329,7 @@ class _Builder:
             self.move(gradient, gradient_tier, where)
             self.free(gradient, gradient_tier)
         homes = {Role.PARAMETER: placement.parameters}
-        if self.plan.state_bytes_per_element[bundle.name]:
+        if self.plan.has_state(bundle.name):
             homes[Role.STATE] = placement.states
         pieces = {role: Piece(role=role, owner=bundle.name, index=gradient.index) for role in homes}
         for role, home in homes.items():
