@@ -53,8 +53,8 @@ Against `torch.optim.AdamW` in fp32 (foreach=False, fused=False), which contract
 line 12 multiplies, and takes its roots from a library: one step from the same state differs by at most 1 ulp of the
 parameter, or, where the parameter is smaller than 8 * lr, 1 ulp of 8 * lr (tested over 1,000 steps). An Adam update is about
 lr in size, so a parameter that small is made of a few updates and carries their rounding. For beta1 < 0.5 torch writes lines
-4-6 the other way round, and the bound has not been tested. `torch.optim.SGD` is held to 2 ulp in the same way (it contracts
-lines 3-4, 5-6 and 9-10).
+4-6 the other way round, and the bound has not been tested. `torch.optim.SGD` is held to 2 ulp of the larger of the
+parameter and lr * (|g| + |m|) (it contracts lines 3-4, 5-6 and 9-10).
 
 Around the rule, in the order of a step: `LearningRate.at(step)` -> (global norm -> `clip_coefficient`) -> `gradient_scale`
 -> `Optimizer.scalars` -> the update of every tensor; `LossScale.after_step` closes the step.
