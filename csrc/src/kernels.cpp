@@ -11,6 +11,9 @@
 #include "numbers.hpp"
 #include "rules.hpp"
 
+#ifndef OVERSPILL_ISA
+#define OVERSPILL_ISA baseline
+#endif
 #define OVERSPILL_CONCAT2(a, b) a##b
 #define OVERSPILL_CONCAT(a, b) OVERSPILL_CONCAT2(a, b)
 

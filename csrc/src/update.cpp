@@ -111,8 +111,8 @@ void validate_ranges(const ChunkArrays& chunk, const UpdateRange* ranges, std::s
   std::int64_t end = 0;
   for (std::size_t i = 0; i < num_ranges; ++i) {
     const UpdateRange& range = ranges[i];
-    const std::string where = "range " + std::to_string(i) + " (start " + std::to_string(range.start) + ", " +
-                              std::to_string(range.num_elements) + " elements)";
+    const std::string where =
+        "range " + std::to_string(i) + " (start " + std::to_string(range.start) + ", " + std::to_string(range.num_elements) + " elements)";
     if (range.num_elements < 0 || range.start < end || range.start > chunk.num_elements ||
         range.num_elements > chunk.num_elements - range.start) {
       throw std::invalid_argument(where + " must start at or after " + std::to_string(end) + " and end within the chunk's " +

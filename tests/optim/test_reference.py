@@ -158,7 +158,10 @@ def test_tensors_that_do_not_fit_are_refused_and_nothing_is_written(build_segmen
         ({"gradient": segment.gradient[:7]}, "gradient has 7 elements on cpu, the parameter 8"),
         ({"gradient": segment.gradient.double()}, "gradient of torch.float64 has no update"),
         ({"gradient": segment.gradient.reshape(2, 4)}, "gradient must be 1-D"),
-        ({"states": {"exp_avg": segment.states["exp_avg"]}}, "under adamw in format fp32 needs the states remainder, exp_avg, exp_avg_sq, got exp_avg"),
+        (
+            {"states": {"exp_avg": segment.states["exp_avg"]}},
+            "under adamw in format fp32 needs the states remainder, exp_avg, exp_avg_sq, got exp_avg",
+        ),
         ({"states": segment.states | {"exp_avg": segment.states["exp_avg"].double()}}, "exp_avg must be float32"),
     ]
     for change, words in changes:

@@ -97,7 +97,9 @@ def finetune(
     parameters: Annotated[TierChoice, typer.Option(help="Where the parameters rest.", rich_help_panel=_PLACEMENT)] = "auto",
     states: Annotated[TierChoice, typer.Option(help="Where the optimizer states rest.", rich_help_panel=_PLACEMENT)] = "auto",
     boundaries: Annotated[TierChoice, typer.Option(help="Where hidden states between units rest.", rich_help_panel=_PLACEMENT)] = "auto",
-    state_format: Annotated[StateFormat, typer.Option(help="Numbers of the optimizer states: less memory, rounded.", rich_help_panel=_PLACEMENT)] = "fp32",
+    state_format: Annotated[
+        StateFormat, typer.Option(help="Numbers of the optimizer states: less memory, rounded.", rich_help_panel=_PLACEMENT)
+    ] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_PLACEMENT)] = "auto",
     device_budget: Annotated[str | None, typer.Option(help="Device memory to use, such as 8GiB.", rich_help_panel=_PLACEMENT)] = None,
     host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from overspill.cli.finetune import FinetuneOptions
 from overspill.spec.update_rule import SGD, AdamW, Lion, Optimizer
 
@@ -17,9 +19,9 @@ def build_optimizer(options: FinetuneOptions) -> Optimizer:
         return SGD(lr=options.lr, momentum=options.momentum or 0.0, nesterov=options.nesterov, weight_decay=options.weight_decay)
     _refuse(options, "sgd", "momentum", "nesterov")
     kind = {"adamw": AdamW, "lion": Lion}[options.optimizer]
-    default = kind.__dataclass_fields__["betas"].default
-    betas = tuple(usual if given is None else given for given, usual in zip((options.beta1, options.beta2), default, strict=True))
-    return kind(lr=options.lr, betas=(betas[0], betas[1]), weight_decay=options.weight_decay)
+    optimizer = kind(lr=options.lr, weight_decay=options.weight_decay)
+    beta1, beta2 = (usual if given is None else given for given, usual in zip((options.beta1, options.beta2), optimizer.betas, strict=True))
+    return dataclasses.replace(optimizer, betas=(beta1, beta2))
 
 
 def _refuse(options: FinetuneOptions, owner: str, *names: str) -> None:

@@ -123,10 +123,7 @@ def _sgd(s: UpdateScalars, p: Tensor, g: Tensor, moments: list[Tensor]) -> tuple
 def _sgd_momentum(s: UpdateScalars, p: Tensor, g: Tensor, moments: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     g = g + p * s.weight_decay  # 3, 4
     m = moments[0] * s.momentum + g  # 5, 6
-    if s.kind == "sgd_nesterov":
-        g = g + m * s.momentum  # 7, 8
-    else:
-        g = m
+    g = g + m * s.momentum if s.kind == "sgd_nesterov" else m  # 7, 8
     return p - g * s.step_size, [m]  # 9, 10
 
 

@@ -101,9 +101,10 @@ def validate_segment(
         if tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError(f"{name} must be 1-D and contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
         if tensor.numel() != lengths[name] or tensor.device != parameter.device:
-            wanted = "" if lengths[name] == parameter.numel() else f" ({lengths[name]} values are needed)"
+            count = lengths[name]
+            wanted = "" if count == parameter.numel() else f" ({count} values are needed)"
             raise ValueError(
-                f"{name} has {tensor.numel()} elements on {tensor.device}, the parameter {parameter.numel()} on {parameter.device}{wanted}; "
-                f"pass the same segment of each"
+                f"{name} has {tensor.numel()} elements on {tensor.device}, "
+                f"the parameter {parameter.numel()} on {parameter.device}{wanted}; pass the same segment of each"
             )
     return state_format

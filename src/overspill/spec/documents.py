@@ -2,7 +2,8 @@
 
 Everything that crosses a layer is a frozen dataclass; this file writes any of them as JSON with sorted, indented keys (so
 that two files diff line by line) and reads them back by their type hints. Understood are dataclasses, enums, tuples,
-mappings with string keys, optionals, unions of dataclasses (told apart by a constant field `name`), and plain numbers, strings and booleans: nothing else belongs into a document.
+mappings with string keys, optionals, unions of dataclasses (told apart by a constant field `name`), and plain numbers, strings
+and booleans: nothing else belongs into a document.
 """
 
 from __future__ import annotations
