@@ -170,8 +170,8 @@ void encode_unsigned(const float* __restrict wide, const u32* __restrict words, 
   for (i64 i = 0; i < n; ++i) {
     const u32 bits = bits_of(wide[i]) & 0x7fffffffu;
     const u32 code = Code<5>::encode(bits, exponent, second_word(words[i]) >> 12);
-    const u32 least = bits != 0u ? 1u : 0u;
-    codes[i] = static_cast<u8>(code > least ? code : least);
+    const u32 least = (bits + 0x7fffffffu) >> 31;  // 1 unless bits are 0; as a condition it would keep GCC from vector code
+    codes[i] = static_cast<u8>(code | (code == 0u ? least : 0u));
   }
 }
 

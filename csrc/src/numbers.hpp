@@ -64,7 +64,7 @@ inline u16 narrow_bfloat16_stochastic(float value, u32 random) { return static_c
 template <u32 exponent_bits>
 struct Code {
   static constexpr u32 top = (1u << exponent_bits) - 1;  // exponent field of the block's largest magnitude
-  static constexpr u32 smallest = top + 4;               // block exponents below this one are raised to it
+  static constexpr u32 smallest = top + 22;              // block exponents below this one are raised to it: last_places
   static constexpr u32 broken = 255;                     // block exponent of a block with a value that is not finite
 
   // The block's exponent from the largest magnitude's bits, such that rounding it up cannot overflow the code.
@@ -73,16 +73,20 @@ struct Code {
     return exponent >= broken ? broken : exponent < smallest ? smallest : exponent;
   }
 
-  // `magnitude` are the bits of a finite value without its sign, `random` has 20 bits.
+  // `magnitude` are the bits of a finite value without its sign, `random` has 20 bits. Below the smallest normal code the value
+  // is a whole number of 2^-20 of the last place: one exact multiplication, cut to an integer.
   static u32 encode(u32 magnitude, u32 exponent, u32 random) {
-    const u32 least = exponent - top + 1;  // exponent of the smallest normal code
-    const u32 own = magnitude >> 23;
-    const u32 significand = own != 0 ? (magnitude & 0x7fffffu) | 0x800000u : 0u;
-    const u32 distance = least > own ? least - own : 0u;
-    const u32 denormal = significand >> (distance < 31u ? distance : 31u);
+    const float scaled = float_of(magnitude) * last_places(exponent);
+    const float bounded = scaled < kSmallestNormal ? scaled : kSmallestNormal;
+    const u32 denormal = static_cast<u32>(static_cast<i32>(bounded));
     const u32 normal = magnitude - ((exponent - top) << 23);
-    return ((own >= least ? normal : denormal) + random) >> 20;
+    return ((scaled < kSmallestNormal ? denormal : normal) + random) >> 20;
   }
+
+  static constexpr float kSmallestNormal = 8388608.0f;  // 2^23: code 8, in 2^-20 of its last place
+
+  // What turns the smallest normal code's value, 2^(exponent - top + 1 - 127), into 2^23.
+  static float last_places(u32 exponent) { return float_of((127u + 23u + 127u - 1u + top - exponent) << 23); }
 
   static float decode(u32 code, u32 exponent) {
     const float normal = float_of((code << 20) + ((exponent - top) << 23));

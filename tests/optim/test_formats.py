@@ -284,8 +284,8 @@ def test_a_second_moment_that_is_not_zero_never_becomes_zero():
 def test_every_code_decodes_and_encodes_to_itself():
     for is_signed in (True, False):
         codes = torch.arange(256).to(torch.uint8)
-        for exponent in (19, 40, 127, 254):
-            if not is_signed and exponent == 19:
+        for exponent in (37, 53, 127, 254):
+            if not is_signed and exponent == 37:
                 continue
             scale = torch.tensor([exponent], dtype=torch.uint8)
             values = narrow.decode_moment(codes, scale, is_signed=is_signed)

@@ -1,7 +1,7 @@
 """Moments and parameters in fewer bits than fp32: the stochastic rounding and the 8-bit codes of `spec.state_formats`, in torch.
 
 The plain form, on any device; csrc/src/numbers.hpp is the fast one, and tests hold them bit for bit together. Everything is
-integer arithmetic on the bits of fp32, except that a code below the normal ones is widened by one exact multiplication.
+integer arithmetic on the bits of fp32, except that codes below the normal ones are made and widened by one exact multiplication.
 Words and sums that exceed 31 bits are kept in int64, where nothing overflows on any device.
 """
 
@@ -19,7 +19,7 @@ BROKEN = 255
 """Block exponent of a block with a value that is not finite."""
 _LOW_32 = 0xFFFFFFFF
 _SECOND_MULTIPLIER = 0x9E3779B1
-_MANTISSA = 0x7FFFFF
+_SMALLEST_NORMAL = 2.0**23
 
 
 def rounding_words(rounding: Rounding, offset: int, num_elements: int, device: torch.device) -> Tensor:
@@ -59,13 +59,12 @@ def encode_moment(values: Tensor, random: Tensor, *, is_signed: bool) -> tuple[T
     bits = _blocks(_bits(values))
     magnitude = bits & 0x7FFFFFFF
     exponent = (magnitude.amax(dim=1, keepdim=True) + 0xFFFFF) >> 23
-    exponent = exponent.clamp(min=top + 4, max=BROKEN)
-    own = magnitude >> 23
-    significand = torch.where(own != 0, (magnitude & _MANTISSA) | 0x800000, 0)
-    least = exponent - top + 1
-    denormal = significand >> (least - own).clamp(min=0, max=31)
+    exponent = exponent.clamp(min=top + 22, max=BROKEN)
+    # 2**23 is the smallest normal code (8) in 2**-20 of its last place; the multiplication is exact, the cut is to an integer.
+    scaled = _floats(magnitude) * _floats((276 + top - exponent.clamp(max=BROKEN - 1)) << 23)
+    denormal = scaled.clamp(max=_SMALLEST_NORMAL).to(torch.int64)
     normal = magnitude - ((exponent - top) << 23)
-    code = (torch.where(own >= least, normal, denormal) + _blocks(random)) >> 20
+    code = (torch.where(scaled < _SMALLEST_NORMAL, denormal, normal) + _blocks(random)) >> 20
     code = code | ((bits >> 24) & 0x80) if is_signed else torch.where(magnitude != 0, code.clamp(min=1), code)
     code = torch.where(exponent == BROKEN, 0, code)
     return code.to(torch.uint8).view(-1)[: values.numel()].contiguous(), exponent.to(torch.uint8).view(-1)
@@ -77,7 +76,7 @@ def decode_moment(codes: Tensor, exponents: Tensor, *, is_signed: bool) -> Tenso
     blocks = _blocks(codes.to(torch.int64))
     exponent = exponents.to(torch.int64).view(-1, 1)
     is_broken = exponent == BROKEN
-    exponent = torch.where(is_broken, top + 4, exponent.clamp(min=top + 4))
+    exponent = torch.where(is_broken, top + 22, exponent.clamp(min=top + 22))
     code = blocks & 0x7F if is_signed else blocks
     normal = _floats((code << 20) + ((exponent - top) << 23))
     denormal = code.float() * _floats((exponent - top - 2) << 23)

@@ -48,10 +48,10 @@ byte, the block exponent E; an element is a floating-point number of 8 bits rela
 * first moments: 1 sign, 4 exponent, 3 mantissa bits; second moments: no sign, 5 exponent, 3 mantissa bits.
 * With T = 15 or 31, the largest exponent field: a code with exponent field e > 0 and mantissa f is
   (1 + f/8) * 2**(E - 127 - T + e), with e = 0 it is (f/8) * 2**(E - 126 - T).
-* E is the smallest that holds the block's largest magnitude, rounded up or not; at least T + 4, so that every code is a
-  normal fp32 number. E = 255 says that the block holds a value that is not finite (or above 1.875 * 2**127): all read NaN.
+* E is the smallest that holds the block's largest magnitude, rounded up or not; at least T + 22, so that every code is a
+  normal fp32 number and so is what encoding multiplies with. E = 255 says that the block holds a value that is not finite (or above 1.875 * 2**127): all read NaN.
 * A second moment that is not 0 is stored as at least the smallest code, because dividing by the root of 0 plus eps would
-  blow the update up. fp32 denormals count as 0 apart from that.
+  blow the update up.
 
 Range: from the block's largest magnitude down to 2**-14 of it (second moments 2**-30, which is 2**-15 of the gradients' size)
 with steps of 1/8 to 1/16 of a value, then evenly down to 2**-17 (2**-33). Error of one rounding: at most 12.5 % of the value, 4 % in the
