@@ -2,7 +2,8 @@
 
 In: the tensor as it is on file (or in a live model) is rounded to the parameter's dtype; with bf16 parameters and format
 `fp32`, what the rounding cut off goes into the remainder, and with fp16 the fp32 value is the master, so an fp32 file loses
-nothing. In the narrow formats a bf16 parameter has no master: it is the nearest bf16, and the rest is lost. Optimizer states start as zeros, which a new allocation already reads as: nothing is written for them.
+nothing. In the narrow formats a bf16 parameter has no master: it is the nearest bf16, and the rest is lost. Optimizer states
+start as zeros, which a new allocation already reads as: nothing is written for them.
 
 Out: the parameters as the model reads them. A file in master precision is not written here.
 """

@@ -37,8 +37,8 @@ Rules:
    moment the high 16 (bf16) or 20 (int8), the second moment the high bits of w * 0x9e3779b1 modulo 2**32.
 3. bf16, stochastically: (fp32 bits + 16 random bits) >> 16.
 4. A record is chunk-major: a chunk of n elements is stored as its fields one after the other, in the order of `fields`,
-   each itemsize bytes a value, without gaps, and the whole is filled up to `RECORD_ALIGNMENT_BYTES`. `record_bytes` is the one source
-   of that size. Chunks are multiples of 4096 elements (`spec.tensors`), so fields of one value an element start on
+   each itemsize bytes a value, without gaps, and the whole is filled up to `RECORD_ALIGNMENT_BYTES`. `record_bytes` is the
+   one source of that size. Chunks are multiples of 4096 elements (`spec.tensors`), so fields of one value an element start on
    4096-byte boundaries.
 5. Zero bytes are the state before the first step, in every format.
 
@@ -49,7 +49,8 @@ byte, the block exponent E; an element is a floating-point number of 8 bits rela
 * With T = 15 or 31, the largest exponent field: a code with exponent field e > 0 and mantissa f is
   (1 + f/8) * 2**(E - 127 - T + e), with e = 0 it is (f/8) * 2**(E - 126 - T).
 * E is the smallest that holds the block's largest magnitude, rounded up or not; at least T + 22, so that every code is a
-  normal fp32 number and so is what encoding multiplies with. E = 255 says that the block holds a value that is not finite (or above 1.875 * 2**127): all read NaN.
+  normal fp32 number and so is what encoding multiplies with. E = 255 says that the block holds a value that is not finite
+  (or above 1.875 * 2**127): all of it reads NaN.
 * A second moment that is not 0 is stored as at least the smallest code, because dividing by the root of 0 plus eps would
   blow the update up.
 
