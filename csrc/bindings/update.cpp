@@ -1,11 +1,18 @@
-// The host update and the check for finite values: addresses as integers, lengths in elements, names as strings.
+// The host update and the check for finite values: addresses as integers, lengths in elements, names as strings, tables of
+// plain records (UpdateRange, UpdateScalars) as bytes or as the address of an array.
 #include "overspill/update.hpp"
 
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <array>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "bindings.hpp"
 
@@ -13,35 +20,52 @@ using namespace nb::literals;
 
 namespace {
 
-void update_adamw(const std::string& parameter_dtype, const std::string& gradient_dtype, std::int64_t num_elements,
-                  std::uintptr_t parameter, std::uintptr_t gradient, std::uintptr_t master, std::uintptr_t exp_avg,
-                  std::uintptr_t exp_avg_sq, float gradient_scale, float decay, float one_minus_beta1, float beta2, float one_minus_beta2,
-                  float step_size, float bias_correction2_sqrt, float eps, int num_threads, const std::string& isa) {
-  const overspill::AdamWRange range{overspill::parse_dtype(parameter_dtype),
-                                    overspill::parse_dtype(gradient_dtype),
-                                    num_elements,
-                                    pointer<void>(parameter),
-                                    pointer<const void>(gradient),
-                                    pointer<void>(master),
-                                    pointer<float>(exp_avg),
-                                    pointer<float>(exp_avg_sq)};
-  const overspill::AdamWScalars scalars{gradient_scale,  decay,     one_minus_beta1,       beta2,
-                                        one_minus_beta2, step_size, bias_correction2_sqrt, eps};
-  overspill::update_adamw(range, scalars, num_threads, isa);
+static_assert(sizeof(overspill::UpdateRange) == 32, "optim/native.py packs ranges of 32 bytes");
+
+std::pair<std::int64_t, double> update_ranges(const std::string& rule, const std::string& state_format, const std::string& parameter_dtype,
+                                              const std::string& gradient_dtype, std::int64_t num_elements, std::uintptr_t parameter,
+                                              std::uintptr_t gradient, std::uintptr_t master, const std::array<std::uintptr_t, 2>& moments,
+                                              const std::array<std::uintptr_t, 2>& exponents, std::uintptr_t ranges, std::size_t num_ranges,
+                                              const std::vector<std::array<float, 11>>& scalars, int num_threads, const std::string& isa,
+                                              bool with_stats) {
+  static_assert(sizeof(std::array<float, 11>) == sizeof(overspill::UpdateScalars), "optim/native.py passes every scalar");
+  const overspill::ChunkArrays arrays{overspill::parse_rule(rule),
+                                      overspill::parse_state_format(state_format),
+                                      overspill::parse_dtype(parameter_dtype),
+                                      overspill::parse_dtype(gradient_dtype),
+                                      num_elements,
+                                      pointer<void>(parameter),
+                                      pointer<const void>(gradient),
+                                      pointer<void>(master),
+                                      {pointer<void>(moments[0]), pointer<void>(moments[1])},
+                                      {pointer<std::uint8_t>(exponents[0]), pointer<std::uint8_t>(exponents[1])}};
+  std::vector<overspill::UpdateScalars> sets;
+  for (const auto& [scale, decay, beta1, rest1, beta2, rest2, step, correction, eps, momentum, weight_decay] : scalars) {
+    sets.push_back({scale, decay, beta1, rest1, beta2, rest2, step, correction, eps, momentum, weight_decay});
+  }
+  const overspill::GradientStats stats = overspill::update_ranges(arrays, pointer<const overspill::UpdateRange>(ranges), num_ranges,
+                                                                  sets.data(), sets.size(), num_threads, isa, with_stats);
+  return {stats.num_non_finite, stats.sum_of_squares};
 }
 
 bool all_finite(std::uintptr_t data, const std::string& dtype, std::int64_t num_elements, int num_threads, const std::string& isa) {
   return overspill::all_finite(pointer<const void>(data), overspill::parse_dtype(dtype), num_elements, num_threads, isa);
 }
 
+void scale_in_place(std::uintptr_t data, std::int64_t num_elements, float factor, float summand, int num_threads, const std::string& isa) {
+  overspill::scale_in_place(pointer<float>(data), num_elements, factor, summand, num_threads, isa);
+}
+
 }  // namespace
 
 void bind_update(nb::module_& module) {
-  module.def("update_adamw", &update_adamw, Unlocked(), nb::kw_only(), "parameter_dtype"_a, "gradient_dtype"_a, "num_elements"_a,
-             "parameter"_a, "gradient"_a, "master"_a, "exp_avg"_a, "exp_avg_sq"_a, "gradient_scale"_a, "decay"_a, "one_minus_beta1"_a,
-             "beta2"_a, "one_minus_beta2"_a, "step_size"_a, "bias_correction2_sqrt"_a, "eps"_a, "num_threads"_a = 0, "isa"_a = "");
+  module.def("update_ranges", &update_ranges, Unlocked(), nb::kw_only(), "rule"_a, "state_format"_a, "parameter_dtype"_a,
+             "gradient_dtype"_a, "num_elements"_a, "parameter"_a, "gradient"_a, "master"_a, "moments"_a, "exponents"_a, "ranges"_a,
+             "num_ranges"_a, "scalars"_a, "num_threads"_a = 0, "isa"_a = "", "with_stats"_a = true);
   module.def("all_finite", &all_finite, Unlocked(), "data"_a, nb::kw_only(), "dtype"_a, "num_elements"_a, "num_threads"_a = 0,
              "isa"_a = "");
+  module.def("scale_in_place", &scale_in_place, Unlocked(), "data"_a, nb::kw_only(), "num_elements"_a, "factor"_a, "summand"_a,
+             "num_threads"_a = 0, "isa"_a = "");
   module.def("supported_isas", &overspill::supported_isas);
   module.def("default_num_threads", &overspill::default_num_threads);
 }

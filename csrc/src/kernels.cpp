@@ -1,146 +1,274 @@
-// The loops over elements, in plain C++ that the compiler vectorises.
+// One pass over a piece of a chunk, in blocks of 256 elements that stay in the first-level cache.
 //
-// This file is compiled once per instruction set, each time with OVERSPILL_ISA naming the variant. Two things follow:
-// 1. Everything here is internal to the translation unit, and no standard header with inline functions is used: the
-//    linker keeps one copy of an inline function, and the copy with AVX-512 in it must not be the one an older CPU runs.
-// 2. Conversions are written with integers and exact fp32 operations instead of conversion instructions, so that all
-//    variants compute the same thing in the same way. The loops are bound by memory, the extra integer work is hidden.
+// This file is compiled once per instruction set, each time with OVERSPILL_ISA naming the variant. A block goes through stages,
+// each a plain loop that the compiler vectorises: widen the gradient, look at it, widen parameter and moments, apply the rule
+// (rules.hpp), narrow and store. fp32 arrays are updated where they are, without a stage. So 3 gradient dtypes, 4 kinds of
+// parameters, 4 of moments and 5 rules are 16 small loops instead of 240 large ones; the cost is some first-level traffic,
+// which the square root and the division hide. (Roots and quotients from 14-bit approximations
+// and exact residuals were slower than the plain instructions: docs/log.md.)
 #include "kernels.hpp"
 
+#include "numbers.hpp"
+#include "rules.hpp"
+
+#ifndef OVERSPILL_ISA
+#define OVERSPILL_ISA baseline
+#endif
 #define OVERSPILL_CONCAT2(a, b) a##b
 #define OVERSPILL_CONCAT(a, b) OVERSPILL_CONCAT2(a, b)
 
 namespace overspill {
 namespace {
 
-using u16 = std::uint16_t;
-using u32 = std::uint32_t;
-using i16 = std::int16_t;
-using i64 = std::int64_t;
+constexpr i64 kBlock = kStateBlockElements;
 
-inline u32 bits_of(float value) {
-  u32 bits;
-  __builtin_memcpy(&bits, &value, sizeof bits);
-  return bits;
+// -- the gradient ------------------------------------------------------------------------------------------------------
+
+const float* widen_gradient(const ChunkArrays& arrays, i64 start, i64 n, float* __restrict staged) {
+  if (arrays.gradient_dtype == Dtype::float32) return static_cast<const float*>(arrays.gradient) + start;
+  const u16* __restrict halves = static_cast<const u16*>(arrays.gradient) + start;
+  if (arrays.gradient_dtype == Dtype::bfloat16) {
+    for (i64 i = 0; i < n; ++i) staged[i] = widen_bfloat16(halves[i]);
+  } else {
+    for (i64 i = 0; i < n; ++i) staged[i] = widen_float16(halves[i]);
+  }
+  return staged;
 }
 
-inline float float_of(u32 bits) {
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof value);
-  return value;
-}
+// Sixteen running sums, whatever the instruction set: element i of a piece goes to sum i % 16, so that the order of additions
+// is part of the definition. GCC and clang turn these vectors into what the target has.
+using Float8 = float __attribute__((vector_size(32)));
+using Double8 = double __attribute__((vector_size(64)));
 
-// Rule 3 of update.hpp.
-inline float canonical(float value) { return value != value ? float_of(0x7fc00000u) : value; }
+struct Sums {
+  Double8 low = {}, high = {};
 
-inline float widen_bfloat16(u16 half) { return float_of(static_cast<u32>(half) << 16); }
+  void add(const float* values) {
+    Float8 first, second;
+    __builtin_memcpy(&first, values, sizeof first);
+    __builtin_memcpy(&second, values + 8, sizeof second);
+    const Double8 a = __builtin_convertvector(first, Double8), b = __builtin_convertvector(second, Double8);
+    low += a * a;
+    high += b * b;
+  }
 
-// Exact for every half: exponent and mantissa shifted into place and multiplied by 2^(127-15), which also normalises
-// denormal halves; infinities and NaNs get the full exponent afterwards.
-inline float widen_float16(u16 half) {
-  const u32 magnitude = static_cast<u32>(half & 0x7fffu) << 13;
-  const u32 scaled = bits_of(float_of(magnitude) * float_of((127u + 112u) << 23));
-  const u32 wide = magnitude >= (0x7c00u << 13) ? (magnitude | 0x7f800000u) : scaled;
-  return float_of(wide | (static_cast<u32>(half & 0x8000u) << 16));
-}
+  void add_block(const float* values, i64 n) {
+    i64 i = 0;
+    for (; i + 16 <= n; i += 16) add(values + i);
+    if (i < n) {
+      float padded[16] = {};
+      for (i64 k = i; k < n; ++k) padded[k - i] = values[k];
+      add(padded);
+    }
+  }
 
-// Nearest half, ties to even; a NaN becomes 0x7e00.
-inline u16 narrow_float16(float value) {
-  const u32 bits = bits_of(value);
-  const u32 magnitude = bits & 0x7fffffffu;
-  // Normal result: rebias the exponent by 15 - 127 and round at bit 13; a carry into the exponent is right, up to infinity.
-  const u32 normal = (magnitude + 0xc8000fffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Denormal result: adding 0.5 makes the fp32 adder round at 2^-24, the last place of a denormal half.
-  const u32 denormal = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-  u32 half = magnitude < (113u << 23) ? denormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;
-  const u32 with_sign = half | ((bits >> 16) & 0x8000u);
-  return static_cast<u16>(magnitude > 0x7f800000u ? 0x7e00u : with_sign);
-}
-
-struct BFloat16 {
-  using Storage = u16;
-  static float widen(u16 value) { return widen_bfloat16(value); }
-};
-struct Float16 {
-  using Storage = u16;
-  static float widen(u16 value) { return widen_float16(value); }
-};
-struct Float32 {
-  using Storage = float;
-  static float widen(float value) { return value; }
+  double total() const {
+    Double8 sum = low + high;
+    for (int half = 4; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+    }
+    return sum[0];
+  }
 };
 
-// The master's new value; exp_avg and exp_avg_sq are updated in place. Operation for operation spec/update_rule.py.
-inline float step_element(float p, float g, float& exp_avg, float& exp_avg_sq, const AdamWScalars& s) {
-  g = g * s.gradient_scale;
-  p = p * s.decay;
-  const float m = exp_avg + (g - exp_avg) * s.one_minus_beta1;
-  const float v = exp_avg_sq * s.beta2 + (g * s.one_minus_beta2) * g;
-  const float denom = __builtin_sqrtf(v) / s.bias_correction2_sqrt + s.eps;
-  p = p - (s.step_size * m) / denom;
-  exp_avg = canonical(m);
-  exp_avg_sq = canonical(v);
-  return canonical(p);
+i64 count_non_finite(const float* values, i64 n) {
+  u32 count = 0;
+  for (i64 i = 0; i < n; ++i) count += (bits_of(values[i]) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
+  return count;
 }
 
-template <class Gradient>
-void loop_bfloat16(u16* __restrict parameter, i16* __restrict remainder, const typename Gradient::Storage* __restrict gradient,
-                   float* __restrict exp_avg, float* __restrict exp_avg_sq, const AdamWScalars s, i64 n) {
+// -- random bits -------------------------------------------------------------------------------------------------------
+
+void rounding_words(u32* __restrict words, const Piece& piece, u32 offset, i64 n) {
+  const u32 first = piece.first_element + offset;
+  const u32 low = static_cast<u32>(piece.key), high = static_cast<u32>(piece.key >> 32);
+  for (u32 i = 0; i < static_cast<u32>(n); ++i) words[i] = rounding_word(first + i, low, high);
+}
+
+// -- the parameter -----------------------------------------------------------------------------------------------------
+
+void join_master(float* __restrict p, const u16* __restrict parameter, const i16* __restrict remainder, i64 n) {
+  for (i64 i = 0; i < n; ++i) p[i] = float_of((static_cast<u32>(parameter[i]) << 16) + static_cast<u32>(static_cast<i32>(remainder[i])));
+}
+
+void split_master(const float* __restrict p, u16* __restrict parameter, i16* __restrict remainder, i64 n) {
   for (i64 i = 0; i < n; ++i) {
-    const u32 master = (static_cast<u32>(parameter[i]) << 16) + static_cast<u32>(static_cast<std::int32_t>(remainder[i]));
-    float m = exp_avg[i], v = exp_avg_sq[i];
-    const u32 bits = bits_of(step_element(float_of(master), Gradient::widen(gradient[i]), m, v, s));
+    const u32 bits = bits_of(p[i]);
     parameter[i] = static_cast<u16>((bits + 0x8000u) >> 16);
     remainder[i] = static_cast<i16>(static_cast<u16>(bits));
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
   }
 }
 
-template <class Gradient>
-void loop_float16(u16* __restrict parameter, float* __restrict master, const typename Gradient::Storage* __restrict gradient,
-                  float* __restrict exp_avg, float* __restrict exp_avg_sq, const AdamWScalars s, i64 n) {
+void widen_bfloat16s(float* __restrict wide, const u16* __restrict halves, i64 n) {
+  for (i64 i = 0; i < n; ++i) wide[i] = widen_bfloat16(halves[i]);
+}
+
+void narrow_float16s(const float* __restrict wide, u16* __restrict halves, i64 n) {
+  for (i64 i = 0; i < n; ++i) halves[i] = narrow_float16(wide[i]);
+}
+
+float* read_parameter(const ChunkArrays& arrays, i64 start, i64 n, float* staged) {
+  if (arrays.parameter_dtype == Dtype::float32) return static_cast<float*>(arrays.parameter) + start;
+  if (arrays.parameter_dtype == Dtype::float16) return static_cast<float*>(arrays.master) + start;
+  const u16* parameter = static_cast<const u16*>(arrays.parameter) + start;
+  if (arrays.format == StateFormat::fp32) {
+    join_master(staged, parameter, static_cast<const i16*>(arrays.master) + start, n);
+  } else {
+    widen_bfloat16s(staged, parameter, n);
+  }
+  return staged;
+}
+
+void round_bfloat16s_low(const float* __restrict wide, const u32* __restrict words, u16* __restrict halves, i64 n) {
+  for (i64 i = 0; i < n; ++i) halves[i] = narrow_bfloat16_stochastic(wide[i], words[i] & 0xffffu);
+}
+
+void write_parameter(const ChunkArrays& arrays, i64 start, i64 n, const float* p, const u32* words) {
+  if (arrays.parameter_dtype == Dtype::float32) return;
+  u16* parameter = static_cast<u16*>(arrays.parameter) + start;
+  if (arrays.parameter_dtype == Dtype::float16) {
+    narrow_float16s(p, parameter, n);
+  } else if (arrays.format == StateFormat::fp32) {
+    split_master(p, parameter, static_cast<i16*>(arrays.master) + start, n);
+  } else {
+    round_bfloat16s_low(p, words, parameter, n);
+  }
+}
+
+// -- the moments -------------------------------------------------------------------------------------------------------
+
+void decode_signed(float* __restrict wide, const u8* __restrict codes, u32 exponent, i64 n) {
+  using Signed = Code<4>;
   for (i64 i = 0; i < n; ++i) {
-    float m = exp_avg[i], v = exp_avg_sq[i];
-    const float p = step_element(master[i], Gradient::widen(gradient[i]), m, v, s);
-    master[i] = p;
-    parameter[i] = narrow_float16(p);
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
+    const u32 code = codes[i];
+    wide[i] = float_of(bits_of(Signed::decode(code & 0x7fu, exponent)) | ((code & 0x80u) << 24));
   }
 }
 
-template <class Gradient>
-void loop_float32(float* __restrict parameter, const typename Gradient::Storage* __restrict gradient, float* __restrict exp_avg,
-                  float* __restrict exp_avg_sq, const AdamWScalars s, i64 n) {
+void decode_unsigned(float* __restrict wide, const u8* __restrict codes, u32 exponent, i64 n) {
+  for (i64 i = 0; i < n; ++i) wide[i] = Code<5>::decode(codes[i], exponent);
+}
+
+u32 largest_magnitude(const float* __restrict wide, i64 n) {
+  i32 largest = 0;
   for (i64 i = 0; i < n; ++i) {
-    float m = exp_avg[i], v = exp_avg_sq[i];
-    parameter[i] = step_element(parameter[i], Gradient::widen(gradient[i]), m, v, s);
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
+    const i32 magnitude = static_cast<i32>(bits_of(wide[i]) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return static_cast<u32>(largest);
+}
+
+void encode_signed(const float* __restrict wide, const u32* __restrict words, u8* __restrict codes, u32 exponent, i64 n) {
+  for (i64 i = 0; i < n; ++i) {
+    const u32 bits = bits_of(wide[i]);
+    codes[i] = static_cast<u8>(Code<4>::encode(bits & 0x7fffffffu, exponent, words[i] >> 12) | ((bits >> 24) & 0x80u));
   }
 }
 
-template <class Gradient>
-void update_bfloat16(const AdamWRange& range, const AdamWScalars& scalars, i64 start, i64 end) {
-  loop_bfloat16<Gradient>(static_cast<u16*>(range.parameter) + start, static_cast<i16*>(range.master) + start,
-                          static_cast<const typename Gradient::Storage*>(range.gradient) + start, range.exp_avg + start,
-                          range.exp_avg_sq + start, scalars, end - start);
+// A second moment that is not zero never becomes zero: the update would divide by eps alone.
+void encode_unsigned(const float* __restrict wide, const u32* __restrict words, u8* __restrict codes, u32 exponent, i64 n) {
+  for (i64 i = 0; i < n; ++i) {
+    const u32 bits = bits_of(wide[i]) & 0x7fffffffu;
+    const u32 code = Code<5>::encode(bits, exponent, second_word(words[i]) >> 12);
+    const u32 least = (bits + 0x7fffffffu) >> 31;  // 1 unless bits are 0; as a condition it would keep GCC from vector code
+    codes[i] = static_cast<u8>(code | (code == 0u ? least : 0u));
+  }
 }
 
-template <class Gradient>
-void update_float16(const AdamWRange& range, const AdamWScalars& scalars, i64 start, i64 end) {
-  loop_float16<Gradient>(static_cast<u16*>(range.parameter) + start, static_cast<float*>(range.master) + start,
-                         static_cast<const typename Gradient::Storage*>(range.gradient) + start, range.exp_avg + start,
-                         range.exp_avg_sq + start, scalars, end - start);
+void round_bfloat16s_high(const float* __restrict wide, const u32* __restrict words, u16* __restrict halves, i64 n) {
+  for (i64 i = 0; i < n; ++i) halves[i] = narrow_bfloat16_stochastic(wide[i], words[i] >> 16);
 }
 
-template <class Gradient>
-void update_float32(const AdamWRange& range, const AdamWScalars& scalars, i64 start, i64 end) {
-  loop_float32<Gradient>(static_cast<float*>(range.parameter) + start,
-                         static_cast<const typename Gradient::Storage*>(range.gradient) + start, range.exp_avg + start,
-                         range.exp_avg_sq + start, scalars, end - start);
+void round_bfloat16s_second(const float* __restrict wide, const u32* __restrict words, u16* __restrict halves, i64 n) {
+  for (i64 i = 0; i < n; ++i) halves[i] = narrow_bfloat16_stochastic(wide[i], second_word(words[i]) >> 16);
+}
+
+float* read_moment(const ChunkArrays& arrays, int which, i64 start, i64 n, float* staged) {
+  if (arrays.format == StateFormat::fp32) return static_cast<float*>(arrays.moments[which]) + start;
+  if (arrays.format == StateFormat::bf16) {
+    widen_bfloat16s(staged, static_cast<const u16*>(arrays.moments[which]) + start, n);
+    return staged;
+  }
+  const u8* codes = static_cast<const u8*>(arrays.moments[which]) + start;
+  const u32 stored = arrays.exponents[which][start / kBlock];
+  if (stored == Code<4>::broken) {
+    for (i64 i = 0; i < n; ++i) staged[i] = float_of(0x7fc00000u);
+  } else if (which == 0) {
+    decode_signed(staged, codes, stored < Code<4>::smallest ? Code<4>::smallest : stored, n);
+  } else {
+    decode_unsigned(staged, codes, stored < Code<5>::smallest ? Code<5>::smallest : stored, n);
+  }
+  return staged;
+}
+
+void write_moment(const ChunkArrays& arrays, int which, i64 start, i64 n, const float* wide, const u32* words) {
+  if (arrays.format == StateFormat::fp32) return;
+  if (arrays.format == StateFormat::bf16) {
+    u16* halves = static_cast<u16*>(arrays.moments[which]) + start;
+    if (which == 0) {
+      round_bfloat16s_high(wide, words, halves, n);
+    } else {
+      round_bfloat16s_second(wide, words, halves, n);
+    }
+    return;
+  }
+  u8* codes = static_cast<u8*>(arrays.moments[which]) + start;
+  const u32 largest = largest_magnitude(wide, n);
+  const u32 exponent = which == 0 ? Code<4>::block_exponent(largest) : Code<5>::block_exponent(largest);
+  arrays.exponents[which][start / kBlock] = static_cast<u8>(exponent);
+  if (exponent == Code<4>::broken) {
+    for (i64 i = 0; i < n; ++i) codes[i] = 0;
+  } else if (which == 0) {
+    encode_signed(wide, words, codes, exponent, n);
+  } else {
+    encode_unsigned(wide, words, codes, exponent, n);
+  }
+}
+
+// -- the pass ----------------------------------------------------------------------------------------------------------
+
+void apply_rule(Rule rule, float* p, const float* g, float* m, float* v, const UpdateScalars& scalars, i64 n) {
+  switch (rule) {
+    case Rule::adamw:
+      return adamw(p, g, m, v, scalars, n);
+    case Rule::sgd:
+      return sgd(p, g, scalars, n);
+    case Rule::sgd_momentum:
+      return sgd_momentum<false>(p, g, m, scalars, n);
+    case Rule::sgd_nesterov:
+      return sgd_momentum<true>(p, g, m, scalars, n);
+    case Rule::lion:
+      return lion(p, g, m, scalars, n);
+  }
+}
+
+void update(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
+  alignas(64) float gradient[kBlock], parameter[kBlock], first[kBlock], second[kBlock];
+  alignas(64) u32 words[kBlock];
+  const int moments = arrays.rule == Rule::adamw ? 2 : arrays.rule == Rule::sgd ? 0 : 1;
+  const bool is_rounded = arrays.format != StateFormat::fp32;
+  Sums sums;
+  for (i64 start = piece.start; start < piece.end; start += kBlock) {
+    const i64 n = piece.end - start < kBlock ? piece.end - start : kBlock;
+    const float* g = widen_gradient(arrays, start, n, gradient);
+    if (stats != nullptr) sums.add_block(g, n);
+    float* p = read_parameter(arrays, start, n, parameter);
+    float* m = moments > 0 ? read_moment(arrays, 0, start, n, first) : nullptr;
+    float* v = moments > 1 ? read_moment(arrays, 1, start, n, second) : nullptr;
+    apply_rule(arrays.rule, p, g, m, v, scalars, n);
+    if (is_rounded) rounding_words(words, piece, static_cast<u32>(start - piece.start), n);
+    write_parameter(arrays, start, n, p, words);
+    if (moments > 0) write_moment(arrays, 0, start, n, m, words);
+    if (moments > 1) write_moment(arrays, 1, start, n, v, words);
+  }
+  if (stats == nullptr) return;
+  stats->sum_of_squares = sums.total();
+  // Squares of finite fp32 numbers cannot overflow the double sum, so only a sum that is not finite needs a second look.
+  if (stats->sum_of_squares - stats->sum_of_squares == 0) return;
+  for (i64 start = piece.start; start < piece.end; start += kBlock) {
+    const i64 n = piece.end - start < kBlock ? piece.end - start : kBlock;
+    stats->num_non_finite += count_non_finite(widen_gradient(arrays, start, n, gradient), n);
+  }
 }
 
 // A value is not finite when its exponent is all ones. No early exit inside: the caller exits between short pieces.
@@ -154,6 +282,10 @@ bool all_finite(const void* data, i64 start, i64 end) {
   return found == 0;
 }
 
+void scale(float* data, float factor, float summand, i64 start, i64 end) {
+  for (i64 i = start; i < end; ++i) data[i] = data[i] * factor + summand;
+}
+
 }  // namespace
 
 extern const Kernels OVERSPILL_CONCAT(kernels_, OVERSPILL_ISA);
@@ -161,10 +293,9 @@ extern const Kernels OVERSPILL_CONCAT(kernels_, OVERSPILL_ISA);
 #define OVERSPILL_TEXT(a) OVERSPILL_TEXT2(a)
 const Kernels OVERSPILL_CONCAT(kernels_, OVERSPILL_ISA) = {
     OVERSPILL_TEXT(OVERSPILL_ISA),
-    {{update_bfloat16<BFloat16>, update_bfloat16<Float16>, update_bfloat16<Float32>},
-     {update_float16<BFloat16>, update_float16<Float16>, update_float16<Float32>},
-     {update_float32<BFloat16>, update_float32<Float16>, update_float32<Float32>}},
+    update,
     {all_finite<u16, 0x7f80u>, all_finite<u16, 0x7c00u>, all_finite<u32, 0x7f800000u>},
+    scale,
 };
 
 }  // namespace overspill

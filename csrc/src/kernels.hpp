@@ -7,15 +7,24 @@
 
 namespace overspill {
 
-// Updates elements [start, end) of the range.
-using UpdateKernel = void (*)(const AdamWRange& range, const AdamWScalars& scalars, std::int64_t start, std::int64_t end);
+// Elements [start, end) of the chunk, which belong to one range; `start` is a multiple of 256 after the range's own start.
+struct Piece {
+  std::int64_t start;
+  std::int64_t end;
+  std::uint64_t key;
+  std::uint32_t first_element;  // of the tensor, at `start`
+};
+
+using UpdateKernel = void (*)(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats);
 // True when elements [start, end) are finite.
 using FiniteKernel = bool (*)(const void* data, std::int64_t start, std::int64_t end);
+using ScaleKernel = void (*)(float* data, float factor, float summand, std::int64_t start, std::int64_t end);
 
 struct Kernels {
   const char* name;
-  UpdateKernel update[3][3];  // by parameter dtype, then gradient dtype
+  UpdateKernel update;  // stats may be null
   FiniteKernel all_finite[3];
+  ScaleKernel scale;
 };
 
 extern const Kernels kernels_baseline;

@@ -16,8 +16,9 @@ namespace overspill {
 namespace {
 
 // Elements one thread takes at a time: with bf16 parameters 448 KiB of arrays, which fits a core's second-level cache and
-// leaves 70 pieces in a 32 MiB chunk to share out. Chosen, not tuned.
+// leaves 70 pieces in a 32 MiB chunk to share out. A multiple of the state block. Chosen, not tuned.
 constexpr std::int64_t kPieceElements = 32 * 1024;
+static_assert(kPieceElements % kStateBlockElements == 0, "a block's exponent is written by one thread");
 
 int cpu_count(const cpu_set_t& set) { return CPU_COUNT(&set); }
 
@@ -56,9 +57,10 @@ struct Array {
   const char* name;
   const void* data;
   std::int64_t element_bytes;
+  std::int64_t num_elements;
 };
 
-void validate_arrays(std::vector<Array> arrays, std::int64_t num_elements) {
+void validate_arrays(std::vector<Array> arrays) {
   for (const Array& array : arrays) {
     const auto address = reinterpret_cast<std::uintptr_t>(array.data);
     if (array.data == nullptr) throw std::invalid_argument(std::string(array.name) + " is null");
@@ -71,7 +73,7 @@ void validate_arrays(std::vector<Array> arrays, std::int64_t num_elements) {
   for (std::size_t i = 0; i + 1 < arrays.size(); ++i) {
     const auto start = reinterpret_cast<std::uintptr_t>(arrays[i].data);
     const auto next = reinterpret_cast<std::uintptr_t>(arrays[i + 1].data);
-    const auto length = static_cast<std::uintptr_t>(num_elements * arrays[i].element_bytes);
+    const auto length = static_cast<std::uintptr_t>(arrays[i].num_elements * arrays[i].element_bytes);
     if (next - start < length) {
       throw std::invalid_argument(std::string(arrays[i].name) + " and " + arrays[i + 1].name + " overlap: " + std::to_string(length) +
                                   " B at address " + std::to_string(start) + ", the next starts " + std::to_string(next - start) +
@@ -80,18 +82,56 @@ void validate_arrays(std::vector<Array> arrays, std::int64_t num_elements) {
   }
 }
 
-void validate_range(const AdamWRange& range) {
-  std::vector<Array> arrays = {{"parameter", range.parameter, dtype_bytes(range.parameter_dtype)},
-                               {"gradient", range.gradient, dtype_bytes(range.gradient_dtype)},
-                               {"exp_avg", range.exp_avg, 4},
-                               {"exp_avg_sq", range.exp_avg_sq, 4}};
-  if (range.parameter_dtype == Dtype::bfloat16) arrays.push_back({"remainder", range.master, 2});
-  if (range.parameter_dtype == Dtype::float16) arrays.push_back({"master", range.master, 4});
-  if (range.parameter_dtype == Dtype::float32 && range.master != nullptr) {
-    throw std::invalid_argument("a float32 parameter is its own master, but a separate master was given");
+std::int64_t num_blocks(std::int64_t num_elements) { return (num_elements + kStateBlockElements - 1) / kStateBlockElements; }
+
+void validate_chunk(const ChunkArrays& chunk) {
+  const std::int64_t n = chunk.num_elements;
+  std::vector<Array> arrays = {{"parameter", chunk.parameter, dtype_bytes(chunk.parameter_dtype), n},
+                               {"gradient", chunk.gradient, dtype_bytes(chunk.gradient_dtype), n}};
+  if (chunk.parameter_dtype == Dtype::float16 && chunk.format != StateFormat::fp32) {
+    throw std::invalid_argument("float16 parameters have only the state format fp32; use it, or bfloat16 parameters");
   }
-  validate_arrays(std::move(arrays), range.num_elements);
+  const bool has_master = chunk.format == StateFormat::fp32 && chunk.parameter_dtype != Dtype::float32;
+  if (has_master) {
+    const bool is_split = chunk.parameter_dtype == Dtype::bfloat16;
+    arrays.push_back({is_split ? "remainder" : "master", chunk.master, is_split ? 2 : 4, n});
+  } else if (chunk.master != nullptr) {
+    throw std::invalid_argument("the parameter is its own master in this state format, but a separate master was given");
+  }
+  const std::int64_t moment_bytes = chunk.format == StateFormat::fp32 ? 4 : chunk.format == StateFormat::bf16 ? 2 : 1;
+  const char* const names[2][2] = {{"first moment", "exponents of the first moment"}, {"second moment", "exponents of the second moment"}};
+  for (int which = 0; which < num_moments(chunk.rule); ++which) {
+    arrays.push_back({names[which][0], chunk.moments[which], moment_bytes, n});
+    if (chunk.format == StateFormat::int8) arrays.push_back({names[which][1], chunk.exponents[which], 1, num_blocks(n)});
+  }
+  validate_arrays(std::move(arrays));
 }
+
+void validate_ranges(const ChunkArrays& chunk, const UpdateRange* ranges, std::size_t num_ranges, std::size_t num_scalars) {
+  std::int64_t end = 0;
+  for (std::size_t i = 0; i < num_ranges; ++i) {
+    const UpdateRange& range = ranges[i];
+    const std::string where =
+        "range " + std::to_string(i) + " (start " + std::to_string(range.start) + ", " + std::to_string(range.num_elements) + " elements)";
+    if (range.num_elements < 0 || range.start < end || range.start > chunk.num_elements ||
+        range.num_elements > chunk.num_elements - range.start) {
+      throw std::invalid_argument(where + " must start at or after " + std::to_string(end) + " and end within the chunk's " +
+                                  std::to_string(chunk.num_elements) + " elements");
+    }
+    if (chunk.format == StateFormat::int8 && range.start % kStateBlockElements != 0) {
+      throw std::invalid_argument(where + " must start at a multiple of " + std::to_string(kStateBlockElements) +
+                                  " in format int8, whose blocks share an exponent");
+    }
+    if (range.scalars >= num_scalars) {
+      throw std::invalid_argument(where + " wants scalars " + std::to_string(range.scalars) + ", only " + std::to_string(num_scalars) +
+                                  " were given");
+    }
+    end = range.start + range.num_elements;
+    if (chunk.format == StateFormat::int8) end = num_blocks(end) * kStateBlockElements;
+  }
+}
+
+std::int64_t num_pieces(std::int64_t num_elements) { return (num_elements + kPieceElements - 1) / kPieceElements; }
 
 void validate_length(std::int64_t num_elements) {
   if (num_elements < 0) throw std::invalid_argument("num_elements must not be negative, got " + std::to_string(num_elements));
@@ -116,24 +156,64 @@ int default_num_threads() {
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
+int num_moments(Rule rule) { return rule == Rule::adamw ? 2 : rule == Rule::sgd ? 0 : 1; }
+
+Rule parse_rule(const std::string& name) {
+  if (name == "adamw") return Rule::adamw;
+  if (name == "sgd") return Rule::sgd;
+  if (name == "sgd_momentum") return Rule::sgd_momentum;
+  if (name == "sgd_nesterov") return Rule::sgd_nesterov;
+  if (name == "lion") return Rule::lion;
+  throw std::invalid_argument("rule '" + name + "' is unknown; choose one of adamw, sgd, sgd_momentum, sgd_nesterov, lion");
+}
+
+StateFormat parse_state_format(const std::string& name) {
+  if (name == "fp32") return StateFormat::fp32;
+  if (name == "bf16") return StateFormat::bf16;
+  if (name == "int8") return StateFormat::int8;
+  throw std::invalid_argument("state format '" + name + "' is unknown; choose one of fp32, bf16, int8");
+}
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Kernels* kernels : runnable_kernels()) names.emplace_back(kernels->name);
   return names;
 }
 
-void update_adamw(const AdamWRange& range, const AdamWScalars& scalars, int num_threads, const std::string& isa) {
-  validate_length(range.num_elements);
+GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
+                            std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats) {
+  validate_length(arrays.num_elements);
   const Kernels& kernels = kernels_for(isa);
   const int threads = threads_for(num_threads);
-  if (range.num_elements == 0) return;
-  validate_range(range);
-  const UpdateKernel kernel = kernels.update[static_cast<int>(range.parameter_dtype)][static_cast<int>(range.gradient_dtype)];
-  const std::int64_t num_pieces = (range.num_elements + kPieceElements - 1) / kPieceElements;
-  WorkerPool::instance().run(num_pieces, threads, [&](std::int64_t piece) {
-    const std::int64_t start = piece * kPieceElements;
-    kernel(range, scalars, start, std::min(start + kPieceElements, range.num_elements));
+  validate_ranges(arrays, ranges, num_ranges, num_scalars);
+  if (arrays.num_elements == 0) return {};
+  validate_chunk(arrays);
+  struct Work {
+    Piece piece;
+    std::uint32_t scalars;
+    GradientStats stats;
+  };
+  std::vector<Work> work;
+  work.reserve(num_ranges + static_cast<std::size_t>(arrays.num_elements / kPieceElements));
+  for (const UpdateRange* range = ranges; range != ranges + num_ranges; ++range) {
+    for (std::int64_t done = 0; done < range->num_elements; done += kPieceElements) {
+      const std::int64_t start = range->start + done;
+      const std::int64_t end = range->start + std::min(done + kPieceElements, range->num_elements);
+      work.push_back({{start, end, range->key, range->first_element + static_cast<std::uint32_t>(done)}, range->scalars, {}});
+    }
+  }
+  WorkerPool::instance().run(static_cast<std::int64_t>(work.size()), threads, [&](std::int64_t index) {
+    Work& item = work[static_cast<std::size_t>(index)];
+    GradientStats stats;  // here and not in `work`: neighbours there share cache lines
+    kernels.update(arrays, scalars[item.scalars], item.piece, with_stats ? &stats : nullptr);
+    item.stats = stats;
   });
+  GradientStats total;
+  for (const Work& item : work) {
+    total.num_non_finite += item.stats.num_non_finite;
+    total.sum_of_squares += item.stats.sum_of_squares;
+  }
+  return total;
 }
 
 bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int num_threads, const std::string& isa) {
@@ -141,16 +221,27 @@ bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int nu
   const Kernels& kernels = kernels_for(isa);
   const int threads = threads_for(num_threads);
   if (num_elements == 0) return true;
-  validate_arrays({{"data", data, dtype_bytes(dtype)}}, num_elements);
+  validate_arrays({{"data", data, dtype_bytes(dtype), num_elements}});
   const FiniteKernel kernel = kernels.all_finite[static_cast<int>(dtype)];
-  const std::int64_t num_pieces = (num_elements + kPieceElements - 1) / kPieceElements;
   std::atomic<bool> finite{true};
-  WorkerPool::instance().run(num_pieces, threads, [&](std::int64_t piece) {
+  WorkerPool::instance().run(num_pieces(num_elements), threads, [&](std::int64_t piece) {
     if (!finite.load(std::memory_order_relaxed)) return;
     const std::int64_t start = piece * kPieceElements;
     if (!kernel(data, start, std::min(start + kPieceElements, num_elements))) finite.store(false, std::memory_order_relaxed);
   });
   return finite.load();
+}
+
+void scale_in_place(float* data, std::int64_t num_elements, float factor, float summand, int num_threads, const std::string& isa) {
+  validate_length(num_elements);
+  const Kernels& kernels = kernels_for(isa);
+  const int threads = threads_for(num_threads);
+  if (num_elements == 0) return;
+  validate_arrays({{"data", data, 4, num_elements}});
+  WorkerPool::instance().run(num_pieces(num_elements), threads, [&](std::int64_t piece) {
+    const std::int64_t start = piece * kPieceElements;
+    kernels.scale(data, factor, summand, start, std::min(start + kPieceElements, num_elements));
+  });
 }
 
 }  // namespace overspill

@@ -8,12 +8,22 @@ Rules:
 2. The hash is BLAKE2b: the same on every machine, in every process and Python version (`hash()` is not).
 3. Bits for stochastic rounding are counter-based: the bits of an element are a function of the step, its tensor's name and
    its global index in the tensor, so that chunks, tiers, threads and ranks do not matter either.
+4. One word of 32 bits an element and step serves all roundings of that element (`spec.state_formats`).
 
 Who uses which: dropout and the like `unit_seed`, set before the forward and again before its recompute; the order of
-training samples `shuffle_seed`; rounding to a narrow format `rounding_bits`.
+training samples `shuffle_seed`; rounding to a narrow format `rounding_key` and `rounding_words`.
 
-The generator is Philox4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), tested against the
-authors' known answers. This file is the plain form, in numpy; it imports no torch, so every layer may import it.
+The generator of rounding bits is a keyed mixing hash, x = element number modulo 2**32, with the key's halves low and high:
+
+    x ^= low;   x ^= x >> 16;   x *= 0x7feb352d;   x ^= high;   x ^= x >> 15;   x *= 0x846ca68b;   x ^= x >> 16
+
+Shifts and multipliers are those of C. Wellons' `lowbias32` (found by search for the least bias of a 32-bit integer hash with
+two multiplications, 2018); the second half of the key goes in between, so that the words of two tensors or steps are not
+permutations of each other. Philox4x32-10, which stood here before, needs 20 wide multiplications for 4 words; on vectors it
+took longer than all of AdamW's arithmetic (docs/log.md). What rounding asks of the bits is tested (tests/optim/test_rounding.py):
+balanced, unbiased in their effect, uncorrelated between neighbours, steps and tensors. They are not for anything else.
+
+This file is the plain form, in numpy; it imports no torch, so every layer may import it.
 """
 
 from __future__ import annotations
@@ -25,11 +35,7 @@ import numpy as np
 SEED_BITS = 63
 """What `torch.manual_seed` takes as a non-negative int64."""
 
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_PHILOX_ROUNDS = 10
-_LOW_32 = np.uint64(0xFFFFFFFF)
-_SHIFT_32 = np.uint64(32)
+_LOW_32 = 0xFFFFFFFF
 
 
 def unit_seed(run_seed: int, step: int, micro_batch: int, unit: str) -> int:
@@ -52,55 +58,52 @@ def shuffle_seed(run_seed: int, epoch: int) -> int:
     return _hash("shuffle", run_seed, epoch) >> (64 - SEED_BITS)
 
 
-def rounding_key(run_seed: int, step: int, tensor_name: str) -> int:
-    """The 64-bit Philox key of one tensor in one step."""
-    return _hash("rounding", run_seed, step, tensor_name)
+def rounding_key(run_seed: int, step: int, tensor_name: str, part: int = 0) -> int:
+    """The 64-bit key of one tensor in one step.
+
+    Args:
+        part: element number divided by 2**32, since the generator counts in 32 bits.
+    """
+    return _hash("rounding", run_seed, step, tensor_name, part)
 
 
 def rounding_bits(run_seed: int, step: int, tensor_name: str, first_element: int, num_elements: int) -> np.ndarray:
     """32 random bits for each of a tensor's elements [first_element, first_element + num_elements).
-
-    Element i gets word i % 4 of the Philox block with counter i // 4 under `rounding_key`.
 
     Returns:
         uint32, shape (num_elements,). Any split of a range gives the same bits as the whole.
     """
     if first_element < 0 or num_elements < 0:
         raise ValueError(f"{tensor_name}: an element range cannot be negative, got first {first_element}, number {num_elements}")
-    first_block, last_block = first_element // 4, -(-(first_element + num_elements) // 4)
-    blocks = np.arange(first_block, last_block, dtype=np.uint64)
-    counters = np.zeros((len(blocks), 4), dtype=np.uint32)
-    counters[:, 0] = blocks & _LOW_32
-    counters[:, 1] = blocks >> _SHIFT_32
-    words = philox4x32(counters, rounding_key(run_seed, step, tensor_name)).reshape(-1)
-    start = first_element - 4 * first_block
-    return words[start : start + num_elements]
+    words = [
+        rounding_words(rounding_key(run_seed, step, tensor_name, first >> 32), first & _LOW_32, number)
+        for first, number in split_at_parts(first_element, num_elements)
+    ]
+    return np.concatenate(words) if words else np.zeros(0, dtype=np.uint32)
 
 
-def philox4x32(counters: np.ndarray, key: int) -> np.ndarray:
-    """Philox4x32-10 of each row of `counters`.
+def split_at_parts(first_element: int, num_elements: int) -> list[tuple[int, int]]:
+    """(first, number) of the pieces of an element range that have one key each."""
+    pieces = []
+    end = first_element + num_elements
+    while first_element < end:
+        number = min(end, ((first_element >> 32) + 1) << 32) - first_element
+        pieces.append((first_element, number))
+        first_element += number
+    return pieces
 
-    Args:
-        counters: uint32, shape (num_blocks, 4), least significant word first.
-        key: 64 bits.
 
-    Returns:
-        uint32, shape (num_blocks, 4).
-    """
-    c0, c1, c2, c3 = (counters[:, word].astype(np.uint64) for word in range(4))
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
-    for _ in range(_PHILOX_ROUNDS):
-        product0 = c0 * np.uint64(_PHILOX_MULTIPLIERS[0])
-        product1 = c2 * np.uint64(_PHILOX_MULTIPLIERS[1])
-        c0, c1, c2, c3 = (
-            (product1 >> _SHIFT_32) ^ c1 ^ np.uint64(k0),
-            product1 & _LOW_32,
-            (product0 >> _SHIFT_32) ^ c3 ^ np.uint64(k1),
-            product0 & _LOW_32,
-        )
-        k0 = (k0 + _PHILOX_KEY_STEPS[0]) & 0xFFFFFFFF
-        k1 = (k1 + _PHILOX_KEY_STEPS[1]) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+def rounding_words(key: int, first_element: int, num_elements: int) -> np.ndarray:
+    """The words of elements [first_element, first_element + num_elements), all below 2**32, under `key`; uint32."""
+    low, high = np.uint32(key & _LOW_32), np.uint32(key >> 32)
+    x = np.arange(first_element, first_element + num_elements, dtype=np.uint64).astype(np.uint32) ^ low
+    x ^= x >> np.uint32(16)
+    x *= np.uint32(0x7FEB352D)
+    x ^= high
+    x ^= x >> np.uint32(15)
+    x *= np.uint32(0x846CA68B)
+    x ^= x >> np.uint32(16)
+    return x
 
 
 def _hash(purpose: str, *parts: int | str) -> int:

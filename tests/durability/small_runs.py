@@ -10,7 +10,6 @@ from training_loop import make_batches
 
 import overspill
 from overspill.runtime.session import Session
-from overspill.spec.state_formats import resolve_state_format
 
 VOCAB = 96
 OPTIMIZER = overspill.AdamW(lr=1e-2)
@@ -56,7 +55,7 @@ def content(session: Session) -> Weights:
         result[name] = session.homes.read(name)
         bundle = next(bundle for bundle in session.plan.bundles.values() if any(slot.tensor.name == name for slot in bundle.slots))
         if bundle.trainable:
-            for field in resolve_state_format(session.plan.state_format, bundle.dtype).fields:
+            for field in session.plan.state_layout(bundle.name).fields:
                 result[f"{name}.{field.name}"] = session.homes.read_state(name, field.name)
     return result
 

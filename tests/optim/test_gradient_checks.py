@@ -71,5 +71,53 @@ def test_one_bad_element_is_found_wherever_it_is(dtype, bad):
             values[position] = 0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_finite_is_right_for_every_16_bit_pattern(dtype):
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    expected = torch.isfinite(patterns)
+    finite = patterns[expected]
+    assert all_finite(finite) and all_finite(finite[1:]) and all_finite(finite.repeat(3)[5:-3])
+    for value in patterns[~expected].view(torch.int16).unique().view(dtype)[::7]:
+        padded = torch.cat([finite[:37], value.view(1), finite[37:74]])
+        assert not all_finite(padded) and not all_finite(padded[37:38])
+
+
+def test_all_finite_is_right_for_every_fp32_exponent_and_payload():
+    generator = torch.Generator().manual_seed(0)
+    mantissa = torch.randint(0, 2**23, (256, 20), generator=generator)
+    mantissa[:, 0], mantissa[:, 1], mantissa[:, 2] = 0, 1, 2**23 - 1  # zero and denormals, infinities, signalling and quiet NaNs
+    for sign in (0, 1):
+        bits = (torch.arange(256).view(-1, 1) << 23) + mantissa - sign * 2**31
+        values = bits.to(torch.int32).view(torch.float32)
+        assert all_finite(values[:255])
+        for value in values[255]:
+            assert not all_finite(value.view(1)) and not all_finite(torch.cat([values[7], value.view(1), values[9]])[3:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_lengths_and_misaligned_tails_are_seen_and_nothing_beyond_is(dtype):
+    whole = torch.zeros(2100, dtype=dtype)
+    for start, length in ((1, 1), (3, 31), (1, 33), (7, 1003), (2, 2097)):
+        whole[:start], whole[start : start + length], whole[start + length :] = math.nan, 1.0, math.inf
+        part = whole[start : start + length]
+        assert all_finite(part, num_threads=1) and all_finite(part)
+        for position in {0, length // 2, length - 1}:
+            part[position] = math.inf
+            assert not all_finite(part)
+            part[position] = 1.0
+
+
+def test_all_finite_looks_through_views_that_are_not_contiguous():
+    values = torch.ones(64, 3)
+    values[5, 1] = math.nan
+    assert all_finite(values[:, 0]) and all_finite(values.t()[2]) and not all_finite(values[:, 1]) and not all_finite(values.t())
+
+
+def test_all_finite_is_public():
+    import overspill
+
+    assert overspill.all_finite is all_finite
+
+
 def test_an_empty_tensor_is_finite():
     assert all_finite(torch.zeros(0))

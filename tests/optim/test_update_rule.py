@@ -16,7 +16,7 @@ def test_every_scalar_is_an_fp32_number_rounded_once():
     scalars = AdamW(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1).scalars(step=7, gradient_scale=1 / 3)
     assert scalars.decay == float(np.float32(1 - 3e-4 * 0.1))
     assert scalars.step_size == float(np.float32(3e-4 / (1 - 0.9**7)))
-    assert scalars.bias_correction2_sqrt == float(np.float32(math.sqrt(1 - 0.95**7)))
+    assert scalars.bias_correction2_factor == float(np.float32(1 / math.sqrt(1 - 0.95**7)))
     assert scalars.one_minus_beta1 == float(np.float32(1 - 0.9)) != float(np.float32(1) - np.float32(0.9))
     assert scalars.gradient_scale == float(np.float32(1 / 3))
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from plain_loop import run_plain_step
 
-from overspill.optim import global_norm, sum_of_squares, update_reference
-from overspill.rng import unit_seed
+from overspill.optim import Rounding, global_norm, sum_of_squares, update_reference
+from overspill.rng import rounding_key, unit_seed
 from overspill.spec.state_formats import resolve_state_format
-from overspill.spec.update_rule import AdamW, clip_coefficient
+from overspill.spec.update_rule import Optimizer, clip_coefficient
 
-DTYPES = {"float32": torch.float32, "int16": torch.int16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "int16", "bfloat16", "uint8")}
 Batch = Mapping[str, torch.Tensor]
 
 
@@ -32,9 +32,20 @@ def decays(model: torch.nn.Module) -> dict[str, bool]:
 
 
 class PlainTrainer:
-    """Trains a resident causal LM with AdamW as `spec.update_rule` states it."""
+    """Trains a resident causal LM with an optimizer as `spec.update_rule` states it."""
 
-    def __init__(self, model: Any, optimizer: AdamW, *, clip: float | None, seed: int, chunk_rows: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Optimizer,
+        *,
+        clip: float | None,
+        seed: int,
+        chunk_rows: int,
+        device: str = "cpu",
+        state_format: str = "fp32",
+    ) -> None:
+        self.state_format = state_format
         self.model, self.optimizer, self.clip, self.seed, self.chunk_rows = model.to(device).train(), optimizer, clip, seed, chunk_rows
         self.device = device
         self.step_number = 0
@@ -42,9 +53,9 @@ class PlainTrainer:
         self.decay = decays(model)
         self.states: dict[str, dict[str, torch.Tensor]] = {}
         for name, parameter in self.parameters.items():
-            state_format = resolve_state_format("fp32", str(parameter.dtype).removeprefix("torch."))
+            fields = resolve_state_format(state_format, str(parameter.dtype).removeprefix("torch."), optimizer.kind).fields
             self.states[name] = {
-                field.name: torch.zeros(parameter.numel(), dtype=DTYPES[field.dtype], device=device) for field in state_format.fields
+                field.name: torch.zeros(field.num_values(parameter.numel()), dtype=DTYPES[field.dtype], device=device) for field in fields
             }
 
     def step(self, batches: Sequence[Batch]) -> tuple[float, float, dict[str, torch.Tensor]]:
@@ -63,7 +74,14 @@ class PlainTrainer:
         for name, parameter in self.parameters.items():
             weight_decay = None if self.decay[name] else 0.0
             scalars = self.optimizer.scalars(step=self.step_number, weight_decay=weight_decay, gradient_scale=scale)
-            update_reference(scalars, parameter=parameter.data.view(-1), gradient=gradients[name].reshape(-1), states=self.states[name])
+            update_reference(
+                scalars,
+                parameter=parameter.data.view(-1),
+                gradient=gradients[name].reshape(-1),
+                states=self.states[name],
+                state_format=self.state_format,
+                rounding=Rounding(key=rounding_key(self.seed, self.step_number, name)),
+            )
         return math.fsum(float(loss) for loss in result.losses), norm, gradients
 
 

@@ -1,20 +1,24 @@
-// The host update: one pass of AdamW over memory, on raw pointers. Knows neither Python nor torch.
+// The host update: one pass of an optimizer over memory, on raw pointers. Knows neither Python nor torch.
 //
-// The rule is written down in src/overspill/spec/update_rule.py as a list of singly rounded fp32 operations; this is the
-// fast implementation of it, src/overspill/optim/reference.py is the plain one, and tests hold them bit for bit together.
+// The rules are written down in src/overspill/spec/update_rule.py as lists of singly rounded fp32 operations, the state
+// formats in src/overspill/spec/state_formats.py, the rounding bits in src/overspill/rng.py; this is the fast implementation
+// of them, src/overspill/optim/reference.py is the plain one, and tests hold them bit for bit together.
 //
 // Rules:
-// 1. Every fp32 operation rounds once: the core is compiled with -ffp-contract=off, and no reciprocal or square root is
-//    approximated. So every instruction set, every thread count and every split of the range gives the same bits.
+// 1. Every fp32 operation of a rule rounds once: the core is compiled with -ffp-contract=off, and no reciprocal or square root
+//    is approximated. So every instruction set, every thread count and every split of the elements gives the same bits.
 // 2. Denormals are kept: each thread computes under the default floating-point environment, whatever the caller has set.
 // 3. A NaN result is stored as the one quiet NaN 0x7fc00000 (fp16: 0x7e00). CPUs disagree on the NaN that 0 * inf makes,
 //    and some NaNs would round to -0 in the high half of a split master.
 // 4. The caller owns all memory, before, during and after. The arrays of one call do not overlap (checked), and nobody else
 //    touches them until the call returns. Addresses are multiples of the element's size, nothing more.
+// 5. Stochastic rounding takes its bits from (key, element of the tensor) alone, so it obeys rule 1 as well.
 //
-// Cost: reads and writes each array once: with bf16 parameters and gradients 26 bytes an element.
+// Cost: reads and writes each array once: with bf16 parameters and gradients, AdamW moves 26 bytes an element in format
+// fp32, 14 in bf16, 10 in int8. Nothing is allocated in proportion to the elements but one record a piece of 32 Ki of them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -22,45 +26,87 @@
 namespace overspill {
 
 enum class Dtype { bfloat16, float16, float32 };
+enum class Rule { adamw, sgd, sgd_momentum, sgd_nesterov, lion };
+enum class StateFormat { fp32, bf16, int8 };
+
+// Elements that share one exponent in format int8.
+constexpr std::int64_t kStateBlockElements = 256;
 
 std::int64_t dtype_bytes(Dtype dtype);
 
-// "bfloat16", "float16", "float32"; anything else throws std::invalid_argument.
+// Names as Python writes them; anything else throws std::invalid_argument with the choices.
 Dtype parse_dtype(const std::string& name);
+Rule parse_rule(const std::string& name);
+StateFormat parse_state_format(const std::string& name);
 
-// The fp32 scalars of one step; spec/update_rule.py says how each is computed and rounded.
-struct AdamWScalars {
+// How many moments a rule keeps: AdamW 2, Lion and SGD with momentum 1, plain SGD none.
+int num_moments(Rule rule);
+
+// The fp32 scalars of one step; spec/update_rule.py says how each is computed and rounded. Those that a rule does not name
+// have no effect. Python passes them as packed floats in this order.
+struct UpdateScalars {
   float gradient_scale;
   float decay;
+  float beta1;
   float one_minus_beta1;
   float beta2;
   float one_minus_beta2;
   float step_size;
-  float bias_correction2_sqrt;
+  float bias_correction2_factor;
   float eps;
+  float momentum;
+  float weight_decay;
 };
 
-// One range of elements. What the parameter's dtype implies for `master`:
-//   bfloat16  int16 remainders; master bits = (parameter bits << 16) + remainder
-//   float16   fp32 master weights; the parameter is the master rounded to nearest even
-//   float32   null; the parameter is its own master
-struct AdamWRange {
+// The arrays of one chunk. What the format and the parameter's dtype imply:
+//   format fp32, bfloat16   master: int16 remainders; master bits = (parameter bits << 16) + remainder
+//   format fp32, float16    master: fp32 master weights; the parameter is the master rounded to nearest even
+//   float32                 master: null; the parameter is its own master
+//   bf16 or int8, bfloat16  master: null; the parameter is rounded stochastically
+//   bf16 or int8, float16   refused
+// moments[k] is float, 16-bit or 8-bit by the format; exponents[k] (int8 only) has one byte for each block of 256 elements.
+struct ChunkArrays {
+  Rule rule;
+  StateFormat format;
   Dtype parameter_dtype;
   Dtype gradient_dtype;
   std::int64_t num_elements;
   void* parameter;
   const void* gradient;
   void* master;
-  float* exp_avg;
-  float* exp_avg_sq;
+  void* moments[2];
+  std::uint8_t* exponents[2];
 };
 
-// Update `range` in place. num_threads 0 means default_num_threads(); isa "" means the best one of supported_isas().
-// Throws std::invalid_argument on null, misaligned or overlapping arrays and on unknown names; nothing is written then.
-void update_adamw(const AdamWRange& range, const AdamWScalars& scalars, int num_threads, const std::string& isa);
+// A part of one tensor inside the chunk. Python passes these as packed records of 32 bytes.
+struct UpdateRange {
+  std::int64_t start;  // element of the chunk; in format int8 a multiple of 256
+  std::int64_t num_elements;
+  std::uint64_t key;            // of the tensor and the step, for stochastic rounding
+  std::uint32_t first_element;  // of the tensor (modulo 2^32, the key has the rest), at `start`
+  std::uint32_t scalars;        // which of the scalars given
+};
+
+// What a pass saw of the gradient, before scaling.
+struct GradientStats {
+  std::int64_t num_non_finite = 0;
+  // Summed in double in an order that ranges fix and threads and instruction sets do not change. A chunk cut elsewhere may
+  // differ in the last bits: good for reports, not for clipping (src/overspill/optim/gradient_checks.py defines that norm).
+  double sum_of_squares = 0;
+};
+
+// Updates all ranges in place; elements in no range are left alone. num_threads 0 means default_num_threads(); isa "" means
+// the best one of supported_isas(). Without with_stats the gradient is not looked at, and zeros are returned.
+// Throws std::invalid_argument on null, misaligned or overlapping arrays, on ranges outside the chunk, out of order or
+// overlapping, and on unknown names; nothing is written then.
+GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
+                            std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats);
 
 // True when no element is an infinity or a NaN; stops reading soon after the first one that is.
 bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int num_threads, const std::string& isa);
+
+// data[i] = data[i] * factor + summand, in place: the least that an update of as many bytes could cost. For measurements.
+void scale_in_place(float* data, std::int64_t num_elements, float factor, float summand, int num_threads, const std::string& isa);
 
 // Names of the compiled variants that this CPU can run, best first; "baseline" is always the last.
 std::vector<std::string> supported_isas();

@@ -16,7 +16,8 @@ from overspill.spec.lifetime import DEFAULT_MIN_YEARS
 TierChoice = Literal["auto", "device", "host", "ssd"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
-StateFormat = Literal["fp32"]
+StateFormat = Literal["fp32", "bf16", "int8"]
+OptimizerName = Literal["adamw", "sgd", "lion"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,11 @@ class FinetuneOptions:
     lr: float = 2e-5
     warmup_steps: int = 0
     lr_schedule: Schedule = "linear"
+    optimizer: OptimizerName = "adamw"
+    beta1: float | None = None
+    beta2: float | None = None
+    momentum: float | None = None
+    nesterov: bool = False
     weight_decay: float = 0.01
     clip: float | None = None
     dtype: Dtype = "auto"
@@ -83,14 +89,21 @@ def finetune(
     lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=_TRAINING)] = 2e-5,
     warmup_steps: Annotated[int, typer.Option(min=0, help="Steps of linear warm-up.", rich_help_panel=_TRAINING)] = 0,
     lr_schedule: Annotated[Schedule, typer.Option(help="After the warm-up.", rich_help_panel=_TRAINING)] = "linear",
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Of AdamW; not on norms and biases.", rich_help_panel=_TRAINING)] = 0.01,
+    optimizer: Annotated[OptimizerName, typer.Option(help="Lion wants a smaller --lr.", rich_help_panel=_TRAINING)] = "adamw",
+    beta1: Annotated[float | None, typer.Option(help="Of adamw (0.9) or lion (0.9).", rich_help_panel=_TRAINING)] = None,
+    beta2: Annotated[float | None, typer.Option(help="Of adamw (0.999) or lion (0.99).", rich_help_panel=_TRAINING)] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of sgd; 0.", rich_help_panel=_TRAINING)] = None,
+    nesterov: Annotated[bool, typer.Option("--nesterov", help="Of sgd with --momentum.", rich_help_panel=_TRAINING)] = False,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Not on norms and biases.", rich_help_panel=_TRAINING)] = 0.01,
     clip: Annotated[float | None, typer.Option(help="Bound on the gradient norm; updates wait.", rich_help_panel=_TRAINING)] = None,
     dtype: Annotated[Dtype, typer.Option(help="Compute; auto: float32 on a CPU, else bfloat16.", rich_help_panel=_TRAINING)] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of order, split and dropout.", rich_help_panel=_TRAINING)] = 0,
     parameters: Annotated[TierChoice, typer.Option(help="Where the parameters rest.", rich_help_panel=_PLACEMENT)] = "auto",
     states: Annotated[TierChoice, typer.Option(help="Where the optimizer states rest.", rich_help_panel=_PLACEMENT)] = "auto",
     boundaries: Annotated[TierChoice, typer.Option(help="Where hidden states between units rest.", rich_help_panel=_PLACEMENT)] = "auto",
-    state_format: Annotated[StateFormat, typer.Option(help="Of the optimizer states.", rich_help_panel=_PLACEMENT)] = "fp32",
+    state_format: Annotated[
+        StateFormat, typer.Option(help="Numbers of the optimizer states: less memory, rounded.", rich_help_panel=_PLACEMENT)
+    ] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_PLACEMENT)] = "auto",
     device_budget: Annotated[str | None, typer.Option(help="Device memory to use, such as 8GiB.", rich_help_panel=_PLACEMENT)] = None,
     host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,

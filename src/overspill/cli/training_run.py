@@ -30,6 +30,7 @@ from overspill.cli.continuation import (
     validate_same_flags,
 )
 from overspill.cli.finetune import FinetuneOptions
+from overspill.cli.optimizer_flags import build_optimizer
 from overspill.cli.stopping import PauseUntilStopped, StopRequest
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
 from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, StorageError
@@ -45,7 +46,7 @@ from overspill.spec.checkpoint import Manifest
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
-from overspill.spec.update_rule import AdamW, LearningRate
+from overspill.spec.update_rule import LearningRate
 from overspill.tiers.calls import SpacePolicy
 from overspill.units import format_bytes, format_seconds, parse_bytes
 
@@ -108,6 +109,7 @@ def validate_options(options: FinetuneOptions) -> None:
     if options.steps is not None and options.epochs is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
     validate_data_options(options)
+    build_optimizer(options)
     if "ssd" in (options.parameters, options.states, options.boundaries) and options.ssd_dir is None:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
     sizes = {f"{tier}-budget": getattr(options, f"{tier}_budget") for tier in ("device", "host", "pinned", "ssd")}
@@ -170,6 +172,7 @@ def build_session(
         states=options.states,
         boundaries=options.boundaries,
         state_format=options.state_format,
+        optimizer=build_optimizer(options).kind,
         dtype=resolve_dtype(options),
         device_budget_bytes=_optional_bytes(options.device_budget),
         host_budget_bytes=_optional_bytes(options.host_budget),
@@ -189,7 +192,7 @@ def build_session(
     return Session(
         folder,
         plan=request,
-        optimizer=AdamW(lr=options.lr, weight_decay=options.weight_decay),
+        optimizer=build_optimizer(options),
         learning_rate=LearningRate(kind=options.lr_schedule, base=options.lr, warmup_steps=options.warmup_steps, total_steps=num_steps),
         seed=options.seed,
         checkpoints=policy,

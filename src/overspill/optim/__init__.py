@@ -1,35 +1,45 @@
-"""Optimizer updates: `update` is the one to call; it picks the implementation by where the tensors are.
+"""Optimizer updates: `update` (one segment) and `update_chunk` (all segments of a chunk) pick the implementation by where the tensors are.
 
 * CPU tensors, native core importable: `native` (one pass over memory, all CPUs of this process).
 * CUDA tensors, or an installation without the native core: `reference` (plain torch operations).
 
-Both follow `spec.update_rule` and give the same bits, so the choice is one of speed; `update_backend` names it, and reports
-print it. A native core that is there but does not load is an error, not a reason to be slow.
+Both follow `spec.update_rule` and `spec.state_formats` and give the same bits, so the choice is one of speed;
+`update_backend` names it, and reports print it. A native core that is there but does not load is an error, not a reason to
+be slow.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 from torch import Tensor
 
 from overspill.optim.gradient_checks import all_finite_reference, count_non_finite, global_norm, sum_of_squares
 from overspill.optim.masters import merge_master, split_master
+from overspill.optim.narrow import decode_moment
 from overspill.optim.reference import update_reference
-from overspill.spec.update_rule import AdamWScalars
+from overspill.optim.segment import SEGMENT_DTYPE, GradientStats, Rounding
+from overspill.spec.state_formats import StateFormat
+from overspill.spec.update_rule import UpdateScalars
 
 __all__ = [
+    "SEGMENT_DTYPE",
+    "GradientStats",
+    "Rounding",
     "UpdateBackend",
     "all_finite",
     "count_non_finite",
+    "decode_moment",
     "global_norm",
     "merge_master",
     "split_master",
     "sum_of_squares",
     "update",
     "update_backend",
+    "update_chunk",
     "update_reference",
 ]
 
@@ -43,14 +53,27 @@ def update_backend(device: str = "cpu") -> UpdateBackend:
     return "native" if _HAS_NATIVE and device == "cpu" else "reference"
 
 
-def update(scalars: AdamWScalars, *, parameter: Tensor, gradient: Tensor, states: Mapping[str, Tensor], num_threads: int = 0) -> None:
-    """One AdamW step of one segment, in place, by the implementation that `update_backend` names.
+def update(
+    scalars: UpdateScalars,
+    *,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Mapping[str, Tensor],
+    state_format: str = "fp32",
+    rounding: Rounding | None = None,
+    with_stats: bool = True,
+    num_threads: int = 0,
+) -> GradientStats:
+    """One optimizer step of one segment, in place, by the implementation that `update_backend` names.
 
     Args:
-        scalars: of this step, from `spec.update_rule.AdamW.scalars`.
+        scalars: of this step, from the optimizer's `scalars`; they say which rule.
         parameter: bfloat16, float16 or float32, shape (n,). Overwritten.
         gradient: bfloat16, float16 or float32, shape (n,), on the same device. Only read.
-        states: the fields of `spec.state_formats` for the parameter's dtype, each of shape (n,). Overwritten.
+        states: the fields of `spec.state_formats` for format, parameter dtype and optimizer. Overwritten.
+        state_format: `fp32`, `bf16` or `int8`.
+        rounding: where the random bits come from; needed for all formats but `fp32`.
+        with_stats: look at the gradient in passing; on CUDA this waits for the device.
         num_threads: most threads of the native core, 0 for every CPU of this process; torch's own setting rules the reference.
 
     Raises:
@@ -59,14 +82,87 @@ def update(scalars: AdamWScalars, *, parameter: Tensor, gradient: Tensor, states
     if update_backend(parameter.device.type) == "native":
         from overspill.optim.native import update_native
 
-        update_native(scalars, parameter=parameter, gradient=gradient, states=states, num_threads=num_threads)
-    else:
-        update_reference(scalars, parameter=parameter, gradient=gradient, states=states)
+        return update_native(
+            scalars,
+            parameter=parameter,
+            gradient=gradient,
+            states=states,
+            state_format=state_format,
+            rounding=rounding,
+            with_stats=with_stats,
+            num_threads=num_threads,
+        )
+    return update_reference(
+        scalars,
+        parameter=parameter,
+        gradient=gradient,
+        states=states,
+        state_format=state_format,
+        rounding=rounding,
+        with_stats=with_stats,
+    )
+
+
+def update_chunk(
+    scalars: Sequence[UpdateScalars],
+    segments: np.ndarray,
+    *,
+    state_format: StateFormat,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Mapping[str, Tensor],
+    with_stats: bool = True,
+    num_threads: int = 0,
+) -> GradientStats:
+    """One optimizer step of all segments of a chunk, in place; threads are woken once.
+
+    Args:
+        scalars: those that the rows of `segments` number: one set for each weight decay.
+        segments: a table of `SEGMENT_DTYPE`, in element order. Elements in no segment are left alone.
+        state_format: what `states` are in, resolved.
+
+    Raises:
+        ValueError: tensors or table do not fit together.
+    """
+    if update_backend(parameter.device.type) == "native":
+        from overspill.optim.native import update_chunk_native
+
+        return update_chunk_native(
+            scalars,
+            segments,
+            state_format=state_format,
+            parameter=parameter,
+            gradient=gradient,
+            states=states,
+            with_stats=with_stats,
+            num_threads=num_threads,
+        )
+    num_non_finite, squares = 0, 0.0
+    for start, num_elements, key, first_element, index in segments.tolist():
+        end = start + num_elements
+        stats = update_reference(
+            scalars[index],
+            parameter=parameter[start:end],
+            gradient=gradient[start:end],
+            states={
+                field.name: states[field.name][start // field.block_elements : -(-end // field.block_elements)]
+                for field in state_format.fields
+            },
+            state_format=state_format.name,
+            rounding=Rounding(key=key, first_element=first_element),
+            with_stats=with_stats,
+        )
+        num_non_finite, squares = num_non_finite + stats.num_non_finite, squares + stats.sum_of_squares
+    return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
 
 
 def all_finite(tensor: Tensor, *, num_threads: int = 0) -> bool:
-    """Whether no element of `tensor` is infinite or NaN; on CUDA this waits for the device."""
-    if update_backend(tensor.device.type) == "native":
+    """Whether no element of `tensor` is infinite or NaN.
+
+    Reads each element once and stops soon after the first that is; no temporaries on the CPU (a tensor that is not
+    contiguous is looked at by plain torch, slice by slice). On CUDA this waits for the device.
+    """
+    if update_backend(tensor.device.type) == "native" and tensor.is_contiguous():
         from overspill.optim.native import all_finite_native
 
         return all_finite_native(tensor, num_threads=num_threads)

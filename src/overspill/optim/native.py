@@ -1,34 +1,59 @@
 """The fast update on CPU tensors: one pass over memory in the native core (csrc/), bit for bit equal to `reference`.
 
-Measured figures belong to benchmarks; the cost in bytes is fixed: with bf16 parameters and gradients each element is 14
-bytes read and 12 written. The core knows nothing of torch: this file turns tensors into addresses. It releases the GIL, and
-the caller must leave the tensors alone until it returns.
+Measured figures belong to benchmarks; the cost in bytes is fixed: with bf16 parameters and gradients AdamW reads 14 and
+writes 12 bytes an element in format fp32, 8 and 6 in bf16, 6 and 4 in int8. The core knows nothing of torch: this file turns
+tensors into addresses. It releases the GIL, and the caller must leave the tensors alone until it returns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 import overspill._native as _native
-from overspill.optim.segment import DTYPE_NAMES, validate_segment
-from overspill.spec.update_rule import AdamWScalars
+from overspill.optim.segment import (
+    DTYPE_NAMES,
+    SEGMENT_DTYPE,
+    GradientStats,
+    Rounding,
+    segment_table,
+    validate_scalars,
+    validate_segment,
+)
+from overspill.spec.state_formats import StateFormat, exponents_of
+from overspill.spec.update_rule import UpdateScalars
 
-MASTER_FIELDS = {"bfloat16": "remainder", "float16": "master", "float32": None}
-"""Which state field completes a parameter to its master weights."""
+_SCALARS = (
+    "gradient_scale",
+    "decay",
+    "beta1",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "step_size",
+    "bias_correction2_factor",
+    "eps",
+    "momentum",
+    "weight_decay",
+)
+"""The order of `UpdateScalars` in csrc/include/overspill/update.hpp."""
 
 
 def update_native(
-    scalars: AdamWScalars,
+    scalars: UpdateScalars,
     *,
     parameter: Tensor,
     gradient: Tensor,
     states: Mapping[str, Tensor],
+    state_format: str = "fp32",
+    rounding: Rounding | None = None,
+    with_stats: bool = True,
     num_threads: int = 0,
     isa: str = "",
-) -> None:
-    """One AdamW step of one segment, in place; arguments and errors as `update_reference`, and
+) -> GradientStats:
+    """One optimizer step of one segment, in place; arguments and errors as `update_reference`, and
 
     Args:
         num_threads: most threads to use; 0 means every CPU this process may run on. Has no effect on the result.
@@ -37,30 +62,70 @@ def update_native(
     Raises:
         ValueError: also when a tensor is not on the CPU, or two of them overlap.
     """
-    validate_segment(parameter, gradient, states)
+    resolved = validate_segment(parameter, gradient, states, format_name=state_format, optimizer=scalars.kind)
+    if rounding is None and resolved.is_rounded_stochastically:
+        raise ValueError(f"state format {state_format} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
+    return update_chunk_native(
+        [scalars],
+        segment_table(parameter.numel(), rounding),
+        state_format=resolved,
+        parameter=parameter,
+        gradient=gradient,
+        states=states,
+        with_stats=with_stats,
+        num_threads=num_threads,
+        isa=isa,
+    )
+
+
+def update_chunk_native(
+    scalars: Sequence[UpdateScalars],
+    segments: np.ndarray,
+    *,
+    state_format: StateFormat,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Mapping[str, Tensor],
+    with_stats: bool = True,
+    num_threads: int = 0,
+    isa: str = "",
+) -> GradientStats:
+    """One optimizer step of all segments of a chunk in one call, in place.
+
+    Args:
+        scalars: those that the table's rows number.
+        segments: a table of `SEGMENT_DTYPE`, in element order.
+        parameter, gradient, states: the chunk's arrays, of `state_format`; not checked again, the core checks addresses.
+
+    Raises:
+        ValueError: a tensor is not on the CPU, arrays overlap, or the table does not fit the chunk; nothing is written then.
+    """
     _require_cpu(parameter)
-    dtype = DTYPE_NAMES[parameter.dtype]
-    master = MASTER_FIELDS[dtype]
-    _native.update_adamw(
-        parameter_dtype=dtype,
+    validate_scalars(scalars, state_format)
+    if segments.dtype != SEGMENT_DTYPE or not segments.flags.c_contiguous:
+        raise ValueError(f"a table of segments has dtype {SEGMENT_DTYPE} in one piece, got {segments.dtype}")
+    master = next((states[name].data_ptr() for name in ("remainder", "master") if name in states), 0)
+    moments = [states[name].data_ptr() for name in state_format.moments]
+    exponents = [states[exponents_of(name)].data_ptr() if state_format.name == "int8" else 0 for name in state_format.moments]
+    num_non_finite, squares = _native.update_ranges(
+        rule=state_format.optimizer,
+        state_format=state_format.name,
+        parameter_dtype=state_format.parameter_dtype,
         gradient_dtype=DTYPE_NAMES[gradient.dtype],
         num_elements=parameter.numel(),
         parameter=parameter.data_ptr(),
         gradient=gradient.data_ptr(),
-        master=states[master].data_ptr() if master is not None else 0,
-        exp_avg=states["exp_avg"].data_ptr(),
-        exp_avg_sq=states["exp_avg_sq"].data_ptr(),
-        gradient_scale=scalars.gradient_scale,
-        decay=scalars.decay,
-        one_minus_beta1=scalars.one_minus_beta1,
-        beta2=scalars.beta2,
-        one_minus_beta2=scalars.one_minus_beta2,
-        step_size=scalars.step_size,
-        bias_correction2_sqrt=scalars.bias_correction2_sqrt,
-        eps=scalars.eps,
+        master=master,
+        moments=(*moments, 0, 0)[:2],
+        exponents=(*exponents, 0, 0)[:2],
+        ranges=segments.ctypes.data,
+        num_ranges=len(segments),
+        scalars=[tuple(getattr(item, name) for name in _SCALARS) for item in scalars],
         num_threads=num_threads,
         isa=isa,
+        with_stats=with_stats,
     )
+    return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
 
 
 def all_finite_native(tensor: Tensor, *, num_threads: int = 0, isa: str = "") -> bool:

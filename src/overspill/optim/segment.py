@@ -1,24 +1,78 @@
-"""What an update is given: the tensors of one segment, and what they must look like.
+"""What an update is given: the tensors of a chunk, the table of its segments, and what they must look like.
 
-A segment is a part of one tensor, as 1-D views into the bundle's arrays: the parameter, its gradient, and its state fields
-(`spec.state_formats`), all of the same length, device and element numbers. Both implementations of the update check the
-same things with the same words, here.
+A segment is a part of one tensor, a range of elements of the chunk's arrays: the parameter, its gradient, and its state fields
+(`spec.state_formats`), all with the same element numbers. Weight decay and random bits differ between tensors, so a chunk
+comes with a table of its segments; one call updates them all. Both implementations of the update check the same things with
+the same words, here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from overspill.spec.state_formats import StateFormat, resolve_state_format
+from overspill.spec.update_rule import UpdateScalars
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 """Dtypes that a parameter or a gradient may have, as `spec` names them."""
 
+SEGMENT_DTYPE = np.dtype(
+    [("start", "<i8"), ("num_elements", "<i8"), ("key", "<u8"), ("first_element", "<u4"), ("scalars", "<u4")], align=True
+)
+"""One row of a segment table, as the native core reads it: first element in the chunk, number of elements, `rng.rounding_key` of
+tensor and step, first element in the tensor modulo 2**32, and which of the scalars given."""
 
-def validate_segment(parameter: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, format_name: str = "fp32") -> StateFormat:
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """Where the random bits of a segment come from (`rng`); no effect in format `fp32`."""
+
+    key: int
+    """`rng.rounding_key` of the tensor and the step."""
+    first_element: int = 0
+    """Of the tensor, at the segment's start, modulo 2**32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GradientStats:
+    """What an update saw of the gradient as it was given, before scaling."""
+
+    num_non_finite: int
+    """Elements that are infinite or NaN."""
+    sum_of_squares: float
+    """In float64. For reports: its last bits depend on how tensors are cut into chunks. `gradient_checks` has the norm that
+    clipping uses."""
+
+
+NO_STATS = GradientStats(num_non_finite=0, sum_of_squares=0.0)
+"""Of an update that was told not to look."""
+
+
+def segment_table(num_elements: int, rounding: Rounding | None = None) -> np.ndarray:
+    """A table of one segment that is all of the arrays."""
+    rounding = rounding or Rounding(key=0)
+    return np.array([(0, num_elements, rounding.key, rounding.first_element, 0)], dtype=SEGMENT_DTYPE)
+
+
+def validate_scalars(scalars: Sequence[UpdateScalars], state_format: StateFormat) -> None:
+    """Check that the scalars are of the optimizer whose state is given.
+
+    Raises:
+        ValueError: they are of another.
+    """
+    for item in scalars:
+        if item.kind != state_format.optimizer:
+            raise ValueError(f"the scalars are of the optimizer {item.kind}, the state is of {state_format.optimizer}; use one optimizer")
+
+
+def validate_segment(
+    parameter: Tensor, gradient: Tensor, states: Mapping[str, Tensor], *, format_name: str = "fp32", optimizer: str = "adamw"
+) -> StateFormat:
     """Check the tensors of one update; the state format they fit.
 
     Raises:
@@ -28,23 +82,29 @@ def validate_segment(parameter: Tensor, gradient: Tensor, states: Mapping[str, T
     for name, tensor in (("parameter", parameter), ("gradient", gradient)):
         if tensor.dtype not in DTYPE_NAMES:
             raise ValueError(f"a {name} of {tensor.dtype} has no update; use one of {', '.join(DTYPE_NAMES.values())}")
-    state_format = resolve_state_format(format_name, DTYPE_NAMES[parameter.dtype])
+    state_format = resolve_state_format(format_name, DTYPE_NAMES[parameter.dtype], optimizer)
     expected = [field.name for field in state_format.fields]
     if set(states) != set(expected):
         raise ValueError(
-            f"a {state_format.parameter_dtype} parameter needs the states {', '.join(expected)}, got {', '.join(states) or 'none'}"
+            f"a {state_format.parameter_dtype} parameter under {optimizer} in format {format_name} needs the states "
+            f"{', '.join(expected) or 'none'}, got {', '.join(states) or 'none'}"
         )
+    lengths = {"parameter": parameter.numel(), "gradient": parameter.numel()}
     for field in state_format.fields:
+        lengths[field.name] = field.num_values(parameter.numel())
         if states[field.name].dtype != getattr(torch, field.dtype):
             raise ValueError(
-                f"{field.name} must be {field.dtype} beside a {state_format.parameter_dtype} parameter, got {states[field.name].dtype}"
+                f"{field.name} must be {field.dtype} beside a {state_format.parameter_dtype} parameter in format {format_name}, "
+                f"got {states[field.name].dtype}"
             )
     for name, tensor in (("parameter", parameter), ("gradient", gradient), *states.items()):
         if tensor.dim() != 1 or not tensor.is_contiguous():
             raise ValueError(f"{name} must be 1-D and contiguous, got shape {tuple(tensor.shape)} with strides {tensor.stride()}")
-        if tensor.numel() != parameter.numel() or tensor.device != parameter.device:
+        if tensor.numel() != lengths[name] or tensor.device != parameter.device:
+            count = lengths[name]
+            wanted = "" if count == parameter.numel() else f" ({count} values are needed)"
             raise ValueError(
-                f"{name} has {tensor.numel()} elements on {tensor.device}, the parameter {parameter.numel()} on {parameter.device}; "
-                f"pass the same segment of each"
+                f"{name} has {tensor.numel()} elements on {tensor.device}, "
+                f"the parameter {parameter.numel()} on {parameter.device}{wanted}; pass the same segment of each"
             )
     return state_format

@@ -18,7 +18,7 @@ from overspill.spec.tensors import CHUNK_BYTES, Bundle, TensorSpec, Unit, build_
 def build_layout(
     unit_parameters: Mapping[str, Sequence[str]],
     parameters: Mapping[str, TensorSpec],
-    bytes_per_element: Callable[[str, bool], int],
+    bytes_per_element: Callable[[str, bool], float],
     *,
     dtype: str,
     chunk_bytes: int = CHUNK_BYTES,

@@ -25,7 +25,6 @@ from overspill.scheduling import build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
-from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import DTYPE_BYTES, Tier
 from overspill.spec.workload import ModelLayout
 from overspill.units import MIB, format_bytes
@@ -86,13 +85,10 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
         device=device,
         dtype=request.dtype,
         state_format=request.state_format,
+        optimizer=request.optimizer or "adamw",
         units=layout.units,
         bundles=layout.bundles,
         placements=dict.fromkeys(layout.bundles, placement),
-        state_bytes_per_element={
-            name: resolve_state_format(request.state_format, bundle.dtype).bytes_per_element if bundle.trainable else 0
-            for name, bundle in layout.bundles.items()
-        },
         boundaries=_lowest(request, request.boundaries),
         group_size=1,
         prefetch_units=1,

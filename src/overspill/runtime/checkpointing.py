@@ -34,7 +34,7 @@ from overspill.spec.checkpoint import CheckpointPolicy, Manifest, RecordEntry
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import initial_copies
 from overspill.spec.tensors import Tier
-from overspill.spec.update_rule import AdamW, LearningRate, LossScale
+from overspill.spec.update_rule import LearningRate, LossScale, Optimizer
 from overspill.tiers import RecordStore, SsdStore
 from overspill.tiers.calls import FileCalls, SpacePolicy, SpaceWaiter
 from overspill.tiers.checksums import ALGORITHM, BLOCK_BYTES, to_hex
@@ -49,7 +49,7 @@ class SessionState:
     """What a checkpoint holds besides records."""
 
     step: int
-    optimizer: AdamW
+    optimizer: Optimizer
     learning_rate: LearningRate
     loss_scale: LossScale | None
     seed: int
@@ -278,7 +278,7 @@ def _differences(manifest: Manifest, plan: Plan, config: Any) -> Iterator[str]:
     if old.model != plan.model:
         yield f"it is of a {old.model}, this is a {plan.model}"
         return
-    for field in ("dtype", "state_format", "clip", "micro_batch", "accumulate"):
+    for field in ("dtype", "optimizer", "state_format", "clip", "micro_batch", "accumulate"):
         if getattr(old, field) != getattr(plan, field):
             yield f"{field} was {getattr(old, field)}, now {getattr(plan, field)}"
     before, now = _tensors(old), _tensors(plan)

@@ -295,10 +295,8 @@ class _Step:
 
     def _update(self, op: Update, lane: Lane, waits: list[Completion]) -> Completion:
         assert self.updates is not None, f"no scalars for the update of {op.bundle}"
-        copies = {
-            role: self.residency.bytes_of(Piece(role=role, owner=op.bundle, index=op.chunk), op.tier)
-            for role in (Role.PARAMETER, Role.GRADIENT, Role.STATE)
-        }
+        roles = [Role.PARAMETER, Role.GRADIENT, *([Role.STATE] if self.plan.has_state(op.bundle) else [])]
+        copies = {role: self.residency.bytes_of(Piece(role=role, owner=op.bundle, index=op.chunk), op.tier) for role in roles}
         run = functools.partial(self._run_update, op, self.updates, copies)
         completion = self.lanes.run_here(run, waits) if lane is Lane.COMPUTE else self.lanes.submit(lane, run, waits)
         self.residency.drop(Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk), op.tier, [completion])

@@ -2,7 +2,8 @@
 
 In: the tensor as it is on file (or in a live model) is rounded to the parameter's dtype; with bf16 parameters and format
 `fp32`, what the rounding cut off goes into the remainder, and with fp16 the fp32 value is the master, so an fp32 file loses
-nothing. Optimizer states start as zeros, which a new allocation already reads as: nothing is written for them.
+nothing. In the narrow formats a bf16 parameter has no master: it is the nearest bf16, and the rest is lost. Optimizer states
+start as zeros, which a new allocation already reads as: nothing is written for them.
 
 Out: the parameters as the model reads them. A file in master precision is not written here.
 """
@@ -20,7 +21,6 @@ from overspill.runtime.residency import Residency
 from overspill.runtime.visit import TORCH_DTYPES
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Role
-from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import Bundle, TensorSlot
 
 SLICE_BYTES = 64 * 1024 * 1024
@@ -76,16 +76,15 @@ class Homes:
 
     def _write_state(self, bundle: Bundle, field: str, first: int, values: torch.Tensor) -> None:
         """A state field is contiguous only inside its chunk's record."""
-        state_format = resolve_state_format(self.plan.state_format, bundle.dtype)
+        state_format = self.plan.state_layout(bundle.name)
         if field not in {item.name for item in state_format.fields}:
             return
-        per_element = state_format.bytes_per_element
         for chunk in bundle.chunks:
             start, end = max(first, chunk.start), min(first + values.numel(), chunk.end)
             if start < end:
                 part = values[start - first : end - first]
                 field_start = state_format.field_ranges(chunk.num_elements)[field][0]
-                offset = chunk.start * per_element + field_start + (start - chunk.start) * part.element_size()
+                offset = self.plan.state_record_start(bundle.name, chunk.index) + field_start + (start - chunk.start) * part.element_size()
                 self.residency.write_home(bundle.name, Role.STATE, offset, _as_bytes(part))
 
     def read(self, name: str) -> torch.Tensor:
@@ -97,25 +96,30 @@ class Homes:
         return flat.view(TORCH_DTYPES[bundle.dtype]).view(slot.tensor.shape)
 
     def read_state(self, name: str, field: str) -> torch.Tensor:
-        """One state field of one tensor, on the CPU, in the tensor's shape (`exp_avg`, `exp_avg_sq`, ...).
+        """One state field of one tensor, on the CPU, as it is stored (`exp_avg`, `exp_avg_sq`, ...).
+
+        In the tensor's shape; a field with one value per block of elements (`exp_avg_exponent`) is 1-D.
 
         Raises:
             ValueError: the tensor's format has no such field.
         """
         bundle, slot = self._slots[name]
-        state_format = resolve_state_format(self.plan.state_format, bundle.dtype)
-        kinds = {item.name: TORCH_DTYPES[item.dtype] for item in state_format.fields}
-        if field not in kinds or not bundle.trainable:
-            raise ValueError(f"{name} has no state {field!r}; it has {', '.join(kinds) if bundle.trainable else 'none, it is frozen'}")
-        size = torch.empty((), dtype=kinds[field]).element_size()
+        state_format = self.plan.state_layout(bundle.name)
+        found = {item.name: item for item in state_format.fields}
+        if field not in found or not bundle.trainable:
+            has = (", ".join(found) or "none") if bundle.trainable else "none, it is frozen"
+            raise ValueError(f"{name} has no state {field!r}; it has {has}")
+        layout = found[field]
         parts = []
         for chunk in bundle.chunks:
             start, end = max(slot.offset, chunk.start), min(slot.end, chunk.end)
             if start < end:
                 field_start = state_format.field_ranges(chunk.num_elements)[field][0]
-                offset = chunk.start * state_format.bytes_per_element + field_start + (start - chunk.start) * size
-                parts.append(self.residency.read_home(bundle.name, Role.STATE, offset, (end - start) * size))
-        return torch.cat(parts).view(kinds[field]).view(slot.tensor.shape)
+                record = self.plan.state_record_start(bundle.name, chunk.index)
+                offset = record + field_start + layout.num_values(start - chunk.start) * layout.itemsize
+                parts.append(self.residency.read_home(bundle.name, Role.STATE, offset, layout.num_values(end - start) * layout.itemsize))
+        values = torch.cat(parts).view(TORCH_DTYPES[layout.dtype])
+        return values.view(slot.tensor.shape) if layout.block_elements == 1 else values
 
     def outgoing(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, Callable[[], torch.Tensor]]]:
         """(name, shape, dtype, read) of every tensor, in the model's order, for the export."""

@@ -24,6 +24,7 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import DTYPE_BYTES
+from overspill.spec.update_rule import Optimizer
 from overspill.spec.workload import ModelLayout
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
@@ -69,7 +70,7 @@ def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: Hardw
             f"samples may have {request.seq_len} tokens, but {type(model.model).__name__} has learned positions for "
             f"{model.max_positions}; lower --seq-len to {model.max_positions} (with --truncate for longer samples)"
         )
-    layout = _read_layout(model, request.dtype, request.state_format, chunk_bytes)
+    layout = _read_layout(model, request.dtype, request.state_format, request.optimizer or "adamw", chunk_bytes)
     if isinstance(request, PlanRequest):
         return build_plan(request, layout, hardware, device=device)
     if (request.model, request.units, dict(request.bundles)) != (layout.model, layout.units, layout.bundles):
@@ -79,11 +80,27 @@ def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: Hardw
     return request
 
 
-def _read_layout(model: StreamedModel, dtype: str, state_format: str, chunk_bytes: int) -> ModelLayout:
-    def bytes_per_element(kind: str, trainable: bool) -> int:
+def plan_for_optimizer(plan: PlanRequest | Plan, optimizer: Optimizer) -> PlanRequest | Plan:
+    """`plan` with the optimizer's states.
+
+    Raises:
+        ValueError: it was made for another optimizer's.
+    """
+    if isinstance(plan, PlanRequest) and plan.optimizer is None:
+        return dataclasses.replace(plan, optimizer=optimizer.kind)
+    if plan.optimizer != optimizer.kind:
+        raise ValueError(
+            f"the plan is for the states of {plan.optimizer}, the session's optimizer is {optimizer.kind}; "
+            "give that optimizer, or plan anew (a request's optimizer may be left out)"
+        )
+    return plan
+
+
+def _read_layout(model: StreamedModel, dtype: str, state_format: str, optimizer: str, chunk_bytes: int) -> ModelLayout:
+    def bytes_per_element(kind: str, trainable: bool) -> float:
         if not trainable:
             return DTYPE_BYTES[kind]
-        return 2 * DTYPE_BYTES[kind] + resolve_state_format(state_format, kind).bytes_per_element
+        return 2 * DTYPE_BYTES[kind] + resolve_state_format(state_format, kind, optimizer).bytes_per_element
 
     config = model.config.get_text_config()
     units, bundles = build_layout(model.unit_parameters, model.parameters, bytes_per_element, dtype=dtype, chunk_bytes=chunk_bytes)

@@ -221,12 +221,16 @@ class Residency:
     def _parts(self, bundle: str, role: Role, offset: int, num_bytes: int) -> Iterator[tuple[str, int, int, int]]:
         """(record, first byte in it, first byte of the range, bytes) of each record that a byte range of a home touches."""
         layout = self.plan.bundles[bundle]
-        per_element = layout.element_bytes if role is Role.PARAMETER else self.plan.state_bytes_per_element[bundle]
         for chunk in layout.chunks:
-            start, end = max(offset, chunk.start * per_element), min(offset + num_bytes, chunk.end * per_element)
+            if role is Role.STATE:
+                first = self.plan.state_record_start(bundle, chunk.index)
+                size = self.plan.state_record_bytes(bundle, chunk.index)
+            else:
+                first, size = chunk.start * layout.element_bytes, chunk.num_elements * layout.element_bytes
+            start, end = max(offset, first), min(offset + num_bytes, first + size)
             if start < end:
                 piece = Piece(role=role, owner=bundle, index=chunk.index)
-                yield str(piece), start - chunk.start * per_element, start - offset, end - start
+                yield str(piece), start - first, start - offset, end - start
 
     def reset_peaks(self) -> None:
         self.peak_bytes = dict(self.resident_bytes)
@@ -261,14 +265,17 @@ class Residency:
         self.resident_bytes[tier] += copy.num_bytes
         self.peak_bytes[tier] = max(self.peak_bytes[tier], self.resident_bytes[tier])
 
-    def _bytes_per_element(self, piece: Piece, num_bytes: int) -> int:
-        chunk = self.plan.bundles[piece.owner].chunks[piece.index]
-        return num_bytes // chunk.num_elements
+    def _place_in_region(self, piece: Piece, num_bytes: int) -> tuple[int, int]:
+        """First byte of a piece where all chunks of its role lie one after the other, and the bytes of them all."""
+        if piece.role is Role.STATE:
+            return self.plan.state_record_start(piece.owner, piece.index), self.plan.state_bytes(piece.owner)
+        bundle = self.plan.bundles[piece.owner]
+        chunk = bundle.chunks[piece.index]
+        per_element = num_bytes // chunk.num_elements
+        return chunk.start * per_element, bundle.num_elements * per_element
 
     def _create_home(self, piece: Piece, tier: Tier, num_bytes: int) -> None:
-        bundle = self.plan.bundles[piece.owner]
-        per_element = self._bytes_per_element(piece, num_bytes)
-        offset = bundle.chunks[piece.index].start * per_element
+        offset, region_bytes = self._place_in_region(piece, num_bytes)
         if tier is Tier.SSD:
             assert self.store is not None, f"{piece} rests on the SSD but there is no store"
             if not self.store.has(str(piece)):
@@ -279,22 +286,20 @@ class Residency:
         memory = self.device if tier is Tier.DEVICE else self.host
         key = (_key(piece), tier)
         if key not in self._regions:
-            tensor = memory.allocate(name, bundle.num_elements * per_element)
+            tensor = memory.allocate(name, region_bytes, pinned=piece.role is not Role.STATE)
             self._regions[key] = _Region(tensor=tensor, release=None, pieces=set())
         region = self._regions[key]
         region.pieces.add(piece)
         self._add(piece, tier, _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes]))
 
     def _create_in_region(self, piece: Piece, num_bytes: int) -> _Copy:
-        bundle = self.plan.bundles[piece.owner]
-        per_element = self._bytes_per_element(piece, num_bytes)
+        offset, region_bytes = self._place_in_region(piece, num_bytes)
         key = (_key(piece), Tier.DEVICE)
         if key not in self._regions:
-            slot = self.device_pool.acquire(bundle.num_elements * per_element)
+            slot = self.device_pool.acquire(region_bytes)
             self._regions[key] = _Region(tensor=slot.tensor, release=slot.release, pieces=set(), after=slot.after)  # type: ignore[arg-type]
         region = self._regions[key]
         region.pieces.add(piece)
-        offset = bundle.chunks[piece.index].start * per_element
         return _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes], after=region.after)
 
     def _leave_region(self, piece: Piece, work: Work) -> None:

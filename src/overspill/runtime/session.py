@@ -50,7 +50,7 @@ from overspill.runtime.generation import generate_greedily
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
-from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, restore, take_weights
+from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, plan_for_optimizer, restore, take_weights
 from overspill.runtime.programs import Programs
 from overspill.runtime.updating import UpdateContext
 from overspill.runtime.wear import SsdWear
@@ -60,7 +60,7 @@ from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule, Update
 from overspill.spec.tensors import CHUNK_BYTES
-from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient, gradient_scale
+from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 
 
@@ -70,7 +70,7 @@ class Session:
     Args:
         model: a folder, a hub name, or a transformers causal LM (rule 4).
         plan: what the user wants (`PlanRequest`), or a plan made before for the same model.
-        optimizer: hyperparameters of AdamW.
+        optimizer: `AdamW`, `SGD` or `Lion` with its hyperparameters.
         learning_rate: schedule over optimizer steps; None: constant at the optimizer's `lr`.
         seed: of dropout, with the step, the micro-batch and the unit.
         open_store: makes the stores that rest on the SSD, (directory, capacity in bytes, is scratch) -> store; None: files
@@ -93,7 +93,7 @@ class Session:
         model: str | Path | PreTrainedModel,
         *,
         plan: PlanRequest | Plan,
-        optimizer: AdamW,
+        optimizer: Optimizer,
         learning_rate: LearningRate | None = None,
         seed: int = 0,
         open_store: StoreFactory | None = None,
@@ -106,6 +106,7 @@ class Session:
         serial: bool = False,
     ) -> None:
         self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
+        plan = plan_for_optimizer(plan, optimizer)
         files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, open_store=open_store)
         self._checkpointer: Checkpointer | None = None
         self.wear: SsdWear | None = None
@@ -195,7 +196,7 @@ class Session:
         scale = self.loss_scale.value if self.loss_scale is not None else 1.0
         context = StepContext(step=number, seed=self.seed, num_targets=num_targets, loss_scale=scale)
         waits = self.plan.timing is UpdateTiming.PENDING
-        updates = self._pending if waits else UpdateContext(self.optimizer, step=number, lr=lr, gradient_scale=1.0)
+        updates = self._pending if waits else UpdateContext(self.optimizer, seed=self.seed, step=number, lr=lr, gradient_scale=1.0)
         schedule = self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -247,7 +248,8 @@ class Session:
                 f"the gradient norm of step {number} is {norm}; no weight was changed by this step; lower --lr or add --warmup-steps"
             )
         coefficient = clip_coefficient(norm, self.plan.clip) if self.plan.clip is not None else 1.0
-        self._pending = UpdateContext(self.optimizer, step=number, lr=lr, gradient_scale=gradient_scale(loss_scale=scale, clip=coefficient))
+        factor = gradient_scale(loss_scale=scale, clip=coefficient)
+        self._pending = UpdateContext(self.optimizer, seed=self.seed, step=number, lr=lr, gradient_scale=factor)
         return False
 
     def flush(self) -> None:

@@ -299,7 +299,7 @@ class _Builder(Program):
         chains: list[list[Emission]] = []
         for gradient in gradients:
             pieces = [Piece(role=Role.PARAMETER, owner=bundle.name, index=gradient.index)]
-            if self.plan.state_bytes_per_element[bundle.name]:
+            if self.plan.has_state(bundle.name):
                 pieces.append(Piece(role=Role.STATE, owner=bundle.name, index=gradient.index))
             chains.append(
                 [

@@ -10,10 +10,10 @@ import dataclasses
 from typing import Any
 
 from overspill.spec.plan import Plan
-from overspill.spec.update_rule import AdamW, LearningRate, LossScale
+from overspill.spec.update_rule import LearningRate, LossScale, Optimizer
 
 FORMAT = "overspill-checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class Manifest:
     """The model's configuration, as transformers writes it."""
     chunk_bytes: int
     """Bound that the chunks of the plan were made with."""
-    optimizer: AdamW
+    optimizer: Optimizer
     learning_rate: LearningRate
     loss_scale: LossScale | None
     seed: int

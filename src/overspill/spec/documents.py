@@ -2,7 +2,8 @@
 
 Everything that crosses a layer is a frozen dataclass; this file writes any of them as JSON with sorted, indented keys (so
 that two files diff line by line) and reads them back by their type hints. Understood are dataclasses, enums, tuples,
-mappings with string keys, optionals, and plain numbers, strings and booleans: nothing else belongs into a document.
+mappings with string keys, optionals, unions of dataclasses (told apart by a constant field `name`), and plain numbers, strings
+and booleans: nothing else belongs into a document.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _build(next(item for item in arguments if item is not type(None)), value, where)
+        return _build(_pick([item for item in arguments if item is not type(None)], value), value, where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
@@ -73,11 +74,29 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
+def _pick(kinds: list[Any], value: Any) -> Any:
+    """Which member of a union `value` is: the dataclass whose constant field `name` it has; else the first."""
+    for kind in kinds:
+        if isinstance(value, dict) and "name" in value and value["name"] == _constants(kind).get("name"):
+            return kind
+    return kinds[0]
+
+
+def _constants(kind: Any) -> dict[str, Any]:
+    """Fields that are written but not given: they say which dataclass it is."""
+    return {field.name: field.default for field in dataclasses.fields(kind) if not field.init} if dataclasses.is_dataclass(kind) else {}
+
+
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object with the fields of {kind.__name__}, got {type(value).__name__}")
     hints = typing.get_type_hints(kind)
     names = {field.name for field in dataclasses.fields(kind) if field.init}
+    constants = _constants(kind)
+    for name, constant in constants.items():
+        if value.get(name, constant) != constant:
+            raise ValueError(f"{where}.{name}: {value[name]!r} is not a {kind.__name__}, whose {name} is {constant!r}")
+    value = {name: item for name, item in value.items() if name not in constants}
     unknown = sorted(set(value) - names)
     if unknown:
         raise ValueError(f"{where}: unknown field(s) {', '.join(unknown)}; {kind.__name__} has {', '.join(sorted(names))}")

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from overspill.spec.documents import to_json
 from overspill.spec.lifetime import DEFAULT_MIN_YEARS
+from overspill.spec.state_formats import StateFormat, resolve_state_format
 from overspill.spec.tensors import DTYPE_BYTES, Bundle, Tier, Unit
 
 AUTO = "auto"
@@ -33,6 +34,9 @@ class PlanRequest:
     boundaries: str = AUTO
     """Tier of the hidden states between units, kept from forward to backward."""
     state_format: str = "fp32"
+    """Numbers of the optimizer states: `fp32`, `bf16` or `int8` (`spec.state_formats`)."""
+    optimizer: str | None = None
+    """An `OptimizerKind`, which decides what states there are; None: that of the session's optimizer (without one, `adamw`)."""
     dtype: str = "bfloat16"
     """What the model computes in."""
     device_budget_bytes: int | None = None
@@ -66,6 +70,7 @@ class PlanRequest:
                 raise ValueError(f"--{field} {getattr(self, field)!r} is not a tier; choose one of {', '.join(TIER_CHOICES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
+        resolve_state_format(self.state_format, self.dtype, self.optimizer or "adamw")  # refuses what is unknown or has no layout
         for field in ("seq_len", "micro_batch", "accumulate"):
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
@@ -112,12 +117,12 @@ class Plan:
     device: str
     dtype: str
     state_format: str
+    optimizer: str
+    """An `OptimizerKind` of `spec.update_rule`."""
     units: tuple[Unit, ...]
     """In forward order: the embedding, the blocks, the tail."""
     bundles: Mapping[str, Bundle]
     placements: Mapping[str, Placement]
-    state_bytes_per_element: Mapping[str, int]
-    """Of each bundle, by its dtype; 0 for a frozen one."""
     boundaries: Tier
     group_size: int
     """Micro-batches that go through a unit before the next unit."""
@@ -177,8 +182,26 @@ class Plan:
     def num_parameters(self) -> int:
         return sum(bundle.num_parameters for bundle in self.bundles.values())
 
+    def state_layout(self, bundle: str) -> StateFormat:
+        """What is kept beside the parameters of a trainable bundle."""
+        return resolve_state_format(self.state_format, self.bundles[bundle].dtype, self.optimizer)
+
+    def has_state(self, bundle: str) -> bool:
+        """Whether anything is kept beside the parameters: not of a frozen bundle, nor by plain SGD in fp32."""
+        return self.bundles[bundle].trainable and bool(self.state_layout(bundle).fields)
+
+    def state_record_bytes(self, bundle: str, chunk: int) -> int:
+        """Bytes of the state record of a chunk; 0 where there is no state."""
+        return self.state_layout(bundle).record_bytes(self.bundles[bundle].chunks[chunk].num_elements) if self.has_state(bundle) else 0
+
+    def state_record_start(self, bundle: str, chunk: int) -> int:
+        """First byte of a chunk's record where the records of a bundle lie one after the other."""
+        return chunk * self.state_record_bytes(bundle, 0)
+
     def state_bytes(self, bundle: str) -> int:
-        return self.bundles[bundle].num_elements * self.state_bytes_per_element[bundle]
+        """Bytes of all state records of a bundle; the last chunk may be shorter than the others."""
+        last = len(self.bundles[bundle].chunks) - 1
+        return self.state_record_start(bundle, last) + self.state_record_bytes(bundle, last)
 
     def home_bytes(self, tier: Tier) -> dict[str, int]:
         """Bytes that rest on `tier` between steps, by role."""

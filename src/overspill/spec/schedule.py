@@ -204,6 +204,16 @@ def parameter_pieces(plan: Plan, bundle: str) -> tuple[tuple[Piece, int], ...]:
     return bundle_pieces(plan, bundle, Role.PARAMETER, plan.bundles[bundle].element_bytes)
 
 
+def state_pieces(plan: Plan, bundle: str) -> tuple[tuple[Piece, int], ...]:
+    """The state records of a bundle with their bytes, in element order; none where there is no state."""
+    if not plan.has_state(bundle):
+        return ()
+    return tuple(
+        (Piece(role=Role.STATE, owner=bundle, index=chunk.index), plan.state_record_bytes(bundle, chunk.index))
+        for chunk in plan.bundles[bundle].chunks
+    )
+
+
 def bundle_pieces(plan: Plan, bundle: str, role: Role, bytes_per_element: int, reader: str = "") -> tuple[tuple[Piece, int], ...]:
     """One piece a chunk for `role` of `bundle`, with their bytes, in element order."""
     return tuple(
@@ -228,7 +238,7 @@ def effects(op: Op, plan: Plan) -> Effects:
         case Update():
             gradient = Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk)
             touched = [(Piece(role=Role.PARAMETER, owner=op.bundle, index=op.chunk), op.tier)]
-            if plan.state_bytes_per_element[op.bundle]:
+            if plan.has_state(op.bundle):
                 touched.append((Piece(role=Role.STATE, owner=op.bundle, index=op.chunk), op.tier))
             return Effects(reads=((gradient, op.tier), *touched), changes=tuple(touched), drops=((gradient, op.tier),))
 
@@ -260,12 +270,9 @@ def initial_copies(plan: Plan, *, pending: bool) -> dict[tuple[Piece, Tier], int
     homes: dict[tuple[Piece, Tier], int] = {}
     for name, bundle in plan.bundles.items():
         placement = plan.placements[name]
-        roles = [(Role.PARAMETER, placement.parameters, bundle.element_bytes)]
-        if bundle.trainable:
-            roles.append((Role.STATE, placement.states, plan.state_bytes_per_element[name]))
-            if pending:
-                roles.append((Role.GRADIENT, placement.gradients, bundle.element_bytes))
-        for role, tier, bytes_per_element in roles:
-            if bytes_per_element:
-                homes.update({(piece, tier): size for piece, size in bundle_pieces(plan, name, role, bytes_per_element)})
+        homes.update({(piece, placement.parameters): size for piece, size in parameter_pieces(plan, name)})
+        homes.update({(piece, placement.states): size for piece, size in state_pieces(plan, name)})
+        if bundle.trainable and pending:
+            gradients = bundle_pieces(plan, name, Role.GRADIENT, bundle.element_bytes)
+            homes.update({(piece, placement.gradients): size for piece, size in gradients})
     return homes

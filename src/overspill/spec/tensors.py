@@ -13,10 +13,10 @@ Words:
 Layout rules:
 
 1. A tensor starts at a multiple of `TENSOR_ALIGNMENT_ELEMENTS`, so that its address is aligned to 64 bytes or more in any
-   dtype (matrix kernels may round differently on unaligned data).
+   dtype (matrix kernels may round differently on unaligned data), and no block of a state format spans two tensors.
 2. A bundle's element count is a multiple of `CHUNK_ALIGNMENT_ELEMENTS`, and so is every chunk but none is empty; one
-   element takes at least one byte in every role, so every chunk of every role starts and ends on a 4096-byte boundary,
-   which direct I/O wants.
+   element takes whole bytes in every role but the state, whose records are filled up (`spec.state_formats`), so every chunk
+   of every role starts and ends on a 4096-byte boundary, which direct I/O wants.
 3. Elements between tensors are zero and stay zero under every update.
 """
 
@@ -29,7 +29,7 @@ from collections.abc import Iterator, Sequence
 
 from overspill.units import MIB, align_up
 
-TENSOR_ALIGNMENT_ELEMENTS = 64
+TENSOR_ALIGNMENT_ELEMENTS = 256
 CHUNK_ALIGNMENT_ELEMENTS = 4096
 CHUNK_BYTES = 32 * MIB
 """Most bytes of all roles of one chunk together (design 4: states move in chunks of at most 32 MiB)."""
@@ -165,7 +165,7 @@ class Unit:
     """Names of the bundles it reads, in the order of its tensors."""
 
 
-def build_bundle(name: str, tensors: Sequence[TensorSpec], *, bytes_per_element: int, chunk_bytes: int = CHUNK_BYTES) -> Bundle:
+def build_bundle(name: str, tensors: Sequence[TensorSpec], *, bytes_per_element: float, chunk_bytes: int = CHUNK_BYTES) -> Bundle:
     """Lay `tensors` (one dtype, one trainability) out in one element space.
 
     Args:
@@ -180,7 +180,7 @@ def build_bundle(name: str, tensors: Sequence[TensorSpec], *, bytes_per_element:
         slots.append(TensorSlot(tensor=tensor, offset=offset))
         end = offset + tensor.num_elements
     num_elements = max(align_up(end, CHUNK_ALIGNMENT_ELEMENTS), CHUNK_ALIGNMENT_ELEMENTS)
-    steps = max(1, chunk_bytes // (bytes_per_element * CHUNK_ALIGNMENT_ELEMENTS))
+    steps = max(1, int(chunk_bytes / (bytes_per_element * CHUNK_ALIGNMENT_ELEMENTS)))
     return Bundle(
         name=name,
         dtype=tensors[0].dtype,

@@ -1,27 +1,43 @@
-"""The update rule: AdamW as a list of singly rounded fp32 operations, and what its scalars are made of.
+"""The update rules: AdamW, SGD and Lion as lists of singly rounded fp32 operations, and what their scalars are made of.
 
-Adam with decoupled weight decay (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019). With the master
-weights p, the gradient g as the backward gave it, the states m (`exp_avg`) and v (`exp_avg_sq`), and the scalars of
-`AdamWScalars`, one step of one element is
+With the master weights p, the gradient g as the backward gave it, the moments m and v (state fields as `spec.state_formats`
+names them), and the scalars of the step, one step of one element begins, for every optimizer, with
 
      1. g      = fp32(g)                                widening; exact
      2. g      = g * gradient_scale                     exact when the scale is 1
-     3. p      = p * decay                              exact when the decay is 1
-     4. d      = g - m
-     5. d      = d * one_minus_beta1
-     6. m      = m + d
-     7. a      = v * beta2
-     8. b      = g * one_minus_beta2
-     9. b      = b * g
-    10. v      = a + b
-    11. denom  = sqrt(v)
-    12. denom  = denom / bias_correction2_sqrt
-    13. denom  = denom + eps
-    14. u      = step_size * m
-    15. u      = u / denom
-    16. p      = p - u
-    17. parameter = p rounded to the parameter's dtype  (bf16: nearest, ties away from zero, the rest of the bits kept in
-                                                         the remainder; fp16: nearest, ties to even; fp32: p itself)
+
+**AdamW** (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019), m = `exp_avg`, v = `exp_avg_sq`:
+
+     3. q      = p * decay                             10. v      = a + b
+     4. d      = g - m                                 11. denom  = sqrt(v)
+     5. d      = d * one_minus_beta1                   12. denom  = denom * bias_correction2_factor
+     6. m      = m + d                                 13. denom  = denom + eps
+     7. a      = v * beta2                             14. u      = step_size * m
+     8. b      = g * one_minus_beta2                   15. u      = u / denom
+     9. b      = b * g                                 16. p      = q - u
+
+**SGD** (torch.optim.SGD, dampening 0; weight decay is coupled: it goes through the momentum), m = `momentum_buffer`:
+
+     3. a      = p * weight_decay
+     4. g      = g + a
+     5. b      = m * momentum          with momentum only
+     6. m      = b + g                 with momentum only; without Nesterov, g = m from here on
+     7. c      = m * momentum          with Nesterov only
+     8. g      = g + c                 with Nesterov only
+     9. u      = step_size * g
+    10. p      = p - u
+
+**Lion** (Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023), m = `exp_avg`:
+
+     3. a      = m * beta1                              7. q      = p * decay
+     4. b      = g * one_minus_beta1                    8. p      = q - u
+     5. c      = a + b                                  9. a      = m * beta2
+     6. u      = step_size if c > 0,                   10. b      = g * one_minus_beta2
+                 -step_size if c < 0, else c           11. m      = a + b
+
+Last, p, m and v are stored as the state format says (`spec.state_formats`): in format `fp32` without loss, beside a
+parameter that is p rounded to its dtype (bf16: nearest, ties away from zero, with the remainder kept; fp16: nearest, ties
+to even).
 
 Rules:
 
@@ -30,17 +46,18 @@ Rules:
    (`optim.native`, any instruction set, any number of threads) give the same bits.
 2. Where p, m, v or the parameter becomes NaN, the one quiet NaN is stored (0x7fc00000; fp16 0x7e00): which NaN an operation
    makes is not the same on all processors, and some NaNs would turn into -0 in the high half of a split master.
-3. Zero stays zero: p = g = m = v = 0 gives 0 again, because eps is positive. Padding between tensors relies on it.
+3. Zero stays zero: p = g = m = v = 0 gives 0 again, in every format. Padding between tensors relies on it.
 4. Scalars are computed in double from the hyperparameters and rounded once to fp32.
 
-Against `torch.optim.AdamW` in fp32 (foreach=False, fused=False), which contracts some of these operations and takes its
-roots from a library: one step from the same state differs by at most 1 ulp of the parameter, or, where the parameter is
-smaller than 8 * lr, 1 ulp of 8 * lr (tested; measured 4 * lr). An Adam update is about lr in size, so a parameter that
-small is made of a few updates and carries their rounding. For beta1 < 0.5 torch writes lines 4-6 the other way round, and
-the bound has not been tested.
+Against `torch.optim.AdamW` in fp32 (foreach=False, fused=False), which contracts some of these operations, divides where
+line 12 multiplies, and takes its roots from a library: one step from the same state differs by at most 1 ulp of the
+parameter, or, where the parameter is smaller than 8 * lr, 1 ulp of 8 * lr (tested over 1,000 steps). An Adam update is about
+lr in size, so a parameter that small is made of a few updates and carries their rounding. For beta1 < 0.5 torch writes lines
+4-6 the other way round, and the bound has not been tested. `torch.optim.SGD` is held to 2 ulp of the larger of the
+parameter and lr * (|g| + |m|) (it contracts lines 3-4, 5-6 and 9-10).
 
 Around the rule, in the order of a step: `LearningRate.at(step)` -> (global norm -> `clip_coefficient`) -> `gradient_scale`
--> `AdamW.scalars` -> the update of every tensor; `LossScale.after_step` closes the step.
+-> `Optimizer.scalars` -> the update of every tensor; `LossScale.after_step` closes the step.
 """
 
 from __future__ import annotations
@@ -49,6 +66,9 @@ import dataclasses
 import math
 import struct
 from typing import Literal, get_args
+
+OptimizerKind = Literal["adamw", "sgd", "sgd_momentum", "sgd_nesterov", "lion"]
+"""The rule that is applied: which operations, and which moments are kept."""
 
 
 def round_fp32(value: float) -> float:
@@ -60,21 +80,28 @@ def round_fp32(value: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamWScalars:
-    """The scalars of one step for one learning rate and one weight decay. Every value is exactly an fp32 number."""
+class UpdateScalars:
+    """The scalars of one step for one learning rate and one weight decay. Every value is exactly an fp32 number.
 
+    Those that a rule does not name are 0 and have no effect on it.
+    """
+
+    kind: OptimizerKind
     gradient_scale: float
     """1 / loss scale times the clip coefficient; 1 without either."""
-    decay: float
+    decay: float = 0.0
     """1 - lr * weight_decay; 1 for a tensor without weight decay."""
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
+    beta1: float = 0.0
+    one_minus_beta1: float = 0.0
+    beta2: float = 0.0
+    one_minus_beta2: float = 0.0
     step_size: float
-    """lr / (1 - beta1**step)."""
-    bias_correction2_sqrt: float
-    """sqrt(1 - beta2**step)."""
-    eps: float
+    """AdamW: lr / (1 - beta1**step); else lr."""
+    bias_correction2_factor: float = 0.0
+    """1 / sqrt(1 - beta2**step)."""
+    eps: float = 0.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,23 +114,21 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.01
     """Decoupled, times the learning rate. Has no effect on tensors whose spec says decay=False."""
+    name: str = dataclasses.field(default="adamw", init=False)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lr) and self.lr >= 0):
-            raise ValueError(f"lr must be finite and at least 0, got {self.lr}")
-        for name, beta in zip(("beta1", "beta2"), self.betas, strict=True):
-            if not 0 <= beta < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
-            if round_fp32(1 - beta) == 0:
-                raise ValueError(f"{name} = {beta} leaves 1 - {name} = 0 in fp32, so the state would never change; lower it")
+        _validate_common(self)
+        _validate_betas(self.betas)
         if not (math.isfinite(self.eps) and round_fp32(self.eps) > 0):
             raise ValueError(f"eps must be positive in fp32 (rule 3: padding divides by it), got {self.eps}")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ValueError(f"weight_decay must be finite and at least 0, got {self.weight_decay}")
+
+    @property
+    def kind(self) -> OptimizerKind:
+        return "adamw"
 
     def scalars(
         self, *, step: int, lr: float | None = None, weight_decay: float | None = None, gradient_scale: float = 1.0
-    ) -> AdamWScalars:
+    ) -> UpdateScalars:
         """The scalars of optimizer step `step` (counted from 1).
 
         Args:
@@ -114,24 +139,129 @@ class AdamW:
         Raises:
             ValueError: step < 1, or a value that is negative or not finite.
         """
-        lr = self.lr if lr is None else lr
-        weight_decay = self.weight_decay if weight_decay is None else weight_decay
-        if step < 1:
-            raise ValueError(f"optimizer steps are counted from 1, got step {step}")
-        for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gradient_scale", gradient_scale)):
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} of step {step} must be finite and at least 0, got {value}")
+        lr, weight_decay = _validate_step(self, step, lr, weight_decay, gradient_scale)
         beta1, beta2 = self.betas
-        return AdamWScalars(
+        return UpdateScalars(
+            kind=self.kind,
             gradient_scale=round_fp32(gradient_scale),
             decay=round_fp32(1 - lr * weight_decay),
             one_minus_beta1=round_fp32(1 - beta1),
             beta2=round_fp32(beta2),
             one_minus_beta2=round_fp32(1 - beta2),
             step_size=round_fp32(lr / (1 - beta1**step)),
-            bias_correction2_sqrt=round_fp32(math.sqrt(1 - beta2**step)),
+            bias_correction2_factor=round_fp32(1 / math.sqrt(1 - beta2**step)),
             eps=round_fp32(self.eps),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SGD:
+    """Hyperparameters of SGD, as torch's; with momentum 0 it keeps no state beside the master weights."""
+
+    lr: float
+    """Base learning rate, when no schedule gives another."""
+    momentum: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    """Coupled: added to the gradient. Has no effect on tensors whose spec says decay=False."""
+    name: str = dataclasses.field(default="sgd", init=False)
+
+    def __post_init__(self) -> None:
+        _validate_common(self)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum, which is 0; set momentum (0.9 is usual) or leave nesterov out")
+
+    @property
+    def kind(self) -> OptimizerKind:
+        if self.momentum == 0:
+            return "sgd"
+        return "sgd_nesterov" if self.nesterov else "sgd_momentum"
+
+    def scalars(
+        self, *, step: int, lr: float | None = None, weight_decay: float | None = None, gradient_scale: float = 1.0
+    ) -> UpdateScalars:
+        """The scalars of optimizer step `step`; as `AdamW.scalars`."""
+        lr, weight_decay = _validate_step(self, step, lr, weight_decay, gradient_scale)
+        return UpdateScalars(
+            kind=self.kind,
+            gradient_scale=round_fp32(gradient_scale),
+            step_size=round_fp32(lr),
+            momentum=round_fp32(self.momentum),
+            weight_decay=round_fp32(weight_decay),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lion:
+    """Hyperparameters of Lion; the betas are its paper's. A third to a tenth of AdamW's learning rate is usual."""
+
+    lr: float
+    """Base learning rate, when no schedule gives another: every step moves a weight by this much."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Of the direction, and of the moment that is kept."""
+    weight_decay: float = 0.0
+    """Decoupled, times the learning rate. Has no effect on tensors whose spec says decay=False."""
+    name: str = dataclasses.field(default="lion", init=False)
+
+    def __post_init__(self) -> None:
+        _validate_common(self)
+        _validate_betas(self.betas)
+
+    @property
+    def kind(self) -> OptimizerKind:
+        return "lion"
+
+    def scalars(
+        self, *, step: int, lr: float | None = None, weight_decay: float | None = None, gradient_scale: float = 1.0
+    ) -> UpdateScalars:
+        """The scalars of optimizer step `step`; as `AdamW.scalars`."""
+        lr, weight_decay = _validate_step(self, step, lr, weight_decay, gradient_scale)
+        beta1, beta2 = self.betas
+        return UpdateScalars(
+            kind=self.kind,
+            gradient_scale=round_fp32(gradient_scale),
+            decay=round_fp32(1 - lr * weight_decay),
+            beta1=round_fp32(beta1),
+            one_minus_beta1=round_fp32(1 - beta1),
+            beta2=round_fp32(beta2),
+            one_minus_beta2=round_fp32(1 - beta2),
+            step_size=round_fp32(lr),
+        )
+
+
+Optimizer = AdamW | SGD | Lion
+"""What a session trains with."""
+
+
+def _validate_common(optimizer: Optimizer) -> None:
+    if not (math.isfinite(optimizer.lr) and optimizer.lr >= 0):
+        raise ValueError(f"lr must be finite and at least 0, got {optimizer.lr}")
+    if not (math.isfinite(optimizer.weight_decay) and optimizer.weight_decay >= 0):
+        raise ValueError(f"weight_decay must be finite and at least 0, got {optimizer.weight_decay}")
+
+
+def _validate_betas(betas: tuple[float, float]) -> None:
+    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
+        if round_fp32(1 - beta) == 0:
+            raise ValueError(f"{name} = {beta} leaves 1 - {name} = 0 in fp32, so the state would never change; lower it")
+
+
+def _validate_step(
+    optimizer: Optimizer, step: int, lr: float | None, weight_decay: float | None, gradient_scale: float
+) -> tuple[float, float]:
+    """This step's learning rate and weight decay, checked."""
+    lr = optimizer.lr if lr is None else lr
+    weight_decay = optimizer.weight_decay if weight_decay is None else weight_decay
+    if step < 1:
+        raise ValueError(f"optimizer steps are counted from 1, got step {step}")
+    for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gradient_scale", gradient_scale)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} of step {step} must be finite and at least 0, got {value}")
+    return lr, weight_decay
 
 
 LearningRateKind = Literal["constant", "linear", "cosine"]

@@ -1,0 +1,29 @@
+"""The benchmark of the update runs small and its rows add up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("overspill._native", reason="the native core is not built")
+
+
+def test_the_update_benchmark_runs_small(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "update" / "run.py"
+    out = tmp_path / "update.json"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, "--out", out, "--parameters", "8192", "--repetitions", "1", "--threads", "1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    measured = {(row["what"], row.get("optimizer"), row.get("state_format")): row for row in rows if "skipped" not in row}
+    assert measured["update", "adamw", "fp32"]["bytes_per_parameter"] == 26
+    assert measured["update", "adamw", "bf16"]["bytes_per_parameter"] == 14
+    assert measured["update", "adamw", "int8"]["bytes_per_parameter"] == pytest.approx(10 + 4 / 256)
+    assert {what for what, _, _ in measured} >= {"stream", "update", "in_cache", "torch_fused"}
+    assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in measured.values())
