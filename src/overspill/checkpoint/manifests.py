@@ -15,7 +15,7 @@ import re
 from pathlib import Path
 
 from overspill.errors import StorageError
-from overspill.spec.checkpoint import FORMAT, VERSION, Manifest
+from overspill.spec.checkpoint import FORMAT, READABLE, Manifest
 from overspill.spec.documents import from_json, to_plain
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpaceWaiter, flush_folder, read_whole, write_durably
 
@@ -72,9 +72,9 @@ def read_manifest(path: Path, *, calls: FileCalls = OS_CALLS) -> Manifest:
     if cut <= 0 or not text.endswith(_TAIL) or expected != found:
         raise StorageError(f"{path} is damaged: its bytes have SHA-256 {found}, it says {expected!r}; {_others(path)}")
     plain = json.loads(text)["manifest"]
-    if (plain.get("format"), plain.get("version")) != (FORMAT, VERSION):
+    if plain.get("format") != FORMAT or plain.get("version") not in READABLE:
         raise StorageError(
-            f"{path} is {plain.get('format')} version {plain.get('version')}, this program reads {FORMAT} version {VERSION}; "
+            f"{path} is {plain.get('format')} version {plain.get('version')}, this program reads {FORMAT} versions {READABLE[0]} to {READABLE[-1]}; "
             "use the release that wrote it"
         )
     return from_json(Manifest, json.dumps(plain))
