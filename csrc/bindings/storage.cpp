@@ -1,7 +1,7 @@
 // What the SSD tier needs from the core: checksums of blocks, the I/O engine, and faults on purpose.
 //
-// Objects: `IoEngine` submits, `IoTransfer` is waited for, `FaultTable` counts calls. Waiting releases the GIL and looks for signals (Ctrl-C)
-// every tenth of a second. Worker threads touch Python in one case only: a full file system, which asks `on_full`.
+// Objects: `IoEngine` submits, `IoTransfer` is waited for, `FaultTable` counts calls. Waiting releases the GIL and looks for signals
+// (Ctrl-C) every tenth of a second. Worker threads touch Python in one case only: a full file system, which asks `on_full`.
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -126,7 +126,9 @@ std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t> counters(cons
   return {now.read_bytes, now.written_bytes, now.copied_bytes, now.num_calls};
 }
 
-void register_memory(IoEngine& engine, std::uintptr_t data, std::int64_t num_bytes) { engine.register_memory(pointer<void>(data), num_bytes); }
+void register_memory(IoEngine& engine, std::uintptr_t data, std::int64_t num_bytes) {
+  engine.register_memory(pointer<void>(data), num_bytes);
+}
 
 }  // namespace
 

@@ -70,9 +70,9 @@ void IoEngine::validate_options() const {
   require(options_.alignment >= 1, "the alignment is at least 1 B, got " + std::to_string(options_.alignment));
   require(options_.part_bytes > 0 && options_.part_bytes % options_.alignment == 0,
           "parts of " + std::to_string(options_.part_bytes) + " B are no multiple of the alignment " + std::to_string(options_.alignment));
-  require(options_.files.size() == 1 || (options_.stripe_bytes > 0 && options_.stripe_bytes % options_.alignment == 0),
-          "stripes of " + std::to_string(options_.stripe_bytes) + " B are no multiple of the alignment " +
-              std::to_string(options_.alignment));
+  require(
+      options_.files.size() == 1 || (options_.stripe_bytes > 0 && options_.stripe_bytes % options_.alignment == 0),
+      "stripes of " + std::to_string(options_.stripe_bytes) + " B are no multiple of the alignment " + std::to_string(options_.alignment));
   require(options_.num_threads >= 1, "an I/O engine has at least 1 thread, got " + std::to_string(options_.num_threads));
   require(options_.backend == "threads" || options_.backend == "io_uring",
           "I/O backend '" + options_.backend + "' is not known; choose threads or io_uring");
@@ -116,8 +116,8 @@ std::shared_ptr<IoTransfer> IoEngine::submit(bool is_write, std::int64_t address
     const std::int64_t num_blocks = (num_bytes + block_bytes - 1) / block_bytes;
     transfer->checksums_.resize(static_cast<std::size_t>(num_blocks));
     if (expected != nullptr) {
-      require(expected->size() == transfer->checksums_.size(), std::to_string(num_blocks) + " blocks are read, " +
-                                                                   std::to_string(expected->size()) + " checksums are expected");
+      require(expected->size() == transfer->checksums_.size(),
+              std::to_string(num_blocks) + " blocks are read, " + std::to_string(expected->size()) + " checksums are expected");
       transfer->expected_ = *expected;
       transfer->has_expected_ = true;
     }
@@ -215,7 +215,8 @@ void IoEngine::end_part(IoTransfer& transfer, std::optional<IoFailure> failure) 
 }
 
 bool IoEngine::is_direct(const IoTransfer& transfer, const Part& part) const {
-  return !part.is_edge && reinterpret_cast<std::uintptr_t>(transfer.data_ + part.start) % static_cast<std::uintptr_t>(options_.alignment) == 0;
+  return !part.is_edge &&
+         reinterpret_cast<std::uintptr_t>(transfer.data_ + part.start) % static_cast<std::uintptr_t>(options_.alignment) == 0;
 }
 
 std::optional<IoFailure> IoEngine::move_part(const IoTransfer& transfer, const Part& part, Bounce& bounce) {

@@ -34,7 +34,7 @@ namespace {
 
 // Parts in flight of one thread. Chosen, not tuned: 8 MiB on the drive a thread with parts of 1 MiB.
 constexpr unsigned kDepth = 8;
-constexpr int kMostStalls = 8;  // as in io.cpp
+constexpr int kMostStalls = 8;                                        // as in io.cpp
 constexpr std::int64_t kMostRegisteredBytes = std::int64_t{1} << 30;  // the kernel's bound on one registered range
 
 int setup_ring(unsigned entries, io_uring_params* params) { return static_cast<int>(syscall(SYS_io_uring_setup, entries, params)); }
