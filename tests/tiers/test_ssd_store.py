@@ -80,6 +80,20 @@ def test_a_killed_run_leaves_at_most_an_unlocked_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refused_discard_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"\xff" * 9000)
+
+    def refuse() -> None:
+        raise StorageError("there are checkpoints")
+
+    with pytest.raises(StorageError, match="there are checkpoints"):
+        SsdStore(tmp_path, capacity_bytes=MIB, before_discarding=refuse)
+    assert (tmp_path / FILE_NAME).read_bytes() == b"\xff" * 9000
+    with pytest.raises(StorageError, match="there are checkpoints"):
+        SsdStore(tmp_path / "fresh", capacity_bytes=MIB, before_discarding=refuse)
+    assert list((tmp_path / "fresh").iterdir()) == []
+
+
 def test_a_symbolic_link_in_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")

@@ -45,7 +45,9 @@ class FinetuneOptions:
     device_budget: str | None = None
     host_budget: str | None = None
     ssd_budget: str | None = None
-    ssd_dir: Path | None = None
+    ssd_dir: list[Path] | None = None
+    """Several: striped over all of them."""
+    ssd_overwrite: list[Path] | None = None
     held_out: float = 0.0
     truncate: bool = False
     packing: bool = False
@@ -91,7 +93,13 @@ def finetune(
     device_budget: Annotated[str | None, typer.Option(help="Device memory to use, such as 8GiB.", rich_help_panel=_PLACEMENT)] = None,
     host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,
     ssd_budget: Annotated[str | None, typer.Option(help="Room to use in --ssd-dir.", rich_help_panel=_PLACEMENT)] = None,
-    ssd_dir: Annotated[Path | None, typer.Option(help="Folder on a local drive, for the SSD tier.", rich_help_panel=_PLACEMENT)] = None,
+    ssd_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder on a local drive, or a block device, for the SSD tier; repeatable.", rich_help_panel=_PLACEMENT),
+    ] = None,
+    ssd_overwrite: Annotated[
+        list[Path] | None, typer.Option(help="A block device of --ssd-dir whose content may be lost.", rich_help_panel=_PLACEMENT)
+    ] = None,
     held_out: Annotated[
         float, typer.Option(min=0.0, help="Samples set aside for evaluation: a count, or a share below 1.", rich_help_panel=_DATA)
     ] = 0.0,

@@ -104,8 +104,11 @@ def validate_options(options: FinetuneOptions) -> None:
     if options.steps is not None and options.epochs is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
     validate_data_options(options)
-    if "ssd" in (options.parameters, options.states, options.boundaries) and options.ssd_dir is None:
+    if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
+    for device in options.ssd_overwrite or ():
+        if device not in (options.ssd_dir or ()):
+            raise ValueError(f"--ssd-overwrite {device} has no effect: it is no --ssd-dir of this run; name the same device in both")
     budgets = {"device": options.device_budget, "host": options.host_budget, "ssd": options.ssd_budget}
     for tier, text in budgets.items():
         try:
@@ -170,15 +173,24 @@ def build_session(
         device_budget_bytes=_optional_bytes(options.device_budget),
         host_budget_bytes=_optional_bytes(options.host_budget),
         ssd_budget_bytes=_optional_bytes(options.ssd_budget),
-        ssd_dir=str(options.ssd_dir) if options.ssd_dir is not None else None,
+        ssd_dir=tuple(map(str, options.ssd_dir or ())),
         seq_len=seq_len,
         micro_batch=options.micro_batch,
         accumulate=options.accumulate,
         clip=options.clip,
         device=options.device,
     )
+    overwrite = [str(device) for device in options.ssd_overwrite or ()]
     if source is not None:
-        return resume(source[0], model=folder, plan=request, checkpoints=policy, generation=source[1].generation, space=space)
+        return resume(
+            source[0],
+            model=folder,
+            plan=request,
+            checkpoints=policy,
+            generation=source[1].generation,
+            space=space,
+            ssd_overwrite=overwrite,
+        )
     return Session(
         folder,
         plan=request,
@@ -187,6 +199,7 @@ def build_session(
         seed=options.seed,
         checkpoints=policy,
         space=space,
+        ssd_overwrite=overwrite,
     )
 
 

@@ -38,8 +38,8 @@ class PlanRequest:
     host_budget_bytes: int | None = None
     """Bound on the whole process's host memory, what it held before included."""
     ssd_budget_bytes: int | None = None
-    ssd_dir: str | None = None
-    """Directory for what rests on the SSD; needed as soon as something does."""
+    ssd_dir: str | tuple[str, ...] | None = None
+    """Directory, or block device, for what rests on the SSD; needed as soon as something does. Several: striped over all of them."""
     seq_len: int = 1024
     """Most tokens of a sample."""
     micro_batch: int = 1
@@ -54,6 +54,9 @@ class PlanRequest:
     """`cpu`, `cuda`, `cuda:1` or `auto`."""
 
     def __post_init__(self) -> None:
+        if self.ssd_dir is not None and not isinstance(self.ssd_dir, str):  # one place is a string, none is None, whoever asks
+            places = tuple(str(place) for place in self.ssd_dir)
+            object.__setattr__(self, "ssd_dir", places if len(places) > 1 else next(iter(places), None))
         for field in ("parameters", "states", "boundaries"):
             if getattr(self, field) not in TIER_CHOICES:
                 raise ValueError(f"--{field} {getattr(self, field)!r} is not a tier; choose one of {', '.join(TIER_CHOICES)}")
@@ -66,6 +69,13 @@ class PlanRequest:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"--clip must be positive, got {self.clip}; leave it out for no clipping")
+
+    @property
+    def ssd_places(self) -> tuple[str, ...]:
+        """The directories and block devices, in order; empty if there is none."""
+        if self.ssd_dir is None:
+            return ()
+        return (self.ssd_dir,) if isinstance(self.ssd_dir, str) else self.ssd_dir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,8 +138,15 @@ class Plan:
     ssd_budget_bytes: int | None
     device_working_bytes: int
     """Assumed device memory of activations and logits while a unit computes (measured by the probe later)."""
+    ssd_stripes: tuple[str, ...] = ()
+    """More places beside `ssd_dir`, over which all that rests on the SSD is striped."""
     notes: tuple[str, ...] = ()
     """Why the plan is as it is, one sentence each."""
+
+    @property
+    def ssd_places(self) -> tuple[str, ...]:
+        """The directories and block devices, in order; empty if there is none."""
+        return () if self.ssd_dir is None else (self.ssd_dir, *self.ssd_stripes)
 
     def boundary_dtype(self, unit: str) -> str:
         """Dtype of the hidden states that enter `unit`, and of their gradient."""

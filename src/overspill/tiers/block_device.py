@@ -56,6 +56,18 @@ def is_block_device(place: str | os.PathLike[str]) -> bool:
     return PROBER.is_block_device(Path(place))
 
 
+def device_room_bytes(place: str | os.PathLike[str]) -> int:
+    """What a device can hold; 0 if it cannot be opened, which opening it for use will explain."""
+    try:
+        fd = os.open(place, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return 0
+    try:
+        return max(0, PROBER.size_bytes(fd) - BASE_BYTES)
+    finally:
+        os.close(fd)
+
+
 def build_header(fields: dict[str, Any]) -> bytes:
     """The first page of a device."""
     text = json.dumps(fields, sort_keys=True).encode()
@@ -79,6 +91,8 @@ class _Claim:
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self.path, self.read_only = path, read_only
         self.ranges: dict[str, tuple[int, int]] = {}
+        self.kept_state_bytes = 0
+        """Of a checkpoint that was there, while only scratch is open."""
         users = [] if read_only else PROBER.users(path)
         if users:
             raise StorageError(f"{path} is in use: {'; '.join(users)}; it is never written to; give a device that nobody uses")
@@ -113,7 +127,7 @@ class _Claim:
     def reserve(self, kind: str, num_bytes: int) -> tuple[int, int]:
         """State from the start, scratch at the end; BudgetError if both do not fit."""
         base = BASE_BYTES if kind == "state" else self.size_bytes - num_bytes
-        taken = sum(end - start for start, end in self.ranges.values())
+        taken = sum(end - start for start, end in self.ranges.values()) + (self.kept_state_bytes if kind == "scratch" else 0)
         if kind in self.ranges:
             raise StorageError(f"{self.path} has a store for {kind} already")
         if num_bytes + taken > self.size_bytes - BASE_BYTES:
@@ -205,8 +219,8 @@ class BlockDevice:
         if header is not None:
             if header.get("is_kept") and not named and not is_scratch:
                 raise StorageError(f"{self.path} holds the checkpoints of another run (set {header.get('set_id')}); {cure}")
-            if header.get("is_kept") and is_scratch:
-                raise StorageError(f"{self.path} holds the checkpoints of a run and can take no scratch of another; give another device")
+            if header.get("is_kept") and is_scratch:  # it leaves kept state alone: a run that goes on opens its scratch first
+                claim.kept_state_bytes = int(header.get("state_bytes", claim.size_bytes))
             return
         found = find_signature(claim.read, claim.size_bytes)
         if found and not named:

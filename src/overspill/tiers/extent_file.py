@@ -92,8 +92,8 @@ class ExtentFile:
         self.calls = calls
         self._is_named = True
         self._note: RunNote | None = None
-        self.keeps_content = existing
-        """Whether closing leaves the file where it is."""
+        self.keeps_content = existing or (not unlink and before_discarding is not None and os.fstat(self.fd).st_size > 0)
+        """Whether closing leaves the file where it is; also what a refusal finds there."""
         try:
             if unlink:
                 self._remove_name()
@@ -101,6 +101,7 @@ class ExtentFile:
                 self._note = RunNote(folder)
             if before_discarding is not None:
                 before_discarding()
+            self.keeps_content = existing
             if existing:
                 capacity_bytes = max(capacity_bytes, os.fstat(self.fd).st_size)
             if not read_only:

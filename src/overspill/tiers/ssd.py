@@ -50,7 +50,7 @@ class SsdStore:
         num_threads: of the engine.
         unlink: for scratch (boundaries, gradients): no name, so nothing is left behind even by `kill -9`.
         existing: open what an earlier run kept; its extents are taken over with `adopt`.
-        stripes: with `existing`: the set that the checkpoint names.
+        stripes, kept_bytes: with `existing`: the set that the checkpoint names, and how much of it must be there.
         before_discarding: see `ExtentFile`.
         read_only: with `existing`: only look; others may look at the same time.
         overwrite: block devices whose content may be lost (`block_device.py`).
@@ -71,6 +71,7 @@ class SsdStore:
         unlink: bool = False,
         existing: bool = False,
         stripes: StripeSet | None = None,
+        kept_bytes: int = 0,
         read_only: bool = False,
         before_discarding: Callable[[], None] | None = None,
         overwrite: Sequence[str] = (),
@@ -89,6 +90,7 @@ class SsdStore:
             unlink=unlink,
             existing=existing,
             expected=stripes,
+            kept_bytes=kept_bytes,
             read_only=read_only,
             before_discarding=before_discarding,
             overwrite=overwrite,

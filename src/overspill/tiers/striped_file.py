@@ -84,6 +84,7 @@ class StripedFile:
     Args:
         places: directories and block devices, in order.
         expected: the set that a checkpoint names; None: a single file without a note, or (not `existing`) a new set.
+        kept_bytes: of an expected set, what must be there at least.
         overwrite: block devices whose content may be lost; see `block_device.py`.
         unlink, existing, read_only, before_discarding: as of `ExtentFile`, `before_discarding` for the first place.
 
@@ -99,6 +100,7 @@ class StripedFile:
         unlink: bool,
         existing: bool = False,
         expected: StripeSet | None = None,
+        kept_bytes: int = 0,
         read_only: bool = False,
         before_discarding: Callable[[], None] | None = None,
         overwrite: Sequence[str] = (),
@@ -140,7 +142,7 @@ class StripedFile:
                     )
                     continue
                 if expected is not None:
-                    _validate_member(Path(place), member, share)
+                    _validate_member(Path(place), member, self.layout.file_bytes(kept_bytes))
                 elif not existing and not unlink:
                     check = _refuse_others(Path(place), member, check)
                 self.files.append(
@@ -239,6 +241,19 @@ def _validate_member(folder: Path, member: Membership, share_bytes: int) -> None
     if found is None or (found.set_id, found.index) != (member.set_id, member.index):
         what = "has no note that can be read" if found is None else f"is part {found.index + 1} of set {found.set_id}"
         raise StorageError(f"{folder} should hold {number} (set {member.set_id}), but it {what}; mount the right drive at {folder}")
+    size = path.stat().st_size
+    if size < share_bytes:
+        raise StorageError(f"{path} has {size} B, as {number} it needs {share_bytes} B: the file was cut or moved")
+
+
+def relocate(stripes: StripeSet, folders: Sequence[str]) -> StripeSet:
+    """The set with those of `folders` in place of their old paths that say they belong to it."""
+    places = list(stripes.places)
+    for folder in folders:
+        found = _read_note(Path(folder))
+        if found is not None and found.set_id == stripes.set_id and found.index < len(places):
+            places[found.index] = str(Path(folder).resolve())
+    return dataclasses.replace(stripes, places=tuple(places))
 
 
 def _refuse_others(folder: Path, member: Membership, check: Callable[[], None] | None) -> Callable[[], None]:
