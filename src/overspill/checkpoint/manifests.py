@@ -74,8 +74,8 @@ def read_manifest(path: Path, *, calls: FileCalls = OS_CALLS) -> Manifest:
     plain = json.loads(text)["manifest"]
     if plain.get("format") != FORMAT or plain.get("version") not in READABLE:
         raise StorageError(
-            f"{path} is {plain.get('format')} version {plain.get('version')}, this program reads {FORMAT} versions {READABLE[0]} to {READABLE[-1]}; "
-            "use the release that wrote it"
+            f"{path} is {plain.get('format')} version {plain.get('version')}, this program reads {FORMAT} versions {READABLE[0]} to "
+            f"{READABLE[-1]}; use the release that wrote it"
         )
     return from_json(Manifest, json.dumps(plain))
 

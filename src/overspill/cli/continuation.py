@@ -87,11 +87,8 @@ def find_checkpoint(options: FinetuneOptions) -> tuple[Path, Manifest]:
         StorageError: there is none, or it is damaged.
     """
     noted = _noted_directory(options)
-    if noted is not None:
-        candidates = [noted, *(options.ssd_dir or ())]
-    else:
-        candidates = [checkpoint_directory(options), options.out / "checkpoints"]
-    candidates = list({path.resolve(): path for path in candidates}.values())
+    places = [noted, *(options.ssd_dir or ())] if noted is not None else [checkpoint_directory(options), options.out / "checkpoints"]
+    candidates = list({path.resolve(): path for path in places}.values())
     found = [path for path in candidates if find_manifests(path)]
     if not found:
         where = " or ".join(map(str, candidates))
