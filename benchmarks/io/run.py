@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from overspill import _native
-from overspill.tiers import SsdStore
+from overspill.tiers import SsdStore, ssd
 from overspill.tiers.memory import HostMemory
 from overspill.tiers.protocol import Transfer
 from overspill.tiers.ssd import PART_BYTES
@@ -160,10 +160,12 @@ def main() -> None:
     parser.add_argument("--chunks-mib", type=int, nargs="+", default=[1, 4, 32])
     parser.add_argument("--in-flight-mib", type=int, default=128)
     parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--part-mib", type=int, default=PART_BYTES // MIB, help="most bytes of one request of the engine")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    ssd.PART_BYTES = options.part_mib * MIB
     options.directory.mkdir(parents=True, exist_ok=True)
     num_bytes = int(options.size_gib * GIB)
     results: dict[str, Any] = {}
@@ -178,7 +180,6 @@ def main() -> None:
     document = {
         "results": results,
         "start_us": starts,
-        "part_bytes": PART_BYTES,
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name != "out"},
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}",
         "date": time.strftime("%Y-%m-%d"),

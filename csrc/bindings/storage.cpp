@@ -153,7 +153,10 @@ void bind_storage(nb::module_& module) {
       .def_prop_ro("failure", &failure_of)
       .def_prop_ro("mismatch", &mismatch_of)
       .def_prop_ro("is_cancelled", [](const IoTransfer& transfer) { return transfer.is_done() && transfer.is_cancelled(); })
-      .def_prop_ro("checksums", &IoTransfer::checksums);
+      .def_prop_ro("checksums", [](const IoTransfer& transfer) {
+        if (!transfer.is_done()) throw std::runtime_error("a transfer has checksums when it has ended");
+        return transfer.checksums();
+      });
 
   nb::class_<IoEngine>(module, "IoEngine")
       .def("__init__", &make_engine, nb::kw_only(), "files"_a, "stripe_bytes"_a = 0, "alignment"_a, "part_bytes"_a, "num_threads"_a,

@@ -74,8 +74,8 @@ def test_the_spine_benchmark_runs_small(tmp_path: Path) -> None:
 
 def test_the_io_benchmark_runs_small(tmp_path: Path) -> None:
     done = run(
-        "benchmarks/io/run.py", str(tmp_path / "ssd"), "--size-gib", "0.0625", "--chunks-mib", "1", "8", "--in-flight-mib", "16", "--threads",
-        "2", "--out", str(tmp_path / "result.json"),
+        "benchmarks/io/run.py", str(tmp_path / "ssd"), "--size-gib", "0.0625", "--chunks-mib", "1", "8", "--in-flight-mib", "16",
+        "--threads", "2", "--out", str(tmp_path / "result.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())

@@ -153,6 +153,8 @@ def test_a_new_run_does_not_overwrite_a_part_of_another_set(tmp_path: Path) -> N
     kept(places).close()
     with pytest.raises(StorageError, match="drive-1 holds part 2 of 3 of the checkpoints in .*drive-0; give another --ssd-dir, or delete"):
         SsdStore([tmp_path / "new", places[1]], capacity_bytes=16 * MIB)
+    with pytest.raises(StorageError, match="drive-1 holds part 2 of 3"):
+        SsdStore(places[1], capacity_bytes=16 * MIB)
     assert (places[1] / FILE_NAME).stat().st_size == 8 * MIB
     SsdStore(places, capacity_bytes=16 * MIB).close()  # the same set anew: its manifests, if any, were looked at before
     assert not (places[1] / NOTE_NAME).exists()

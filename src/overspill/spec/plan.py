@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Mapping
 
 from overspill.spec.documents import to_json
@@ -55,7 +56,8 @@ class PlanRequest:
 
     def __post_init__(self) -> None:
         if self.ssd_dir is not None and not isinstance(self.ssd_dir, str):  # one place is a string, none is None, whoever asks
-            places = tuple(str(place) for place in self.ssd_dir)
+            given = [self.ssd_dir] if isinstance(self.ssd_dir, os.PathLike) else self.ssd_dir
+            places = tuple(str(place) for place in given)
             object.__setattr__(self, "ssd_dir", places if len(places) > 1 else next(iter(places), None))
         for field in ("parameters", "states", "boundaries"):
             if getattr(self, field) not in TIER_CHOICES:

@@ -263,7 +263,7 @@ def _refuse_others(folder: Path, member: Membership, check: Callable[[], None] |
         if check is not None:
             check()
         found = _read_note(folder)
-        if found is not None and member.index and found.places[0] != member.places[0] and Path(found.places[0]).exists():
+        if found is not None and found.index and found.places[0] != member.places[0]:  # part 1 is what manifests lie beside: asked above
             raise StorageError(
                 f"{folder} holds part {found.index + 1} of {len(found.places)} of the checkpoints in {found.places[0]}; give another "
                 f"--ssd-dir, or delete {folder / NOTE_NAME} if they are not needed"
