@@ -100,7 +100,7 @@ def write_config(path: Path, options: Any) -> None:
     import yaml
 
     plain = {
-        _spelled(field.name): str(value) if isinstance(value, Path) else [str(item) for item in value] if isinstance(value, list) else value
+        _spelled(field.name): _plain(value)
         for field in dataclasses.fields(options)
         if (value := getattr(options, field.name)) is not None and value != []
     }
@@ -108,6 +108,12 @@ def write_config(path: Path, options: Any) -> None:
         replace_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror} (errno {error.errno})") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _spelled(name: str) -> str:
