@@ -98,9 +98,9 @@ def test_a_wrong_byte_is_an_error_that_names_record_block_and_both_checksums() -
         assert len(records.verify(["layers.3.state[0]"])) == 1
 
 
-def slow_first_write(tmp_path: Path, *faults: Fault) -> tuple[RecordStore, torch.Tensor]:
-    """A store of one thread whose first write takes a while, and a record that is pinned with known content."""
-    store = SsdStore(tmp_path, capacity_bytes=1 << 20, num_threads=1, calls=FaultInjector(*faults))
+def pinned_record(tmp_path: Path, calls: FaultInjector) -> tuple[RecordStore, torch.Tensor]:
+    """A store of one thread, and a record that is pinned with known content, which took calls 0 to 2."""
+    store = SsdStore(tmp_path, capacity_bytes=1 << 20, num_threads=1, calls=calls)
     records = RecordStore(store, num_slots=2)
     records.create("a", 10_000)
     records.create("b", 10_000)
@@ -111,10 +111,12 @@ def slow_first_write(tmp_path: Path, *faults: Fault) -> tuple[RecordStore, torch
 
 
 def test_a_write_that_was_taken_back_has_not_changed_the_record(tmp_path: Path) -> None:
-    records, data = slow_first_write(tmp_path, Fault(kind=FaultKind.DELAYED, call_index=3, delay_s=0.3))
+    calls = FaultInjector(Fault(kind=FaultKind.DELAYED, call_index=3, delay_s=0.4))
+    records, data = pinned_record(tmp_path, calls)
     before, generation = records.version("a"), records.current()
     slow = records.start_write("b", random_bytes(10_000, 1))
-    time.sleep(0.05)
+    while len(calls.log) < 4:
+        time.sleep(0.001)
     later = records.start_write("a", random_bytes(10_000, 2))
     assert later.cancel()  # type: ignore[attr-defined]
     assert records.version("a") == before and records.current()["a"] == generation["a"]
@@ -128,7 +130,7 @@ def test_a_write_that_was_taken_back_has_not_changed_the_record(tmp_path: Path) 
 
 
 def test_a_read_of_a_record_that_is_being_written_gives_the_new_bytes(tmp_path: Path) -> None:
-    records, _ = slow_first_write(tmp_path, Fault(kind=FaultKind.DELAYED, call_index=3, delay_s=0.1))
+    records, _ = pinned_record(tmp_path, FaultInjector(Fault(kind=FaultKind.DELAYED, call_index=3, delay_s=0.1)))
     data = random_bytes(10_000, 1)
     written = records.start_write("a", data)
     back = torch.empty(10_000, dtype=torch.uint8)
@@ -140,7 +142,7 @@ def test_a_read_of_a_record_that_is_being_written_gives_the_new_bytes(tmp_path: 
 
 
 def test_a_record_whose_write_failed_is_neither_read_nor_put_into_a_checkpoint(tmp_path: Path) -> None:
-    records, _ = slow_first_write(tmp_path, Fault(kind=FaultKind.EIO, call_index=3))
+    records, _ = pinned_record(tmp_path, FaultInjector(Fault(kind=FaultKind.EIO, call_index=3)))
     failed = records.start_write("a", random_bytes(10_000, 1))
     for use in (failed.wait, lambda: records.version("a"), lambda: records.start_read("a", torch.empty(10_000, dtype=torch.uint8))):
         with pytest.raises(StorageError, match="write of a#1 failed.*EIO"):

@@ -349,7 +349,7 @@ def test_failed_zeroing_allocates_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_freeing_an_extent_in_flight_is_asserted(tmp_path: Path) -> None:
-    with SsdStore(tmp_path, capacity_bytes=MIB, calls=always(FaultKind.DELAYED, delay_s=0.2)) as store:
+    with SsdStore(tmp_path, capacity_bytes=MIB, calls=always(FaultKind.DELAYED, delay_s=0.4)) as store:
         store.allocate("a", 4096)
         transfer = store.start_read("a", 0, page_aligned(4096))
         assert not transfer.is_done
@@ -373,12 +373,13 @@ def test_aligned_transfers_make_no_copy_and_one_call_a_part(tmp_path: Path) -> N
 
 
 def test_a_transfer_that_has_not_begun_can_be_taken_back_and_moves_nothing(tmp_path: Path) -> None:
-    calls = FaultInjector(Fault(kind=FaultKind.DELAYED, call_index=1, delay_s=0.2))
+    calls = FaultInjector(Fault(kind=FaultKind.DELAYED, call_index=1, delay_s=0.4))
     with SsdStore(tmp_path, capacity_bytes=MIB, num_threads=1, calls=calls) as store:
         store.allocate("a", 8192)
         store.start_write("a", 0, page_aligned(8192).fill_(1)).wait()
         slow = store.start_read("a", 0, page_aligned(8192))
-        time.sleep(0.05)
+        while len(calls.log) < 2:
+            time.sleep(0.001)
         later = store.start_write("a", 0, page_aligned(8192).fill_(2))
         assert later.cancel() and later.is_done and not slow.cancel()
         with pytest.raises(StorageError, match="write of a was taken back before it began"):
