@@ -10,7 +10,7 @@ PYTEST = $(VENV)/bin/python -m pytest
 NATIVE = $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 
-.PHONY: demo test check prove clean
+.PHONY: demo test check check-native prove clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python examples/demo/run.py
@@ -26,6 +26,15 @@ check: $(VENV)/.installed
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
+
+# The C++ core's own tests, each under the address and undefined-behaviour sanitizers and under the thread sanitizer. Needs no Python but
+# for cmake and ninja, which are in the virtual environment or already installed.
+check-native:
+	for sanitizers in address,undefined thread; do \
+	  PATH="$(abspath $(VENV))/bin:$$PATH"; folder=build/$$(echo $$sanitizers | tr , -); \
+	  cmake -S . -B $$folder -G Ninja -DCMAKE_BUILD_TYPE=Release -DOVERSPILL_SANITIZE=$$sanitizers > /dev/null && \
+	  ninja -C $$folder --quiet && ctest --test-dir $$folder --output-on-failure --timeout 120 || exit 1; \
+	done
 
 # Proofs that take minutes; their results go on file.
 prove: $(VENV)/.installed

@@ -16,6 +16,10 @@ namespace {
 constexpr std::uint32_t kPolynomial = 0x82F63B78U;
 // Bytes of each of the three streams in one round. Chosen, not tuned: 341 rounds of 3 KiB are a 1 MiB block and its tail is short.
 constexpr std::size_t kStreamBytes = 1024;
+// Rounds that are asked for ahead. A block that a drive has just written to memory is in no cache, and the three streams hide the order
+// from the processor's own prefetching: 6.5 GB/s without, 11.6 with 2 rounds (1: 11.2, 4: 11.5, 8: 9.7), 26 in cache with and without.
+constexpr std::size_t kPrefetchBytes = 2 * 3 * kStreamBytes;
+constexpr std::size_t kCacheLine = 64;
 
 using Table = std::array<std::array<std::uint32_t, 256>, 8>;
 
@@ -86,6 +90,9 @@ __attribute__((target("sse4.2"))) std::uint32_t advance_sse42(std::uint32_t stat
   for (; num_bytes >= 3 * kStreamBytes; at += 3 * kStreamBytes, num_bytes -= 3 * kStreamBytes) {
     std::uint64_t second = 0, third = 0;
     for (std::size_t i = 0; i < kStreamBytes; i += 8) {
+      if (i % kCacheLine == 0) {  // may point beyond the data: a prefetch never faults
+        for (std::size_t stream = 0; stream < 3; ++stream) __builtin_prefetch(at + kPrefetchBytes + stream * kStreamBytes + i);
+      }
       first = _mm_crc32_u64(first, load_long(at + i));
       second = _mm_crc32_u64(second, load_long(at + kStreamBytes + i));
       third = _mm_crc32_u64(third, load_long(at + 2 * kStreamBytes + i));

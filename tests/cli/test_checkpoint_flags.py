@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 from typer.testing import Result
 
@@ -54,6 +55,27 @@ def wait_for_checkpoint(directory: Path, number: int, process: subprocess.Popen[
             return
         time.sleep(0.01)
     raise AssertionError("the run makes no checkpoints")
+
+
+def test_ssd_dir_may_be_repeated_and_the_run_goes_on_from_all_of_them(run: Run, tmp_path: Path) -> None:
+    places = [tmp_path / "ssd-a", tmp_path / "ssd-b"]
+    flags = (*FLAGS, "--checkpoint-every", 1, *ON_SSD, *(item for place in places for item in ("--ssd-dir", place)))
+    result = run(*flags)
+    assert result.exit_code == 0, result.output
+    assert all((place / "overspill.extents").is_file() for place in places) and find_manifests(places[0])
+    noted = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())
+    assert noted["ssd-dir"] == [str(place) for place in places] and "ssd-overwrite" not in noted
+    places[1].rename(tmp_path / "moved")
+    result = run("--config", tmp_path / "out" / "run.yaml", "--resume")
+    assert result.exit_code == 3 and "is missing, which is part 2 of 2" in result.output
+    (tmp_path / "moved").rename(places[1])
+    result = run("--config", tmp_path / "out" / "run.yaml", "--resume")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_second_word_for_a_device_that_is_not_used_is_refused(run: Run, tmp_path: Path) -> None:
+    result = run(*FLAGS, "--ssd-dir", tmp_path / "ssd", "--ssd-overwrite", "/dev/some-disk")
+    assert result.exit_code == 2 and "--ssd-overwrite /dev/some-disk has no effect" in " ".join(result.output.split())
 
 
 def test_three_kills_and_an_interrupt_and_the_run_still_ends_with_the_same_bits(

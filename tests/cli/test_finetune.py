@@ -270,7 +270,7 @@ def test_help_names_every_flag_and_loads_no_torch() -> None:
     flags = (
         "steps epochs seq-len micro-batch accumulate lr warmup-steps lr-schedule weight-decay clip dtype seed parameters states boundaries"
     )
-    flags += " state-format device-budget host-budget ssd-dir ssd-budget device held-out truncate out debug"
+    flags += " state-format device-budget host-budget ssd-dir ssd-overwrite ssd-budget device held-out truncate out debug"
     flags += " config eval-every packing blocks split data-config fields stream shuffle-buffer"
     assert [flag for flag in flags.split() if f"--{flag} " not in done.stdout] == []
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
 from overspill import _native
 from overspill.errors import StorageError
-from overspill.tiers import FakeStore, RecordStore
+from overspill.tiers import FakeStore, Fault, FaultInjector, FaultKind, RecordStore, SsdStore
 from overspill.tiers.checksums import BLOCK_BYTES, block_checksums, from_hex, to_hex, zero_checksums
 from overspill.units import MIB
 
@@ -93,3 +96,58 @@ def test_a_wrong_byte_is_an_error_that_names_record_block_and_both_checksums() -
                 read.wait()
         assert torch.equal(records.read_part("layers.3.state[0]", 0, 100), data[:100])
         assert len(records.verify(["layers.3.state[0]"])) == 1
+
+
+def pinned_record(tmp_path: Path, calls: FaultInjector) -> tuple[RecordStore, torch.Tensor]:
+    """A store of one thread, and a record that is pinned with known content, which took calls 0 to 2."""
+    store = SsdStore(tmp_path, capacity_bytes=1 << 20, num_threads=1, calls=calls)
+    records = RecordStore(store, num_slots=2)
+    records.create("a", 10_000)
+    records.create("b", 10_000)
+    data = random_bytes(10_000)
+    records.start_write("a", data).wait()
+    records.pin(records.current())
+    return records, data
+
+
+def test_a_write_that_was_taken_back_has_not_changed_the_record(tmp_path: Path) -> None:
+    calls = FaultInjector(Fault(kind=FaultKind.DELAYED, call_index=3, delay_s=0.4))
+    records, data = pinned_record(tmp_path, calls)
+    before, generation = records.version("a"), records.current()
+    slow = records.start_write("b", random_bytes(10_000, 1))
+    while len(calls.log) < 4:
+        time.sleep(0.001)
+    later = records.start_write("a", random_bytes(10_000, 2))
+    assert later.cancel()  # type: ignore[attr-defined]
+    assert records.version("a") == before and records.current()["a"] == generation["a"]
+    with pytest.raises(StorageError, match="was taken back before it began"):
+        later.wait()
+    back = torch.empty(10_000, dtype=torch.uint8)
+    records.start_read("a", back).wait()
+    assert torch.equal(back, data)
+    slow.wait()
+    records.close()
+
+
+def test_a_read_of_a_record_that_is_being_written_gives_the_new_bytes(tmp_path: Path) -> None:
+    records, _ = pinned_record(tmp_path, FaultInjector(Fault(kind=FaultKind.DELAYED, call_index=3, delay_s=0.1)))
+    data = random_bytes(10_000, 1)
+    written = records.start_write("a", data)
+    back = torch.empty(10_000, dtype=torch.uint8)
+    records.start_read("a", back).wait()
+    assert torch.equal(back, data) and written.is_done
+    written.wait()
+    assert records.version("a").checksums == block_checksums(data)
+    records.close()
+
+
+def test_a_record_whose_write_failed_is_neither_read_nor_put_into_a_checkpoint(tmp_path: Path) -> None:
+    records, _ = pinned_record(tmp_path, FaultInjector(Fault(kind=FaultKind.EIO, call_index=3)))
+    failed = records.start_write("a", random_bytes(10_000, 1))
+    for use in (failed.wait, lambda: records.version("a"), lambda: records.start_read("a", torch.empty(10_000, dtype=torch.uint8))):
+        with pytest.raises(StorageError, match="write of a#1 failed.*EIO"):
+            use()
+    data = random_bytes(10_000, 2)
+    records.start_write("a", data).wait()  # who has seen the failure may try again
+    assert torch.equal(records.read_part("a", 0, 10_000), data)
+    records.close()

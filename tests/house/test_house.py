@@ -79,6 +79,17 @@ def test_the_pinned_benchmark_runs_small_and_stays_within_1_percent(tmp_path: Pa
     assert json.loads(out.read_text())["ratio"]["overspill"]["max"] <= 1.01
 
 
+def test_the_io_benchmark_runs_small(tmp_path: Path) -> None:
+    done = run(
+        "benchmarks/io/run.py", str(tmp_path / "ssd"), "--size-gib", "0.0625", "--chunks-mib", "1", "8", "--in-flight-mib", "16",
+        "--threads", "2", "--out", str(tmp_path / "result.json"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["results"]["threads"]["8 MiB"]["read"]["gb_per_s"] > 0 and result["results"]["plain"]["write"]["gb_per_s"] > 0
+    assert list((tmp_path / "ssd").iterdir()) == []
+
+
 def test_the_tree_names_no_machine_of_ours() -> None:
     """Code and documents are for everybody: no absolute paths of a developer's machine."""
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()

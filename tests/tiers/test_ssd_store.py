@@ -10,21 +10,21 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from overspill.errors import BudgetError, StorageError
-from overspill.tiers import SsdStore
+from overspill.tiers import Fault, FaultInjector, FaultKind, SsdStore
 from overspill.tiers import extent_file as extent_file_module
+from overspill.tiers.checksums import block_checksums
 from overspill.tiers.extent_file import FILE_NAME, ExtentFile
+from overspill.tiers.load import TransferSpan, load_profile, peak_to_mean
 from overspill.tiers.memory import HostMemory
 from overspill.tiers.run_lock import NOTE_NAME
-from overspill.tiers.ssd import split_parts
+from overspill.tiers.ssd import BACKEND_VARIABLE, PART_BYTES
 from overspill.units import MIB
 
 
@@ -80,6 +80,20 @@ def test_a_killed_run_leaves_at_most_an_unlocked_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_refused_discard_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_bytes(b"\xff" * 9000)
+
+    def refuse() -> None:
+        raise StorageError("there are checkpoints")
+
+    with pytest.raises(StorageError, match="there are checkpoints"):
+        SsdStore(tmp_path, capacity_bytes=MIB, before_discarding=refuse)
+    assert (tmp_path / FILE_NAME).read_bytes() == b"\xff" * 9000
+    with pytest.raises(StorageError, match="there are checkpoints"):
+        SsdStore(tmp_path / "fresh", capacity_bytes=MIB, before_discarding=refuse)
+    assert list((tmp_path / "fresh").iterdir()) == []
+
+
 def test_a_symbolic_link_in_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
     victim = tmp_path / "victim"
     victim.write_bytes(b"precious")
@@ -102,9 +116,14 @@ def test_nothing_is_left_open_or_running_after_close(tmp_path: Path) -> None:
         store.allocate("a", 4 * MIB)
         for _ in range(8):
             store.start_write("a", 0, torch.zeros(MIB, dtype=torch.uint8))
-        assert open_files() and any(thread.name.startswith("overspill-ssd") for thread in threading.enumerate())
+        assert open_files() and engine_threads() == 4
     assert not open_files()
-    assert not any(thread.name.startswith("overspill-ssd") for thread in threading.enumerate())
+    assert engine_threads() == 0
+
+
+def engine_threads() -> int:
+    """The engine's threads are not Python's; the kernel knows their name."""
+    return sum(Path(f"/proc/self/task/{task}/comm").read_text().strip() == "overspill-io" for task in os.listdir("/proc/self/task"))
 
 
 def _readlink(fd: str) -> str:
@@ -223,25 +242,17 @@ def test_useless_sizes_are_refused(tmp_path: Path) -> None:
 # Faults in transfers.
 
 
-def patch_call(monkeypatch: pytest.MonkeyPatch, name: str, change: Callable[[Callable[..., int], int, memoryview, int], int]) -> None:
-    """Let `change(real, fd, view, offset)` stand for os.preadv or os.pwritev."""
-    real = getattr(os, name)
-    monkeypatch.setattr(os, name, lambda fd, views, offset: change(real, fd, memoryview(views[0]), offset))
-
-
-def shorten(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
-    """Move about half of what is asked, down to 512 bytes, as drives and signals do."""
-    if len(view) <= 4096:
-        return real(fd, [view], offset)
-    return real(fd, [view[: len(view) // 2 // 512 * 512]], offset)
+def always(kind: FaultKind, **fields: object) -> FaultInjector:
+    return FaultInjector(Fault(kind=kind, call_index=0, num_calls=1 << 40, **fields))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("start", [0, 100])
-def test_short_transfers_are_continued_until_every_byte_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int) -> None:
+@pytest.mark.parametrize("moved_bytes", [None, 5 * 4096 + 512])
+def test_short_transfers_are_continued_until_every_byte_moved(tmp_path: Path, start: int, moved_bytes: int | None) -> None:
+    """Half of what is asked, or a length that is no multiple of a page, as drives and signals do."""
     size = 3 * MIB + 4096
-    with SsdStore(tmp_path, capacity_bytes=4 * MIB) as store:
-        patch_call(monkeypatch, "preadv", shorten)
-        patch_call(monkeypatch, "pwritev", shorten)
+    calls = always(FaultKind.SHORT, moved_bytes=moved_bytes)
+    with SsdStore(tmp_path, capacity_bytes=4 * MIB, calls=calls) as store:
         store.allocate("a", size)
         data = page_aligned(size)
         data.copy_(torch.randint(0, 256, (size,), dtype=torch.uint8))
@@ -249,22 +260,16 @@ def test_short_transfers_are_continued_until_every_byte_moved(tmp_path: Path, mo
         back = page_aligned(size)
         store.start_read("a", start, back[start:]).wait()
         assert torch.equal(back[start:], data[start:])
+        assert len(calls.log) > 2 * 5
 
 
-@pytest.mark.parametrize(("operation", "call"), [("read", "preadv"), ("write", "pwritev")])
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-def test_a_failing_call_names_extent_path_offset_bytes_and_errno(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, call: str, number: int
-) -> None:
-    def fail_after_first(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
-        if offset >= 8192 + 16384:
-            raise OSError(number, os.strerror(number))
-        return real(fd, [view[:16384]], offset)
-
-    store = SsdStore(tmp_path, capacity_bytes=MIB)
+@pytest.mark.parametrize(("operation", "number"), [("read", errno.EIO), ("write", errno.EIO), ("write", errno.ENOSPC)])
+def test_a_failing_call_names_extent_path_offset_bytes_and_errno(tmp_path: Path, operation: str, number: int) -> None:
+    kind = {errno.EIO: FaultKind.EIO, errno.ENOSPC: FaultKind.ENOSPC}[number]
+    calls = FaultInjector(Fault(kind=FaultKind.SHORT, call_index=0, moved_bytes=16384), Fault(kind=kind, call_index=1, num_calls=9))
+    store = SsdStore(tmp_path, capacity_bytes=MIB, calls=calls)
     store.allocate("first", 8192)
     store.allocate("layers.7.exp_avg", 65536)
-    patch_call(monkeypatch, call, fail_after_first)
     start = store.start_read if operation == "read" else store.start_write
     transfer = start("layers.7.exp_avg", 0, page_aligned(65536))
     with pytest.raises(StorageError) as caught:
@@ -282,16 +287,13 @@ def test_a_failing_call_names_extent_path_offset_bytes_and_errno(
     store.close()  # the failure was seen
 
 
-@pytest.mark.parametrize(("call", "operation"), [("preadv", "read"), ("pwritev", "write")])
+@pytest.mark.parametrize("operation", ["read", "write"])
 @pytest.mark.parametrize("moved_bytes", [0, 1])
-def test_transfers_that_stop_moving_are_errors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, operation: str, moved_bytes: int
-) -> None:
-    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+def test_transfers_that_stop_moving_are_errors(tmp_path: Path, operation: str, moved_bytes: int) -> None:
+    with SsdStore(tmp_path, capacity_bytes=MIB, calls=always(FaultKind.SHORT, moved_bytes=moved_bytes)) as store:
         if moved_bytes and not store.is_direct:
             pytest.skip("through the page cache, bytes may move one by one")
         store.allocate("a", 8192)
-        patch_call(monkeypatch, call, lambda real, fd, view, offset: moved_bytes)
         start = store.start_read if operation == "read" else store.start_write
         with pytest.raises(StorageError, match=rf"short {operation} of a: wanted 8192 B at offset 0 of .*{moved_bytes} B \(no error"):
             start("a", 0, page_aligned(8192)).wait()
@@ -305,26 +307,29 @@ def test_a_file_that_was_cut_is_a_short_read(tmp_path: Path) -> None:
             store.start_read("a", 0, page_aligned(MIB)).wait()
 
 
-def test_a_failure_that_nobody_waited_for_is_raised_by_close(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    store = SsdStore(tmp_path, capacity_bytes=MIB)
+def test_a_failure_that_nobody_waited_for_is_raised_by_close(tmp_path: Path) -> None:
+    store = SsdStore(tmp_path, capacity_bytes=MIB, calls=always(FaultKind.EIO))
     store.allocate("a", 4096)
-    patch_call(monkeypatch, "pwritev", fail)
     store.start_write("a", 0, page_aligned(4096))
     with pytest.raises(StorageError, match="1 failed transfers were never waited for; the first: write of a failed.*EIO"):
         store.close()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unseen_failure_does_not_hide_the_error_that_ends_the_with_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+def test_failures_that_nobody_waited_for_are_kept_while_others_come_and_go(tmp_path: Path) -> None:
+    store = SsdStore(tmp_path, capacity_bytes=MIB, num_threads=1, calls=FaultInjector(Fault(kind=FaultKind.EIO, call_index=1)))
+    store.allocate("a", 4096)
+    for _ in range(5):
+        transfer = store.start_write("a", 0, page_aligned(4096))
+        while not transfer.is_done:
+            pass
+    with pytest.raises(StorageError, match="1 failed transfers were never waited for"):
+        store.close()
 
-    with pytest.raises(KeyError) as caught, SsdStore(tmp_path, capacity_bytes=MIB) as store:
+
+def test_an_unseen_failure_does_not_hide_the_error_that_ends_the_with_block(tmp_path: Path) -> None:
+    with pytest.raises(KeyError) as caught, SsdStore(tmp_path, capacity_bytes=MIB, calls=always(FaultKind.EIO)) as store:
         store.allocate("a", 4096)
-        patch_call(monkeypatch, "pwritev", fail)
         store.start_write("a", 0, page_aligned(4096))
         raise KeyError("the first error")
     assert "write of a failed" in caught.value.__notes__[0]
@@ -343,50 +348,126 @@ def test_failed_zeroing_allocates_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         assert store.allocated_bytes == 0
 
 
-def test_freeing_an_extent_in_flight_is_asserted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    may_go = threading.Event()
-
-    def hold(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
-        may_go.wait(10)
-        return real(fd, [view], offset)
-
-    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+def test_freeing_an_extent_in_flight_is_asserted(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=MIB, calls=always(FaultKind.DELAYED, delay_s=0.4)) as store:
         store.allocate("a", 4096)
-        patch_call(monkeypatch, "preadv", hold)
         transfer = store.start_read("a", 0, page_aligned(4096))
         assert not transfer.is_done
         with pytest.raises(AssertionError, match="a is freed with 1 transfers in flight"):
             store.free("a")
-        may_go.set()
         transfer.wait()
         store.free("a")
 
 
-def test_aligned_transfers_make_no_copy_and_one_call_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
-    def note(real: Callable[..., int], fd: int, view: memoryview, offset: int) -> int:
-        seen.append(torch.frombuffer(view, dtype=torch.uint8).data_ptr())
-        return real(fd, [view], offset)
-
-    with SsdStore(tmp_path, capacity_bytes=32 * MIB) as store:
+def test_aligned_transfers_make_no_copy_and_one_call_a_part(tmp_path: Path) -> None:
+    calls = FaultInjector()
+    with SsdStore(tmp_path, capacity_bytes=32 * MIB, calls=calls) as store:
         store.allocate("a", 20 * MIB)
-        buffer = page_aligned(20 * MIB)
-        patch_call(monkeypatch, "preadv", note)
-        store.start_read("a", 0, buffer).wait()
-    assert sorted(seen) == [buffer.data_ptr() + start for start in (0, 8 * MIB, 16 * MIB)]
+        store.start_read("a", 0, page_aligned(20 * MIB)).wait()
+        assert calls.log == ["preadv"] * (20 * MIB // PART_BYTES)
+        assert store.copied_bytes == 0 and store.moved_bytes == (20 * MIB, 0)
+        store.start_read("a", 5, page_aligned(100)).wait()
+        assert store.copied_bytes == (100 if store.is_direct else 0)
+        assert store.moved_bytes == ((20 * MIB + 4096, 0) if store.is_direct else (20 * MIB + 100, 0))
+        assert store.read_bytes == 20 * MIB + 100
 
 
-@given(position=st.integers(0, 40_000), num_bytes=st.integers(0, 60_000), alignment=st.sampled_from([1, 4096]))
-def test_parts_cover_a_transfer_once_and_only_edges_are_unaligned(position: int, num_bytes: int, alignment: int) -> None:
-    parts = list(split_parts(position, num_bytes, alignment=alignment, part_bytes=8192))
-    at = position
-    for part in parts:
-        assert part.position == at and part.start == at - position and 0 < part.num_bytes <= 8192
-        at += part.num_bytes
-        if part.is_edge:
-            assert part.position // alignment == (at - 1) // alignment and part.num_bytes < alignment
-        else:
-            assert part.position % alignment == 0 and part.num_bytes % alignment == 0
-    assert at == position + num_bytes
-    assert sum(part.is_edge for part in parts) <= 2
+def test_a_transfer_that_has_not_begun_can_be_taken_back_and_moves_nothing(tmp_path: Path) -> None:
+    calls = FaultInjector(Fault(kind=FaultKind.DELAYED, call_index=1, delay_s=0.4))
+    with SsdStore(tmp_path, capacity_bytes=MIB, num_threads=1, calls=calls) as store:
+        store.allocate("a", 8192)
+        store.start_write("a", 0, page_aligned(8192).fill_(1)).wait()
+        slow = store.start_read("a", 0, page_aligned(8192))
+        while len(calls.log) < 2:
+            time.sleep(0.001)
+        later = store.start_write("a", 0, page_aligned(8192).fill_(2))
+        assert later.cancel() and later.is_done and not slow.cancel()
+        with pytest.raises(StorageError, match="write of a was taken back before it began"):
+            later.wait()
+        slow.wait()
+        assert not slow.cancel()
+        back = page_aligned(8192)
+        store.start_read("a", 0, back).wait()
+        assert (back == 1).all()
+
+
+def test_many_threads_may_start_and_wait_at_once(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=17 * MIB) as store:
+        for index in range(8):
+            store.allocate(f"{index}", 2 * MIB)
+        wrong: list[int] = []
+
+        def work(index: int) -> None:
+            generator = torch.Generator().manual_seed(index)
+            for _ in range(10):
+                data = page_aligned(2 * MIB)
+                data.copy_(torch.randint(0, 256, (2 * MIB,), dtype=torch.uint8, generator=generator))
+                written = store.start_write(f"{index}", 0, data, with_checksums=True)
+                written.wait()
+                back = page_aligned(2 * MIB)
+                store.start_read(f"{index}", 0, back, expected=written.checksums).wait()
+                if not torch.equal(back, data) or written.checksums != block_checksums(data):
+                    wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+
+def test_an_interrupt_ends_a_wait_and_the_transfer_goes_on(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=MIB, calls=always(FaultKind.DELAYED, delay_s=0.5)) as store:
+        store.allocate("a", 4096)
+        transfer = store.start_write("a", 0, page_aligned(4096).fill_(3))
+        threading.Timer(0.05, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            transfer.wait()
+        transfer.wait()
+
+
+def test_starting_a_transfer_of_a_chunk_takes_less_than_30_microseconds(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=64 * MIB, num_threads=1, calls=always(FaultKind.EIO)) as store:
+        store.allocate("a", 32 * MIB)
+        data = page_aligned(32 * MIB)
+        took_s = []
+        for _ in range(200):  # nothing moves, so nothing is measured but the start
+            begun = time.perf_counter()
+            transfer = store.start_write("a", 0, data)
+            took_s.append(time.perf_counter() - begun)
+            with pytest.raises(StorageError):
+                transfer.wait()
+        assert sorted(took_s)[50] < 30e-6
+
+
+def test_a_trace_has_every_request_and_says_how_even_the_load_was(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=16 * MIB) as store:
+        store.allocate("a", 8 * MIB)
+        store.start_write("a", 0, page_aligned(8 * MIB)).wait()
+        begun = time.monotonic()
+        store.start_trace()
+        store.start_write("a", 0, page_aligned(8 * MIB)).wait()
+        store.start_read("a", 0, page_aligned(4 * MIB)).wait()
+        spans = store.take_trace()
+        ended = time.monotonic()
+        store.start_read("a", 0, page_aligned(4 * MIB)).wait()
+        assert sum(span.num_bytes for span in spans if span.is_write) == 8 * MIB
+        assert sum(span.num_bytes for span in spans if not span.is_write) == 4 * MIB
+        assert all(begun <= span.start_s <= span.end_s <= ended for span in spans)
+        profile = load_profile(spans, interval_s=(ended - begun) / 8, start_s=begun, end_s=ended + 1e-9)
+        assert sum(profile) == pytest.approx(12 * MIB, rel=0.01)
+
+
+def test_an_even_load_has_a_peak_of_its_mean() -> None:
+    even = [TransferSpan(start_s=at, end_s=at + 1.0, num_bytes=100, is_write=True, file=0) for at in range(10)]
+    assert peak_to_mean(load_profile(even, interval_s=0.5, start_s=0.0, end_s=10.0)) == pytest.approx(1.0)
+    assert peak_to_mean(load_profile(even[:5], interval_s=0.5, start_s=0.0, end_s=10.0)) == pytest.approx(2.0)
+    assert peak_to_mean(load_profile([], interval_s=1.0, start_s=0.0, end_s=4.0)) == 0.0
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BACKEND_VARIABLE, "magic")
+    with pytest.raises(ValueError, match="I/O backend 'magic' is not known; choose one of threads, io_uring"):
+        SsdStore(tmp_path, capacity_bytes=MIB)
+    assert list(tmp_path.iterdir()) == []

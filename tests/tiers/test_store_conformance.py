@@ -12,9 +12,12 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from overspill._native import has_io_uring
 from overspill.errors import BudgetError
 from overspill.tiers import FakeStore, SsdStore, Store, Transfer
 from overspill.tiers import extent_file as extent_file_module
+from overspill.tiers.checksums import block_checksums
+from overspill.tiers.transfer import DamagedBlock
 from overspill.units import MIB
 
 MakeStore = Callable[[int], Store]
@@ -28,12 +31,24 @@ def open_buffered(directory: Path, capacity_bytes: int) -> SsdStore:
         return SsdStore(directory, capacity_bytes=capacity_bytes)
 
 
+def _made(directory: Path) -> Path:
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
 MAKERS: dict[str, Callable[[Path, int], Store]] = {
     "ssd": lambda directory, capacity: SsdStore(directory, capacity_bytes=capacity),
     "ssd-unlinked": lambda directory, capacity: SsdStore(directory, capacity_bytes=capacity, unlink=True),
     "ssd-buffered": open_buffered,
+    "ssd-striped": lambda directory, capacity: SsdStore(
+        [_made(directory) / name for name in ("first", "second", "third")], capacity_bytes=capacity
+    ),
     "fake": lambda directory, capacity: FakeStore(capacity),
 }
+
+
+if has_io_uring():
+    MAKERS["ssd-io_uring"] = lambda directory, capacity: SsdStore(directory, capacity_bytes=capacity, backend="io_uring", num_threads=2)
 
 
 @pytest.fixture(params=sorted(MAKERS))
@@ -209,6 +224,31 @@ def test_a_buffer_whose_tensor_is_dropped_after_the_start_is_still_written(make_
     noise = [torch.zeros(4 * MIB, dtype=torch.uint8) for _ in range(4)]
     transfer.wait()
     assert (read(store, "a", 0, 4 * MIB) == 9).all() and len(noise) == 4
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("offset", [0, 4096, 17])
+@pytest.mark.parametrize("num_bytes", [1, 4096, MIB, MIB + 1, 3 * MIB + 4097])
+def test_checksums_are_those_of_the_buffers_blocks_and_damage_is_found(
+    make_store: MakeStore, num_bytes: int, offset: int, shift: int
+) -> None:
+    store = make_store(8 * MIB)
+    store.allocate("a", num_bytes + offset)
+    data = random_bytes(num_bytes, seed=1, shift=shift)
+    written = store.start_write("a", offset, data, with_checksums=True)
+    written.wait()
+    assert written.checksums == block_checksums(data)
+    buffer = aligned(num_bytes, shift)
+    store.start_read("a", offset, buffer, expected=written.checksums).wait()
+    assert torch.equal(buffer, data)
+    for block in {0, len(written.checksums) - 1}:
+        wrong = list(written.checksums)
+        wrong[block] ^= 1
+        read_wrong = store.start_read("a", offset, buffer, expected=wrong)
+        for _ in range(2):
+            with pytest.raises(DamagedBlock) as caught:
+                read_wrong.wait()
+        assert (caught.value.block, caught.value.expected, caught.value.found) == (block, wrong[block], written.checksums[block])
 
 
 class StoreAgainstModel(hypothesis.stateful.RuleBasedStateMachine):

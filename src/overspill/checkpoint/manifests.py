@@ -72,7 +72,7 @@ def read_manifest(path: Path, *, calls: FileCalls = OS_CALLS) -> Manifest:
     if cut <= 0 or not text.endswith(_TAIL) or expected != found:
         raise StorageError(f"{path} is damaged: its bytes have SHA-256 {found}, it says {expected!r}; {_others(path)}")
     plain = json.loads(text)["manifest"]
-    if (plain.get("format"), plain.get("version")) != (FORMAT, VERSION):
+    if plain.get("format") != FORMAT or plain.get("version") != VERSION:
         raise StorageError(
             f"{path} is {plain.get('format')} version {plain.get('version')}, this program reads {FORMAT} version {VERSION}; "
             "use the release that wrote it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from overspill.checkpoint.manifests import find_manifests, manifest_path, read_manifest, remove_manifest
@@ -14,6 +14,7 @@ from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 from overspill.tiers.checksums import ALGORITHM, BLOCK_BYTES, from_hex
 from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES
 from overspill.tiers.records import Generation, RecordVersion
+from overspill.tiers.striped_file import relocate
 from overspill.units import align_up
 
 
@@ -25,6 +26,7 @@ def open_records(
     calls: FileCalls = OS_CALLS,
     space: SpacePolicy | None = None,
     num_threads: int = 4,
+    places: Sequence[str] = (),
 ) -> tuple[RecordStore, dict[int, Generation]]:
     """The records of `manifest`, which become the current ones, and the pinned generations by number.
 
@@ -33,6 +35,8 @@ def open_records(
     checkpoint that is saved removes what is not kept.
 
     Args:
+        places: where parts of the data may be, if not where the manifest says (it was moved); each says itself which part it is.
+        num_threads: for each of them.
         keep: checkpoints that shall fit from now on (the file grows if it must); None: only look, with a shared lock.
 
     Raises:
@@ -42,8 +46,9 @@ def open_records(
     path = folder / manifest.data_file
     if (manifest.checksum, manifest.block_bytes) != (ALGORITHM, BLOCK_BYTES):
         raise StorageError(f"{path} has {manifest.checksum} of {manifest.block_bytes} B, this program knows {ALGORITHM} of {BLOCK_BYTES} B")
+    stripes = None if manifest.stripes is None else relocate(manifest.stripes, [str(folder), *places])
     size = os.stat(path).st_size if path.is_file() else None
-    if size is None or size < manifest.data_file_bytes:
+    if stripes is None and (size is None or size < manifest.data_file_bytes):
         found = "is missing" if size is None else f"has {size} B"
         raise StorageError(
             f"{path} {found}, checkpoint {manifest.generation} needs {manifest.data_file_bytes} B of it: the file was cut or moved"
@@ -51,13 +56,15 @@ def open_records(
     num_slots = keep + 1 if keep is not None else 1
     missing = sum(max(0, num_slots - len(entry.slots)) * align_up(entry.num_bytes, EXTENT_ALIGNMENT_BYTES) for entry in manifest.records)
     store = SsdStore(
-        folder,
+        folder if stripes is None else stripes.places,
         capacity_bytes=manifest.data_file_bytes + missing,
         existing=True,
+        stripes=stripes,
+        kept_bytes=manifest.data_file_bytes,
         read_only=keep is None,
         calls=calls,
         space=space,
-        num_threads=num_threads,
+        num_threads=num_threads * (1 if stripes is None else len(stripes.places)),
     )
     try:
         present = _read_again(folder, manifest, calls, others=keep is not None)

@@ -8,8 +8,9 @@
     packing: true
 
 Rule 1. Every argument and flag may stand in the file, with `-` or `_` in its name; one on the command line wins.
-Rule 2. A value is checked as its flag is. An unknown key, a key twice, or anything but a plain value is refused.
-Rule 3. `null` is the same as leaving the key out.
+Rule 2. A value is checked as its flag is. An unknown key, a key twice, or anything but a plain value (rule 3 apart) is refused.
+Rule 3. A flag that may be repeated takes a list, or one value.
+Rule 4. `null` is the same as leaving the key out.
 
 How: the file becomes the command's default map before its other parameters are looked at, so there is one place that knows the flags.
 """
@@ -35,17 +36,20 @@ _NOT_IN_A_FILE = {"config", "help"}
 def use_config_file(context: typer.Context, path: Path | None) -> Path | None:
     """The eager callback of `--config`: what the file says is the default of every parameter that is not on the command line."""
     if path is not None:
-        known = [str(parameter.name) for parameter in context.command.params]
+        parameters = context.command.params
+        known = [str(parameter.name) for parameter in parameters]
+        several = [str(parameter.name) for parameter in parameters if getattr(parameter, "multiple", False)]
         with failures_as_exit_codes(Console(stderr=True), debug=False):
-            context.default_map = {**(context.default_map or {}), **read_config(path, known)}
+            context.default_map = {**(context.default_map or {}), **read_config(path, known, several)}
     return path
 
 
-def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
+def read_config(path: Path, known: Iterable[str], several: Iterable[str] = ()) -> dict[str, Any]:
     """Parameter name -> value, of a YAML file.
 
     Args:
         known: names of the parameters, with underscores.
+        several: those of them that may be given more than once: a list, or one value.
 
     Raises:
         ValueError: no such file, no YAML, an unknown key (with the nearest known one), a value that is a list or mapping.
@@ -73,10 +77,17 @@ def read_config(path: Path, known: Iterable[str]) -> dict[str, Any]:
         if name in seen:
             raise ValueError(f"--config {path}: {_spelled(name)!r} stands there twice; leave one out")
         seen.add(name)
+        if name in several and isinstance(value, yaml.SequenceNode):
+            if not all(isinstance(item, yaml.ScalarNode) for item in value.value):
+                raise ValueError(f"--config {path}: {key!r} is a list of something else than plain values")
+            config[name] = [item.value for item in value.value]
+            continue
         if not isinstance(value, yaml.ScalarNode):
             raise ValueError(f"--config {path}: {key!r} is a {value.id}, expected one value")
         if value.tag != "tag:yaml.org,2002:null":
-            config[name] = value.value  # as written: what `2e-5` or `010` means is the flag's to say, not YAML's
+            config[name] = (
+                [value.value] if name in several else value.value
+            )  # as written: what `2e-5` or `010` means is the flag's to say, not YAML's
     return config
 
 
@@ -89,14 +100,20 @@ def write_config(path: Path, options: Any) -> None:
     import yaml
 
     plain = {
-        _spelled(field.name): str(value) if isinstance(value, Path) else value
+        _spelled(field.name): _plain(value)
         for field in dataclasses.fields(options)
-        if (value := getattr(options, field.name)) is not None
+        if (value := getattr(options, field.name)) is not None and value != []
     }
     try:
         replace_text(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror} (errno {error.errno})") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def _spelled(name: str) -> str:

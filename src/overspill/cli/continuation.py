@@ -35,8 +35,9 @@ def checkpoint_policy(options: FinetuneOptions) -> CheckpointPolicy | None:
 
 
 def checkpoint_directory(options: FinetuneOptions) -> Path:
-    """The SSD directory, where state may rest already; without one, a folder in the output folder."""
-    return options.ssd_dir if options.ssd_dir is not None else options.out / "checkpoints"
+    """The first SSD directory, where state may rest already; without one, a folder in the output folder."""
+    folders = [place for place in options.ssd_dir or () if not place.is_block_device()]
+    return folders[0] if folders else options.out / "checkpoints"
 
 
 def note_directory(options: FinetuneOptions) -> None:
@@ -53,7 +54,10 @@ def note_directory(options: FinetuneOptions) -> None:
 
 def note_flags(options: FinetuneOptions) -> None:
     """Write `run.yaml`: the flags of this run, which hold from any working directory."""
-    write_config(options.out / "run.yaml", dataclasses.replace(with_absolute_paths(options), resume=False, discard_checkpoints=False))
+    write_config(
+        options.out / "run.yaml",
+        dataclasses.replace(with_absolute_paths(options), resume=False, discard_checkpoints=False, ssd_overwrite=None),
+    )
 
 
 def with_absolute_paths(options: FinetuneOptions) -> FinetuneOptions:
@@ -63,7 +67,7 @@ def with_absolute_paths(options: FinetuneOptions) -> FinetuneOptions:
         model=_absolute_if_here(options.model),
         data=_absolute_if_here(options.data),
         out=options.out.absolute(),
-        ssd_dir=options.ssd_dir.absolute() if options.ssd_dir is not None else None,
+        ssd_dir=[place.absolute() for place in options.ssd_dir] if options.ssd_dir else None,
     )
 
 
@@ -83,11 +87,8 @@ def find_checkpoint(options: FinetuneOptions) -> tuple[Path, Manifest]:
         StorageError: there is none, or it is damaged.
     """
     noted = _noted_directory(options)
-    if noted is not None:
-        candidates = [noted, *([options.ssd_dir] if options.ssd_dir is not None else [])]
-    else:
-        candidates = [checkpoint_directory(options), options.out / "checkpoints"]
-    candidates = list({path.resolve(): path for path in candidates}.values())
+    places = [noted, *(options.ssd_dir or ())] if noted is not None else [checkpoint_directory(options), options.out / "checkpoints"]
+    candidates = list({path.resolve(): path for path in places}.values())
     found = [path for path in candidates if find_manifests(path)]
     if not found:
         where = " or ".join(map(str, candidates))

@@ -53,7 +53,9 @@ class FinetuneOptions:
     host_budget: str | None = None
     pinned_budget: str | None = None
     ssd_budget: str | None = None
-    ssd_dir: Path | None = None
+    ssd_dir: list[Path] | None = None
+    """Several: striped over all of them."""
+    ssd_overwrite: list[Path] | None = None
     ssd_tbw: str | None = None
     ssd_years: float = DEFAULT_MIN_YEARS
     held_out: float = 0.0
@@ -111,7 +113,13 @@ def finetune(
         str | None, typer.Option(help="Page-locked host memory at most; the rest is pageable.", rich_help_panel=_PLACEMENT)
     ] = None,
     ssd_budget: Annotated[str | None, typer.Option(help="Room to use in --ssd-dir.", rich_help_panel=_PLACEMENT)] = None,
-    ssd_dir: Annotated[Path | None, typer.Option(help="Folder on a local drive, for the SSD tier.", rich_help_panel=_PLACEMENT)] = None,
+    ssd_dir: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder on a local drive, or a block device, for the SSD tier; repeatable.", rich_help_panel=_PLACEMENT),
+    ] = None,
+    ssd_overwrite: Annotated[
+        list[Path] | None, typer.Option(help="A block device of --ssd-dir whose content may be lost.", rich_help_panel=_PLACEMENT)
+    ] = None,
     ssd_tbw: Annotated[
         str | None, typer.Option(help="Rated endurance of the drive, such as 600TB; else SMART is asked.", rich_help_panel=_PLACEMENT)
     ] = None,

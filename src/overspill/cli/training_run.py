@@ -110,8 +110,11 @@ def validate_options(options: FinetuneOptions) -> None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
     validate_data_options(options)
     build_optimizer(options)
-    if "ssd" in (options.parameters, options.states, options.boundaries) and options.ssd_dir is None:
+    if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
+    for device in options.ssd_overwrite or ():
+        if device not in (options.ssd_dir or ()):
+            raise ValueError(f"--ssd-overwrite {device} has no effect: it is no --ssd-dir of this run; name the same device in both")
     sizes = {f"{tier}-budget": getattr(options, f"{tier}_budget") for tier in ("device", "host", "pinned", "ssd")}
     for flag, text in {**sizes, "ssd-tbw": options.ssd_tbw}.items():
         try:
@@ -178,7 +181,7 @@ def build_session(
         host_budget_bytes=_optional_bytes(options.host_budget),
         pinned_budget_bytes=_optional_bytes(options.pinned_budget),
         ssd_budget_bytes=_optional_bytes(options.ssd_budget),
-        ssd_dir=str(options.ssd_dir) if options.ssd_dir is not None else None,
+        ssd_dir=tuple(map(str, options.ssd_dir or ())),
         ssd_rated_bytes=_optional_bytes(options.ssd_tbw),
         ssd_min_years=options.ssd_years,
         seq_len=seq_len,
@@ -187,8 +190,17 @@ def build_session(
         clip=options.clip,
         device=options.device,
     )
+    overwrite = [str(device) for device in options.ssd_overwrite or ()]
     if source is not None:
-        return resume(source[0], model=folder, plan=request, checkpoints=policy, generation=source[1].generation, space=space)
+        return resume(
+            source[0],
+            model=folder,
+            plan=request,
+            checkpoints=policy,
+            generation=source[1].generation,
+            space=space,
+            ssd_overwrite=overwrite,
+        )
     return Session(
         folder,
         plan=request,
@@ -197,6 +209,7 @@ def build_session(
         seed=options.seed,
         checkpoints=policy,
         space=space,
+        ssd_overwrite=overwrite,
     )
 
 

@@ -100,7 +100,8 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
         hidden_dtypes=layout.hidden_dtypes,
         clip=request.clip,
         loss_chunk_rows=_loss_chunk_rows(layout),
-        ssd_dir=request.ssd_dir,
+        ssd_dir=next(iter(request.ssd_places), None),
+        ssd_stripes=request.ssd_places[1:],
         device_budget_bytes=_allowance(
             request.device_budget_bytes, hardware.device_capacity_bytes, hardware.device_context_bytes + working, Tier.DEVICE
         ),

@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,17 @@ from overspill.errors import BudgetError
 from overspill.runtime.residency import Residency
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest, RecordEntry
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import initial_copies
+from overspill.spec.schedule import Piece, initial_copies
 from overspill.spec.tensors import Tier
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer
 from overspill.tiers import RecordStore, SsdStore
+from overspill.tiers.block_device import is_block_device
 from overspill.tiers.calls import FileCalls, SpacePolicy, SpaceWaiter
 from overspill.tiers.checksums import ALGORITHM, BLOCK_BYTES, to_hex
 from overspill.tiers.extent_file import FILE_NAME
 from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES
 from overspill.tiers.records import Generation
+from overspill.tiers.run_lock import DirectoryLock
 from overspill.units import align_up, format_bytes
 
 
@@ -79,6 +81,7 @@ class Checkpointer:
         calls: FileCalls,
         space: SpacePolicy,
         num_threads: int,
+        overwrite: Sequence[str] = (),
     ) -> None:
         self.plan, self.keep, self._calls = plan, policy.keep, calls
         self.directory = resolve_directory(policy, plan)
@@ -94,17 +97,39 @@ class Checkpointer:
         self._generations: dict[int, Generation] = {}
         self._passed_over: set[int] = set()
         """Checkpoints that are newer than the one this run goes on from."""
+        places = data_places(self.directory, plan)
+        self._lock = None if any(_is_same(place, self.directory) for place in places) else DirectoryLock(self.directory)
+        try:
+            self._open(policy, pieces, places, source, calls, space, num_threads, overwrite)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.close()
+            raise
+
+    def _open(
+        self,
+        policy: CheckpointPolicy,
+        pieces: Mapping[tuple[Piece, Tier], int],
+        places: tuple[str, ...],
+        source: tuple[Manifest, Path] | None,
+        calls: FileCalls,
+        space: SpacePolicy,
+        num_threads: int,
+        overwrite: Sequence[str],
+    ) -> None:
+        """The records: those of the checkpoint that is resumed, or new ones."""
         self._is_new_file = source is None or source[1].resolve() != self.directory.resolve()
         if source is not None and source[1].resolve() == self.directory.resolve():
             self.records, self._generations = open_records(
-                self.directory, source[0], keep=policy.keep, calls=calls, space=space, num_threads=num_threads
+                self.directory, source[0], keep=policy.keep, calls=calls, space=space, num_threads=num_threads, places=places
             )
             self._passed_over = {number for number in self._generations if number > source[0].generation}
         else:
             store = SsdStore(
-                self.directory,
+                places,
                 capacity_bytes=self.capacity_bytes,
-                num_threads=num_threads,
+                num_threads=num_threads * len(places),
+                overwrite=overwrite,
                 calls=calls,
                 space=space,
                 before_discarding=lambda: discard_manifests(self.directory, allowed=policy.discard),
@@ -149,6 +174,8 @@ class Checkpointer:
         self._space.stop()
         if self._is_new_file and not find_manifests(self.directory):
             self._store.keep(False)
+        if self._lock is not None:
+            self._lock.close()
 
     def _write_memory(self, residency: Residency) -> None:
         """Step 2. A frozen weight that was written before has not changed."""
@@ -188,6 +215,7 @@ class Checkpointer:
             block_bytes=BLOCK_BYTES,
             checksum=ALGORITHM,
             records=tuple(entries),
+            stripes=self._store.stripe_set,
             **fields,
         )
 
@@ -207,10 +235,15 @@ def describe_room(policy: CheckpointPolicy, plan: Plan) -> str:
     )
 
 
-def kept_bytes(directory: str | Path) -> int:
-    """Bytes on the drive of the data file that an earlier run left in `directory`."""
-    path = Path(directory) / FILE_NAME
-    return path.stat().st_blocks * 512 if path.is_file() else 0
+def _is_same(place: str | Path, other: Path) -> bool:
+    return Path(place).resolve() == other.resolve()
+
+
+def data_places(directory: Path, plan: Plan) -> tuple[str, ...]:
+    """Where the data of checkpoints in `directory` rests: all places of the plan if it is one of them, or if they are block devices."""
+    folders = [place for place in plan.ssd_places if not is_block_device(place)]
+    is_ours = bool(plan.ssd_places) and (not folders or Path(folders[0]).resolve() == directory.resolve())
+    return plan.ssd_places if is_ours else (str(directory),)
 
 
 def resolve_directory(policy: CheckpointPolicy, plan: Plan) -> Path:
@@ -220,12 +253,14 @@ def resolve_directory(policy: CheckpointPolicy, plan: Plan) -> Path:
         ValueError: nowhere, or not where the state rests.
     """
     on_ssd = any(tier is Tier.SSD for _, tier in initial_copies(plan, pending=False))
-    directory = plan.ssd_dir if policy.directory is None else policy.directory
+    folder = next((place for place in plan.ssd_places if not is_block_device(place)), None)
+    directory = folder if policy.directory is None else policy.directory
     if directory is None:
-        raise ValueError("checkpoints need a directory: name one in CheckpointPolicy(directory=...), or give --ssd-dir")
-    if on_ssd and plan.ssd_dir is not None and Path(directory).resolve() != Path(plan.ssd_dir).resolve():
+        which = f"on {plan.ssd_dir} there are no files; " if plan.ssd_dir is not None else ""
+        raise ValueError(f"checkpoints need a directory: {which}name one in CheckpointPolicy(directory=...), or give --ssd-dir")
+    if on_ssd and folder is not None and Path(directory).resolve() != Path(folder).resolve():
         raise ValueError(
-            f"state rests in {plan.ssd_dir} and checkpoints would go to {directory}: with state on the SSD both are one directory, "
+            f"state rests in {folder} and checkpoints would go to {directory}: with state on the SSD both are one directory, "
             "since a checkpoint copies nothing; leave the checkpoint directory out"
         )
     return Path(directory)
@@ -306,7 +341,7 @@ __all__ = [
     "SessionState",
     "config_facts",
     "describe_room",
-    "kept_bytes",
+    "data_places",
     "resolve_directory",
     "restore_homes",
     "validate_same_run",

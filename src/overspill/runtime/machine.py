@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from overspill.report.memory import host_resident_bytes
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO
+from overspill.tiers.block_device import device_room_bytes, is_block_device
+from overspill.tiers.extent_file import FILE_NAME
 
 PROCESS_GROWTH_BYTES = 96 * 1024 * 1024
 """Assumed: what the process itself grows by while it trains (threads, kernels, schedules); 50-60 MiB seen on two cores."""
@@ -42,20 +45,19 @@ def resolve_device(choice: str) -> torch.device:
     return device
 
 
-def read_hardware(device: torch.device, ssd_dir: str | None) -> HardwareSpec:
-    """Capacities of this machine's tiers now; rates are the assumed ones."""
+def read_hardware(device: torch.device, ssd_places: Sequence[str]) -> HardwareSpec:
+    """Capacities of this machine's tiers now; rates are the assumed ones.
+
+    Args:
+        ssd_places: directories and block devices; a data file that is in one is used again, or discarded, so its room counts as free.
+    """
     host = host_available_bytes()
     if device.type == "cuda":
         device_capacity, context = torch.cuda.mem_get_info(device)[0], CUDA_CONTEXT_BYTES if not torch.cuda.is_initialized() else 0
     else:
         # Host memory too; the planner holds both together against the host's budget.
         device_capacity, context = host, 0
-    ssd = 0
-    if ssd_dir is not None:
-        existing = next((path for path in (Path(ssd_dir), *Path(ssd_dir).absolute().parents) if path.exists()), None)
-        if existing is not None:
-            stats = os.statvfs(existing)
-            ssd = stats.f_bavail * stats.f_frsize
+    ssd = min((_room_bytes(Path(place)) for place in ssd_places), default=0) * len(ssd_places)  # stripes are equally long
     return HardwareSpec(
         device_capacity_bytes=device_capacity,
         host_capacity_bytes=host,
@@ -63,6 +65,16 @@ def read_hardware(device: torch.device, ssd_dir: str | None) -> HardwareSpec:
         process_bytes=host_resident_bytes() + PROCESS_GROWTH_BYTES,
         device_context_bytes=context,
     )
+
+
+def _room_bytes(place: Path) -> int:
+    if is_block_device(place):
+        return device_room_bytes(place)
+    existing = next((path for path in (place, *place.absolute().parents) if path.exists()), None)
+    if existing is None:
+        return 0
+    stats, kept = os.statvfs(existing), place / FILE_NAME
+    return stats.f_bavail * stats.f_frsize + (kept.stat().st_blocks * 512 if kept.is_file() else 0)
 
 
 def host_available_bytes() -> int:

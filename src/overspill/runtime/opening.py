@@ -6,7 +6,7 @@ The order is that of cost and of what can be undone: look at the model, plan, re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -41,19 +41,23 @@ class Files:
     calls: FileCalls = OS_CALLS
     space: SpacePolicy = dataclasses.field(default_factory=SpacePolicy)
     num_threads: int = 4
+    """For each directory or device."""
+    overwrite: Sequence[str] = ()
+    """Block devices whose content may be lost."""
     open_store: StoreFactory | None = None
     """None: files in the directory."""
 
-    def open(self, directory: str, capacity_bytes: int, is_scratch: bool) -> RecordStore:
+    def open(self, places: tuple[str, ...], capacity_bytes: int, is_scratch: bool) -> RecordStore:
         if self.open_store is not None:
-            return RecordStore(self.open_store(directory, capacity_bytes, is_scratch))
+            return RecordStore(self.open_store(places[0], capacity_bytes, is_scratch))
         store = SsdStore(
-            directory,
+            places,
             capacity_bytes=capacity_bytes,
             unlink=is_scratch,
+            overwrite=self.overwrite,
             calls=self.calls,
             space=self.space,
-            num_threads=self.num_threads,
+            num_threads=self.num_threads * len(places),
         )
         return RecordStore(store)
 
@@ -125,8 +129,9 @@ def allocate(
         checkpoints: reserve their room; the store of parameters and states is then the one that checkpoints pin.
         source: the checkpoint that is resumed.
     """
-    if source is None and store_bytes(plan) and plan.ssd_dir is not None and checkpoints is None:
-        discard_manifests(Path(plan.ssd_dir), allowed=False)
+    if source is None and store_bytes(plan) and checkpoints is None:
+        for place in plan.ssd_places:
+            discard_manifests(Path(place), allowed=False)
     # Slots are rounded up to pages, which the schedule does not count.
     rounding = 2 * len(plan.units) * plan.group_size * 4096
     host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
@@ -145,16 +150,20 @@ def allocate(
         opened.append(device)
         store, scratch, checkpointer = None, None, None
         if checkpoints is None and store_bytes(plan):
-            assert plan.ssd_dir is not None
-            store = files.open(plan.ssd_dir, store_bytes(plan), False)
+            store = files.open(plan.ssd_places, store_bytes(plan), False)
             opened.append(store)
         if scratch_bytes(plan):
-            assert plan.ssd_dir is not None
-            scratch = files.open(plan.ssd_dir, scratch_bytes(plan), True)
+            scratch = files.open(plan.ssd_places, scratch_bytes(plan), True)
             opened.append(scratch)
         if checkpoints is not None:
             checkpointer = Checkpointer(
-                checkpoints, plan, source=source, calls=files.calls, space=files.space, num_threads=files.num_threads
+                checkpoints,
+                plan,
+                source=source,
+                calls=files.calls,
+                space=files.space,
+                num_threads=files.num_threads,
+                overwrite=files.overwrite,
             )
             store = checkpointer.records
             opened.append(store)

@@ -41,7 +41,6 @@ from overspill.runtime.checkpointing import (
     SessionState,
     config_facts,
     describe_room,
-    kept_bytes,
     validate_same_run,
 )
 from overspill.runtime.compute import MicroBatch, StepContext
@@ -79,7 +78,9 @@ class Session:
         checkpoints: reserve room for checkpoints, which `save_checkpoint` makes; None: none can be made.
         resume_from: used by `overspill.resume`.
         serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
-        calls, space, num_threads: of the files on the SSD; tests give a `FaultInjector` (no effect with `open_store`).
+        calls, space, num_threads: of the files on the SSD; threads for each place; tests give a `FaultInjector` (no effect with
+            `open_store`).
+        ssd_overwrite: block devices among the plan's places whose content may be lost.
 
     Raises:
         BudgetError: the plan does not fit; nothing was allocated.
@@ -104,13 +105,14 @@ class Session:
         space: SpacePolicy | None = None,
         num_threads: int = 4,
         serial: bool = False,
+        ssd_overwrite: Sequence[str] = (),
     ) -> None:
         self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
         plan = plan_for_optimizer(plan, optimizer)
-        files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, open_store=open_store)
+        files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, overwrite=ssd_overwrite, open_store=open_store)
         self._checkpointer: Checkpointer | None = None
         self.wear: SsdWear | None = None
-        """Watches the life of the SSD; None if nothing of the session is in files."""
+        """Watches the life of the SSD; None if nothing of the session is in files of a directory."""
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
         return_freed_memory()
@@ -124,10 +126,7 @@ class Session:
         expected = expected_tensors(built)
         self._generation_config = getattr(built, "generation_config", None) if checkpoint is None else checkpoint.generation_config
         self.model = StreamedModel(built)
-        self.hardware = read_hardware(self.device, plan.ssd_dir)
-        if plan.ssd_dir is not None:  # a data file that is there is used again, or discarded
-            free = self.hardware.ssd_capacity_bytes + kept_bytes(plan.ssd_dir)
-            self.hardware = dataclasses.replace(self.hardware, ssd_capacity_bytes=free)
+        self.hardware = read_hardware(self.device, plan.ssd_places)
         self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
         if checkpoints is not None:
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, describe_room(checkpoints, self.plan)))
@@ -136,7 +135,7 @@ class Session:
         self.residency, self._checkpointer = allocate(self.plan, files, checkpoints, resume_from)
         try:
             stores = [store for store in (self.residency.store, self.residency.scratch) if store is not None]
-            if stores and self.plan.ssd_dir is not None and open_store is None:
+            if stores and self.plan.ssd_dir is not None and open_store is None and Path(self.plan.ssd_dir).is_dir():
                 self.wear = SsdWear(self.plan, stores)
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}

@@ -33,6 +33,18 @@ class CheckpointPolicy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StripeSet:
+    """Several files, or block devices, that together are one data file; addresses are dealt out to them in turn."""
+
+    set_id: str
+    """Made when the files were made; each of them says it too."""
+    places: tuple[str, ...]
+    """Directories with a data file each, or block devices, in order."""
+    stripe_bytes: int
+    """No effect with one place."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RecordEntry:
     """One record of a checkpoint."""
 
@@ -42,7 +54,7 @@ class RecordEntry:
     slots: tuple[str, ...]
     """Names of the places that versions of this record can have in the data file."""
     positions: tuple[int, ...]
-    """First byte of each slot in the data file."""
+    """First byte of each slot in the data file; with stripes, in all of them together."""
     slot: int
     """Which of them holds this checkpoint's version."""
     checksums: str
@@ -89,3 +101,5 @@ class Manifest:
     """Algorithm of the records' checksums."""
     records: tuple[RecordEntry, ...]
     extras: tuple[ExtraTensor, ...] = ()
+    stripes: StripeSet | None = None
+    """None: the data file is one file beside the manifest."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import os
 from collections.abc import Mapping
 
 from overspill.spec.documents import to_json
@@ -45,8 +46,8 @@ class PlanRequest:
     pinned_budget_bytes: int | None = None
     """Most page-locked host memory, where there is a GPU; beyond it memory is pageable. None: no limit."""
     ssd_budget_bytes: int | None = None
-    ssd_dir: str | None = None
-    """Directory for what rests on the SSD; needed as soon as something does."""
+    ssd_dir: str | tuple[str, ...] | None = None
+    """Directory, or block device, for what rests on the SSD; needed as soon as something does. Several: striped over all of them."""
     ssd_rated_bytes: int | None = None
     """What the drive is rated to have written to it over its life (TBW of its data sheet); None: ask the drive."""
     ssd_min_years: float = DEFAULT_MIN_YEARS
@@ -65,6 +66,10 @@ class PlanRequest:
     """`cpu`, `cuda`, `cuda:1` or `auto`."""
 
     def __post_init__(self) -> None:
+        if self.ssd_dir is not None and not isinstance(self.ssd_dir, str):  # one place is a string, none is None, whoever asks
+            given = [self.ssd_dir] if isinstance(self.ssd_dir, os.PathLike) else self.ssd_dir
+            places = tuple(str(place) for place in given)
+            object.__setattr__(self, "ssd_dir", places if len(places) > 1 else next(iter(places), None))
         for field in ("parameters", "states", "boundaries"):
             if getattr(self, field) not in TIER_CHOICES:
                 raise ValueError(f"--{field} {getattr(self, field)!r} is not a tier; choose one of {', '.join(TIER_CHOICES)}")
@@ -82,6 +87,13 @@ class PlanRequest:
             raise ValueError(f"--ssd-years cannot be negative, got {self.ssd_min_years}; 0 never warns")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"--clip must be positive, got {self.clip}; leave it out for no clipping")
+
+    @property
+    def ssd_places(self) -> tuple[str, ...]:
+        """The directories and block devices, in order; empty if there is none."""
+        if self.ssd_dir is None:
+            return ()
+        return (self.ssd_dir,) if isinstance(self.ssd_dir, str) else self.ssd_dir
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,12 +159,19 @@ class Plan:
     ssd_budget_bytes: int | None
     device_working_bytes: int
     """Assumed device memory of activations and logits while a unit computes (measured by the probe later)."""
+    ssd_stripes: tuple[str, ...] = ()
+    """More places beside `ssd_dir`, over which all that rests on the SSD is striped."""
     pinned_budget_bytes: int | None = None
     """As in the request."""
     ssd_rated_bytes: int | None = None
     ssd_min_years: float = DEFAULT_MIN_YEARS
     notes: tuple[str, ...] = ()
     """Why the plan is as it is, one sentence each."""
+
+    @property
+    def ssd_places(self) -> tuple[str, ...]:
+        """The directories and block devices, in order; empty if there is none."""
+        return () if self.ssd_dir is None else (self.ssd_dir, *self.ssd_stripes)
 
     def boundary_dtype(self, unit: str) -> str:
         """Dtype of the hidden states that enter `unit`, and of their gradient."""

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from overspill.tiers.fake import Failure, FailureRule, FakeStore
 from overspill.tiers.faults import Fault, FaultInjector, FaultKind
+from overspill.tiers.load import TransferSpan, load_profile, peak_to_mean
 from overspill.tiers.memory import DeviceMemory, HostMemory
 from overspill.tiers.pool import Slot, SlotPool
-from overspill.tiers.protocol import Memory, Store, Transfer
+from overspill.tiers.protocol import CheckedTransfer, Memory, Store, Transfer
 from overspill.tiers.records import RecordStore
 from overspill.tiers.ssd import SsdStore
 
 __all__ = [
+    "CheckedTransfer",
     "DeviceMemory",
     "Failure",
     "FailureRule",
@@ -30,4 +32,7 @@ __all__ = [
     "SsdStore",
     "Store",
     "Transfer",
+    "TransferSpan",
+    "load_profile",
+    "peak_to_mean",
 ]

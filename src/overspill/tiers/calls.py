@@ -1,7 +1,8 @@
 """The system calls behind everything durable, and what is done when a file system is full.
 
 `FileCalls` is the seam at which faults are injected (`tiers/faults.py`): the module `os` meets it, and so does anything that
-stands before `os`. Stores and checkpoints read, write, flush, rename and remove through it and through nothing else.
+stands before `os`. Checkpoints read, write, flush, rename and remove through it; a store's data moves in the native engine, which
+asks the injector's table instead (`FaultInjector.table`), and its flushes come through here.
 
 Full means waiting: a run of days must not end because a disk filled up for a minute. Whoever meets `ENOSPC` says so once,
 tries again every `poll_s`, and goes on where it was; the bytes are still in memory, so nothing can be lost by waiting.
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import errno
 import logging
+import math
 import os
 import threading
 import time
@@ -62,7 +64,8 @@ class SpaceWaiter:
         self._policy = policy
         self._ends = threading.Condition()
         self._is_stopped = False
-        self._num_interruptions = 0
+        self._interrupted_s = -math.inf
+        self._num_paused = 0
 
     def stop(self) -> None:
         with self._ends:
@@ -71,37 +74,66 @@ class SpaceWaiter:
 
     def interrupt(self) -> None:
         with self._ends:
-            self._num_interruptions += 1
+            self._interrupted_s = time.monotonic()
             self._ends.notify_all()
 
-    def _has_ended(self, since: int) -> bool:
-        return self._is_stopped or self._num_interruptions != since
+    def _has_ended(self, began_s: float) -> bool:
+        return self._is_stopped or self._interrupted_s >= began_s
+
+    def may_retry(self, path: object, error_number: int, waited_s: float) -> bool:
+        """Whether a call that failed with ENOSPC or EDQUOT is to be made again; pauses before it says yes.
+
+        Args:
+            error_number: 0: the call has succeeded, after `waited_s`.
+            waited_s: time since its first failure; 0 at the first.
+        """
+        policy = self._policy
+        if not error_number:
+            if self._leave_pause():
+                policy.report(f"going on: {path} can be written again after {waited_s:.1f} s")
+            return True
+        if not waited_s and (policy.max_wait_s == 0 or policy.gives_up()):
+            return False
+        if not waited_s and self._enter_pause():
+            policy.report(
+                f"paused: {path} cannot be written ({errno.errorcode[error_number]}); free space on its file system and the run "
+                f"goes on with nothing lost (looked at every {policy.poll_s:g} s), or stop it with Ctrl-C"
+            )
+        is_over = policy.gives_up() or (policy.max_wait_s is not None and waited_s >= policy.max_wait_s)
+        if not is_over:
+            with self._ends:
+                began_s = time.monotonic() - waited_s
+                is_over = self._ends.wait_for(lambda: self._has_ended(began_s), timeout=policy.poll_s)
+        if is_over:
+            self._leave_pause()
+        return not is_over
+
+    def _enter_pause(self) -> bool:
+        """Whether this is the only call that waits: the first one speaks for all."""
+        with self._ends:
+            self._num_paused += 1
+            return self._num_paused == 1
+
+    def _leave_pause(self) -> bool:
+        """Whether no call waits any more."""
+        with self._ends:
+            self._num_paused -= 1
+            return self._num_paused == 0
 
     def call(self, path: object, function: Callable[[], Result]) -> Result:
         """The result of `function()`, tried again while it raises ENOSPC or EDQUOT; other errors pass through."""
         started_s: float | None = None
-        since = self._num_interruptions
         while True:
             try:
                 result = function()
             except OSError as error:
-                if error.errno not in FULL or self._policy.max_wait_s == 0 or self._policy.gives_up():
+                waited_s = 0.0 if started_s is None else time.monotonic() - started_s
+                started_s = time.monotonic() if started_s is None else started_s
+                if error.errno not in FULL or not self.may_retry(path, error.errno, waited_s):
                     raise
-                now = time.monotonic()
-                if started_s is None:
-                    started_s = now
-                    self._policy.report(
-                        f"paused: {path} cannot be written ({errno.errorcode[error.errno]}); free space on its file system and the run "
-                        f"goes on with nothing lost (looked at every {self._policy.poll_s:g} s), or stop it with Ctrl-C"
-                    )
-                if self._policy.max_wait_s is not None and now - started_s >= self._policy.max_wait_s:
-                    raise
-                with self._ends:
-                    if self._ends.wait_for(lambda: self._has_ended(since), timeout=self._policy.poll_s):
-                        raise
                 continue
             if started_s is not None:
-                self._policy.report(f"going on: {path} can be written again after {time.monotonic() - started_s:.1f} s")
+                self.may_retry(path, 0, time.monotonic() - started_s)
             return result
 
 

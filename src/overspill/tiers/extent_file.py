@@ -85,12 +85,15 @@ class ExtentFile:
         self.path = folder / (f"{_SCRATCH_PREFIX}{secrets.token_hex(8)}" if unlink else FILE_NAME)
         if existing and not self.path.is_file():
             raise StorageError(f"{self.path} is missing: there is nothing to go on with in {folder}")
+        self.base_bytes = 0
+        """Offset in the file of the first byte that can be used."""
+        self.is_fresh_zero = True
         self.fd = _open_locked(self.path, read_only=read_only)
         self.calls = calls
         self._is_named = True
         self._note: RunNote | None = None
-        self.keeps_content = existing
-        """Whether closing leaves the file where it is."""
+        self.keeps_content = existing or (not unlink and before_discarding is not None and os.fstat(self.fd).st_size > 0)
+        """Whether closing leaves the file where it is; also what a refusal finds there."""
         try:
             if unlink:
                 self._remove_name()
@@ -98,6 +101,7 @@ class ExtentFile:
                 self._note = RunNote(folder)
             if before_discarding is not None:
                 before_discarding()
+            self.keeps_content = existing
             if existing:
                 capacity_bytes = max(capacity_bytes, os.fstat(self.fd).st_size)
             if not read_only:
@@ -108,11 +112,6 @@ class ExtentFile:
         except BaseException:
             self.close()
             raise
-
-    @property
-    def alignment_bytes(self) -> int:
-        """What addresses, offsets and lengths of a transfer are multiples of."""
-        return EXTENT_ALIGNMENT_BYTES if self.is_direct else 1
 
     def zero(self, offset: int, num_bytes: int) -> None:
         """Make a range of whole pages read as zeros; by the file system where it can, else by writing.

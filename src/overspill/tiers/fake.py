@@ -15,7 +15,6 @@ Rules:
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import threading
 import time
@@ -27,9 +26,10 @@ from typing import Literal, Self
 import torch
 
 from overspill.errors import StorageError
+from overspill.tiers.checksums import block_checksums
 from overspill.tiers.extents import Extent, ExtentTable
 from overspill.tiers.faults import FaultInjector
-from overspill.tiers.transfer import PartsTransfer, TransferBook, build_storage_error, validate_buffer
+from overspill.tiers.transfer import DamagedBlock, ThreadTransfer, TransferBook, build_storage_error, validate_buffer
 
 Operation = Literal["read", "write"]
 
@@ -118,13 +118,13 @@ class FakeStore:
         with self._lock:
             return self._table.find(name).num_bytes
 
-    def start_read(self, name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
+    def start_read(self, name: str, offset: int, buffer: torch.Tensor, *, expected: Sequence[int] | None = None) -> ThreadTransfer:
         """Start reading bytes [offset, offset + len(buffer)) of an extent; `buffer` is lent until `wait()`."""
-        return self._start("read", name, offset, buffer)
+        return self._start("read", name, offset, buffer, None if expected is None else tuple(expected), expected is not None)
 
-    def start_write(self, name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
+    def start_write(self, name: str, offset: int, buffer: torch.Tensor, *, with_checksums: bool = False) -> ThreadTransfer:
         """Start writing bytes [offset, offset + len(buffer)) of an extent; `buffer` is lent until `wait()`."""
-        return self._start("write", name, offset, buffer)
+        return self._start("write", name, offset, buffer, None, with_checksums)
 
     def interrupt(self) -> None:
         """Nothing here waits for a person."""
@@ -150,7 +150,9 @@ class FakeStore:
                 raise
             error.add_note(str(unseen))
 
-    def _start(self, operation: Operation, name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
+    def _start(
+        self, operation: Operation, name: str, offset: int, buffer: torch.Tensor, expected: tuple[int, ...] | None, with_checksums: bool
+    ) -> ThreadTransfer:
         self._assert_open(name)
         validate_buffer(name, buffer)
         buffer = buffer.detach()
@@ -163,8 +165,16 @@ class FakeStore:
             self._num_moved_bytes[operation] += buffer.numel()
         error_number = self._find_failure(operation, call_index, name)
         target, source = (buffer, content) if operation == "read" else (content, buffer)
-        part = functools.partial(self._move, operation, extent, offset, target, source, error_number)
-        return self._book.start(name, [part], self._queues[operation])
+
+        def move() -> tuple[int, ...]:
+            self._move(operation, extent, offset, target, source, error_number)
+            checksums = block_checksums(buffer) if with_checksums else ()
+            wrong = next((block for block, want in enumerate(expected or ()) if checksums[block] != want), None)
+            if expected is not None and wrong is not None:
+                raise DamagedBlock(name, wrong, expected[wrong], checksums[wrong])
+            return checksums
+
+        return ThreadTransfer(self._book, name, move, self._queues[operation])
 
     def _move(
         self, operation: str, extent: Extent, offset: int, target: torch.Tensor, source: torch.Tensor, error_number: int | None

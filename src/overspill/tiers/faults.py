@@ -8,6 +8,9 @@ every call from 0, so a clean run says how many there are, and a test can then b
     for index, operation in enumerate(clean.log):
         run(calls=FaultInjector(Fault(kind=FaultKind.EIO, call_index=index)))
 
+The faults themselves are a native table (csrc/include/overspill/faults.hpp): the I/O engine's threads ask it before every call, and so
+do the calls below, which Python makes itself (manifests, renames). One counter numbers all of them.
+
 Order of calls: a store with one thread has the same order in every run.
 """
 
@@ -19,12 +22,13 @@ import errno
 import mmap
 import os
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from overspill import _native
 
 _PAGE = 4096
 
@@ -59,16 +63,26 @@ class Fault:
     """How many calls in a row, this one included."""
     delay_s: float = 0.05
     """No effect but for DELAYED."""
+    moved_bytes: int | None = None
+    """What a SHORT call says it moved, 0 included; None: half, in whole pages. No effect for the other kinds."""
 
 
 class FaultInjector:
     """System calls with faults; thread-safe. Meets `FileCalls`."""
 
     def __init__(self, *faults: Fault) -> None:
-        self._faults = faults
-        self._lock = threading.Lock()
-        self.log: list[str] = []
+        self.table = _native.FaultTable(
+            [
+                (str(fault.kind), fault.call_index, fault.num_calls, fault.delay_s, -1 if fault.moved_bytes is None else fault.moved_bytes)
+                for fault in faults
+            ]
+        )
+        """What an `SsdStore` gives to its engine."""
+
+    @property
+    def log(self) -> list[str]:
         """The operation of every call so far: preadv, pwritev, fsync, replace, unlink; read, write of a `FakeStore`."""
+        return self.table.log
 
     def preadv(self, fd: int, buffers: Sequence[Any], offset: int, /) -> int:
         view = memoryview(buffers[0])
@@ -77,7 +91,7 @@ class FaultInjector:
             return os.preadv(fd, [view], offset)
         half = _half(len(view))
         if fault.kind is FaultKind.SHORT:
-            return os.preadv(fd, [view[: _shorter(len(view))]], offset)
+            return os.preadv(fd, [view[: _shorter(fault, len(view))]], offset)
         if fault.kind is FaultKind.KILLED:
             os.preadv(fd, [view[:half]], offset)
             _end_process()
@@ -95,7 +109,7 @@ class FaultInjector:
             return os.pwritev(fd, [view], offset)
         half = _half(len(view))
         if fault.kind is FaultKind.SHORT:
-            return os.pwritev(fd, [view[: _shorter(len(view))]], offset)
+            return os.pwritev(fd, [view[: _shorter(fault, len(view))]], offset)
         if fault.kind in (FaultKind.TORN, FaultKind.KILLED):
             os.pwritev(fd, [view[:half]], offset)
             if fault.kind is FaultKind.KILLED:
@@ -137,12 +151,16 @@ class FaultInjector:
 
     def _next(self, operation: str) -> Fault | None:
         """Count one call; the fault for it. What only fails or waits is done here."""
-        with self._lock:
-            index = len(self.log)
-            self.log.append(operation)
-        fault = next((item for item in self._faults if item.call_index <= index < item.call_index + item.num_calls), None)
-        if fault is None:
+        kind, call_index, num_calls, delay_s, moved_bytes = self.table.next(operation)
+        if kind == "none":
             return None
+        fault = Fault(
+            kind=FaultKind(kind),
+            call_index=call_index,
+            num_calls=num_calls,
+            delay_s=delay_s,
+            moved_bytes=None if moved_bytes < 0 else moved_bytes,
+        )
         if fault.kind is FaultKind.EIO:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         if fault.kind is FaultKind.ENOSPC and operation not in ("preadv", "read", "fsync", "unlink"):
@@ -162,8 +180,10 @@ def _half(num_bytes: int) -> int:
     return num_bytes // 2 // _PAGE * _PAGE if num_bytes >= 2 * _PAGE else num_bytes // 2
 
 
-def _shorter(num_bytes: int) -> int:
-    """What a short call moves: all of a single page, which cannot be cut, and never nothing."""
+def _shorter(fault: Fault, num_bytes: int) -> int:
+    """What a short call moves: all of a single page, which cannot be cut, and never nothing unless the fault says so."""
+    if fault.moved_bytes is not None:
+        return min(fault.moved_bytes, num_bytes)
     return num_bytes if num_bytes in (1, _PAGE) else max(1, _half(num_bytes))
 
 

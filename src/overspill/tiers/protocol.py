@@ -6,6 +6,7 @@ Words:
 * **store**: bytes that must be copied into a buffer to be used (`SsdStore`, `FakeStore`). Every copy is a transfer.
 * **extent**: the named, contiguous range of a store that `allocate` gives.
 * **transfer**: one copy that has been started; it ends at some later time, with success or with a `StorageError`.
+* **block**: 1 MiB of a transfer, counted from its first byte, the last as long as it is: what has a checksum (`checksums.py`).
 * **payload**: the bytes a caller asked for; what is moved besides (the rest of a page, zeros) is no payload.
 
 Rules for callers:
@@ -29,6 +30,7 @@ Rules for implementations:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
@@ -50,6 +52,16 @@ class Transfer(Protocol):
         Raises:
             StorageError: it failed; what a read left in the buffer, or a write in the extent, is undefined.
         """
+        ...
+
+
+@runtime_checkable
+class CheckedTransfer(Transfer, Protocol):
+    """A transfer whose blocks were summed as they went by."""
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        """CRC-32C of each block of the buffer; after `wait()`, of a transfer that was asked for them."""
         ...
 
 
@@ -137,15 +149,16 @@ class Store(Protocol):
         """The size that the extent was allocated with."""
         ...
 
-    def start_read(self, name: str, offset: int, buffer: torch.Tensor) -> Transfer:
+    def start_read(self, name: str, offset: int, buffer: torch.Tensor, *, expected: Sequence[int] | None = None) -> CheckedTransfer:
         """Start copying bytes [offset, offset + len(buffer)) of an extent into `buffer`, which is lent (rule 1).
 
         Args:
             buffer: contiguous uint8 CPU tensor of shape [n]; any n, offset and address are correct, page-aligned ones fast.
+            expected: one checksum a block; `wait()` raises `DamagedBlock` where the bytes have another. None: nothing is summed.
         """
         ...
 
-    def start_write(self, name: str, offset: int, buffer: torch.Tensor) -> Transfer:
+    def start_write(self, name: str, offset: int, buffer: torch.Tensor, *, with_checksums: bool = False) -> CheckedTransfer:
         """Start copying `buffer`, which is lent (rule 1), to bytes [offset, offset + len(buffer)) of an extent."""
         ...
 

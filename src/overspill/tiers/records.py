@@ -14,15 +14,19 @@ Rules:
    a checkpoint needs is never overwritten, and a step that dies half-way has damaged nothing that the last one holds.
 2. With `keep` checkpoints and `keep + 1` slots there is always a slot to write to; nothing is ever searched or compacted.
 3. Every write notes the checksums of its blocks, every read is held against them before its bytes are used. A difference is
-   a `StorageError` that names record, file, block and both checksums.
+   a `StorageError` that names record, file, block and both checksums. Both are the store's work: its threads sum blocks as they move.
 4. Parts of records are read and written only while loading and exporting; a part that is read is verified by whole blocks,
    a part that is written reads the blocks it changes in part.
+5. A record's checksums are known when its write has ended. Whoever reads it, writes it again or asks for its version before that waits.
+   After a write that failed, they raise its failure: a checkpoint cannot name what was not written. A write that was cancelled before
+   it began has changed nothing, not even the version.
 
-Costs: `num_slots` times the space; a checksum is about 40 us per MiB, by the thread that starts a write or waits for a read.
+Costs: `num_slots` times the space.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterable, Mapping
@@ -30,8 +34,9 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from overspill.errors import StorageError
-from overspill.tiers.checksums import BLOCK_BYTES, block_checksums, first_difference, zero_checksums
-from overspill.tiers.protocol import Store, Transfer
+from overspill.tiers.checksums import BLOCK_BYTES, zero_checksums
+from overspill.tiers.protocol import CheckedTransfer, Store, Transfer
+from overspill.tiers.transfer import DamagedBlock
 from overspill.units import align_up
 
 Generation = Mapping[str, int]
@@ -49,6 +54,8 @@ class _Record:
     checksums: tuple[int, ...]
     num_pins: list[int]
     is_written: bool = False
+    write: _RecordWrite | None = None
+    """The last write, until it has ended well (rule 5)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +129,7 @@ class RecordStore:
         )
 
     def version(self, name: str) -> RecordVersion:
-        record = self._records[name]
+        record = self._settled(name)
         return RecordVersion(num_bytes=record.num_bytes, slots=tuple(record.slots), slot=record.current, checksums=record.checksums)
 
     def is_written(self, name: str) -> bool:
@@ -152,39 +159,43 @@ class RecordStore:
 
     def start_write(self, name: str, buffer: torch.Tensor) -> Transfer:
         """Start replacing a record (rule 1); `buffer`, uint8 [n] with n at most its size, is lent until `wait()`."""
-        record = self._records[name]
+        record = self._replaceable(name)
         assert buffer.numel() <= record.num_bytes, (name, buffer.numel(), record.num_bytes)
-        checksums = block_checksums(buffer)
         with self._lock:
+            before = (record.current, record.content_bytes, record.is_written)
             if record.num_pins[record.current]:
                 record.current = next(slot for slot, pins in enumerate(record.num_pins) if not pins)
-            record.content_bytes, record.checksums, record.is_written = buffer.numel(), checksums, True
+            record.content_bytes, record.is_written = buffer.numel(), True
             slot = record.slots[record.current]
-        return self.store.start_write(slot, 0, buffer)
+            try:
+                inner = self.store.start_write(slot, 0, buffer, with_checksums=True)
+            except BaseException:
+                record.current, record.content_bytes, record.is_written = before
+                raise
+            record.write = _RecordWrite(record, before, inner)
+        return record.write
 
     def start_read(self, name: str, buffer: torch.Tensor) -> Transfer:
-        """Start reading a whole record into `buffer`, which is lent until `wait()`, and verified there."""
-        record = self._records[name]
+        """Start reading a whole record into `buffer`, which is lent until `wait()`, and verified by then."""
+        record = self._settled(name)
         assert buffer.numel() == record.content_bytes, (name, buffer.numel(), record.content_bytes)
-        slot, checksums = record.slots[record.current], record.checksums
-        return _VerifiedRead(self, name, slot, 0, buffer, checksums, self.store.start_read(slot, 0, buffer))
+        return self._read(name, record.slots[record.current], 0, buffer, record.checksums)
 
     # -- parts of records (rule 4) -----------------------------------------------------------------------------------
 
     def read_part(self, name: str, offset: int, num_bytes: int) -> torch.Tensor:
         """Bytes [offset, offset + num_bytes) of a record, verified."""
-        record = self._records[name]
+        record = self._settled(name)
         first = offset // BLOCK_BYTES * BLOCK_BYTES
         last = min(align_up(offset + num_bytes, BLOCK_BYTES), record.content_bytes)
         buffer = torch.empty(last - first, dtype=torch.uint8)
-        slot = record.slots[record.current]
         checksums = record.checksums[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)]
-        _VerifiedRead(self, name, slot, first, buffer, checksums, self.store.start_read(slot, first, buffer)).wait()
+        self._read(name, record.slots[record.current], first, buffer, checksums).wait()
         return buffer[offset - first : offset - first + num_bytes]
 
     def write_part(self, name: str, offset: int, data: torch.Tensor) -> None:
         """Change bytes [offset, offset + n) of a record, and wait."""
-        record = self._records[name]
+        record = self._settled(name)
         assert record.content_bytes == record.num_bytes and offset + data.numel() <= record.num_bytes, name
         is_pinned = record.num_pins[record.current] > 0
         first = 0 if is_pinned else offset // BLOCK_BYTES * BLOCK_BYTES
@@ -197,10 +208,12 @@ class RecordStore:
         if is_pinned:
             self.start_write(name, content).wait()
             return
+        record.is_written = True
+        written = self.store.start_write(record.slots[record.current], first, content, with_checksums=True)
+        written.wait()
         checksums = list(record.checksums)
-        checksums[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)] = block_checksums(content)
-        record.checksums, record.is_written = tuple(checksums), True
-        self.store.start_write(record.slots[record.current], first, content).wait()
+        checksums[first // BLOCK_BYTES : -(-last // BLOCK_BYTES)] = written.checksums
+        record.checksums = tuple(checksums)
 
     def verify(self, names: Iterable[str]) -> list[str]:
         """Read records and say what is wrong with each damaged one."""
@@ -220,27 +233,44 @@ class RecordStore:
     def close(self) -> None:
         self.store.close()
 
-    def _damage(self, name: str, slot: str, offset: int, difference: tuple[int, int, int], num_bytes: int) -> StorageError:
-        block, expected, found = difference
-        start = offset + block * BLOCK_BYTES
-        position = getattr(self.store, "position", None)
-        where = f"offset {position(slot) + start} of {self.store.path}" if position is not None else "a store in memory"  # type: ignore[attr-defined]
+    def _settled(self, name: str) -> _Record:
+        """The record, its last write ended (rule 5)."""
+        record = self._records[name]
+        write = record.write
+        if write is not None:
+            write.settle()
+        return record
+
+    def _replaceable(self, name: str) -> _Record:
+        """The record, its last write ended; one that failed may be tried again by who knows about it."""
+        record = self._records[name]
+        write = record.write
+        if write is not None and not write.is_seen_failure:
+            write.settle()
+        return record
+
+    def _read(self, name: str, slot: str, offset: int, buffer: torch.Tensor, checksums: tuple[int, ...]) -> _RecordRead:
+        return _RecordRead(self, name, slot, offset, buffer.numel(), self.store.start_read(slot, offset, buffer, expected=checksums))
+
+    def _damage(self, name: str, slot: str, offset: int, damage: DamagedBlock, num_bytes: int) -> StorageError:
+        start = offset + damage.block * BLOCK_BYTES
+        place = getattr(self.store, "place", None)
+        where = place(slot, start) if place is not None else "a store in memory"
         return StorageError(
-            f"{name} is damaged: bytes [{start}, {min(start + BLOCK_BYTES, offset + num_bytes)}) at {where} have CRC-32C {found:08x}, "
-            f"{expected:08x} was written; the drive or a cable is failing: resume from the last checkpoint on another drive"
+            f"{name} is damaged: bytes [{start}, {min(start + BLOCK_BYTES, offset + num_bytes)}) at {where} have CRC-32C "
+            f"{damage.found:08x}, {damage.expected:08x} was written; the drive or a cable is failing: resume from the last checkpoint on "
+            "another drive"
         )
 
 
-class _VerifiedRead:
-    """A read that ends with its checksums compared, once. Meets the protocol `Transfer`."""
+class _RecordRead:
+    """A read whose damage is told in the record's words. Meets the protocol `Transfer`."""
 
-    def __init__(
-        self, records: RecordStore, name: str, slot: str, offset: int, buffer: torch.Tensor, checksums: tuple[int, ...], inner: Transfer
-    ) -> None:
-        self._records, self._name, self._slot, self._offset = records, name, slot, offset
-        self._buffer, self._checksums, self._inner = buffer, checksums, inner
-        self._lock = threading.Lock()
-        self._is_verified = False
+    __slots__ = ("_error", "_inner", "_name", "_num_bytes", "_offset", "_records", "_slot")
+
+    def __init__(self, records: RecordStore, name: str, slot: str, offset: int, num_bytes: int, inner: CheckedTransfer) -> None:
+        self._records, self._name, self._slot, self._offset, self._num_bytes = records, name, slot, offset, num_bytes
+        self._inner = inner
         self._error: StorageError | None = None
 
     @property
@@ -248,20 +278,78 @@ class _VerifiedRead:
         return self._inner.is_done
 
     @property
-    def ended_s(self) -> float | None:
-        return getattr(self._inner, "ended_s", None)
+    def ended_s(self) -> float:
+        return getattr(self._inner, "ended_s", 0.0)
 
     def wait(self) -> None:
         """Block until the bytes are there and verified."""
+        try:
+            self._inner.wait()
+        except DamagedBlock as damage:
+            if self._error is None:
+                self._error = self._records._damage(self._name, self._slot, self._offset, damage, self._num_bytes)
+            raise self._error from damage
+
+
+class _RecordWrite:
+    """A write that tells its record the checksums when it has ended. Meets the protocol `Transfer`.
+
+    Args:
+        before: the record's slot, length and whether it was written, for a write that is cancelled.
+    """
+
+    __slots__ = ("_before", "_inner", "_lock", "_record", "_state", "is_seen_failure")
+
+    def __init__(self, record: _Record, before: tuple[int, int, bool], inner: CheckedTransfer) -> None:
+        self._record, self._before, self._inner = record, before, inner
+        self._lock = threading.Lock()
+        self._state = "started"  # then written or cancelled
+        self.is_seen_failure = False
+        """Whether `wait()` has raised."""
+
+    @property
+    def is_done(self) -> bool:
+        return self._inner.is_done
+
+    @property
+    def ended_s(self) -> float:
+        return getattr(self._inner, "ended_s", 0.0)
+
+    def wait(self) -> None:
+        """Block until the record is in the store."""
+        try:
+            self.settle()
+        except StorageError:
+            self.is_seen_failure = True
+            raise
+        if self._state == "cancelled":
+            self._inner.wait()  # which says so
+
+    def cancel(self) -> bool:
+        """Whether the write was taken back before it began: the record is as it was. A store that cannot says no."""
+        with self._lock:
+            cancel = getattr(self._inner, "cancel", None)
+            if self._state != "started" or cancel is None or not cancel():
+                return False
+            self._state = "cancelled"
+            self._record.current, self._record.content_bytes, self._record.is_written = self._before
+            self._record.write = None
+        with contextlib.suppress(StorageError):
+            self._inner.wait()  # seen by us: closing the store need not speak of it
+        return True
+
+    def settle(self) -> None:
+        """Wait; the first to know that it ended well tells the record."""
+        with self._lock:
+            if self._state == "cancelled":
+                return
         self._inner.wait()
         with self._lock:
-            if not self._is_verified:
-                difference = first_difference(self._buffer, self._checksums)
-                if difference is not None:
-                    self._error = self._records._damage(self._name, self._slot, self._offset, difference, self._buffer.numel())
-                self._is_verified = True
-        if self._error is not None:
-            raise self._error
+            if self._state == "started":
+                self._state = "written"
+                self._record.checksums = self._inner.checksums
+                if self._record.write is self:
+                    self._record.write = None
 
 
 __all__ = ["Generation", "RecordStore", "RecordVersion"]

@@ -7,12 +7,15 @@ so a note without a lock is from a run that was killed, and is replaced.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import sys
 import time
 from pathlib import Path
+
+from overspill.errors import StorageError
 
 NOTE_NAME = "overspill.lock"
 
@@ -40,6 +43,32 @@ class RunNote:
     def remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path)
+
+
+class DirectoryLock:
+    """A directory that holds manifests but no data file, locked as such.
+
+    Raises:
+        StorageError: another run has it, or it cannot be made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StorageError(f"the checkpoint directory {folder} cannot be used ({error.strerror}); give another") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            raise StorageError(f"{folder} is in use by another run; wait for it or give another directory") from error
+
+    def close(self) -> None:
+        """Closing again does nothing."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 def read_holder(folder: Path) -> str:

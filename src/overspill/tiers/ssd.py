@@ -1,148 +1,129 @@
-"""The SSD tier: named extents in one preallocated file, moved by a few threads of direct I/O.
+"""The SSD tier: named extents in one address space of preallocated files, moved by the native I/O engine.
 
-How: `extents.py` says where a name's bytes are, `extent_file.py` owns the file, and this file moves bytes between it and
-buffers. A transfer is cut into parts, at the page boundaries of the file:
+`extents.py` says where a name's bytes are, `striped_file.py` owns the files, and csrc/include/overspill/io.hpp moves bytes between them
+and buffers: direct I/O by a few threads, every completion checked, checksums computed as the bytes go by. Its rules hold here.
+This file puts the three together, and turns what the engine reports into errors that people can use.
 
-```
-file     |....####|########|########|##......|        #: bytes of the transfer    |: multiples of 4096
-parts     edge     whole pages ...   edge
-```
-
-Rules:
-
-1. Whole pages whose memory is aligned too move directly, with no copy. Edges, and whole pages of an unaligned buffer, go
-   through a page-aligned bounce buffer. Bundles' chunks are aligned (`spec/tensors.py`), so training takes the direct way.
-2. Writing an edge reads its page, changes the bytes and writes it back. A lock makes that one step for the whole store, so
-   transfers of disjoint bytes stay independent even in one page.
-3. Every part is repeated until all its bytes have moved; no bytes without an error is an error.
-
-Costs: each thread has one request in flight; starting, handing over and waiting cost about 35 us a part (measured, 4 KiB read).
-A full file system is waited for if `space` says so (`tiers/calls.py`). Content ends with the store unless `keep()` was called.
-Limit: no checksums here; `tiers/records.py`, which stands before every store of a session, has them.
+Costs: starting a transfer takes about 10 us on the caller's thread, whatever its size (benchmarks/io). Each engine thread has one
+request of at most `PART_BYTES` in flight. A full file system is waited for if `space` says so (`tiers/calls.py`).
+Content ends with the store unless `keep()` was called.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import mmap
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 import torch
 
+from overspill import _native
 from overspill.errors import StorageError
+from overspill.spec.checkpoint import StripeSet
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy, SpaceWaiter
-from overspill.tiers.extent_file import ExtentFile
-from overspill.tiers.extents import ExtentTable
-from overspill.tiers.transfer import PartsTransfer, TransferBook, build_storage_error, validate_buffer
-from overspill.units import MIB, align_up
+from overspill.tiers.checksums import BLOCK_BYTES
+from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES, ExtentTable
+from overspill.tiers.load import TransferSpan
+from overspill.tiers.striped_file import Place, StripedFile
+from overspill.tiers.transfer import DamagedBlock, EngineTransfer, TransferBook, build_storage_error, validate_buffer
+from overspill.units import MIB
 
-PART_BYTES = 8 * MIB
-"""Most bytes of one part: a 32 MiB chunk then keeps four threads busy. Chosen, not tuned: on a virtual SSD of 1.6-2.0 GB/s, 2, 8 and
-32 MiB with 1, 4 and 8 threads differed by no more than their spread; a fast NVMe drive has not been measured."""
+PART_BYTES = MIB
+"""Most bytes of one request: a 32 MiB chunk is then 32 of them, and a block is summed while a core's cache holds it. docs/log.md has the
+measurement."""
 
-_MAX_STALLS = 8
-"""Calls in a row that may move less than one page before the part fails; direct I/O can only resume at a page. Chosen."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Part:
-    """Bytes [start, start + num_bytes) of a buffer, which rest at `position` of the file."""
-
-    position: int
-    start: int
-    num_bytes: int
-    is_edge: bool
-    """Covers a page in part; always inside one page."""
-
-
-def split_parts(position: int, num_bytes: int, *, alignment: int, part_bytes: int = PART_BYTES) -> Iterator[Part]:
-    """Cut file bytes [position, position + num_bytes) at multiples of `alignment` into edges and whole pages."""
-    assert part_bytes % alignment == 0, (part_bytes, alignment)
-    end = position + num_bytes
-    at = position
-    while at < end:
-        if at % alignment or end - at < alignment:
-            stop, is_edge = min(end, align_up(at + 1, alignment)), True
-        else:
-            stop, is_edge = min(end // alignment * alignment, at + part_bytes), False
-        yield Part(position=at, start=at - position, num_bytes=stop - at, is_edge=is_edge)
-        at = stop
+BACKENDS = ("threads", "io_uring")
+BACKEND_VARIABLE = "OVERSPILL_IO"
+"""Environment variable that chooses the backend of stores that were not told one."""
 
 
 class SsdStore:
-    """Extents in a file of one directory. Meets the protocol `Store` and its rules.
+    """Extents in one or several directories or block devices. Meets the protocol `Store` and its rules.
 
     Args:
-        directory: where the file is; made if missing. Two stores may share one only if at most one keeps its name.
-        capacity_bytes: size of the file; reserved at once.
-        num_threads: transfers' parts in flight.
+        directory: where the file is; made if missing. Several: striped over all of them. Two stores may share one only if at most one
+            keeps its name.
+        capacity_bytes: of all files together; reserved at once.
+        num_threads: of the engine.
         unlink: for scratch (boundaries, gradients): no name, so nothing is left behind even by `kill -9`.
         existing: open what an earlier run kept; its extents are taken over with `adopt`.
+        stripes, kept_bytes: with `existing`: the set that the checkpoint names, and how much of it must be there.
         before_discarding: see `ExtentFile`.
         read_only: with `existing`: only look; others may look at the same time.
+        overwrite: block devices whose content may be lost (`block_device.py`).
         calls: the system calls; tests give a `FaultInjector`.
         space: what to do when the file system is full; None: fail.
+        backend: `threads` or `io_uring`; None: what the environment says, else threads.
 
     Raises:
-        ValueError, BudgetError, StorageError: the directory cannot be used; see `ExtentFile`.
+        ValueError, BudgetError, StorageError: a place cannot be used; see `StripedFile`.
     """
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: Place | Sequence[Place],
         *,
         capacity_bytes: int,
         num_threads: int = 4,
         unlink: bool = False,
         existing: bool = False,
+        stripes: StripeSet | None = None,
+        kept_bytes: int = 0,
         read_only: bool = False,
         before_discarding: Callable[[], None] | None = None,
+        overwrite: Sequence[str] = (),
         calls: FileCalls = OS_CALLS,
         space: SpacePolicy | None = None,
+        backend: str | None = None,
     ) -> None:
         if num_threads < 1:
-            raise ValueError(f"a store needs at least 1 thread, got {num_threads}")
-        capacity_bytes = ExtentTable(capacity_bytes).capacity_bytes
-        self._file = ExtentFile(
-            directory,
-            capacity_bytes,
+            raise ValueError(f"an SSD store needs at least 1 thread, got {num_threads}")
+        chosen = backend or os.environ.get(BACKEND_VARIABLE) or BACKENDS[0]
+        if chosen not in BACKENDS:
+            raise ValueError(f"I/O backend {chosen!r} is not known; choose one of {', '.join(BACKENDS)} ({BACKEND_VARIABLE})")
+        self._file = StripedFile(
+            [directory] if isinstance(directory, str | os.PathLike) else list(directory),
+            ExtentTable(capacity_bytes).capacity_bytes,
             unlink=unlink,
             existing=existing,
+            expected=stripes,
+            kept_bytes=kept_bytes,
             read_only=read_only,
             before_discarding=before_discarding,
+            overwrite=overwrite,
             calls=calls,
         )
-        self._table = ExtentTable(self._file.capacity_bytes)
-        if existing:
+        capacity = self._file.capacity_bytes if existing else ExtentTable(capacity_bytes).capacity_bytes
+        self._table = ExtentTable(capacity)
+        if existing or not self._file.is_fresh_zero:
             self._table.high_water = self._table.capacity_bytes  # anything may have been written anywhere
-        self._calls = calls
         self._space = SpaceWaiter(space or SpacePolicy(max_wait_s=0))
-        # A store that is dropped without close() still removes its file, at the latest when the interpreter exits.
-        weakref.finalize(self, self._file.close)
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="overspill-ssd")
+        self._engine = _open_engine(self._file, num_threads, chosen, calls, self._space)
+        # A store that is dropped without close() still ends its threads and removes its files, at the latest when the interpreter exits.
+        weakref.finalize(self, _shut, self._space, self._engine, self._file)
         self._book = TransferBook()
         self._table_lock = threading.Lock()
-        self._edge_lock = threading.Lock()
         self._read_bytes = 0
         self._written_bytes = 0
         self._is_closed = False
 
     @property
     def path(self) -> str:
-        """The file, for messages; a scratch file's name no longer exists."""
-        return str(self._file.path)
+        """The files, for messages; a scratch file's name no longer exists."""
+        return self._file.path
 
     @property
     def is_direct(self) -> bool:
         """Whether transfers bypass the page cache."""
         return self._file.is_direct
+
+    @property
+    def stripe_set(self) -> StripeSet | None:
+        """What a manifest must say to find the files again; None: one file, beside the manifest."""
+        return self._file.stripe_set
 
     @property
     def capacity_bytes(self) -> int:
@@ -160,6 +141,28 @@ class SsdStore:
     @property
     def written_bytes(self) -> int:
         return self._written_bytes
+
+    @property
+    def moved_bytes(self) -> tuple[int, int]:
+        """(read, written) by system calls so far: payload, and the rests of pages besides."""
+        read, written, _, _ = self._engine.counters
+        return read, written
+
+    @property
+    def copied_bytes(self) -> int:
+        """Payload that was not aligned and went through a copy; 0 is as it should be."""
+        return self._engine.counters[2]
+
+    def start_trace(self) -> None:
+        """Note every request's times from now on."""
+        self._engine.start_trace()
+
+    def take_trace(self) -> list[TransferSpan]:
+        """The requests since `start_trace`, in the order of their ends (`load.py` says what to do with them); ends the trace."""
+        return [
+            TransferSpan(start_s=start, end_s=end, num_bytes=size, is_write=is_write, file=file)
+            for start, end, size, is_write, file in self._engine.take_trace()
+        ]
 
     def allocate(self, name: str, num_bytes: int) -> None:
         """Make an extent of zeros; where its bytes were used before, they are zeroed now.
@@ -192,9 +195,14 @@ class SsdStore:
             return self._table.find(name).num_bytes
 
     def position(self, name: str) -> int:
-        """The extent's first byte in the file."""
+        """The extent's first address; with one file, its offset there."""
         with self._table_lock:
             return self._table.find(name).offset
+
+    def place(self, name: str, offset: int) -> str:
+        """Where byte `offset` of an extent is, for messages."""
+        file, at = self._file.locate(self.position(name) + offset)
+        return f"offset {at} of {file.path}"
 
     def adopt(self, name: str, position: int, num_bytes: int) -> None:
         """Give a name the range that an earlier run gave it, with the content it has.
@@ -217,21 +225,26 @@ class SsdStore:
             raise self._error("flush", "all extents", 0, 0, 0, error.errno) from error
 
     def keep(self, is_kept: bool = True) -> None:
-        """Whether closing leaves the file where it is."""
-        self._file.keeps_content = is_kept
+        """Whether closing leaves the files where they are.
 
-    def start_read(self, name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
+        Raises:
+            StorageError: a place could not be told that it belongs to this store.
+        """
+        try:
+            self._file.keep(is_kept)
+        except OSError as error:
+            raise StorageError(f"{self.path} could not be marked as kept: {error.strerror or error}") from error
+
+    def start_read(self, name: str, offset: int, buffer: torch.Tensor, *, expected: Sequence[int] | None = None) -> EngineTransfer:
         """Start reading bytes [offset, offset + len(buffer)) of an extent; `buffer` is lent until `wait()`."""
-        transfer = self._start(self._read_part, name, offset, buffer)
-        with self._table_lock:
-            self._read_bytes += buffer.numel()
+        transfer = self._start(False, name, offset, buffer, BLOCK_BYTES if expected is not None else 0, expected)
+        self._read_bytes += buffer.numel()
         return transfer
 
-    def start_write(self, name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
+    def start_write(self, name: str, offset: int, buffer: torch.Tensor, *, with_checksums: bool = False) -> EngineTransfer:
         """Start writing bytes [offset, offset + len(buffer)) of an extent; `buffer` is lent until `wait()`."""
-        transfer = self._start(self._write_part, name, offset, buffer)
-        with self._table_lock:
-            self._written_bytes += buffer.numel()
+        transfer = self._start(True, name, offset, buffer, BLOCK_BYTES if with_checksums else 0, None)
+        self._written_bytes += buffer.numel()
         return transfer
 
     def interrupt(self) -> None:
@@ -239,13 +252,11 @@ class SsdStore:
         self._space.interrupt()
 
     def close(self) -> None:
-        """Wait for the transfers in flight, stop the threads, remove the file, raise a failure that nobody waited for."""
+        """Wait for the transfers in flight, stop the threads, remove the files, raise a failure that nobody waited for."""
         if self._is_closed:
             return
         self._is_closed = True
-        self._space.stop()
-        self._pool.shutdown(wait=True)
-        self._file.close()
+        _shut(self._space, self._engine, self._file)
         self._book.raise_unseen()
 
     def __enter__(self) -> Self:
@@ -259,71 +270,52 @@ class SsdStore:
                 raise
             error.add_note(str(unseen))
 
-    def _start(self, move: Callable[[str, Part, memoryview, bool], None], name: str, offset: int, buffer: torch.Tensor) -> PartsTransfer:
+    def _start(
+        self, is_write: bool, name: str, offset: int, buffer: torch.Tensor, block_bytes: int, expected: Sequence[int] | None
+    ) -> EngineTransfer:
         self._assert_open(name)
         validate_buffer(name, buffer)
         with self._table_lock:
             extent = self._table.find(name)
         extent.validate_range(offset, buffer.numel())
-        alignment = self._file.alignment_bytes
-        # The array keeps the tensor's storage alive until the last part has ended.
-        view = buffer.detach().numpy().data
-        parts: list[Callable[[], None]] = []
-        for part in split_parts(extent.offset + offset, buffer.numel(), alignment=alignment):
-            is_direct = not part.is_edge and (buffer.data_ptr() + part.start) % alignment == 0
-            parts.append(functools.partial(move, name, part, view[part.start : part.start + part.num_bytes], is_direct))
-        return self._book.start(name, parts or [_move_nothing], self._pool)
+        native = self._engine.submit(is_write, extent.offset + offset, buffer.data_ptr(), buffer.numel(), block_bytes, expected)
+        explain = self._explain_write if is_write else self._explain_read
+        return EngineTransfer(self._book, name, self._engine, native, buffer, explain)
 
-    def _read_part(self, name: str, part: Part, view: memoryview, is_direct: bool) -> None:
-        if is_direct:
-            self._move_all("read", name, part.position, view)
-            return
-        first, bounce = self._bounce(part)
-        self._move_all("read", name, first, bounce)
-        view[:] = bounce[part.position - first : part.position - first + part.num_bytes]
+    def _explain_write(self, name: str, native: _native.IoTransfer) -> StorageError | None:
+        return self._explain("write", name, native)
 
-    def _write_part(self, name: str, part: Part, view: memoryview, is_direct: bool) -> None:
-        if is_direct:
-            self._move_all("write", name, part.position, view)
-            return
-        first, bounce = self._bounce(part)
-        if not part.is_edge:
-            bounce[:] = view
-            self._move_all("write", name, first, bounce)
-            return
-        with self._edge_lock:
-            self._move_all("read", name, first, bounce)
-            bounce[part.position - first : part.position - first + part.num_bytes] = view
-            self._move_all("write", name, first, bounce)
+    def _explain_read(self, name: str, native: _native.IoTransfer) -> StorageError | None:
+        error = self._explain("read", name, native)
+        if error is None and native.mismatch is not None:
+            return DamagedBlock(name, *native.mismatch)
+        return error
 
-    def _bounce(self, part: Part) -> tuple[int, memoryview]:
-        """The file offset of the first page that the part touches, and page-aligned memory for all of its pages."""
-        alignment = self._file.alignment_bytes
-        first = part.position // alignment * alignment
-        return first, memoryview(mmap.mmap(-1, align_up(part.position + part.num_bytes, alignment) - first))
+    def _explain(self, operation: str, name: str, native: _native.IoTransfer) -> StorageError | None:
+        if native.is_cancelled:
+            return StorageError(f"{operation} of {name} was taken back before it began")
+        if native.failure is None:
+            return None
+        file, offset, wanted, done, error_number = native.failure
+        error = build_storage_error(
+            operation=operation,
+            name=name,
+            path=str(self._file.files[file].path),
+            offset=offset,
+            wanted_bytes=wanted,
+            done_bytes=done,
+            error_number=error_number or None,
+        )
+        error.__cause__ = OSError(error_number, os.strerror(error_number)) if error_number else None
+        return error
 
-    def _move_all(self, operation: str, name: str, position: int, view: memoryview) -> None:
-        """Read or write all of `view` at `position` of the file, however short each call is (rule 3)."""
-        move = self._calls.preadv if operation == "read" else self._calls.pwritev
-        alignment = self._file.alignment_bytes
-        done, num_stalls, wanted = 0, 0, len(view)
-        while done < wanted:
-            try:
-                moved = self._space.call(self.path, lambda at=done: move(self._file.fd, [view[at:]], position + at))  # type: ignore[misc]
-            except OSError as error:
-                raise self._error(operation, name, position, wanted, done, error.errno) from error
-            before, reached = done, done + moved
-            done = reached if reached == wanted else reached // alignment * alignment
-            num_stalls = num_stalls + 1 if done == before else 0
-            if moved == 0 or num_stalls > _MAX_STALLS:
-                raise self._error(operation, name, position, wanted, reached, None)
-
-    def _error(self, operation: str, name: str, position: int, wanted: int, done: int, error_number: int | None) -> StorageError:
+    def _error(self, operation: str, name: str, address: int, wanted: int, done: int, error_number: int | None) -> StorageError:
+        file, offset = self._file.locate(address)
         return build_storage_error(
             operation=operation,
             name=name,
-            path=self.path,
-            offset=position,
+            path=str(file.path),
+            offset=offset,
             wanted_bytes=wanted,
             done_bytes=done,
             error_number=error_number,
@@ -333,5 +325,31 @@ class SsdStore:
         assert not self._is_closed, f"{name} is used in a store that is closed: {self.path}"
 
 
-def _move_nothing() -> None:
-    """The only part of an empty transfer."""
+def _open_engine(file: StripedFile, num_threads: int, backend: str, calls: FileCalls, space: SpaceWaiter) -> _native.IoEngine:
+    paths = [item.path for item in file.files]
+
+    def on_full(index: int, error_number: int, waited_s: float) -> bool:
+        return space.may_retry(paths[index], error_number, waited_s)
+
+    try:
+        return _native.IoEngine(
+            files=[(item.fd, item.base_bytes) for item in file.files],
+            stripe_bytes=file.layout.stripe_bytes,
+            alignment=file.alignment_bytes,
+            part_bytes=max(PART_BYTES, EXTENT_ALIGNMENT_BYTES),
+            num_threads=num_threads,
+            backend=backend,
+            faults=getattr(calls, "table", None),
+            on_full=on_full,
+        )
+    except BaseException as error:
+        file.close()
+        if isinstance(error, RuntimeError):
+            raise StorageError(f"the I/O engine cannot start: {error}") from error
+        raise
+
+
+def _shut(space: SpaceWaiter, engine: _native.IoEngine, file: StripedFile) -> None:
+    space.stop()
+    engine.close()
+    file.close()

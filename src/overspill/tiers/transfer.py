@@ -1,11 +1,14 @@
 """A started copy, what it says when it fails, and the book that a store keeps of its copies.
 
-A transfer has one or more **parts** that run on worker threads in any order. Rules:
+Two kinds meet the protocol `Transfer`: `EngineTransfer` is moved by the native engine (`SsdStore`), `ThreadTransfer` by a Python
+thread (`FakeStore`). Rules of both:
 
-1. A transfer ends when its last part has ended, also after a failure: before that, some thread may still touch the buffer.
-2. The first failure is the transfer's failure; parts that have not begun by then are skipped.
+1. A transfer ends when nothing touches its buffer any more, also after a failure.
+2. The book holds a transfer, and so its buffer, until it is seen to have ended: a caller who drops both has the bytes moved.
 3. The book forgets a transfer that ended well, and one whose failure was raised by `wait()`. A failure that nobody waited
    for stays in the book until the store is closed, which raises it.
+
+Costs: the book looks at the two oldest transfers at every start, so those that nobody waits for are let go one by one.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor
+from typing import Protocol
 
 import torch
 
+from overspill import _native
 from overspill.errors import StorageError
 
 _CURES = {
@@ -26,6 +31,18 @@ _CURES = {
     errno.EDQUOT: "; raise the disk quota or give another --ssd-dir",
     errno.EIO: "; the drive reports a fault: look at the kernel log, and give another --ssd-dir",
 }
+
+
+class DamagedBlock(StorageError):
+    """A block that was read has not the checksum that was expected; `RecordStore` says which record's.
+
+    Attributes:
+        block: counted from the first byte of the read.
+    """
+
+    def __init__(self, name: str, block: int, expected: int, found: int) -> None:
+        super().__init__(f"{name} is damaged: block {block} has CRC-32C {found:08x}, {expected:08x} was expected")
+        self.block, self.expected, self.found = block, expected, found
 
 
 def build_storage_error(
@@ -51,91 +68,159 @@ def build_storage_error(
 
 def validate_buffer(name: str, buffer: torch.Tensor) -> None:
     """Raise ValueError unless `buffer` is a contiguous uint8 CPU tensor of shape [n]."""
-    if buffer.device.type != "cpu" or buffer.dtype != torch.uint8 or buffer.dim() != 1 or not buffer.is_contiguous():
+    if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.device.type != "cpu" or not buffer.is_contiguous():
         raise ValueError(
             f"a buffer for {name} is a contiguous one-dimensional uint8 tensor on the CPU, got {buffer.dtype} of shape "
             f"{tuple(buffer.shape)} with strides {buffer.stride()} on {buffer.device}"
         )
 
 
-class PartsTransfer:
-    """A copy in parts; made by `TransferBook.start`. Meets the protocol `Transfer`."""
+class BookedTransfer(Protocol):
+    """What a book asks of a transfer."""
 
-    def __init__(self, book: TransferBook, name: str, num_parts: int) -> None:
-        self._book = book
-        self._name = name
-        self._num_left = num_parts
-        self._error: BaseException | None = None
+    name: str
+
+    @property
+    def is_done(self) -> bool: ...
+    def failure(self) -> BaseException | None:
+        """Of a transfer that has ended."""
+        ...
+
+
+class TransferBook:
+    """The transfers of one store: what is in flight, and what failed unseen; thread-safe."""
+
+    def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._entries: dict[BookedTransfer, None] = {}
+        self._unseen: dict[BookedTransfer, BaseException] = {}
+
+    def add(self, transfer: BookedTransfer) -> None:
+        """Note a transfer that has been started; let go of old ones that have ended."""
+        with self._lock:
+            self._entries[transfer] = None
+            for oldest in [old for old, _ in zip(self._entries, range(2), strict=False) if old.is_done]:
+                self._move_unseen(oldest)
+
+    def settle(self, transfer: BookedTransfer) -> None:
+        """The transfer has ended and its caller knows how."""
+        with self._lock:
+            self._entries.pop(transfer, None)
+            self._unseen.pop(transfer, None)
+
+    def num_in_flight(self, name: str) -> int:
+        with self._lock:
+            return sum(transfer.name == name and not transfer.is_done for transfer in self._entries)
+
+    def raise_unseen(self) -> None:
+        """Raise a failure that nobody waited for (rule 3), if there is one; nothing is in flight any more."""
+        with self._lock:
+            for transfer in list(self._entries):
+                self._move_unseen(transfer)
+            unseen = list(self._unseen.values())
+            self._unseen.clear()
+        if unseen:
+            raise StorageError(f"{len(unseen)} failed transfers were never waited for; the first: {unseen[0]}") from unseen[0]
+
+    def _move_unseen(self, transfer: BookedTransfer) -> None:
+        del self._entries[transfer]
+        error = transfer.failure()
+        if error is not None:
+            self._unseen[transfer] = error
+
+
+class EngineTransfer:
+    """A copy that the native engine does. Meets the protocol `CheckedTransfer`.
+
+    Args:
+        native: has been submitted; `buffer` is what it was given.
+        explain: a failed transfer's error.
+    """
+
+    __slots__ = ("_book", "_buffer", "_engine", "_error", "_explain", "_native", "name")
+
+    def __init__(
+        self,
+        book: TransferBook,
+        name: str,
+        engine: _native.IoEngine,
+        native: _native.IoTransfer,
+        buffer: torch.Tensor,
+        explain: Callable[[str, _native.IoTransfer], StorageError | None],
+    ) -> None:
+        self._book, self.name, self._engine, self._native, self._explain = book, name, engine, native, explain
+        self._buffer: torch.Tensor | None = buffer.detach()  # keeps the memory, whatever becomes of the caller's tensor
+        self._error: StorageError | None = None
+        book.add(self)
+
+    @property
+    def is_done(self) -> bool:
+        return self._native.is_done
+
+    def wait(self) -> None:
+        """Block until the copy has ended; raise its failure."""
+        self._native.wait()
+        self._book.settle(self)
+        self._buffer = None
+        error = self.failure()
+        if error is not None:
+            raise error
+
+    @property
+    def ended_s(self) -> float:
+        """When it ended, by `time.perf_counter`; 0 before."""
+        return self._native.ended_s
+
+    def cancel(self) -> bool:
+        """Whether the copy was taken back: nothing has moved and nothing will; `wait()` then raises. False: it goes on."""
+        return self._engine.cancel(self._native)
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        """CRC-32C of each block, after `wait()`, if they were asked for."""
+        return tuple(self._native.checksums)
+
+    def failure(self) -> StorageError | None:
+        if self._error is None:
+            self._error = self._explain(self.name, self._native)
+        return self._error
+
+
+class ThreadTransfer:
+    """A copy that runs on a Python thread. Meets the protocol `CheckedTransfer`.
+
+    Args:
+        move: does the copy and returns the checksums of its blocks.
+    """
+
+    def __init__(self, book: TransferBook, name: str, move: Callable[[], tuple[int, ...]], pool: Executor) -> None:
+        self._book, self.name = book, name
+        self._error: BaseException | None = None
         self._ended = threading.Event()
-        self.ended_s: float | None = None
-        """When it ended, by `time.perf_counter`; None before."""
+        self.checksums: tuple[int, ...] = ()
+        self.ended_s = 0.0
+        """When it ended, by `time.perf_counter`; 0 before."""
+        book.add(self)
+        pool.submit(self._run, move)
 
     @property
     def is_done(self) -> bool:
         return self._ended.is_set()
 
     def wait(self) -> None:
-        """Block until every part has ended; raise the first failure."""
+        """Block until the copy has ended; raise its failure."""
         self._ended.wait()
+        self._book.settle(self)
         if self._error is not None:
-            self._book._forget_failure(self)
             raise self._error
 
-    def _run(self, part: Callable[[], None]) -> None:
+    def failure(self) -> BaseException | None:
+        return self._error
+
+    def _run(self, move: Callable[[], tuple[int, ...]]) -> None:
         try:
-            if self._error is None:
-                part()
+            self.checksums = move()
         except BaseException as error:  # it belongs to whoever waits, not to this worker thread
-            with self._lock:
-                self._error = self._error or error
-        with self._lock:
-            self._num_left -= 1
-            is_last = self._num_left == 0
-        if is_last:
-            self._book._end(self, self._name, self._error)
-            self.ended_s = time.perf_counter()
-            self._ended.set()
-
-
-class TransferBook:
-    """The transfers of one store: how many are in flight per extent, and which failed unseen; thread-safe."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._in_flight: dict[str, int] = {}
-        self._unseen: dict[PartsTransfer, BaseException] = {}
-
-    def start(self, name: str, parts: Sequence[Callable[[], None]], pool: Executor) -> PartsTransfer:
-        """Run `parts`, of which there is at least one, on `pool` as one transfer of the extent `name`."""
-        assert parts, f"a transfer of {name} has no parts"
-        transfer = PartsTransfer(self, name, len(parts))
-        with self._lock:
-            self._in_flight[name] = self._in_flight.get(name, 0) + 1
-        for part in parts:
-            pool.submit(transfer._run, part)
-        return transfer
-
-    def num_in_flight(self, name: str) -> int:
-        with self._lock:
-            return self._in_flight.get(name, 0)
-
-    def raise_unseen(self) -> None:
-        """Raise a failure that nobody waited for (rule 3), if there is one."""
-        with self._lock:
-            unseen = list(self._unseen.values())
-            self._unseen.clear()
-        if unseen:
-            raise StorageError(f"{len(unseen)} failed transfers were never waited for; the first: {unseen[0]}") from unseen[0]
-
-    def _end(self, transfer: PartsTransfer, name: str, error: BaseException | None) -> None:
-        with self._lock:
-            self._in_flight[name] -= 1
-            if not self._in_flight[name]:
-                del self._in_flight[name]
-            if error is not None:
-                self._unseen[transfer] = error
-
-    def _forget_failure(self, transfer: PartsTransfer) -> None:
-        with self._lock:
-            self._unseen.pop(transfer, None)
+            self._error = error
+        self.ended_s = time.perf_counter()
+        self._ended.set()

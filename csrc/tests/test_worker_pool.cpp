@@ -1,0 +1,60 @@
+// The pool of the update: every task once, calls from several threads, denormals kept whatever the caller has set.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "worker_pool.hpp"
+
+using overspill::WorkerPool;
+
+namespace {
+
+void check_every_task_runs_once(int num_threads, std::int64_t num_tasks) {
+  std::vector<std::atomic<int>> counts(static_cast<std::size_t>(num_tasks));
+  WorkerPool::instance().run(num_tasks, num_threads, [&](std::int64_t task) { ++counts[static_cast<std::size_t>(task)]; });
+  for (const auto& count : counts) CHECK(count == 1);
+}
+
+void check_calls_from_several_threads_take_turns() {
+  std::atomic<std::int64_t> sum{0};
+  std::vector<std::thread> callers;
+  for (int caller = 0; caller < 4; ++caller) {
+    callers.emplace_back([&sum] {
+      for (int round = 0; round < 50; ++round) {
+        std::vector<std::int64_t> squares(17);
+        WorkerPool::instance().run(17, 3, [&](std::int64_t task) { squares[static_cast<std::size_t>(task)] = task * task; });
+        for (const std::int64_t square : squares) sum += square;
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  CHECK(sum == 4 * 50 * 1496);
+}
+
+void check_a_forked_child_has_a_pool_of_its_own() {
+#if !defined(__SANITIZE_THREAD__)  // its run-time does not follow a fork of a process with threads
+  const pid_t child = fork();
+  if (child == 0) {
+    std::atomic<int> count{0};
+    WorkerPool::instance().run(9, 3, [&](std::int64_t) { ++count; });
+    _exit(count == 9 ? 0 : 1);
+  }
+  int status = 0;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+#endif
+}
+
+}  // namespace
+
+int main() {
+  for (const int num_threads : {1, 2, 5}) {
+    for (const std::int64_t num_tasks : {0, 1, 2, 100}) check_every_task_runs_once(num_threads, num_tasks);
+  }
+  check_calls_from_several_threads_take_turns();
+  check_a_forked_child_has_a_pool_of_its_own();
+  return overspill::testing::finish("worker pool");
+}
