@@ -21,7 +21,7 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ import overspill.runtime.session  # noqa: F401  # loads every module that refers
 from overspill.errors import BudgetError, StorageError
 from overspill.optim import sum_of_squares
 from overspill.tiers import HostMemory, SlotPool
+from overspill.tiers.checksums import block_checksums
+from overspill.tiers.transfer import DamagedBlock
 
 PARTS = ("pool", "pinned", "check", "check-flat", "engine")
 
@@ -97,8 +99,12 @@ class _PartOfSlot:
         tensor: torch.Tensor = self._slot.tensor[: self.num_bytes]
         return tensor
 
-    def release(self) -> None:
-        self._slot.release()
+    @property
+    def after(self) -> Any:
+        return self._slot.after
+
+    def release(self, after: Any = ()) -> None:
+        self._slot.release(after)
 
 
 def _one_size_pool(largest_tensor_bytes: int) -> Callable[[Any, str], SlotPool]:
@@ -139,7 +145,7 @@ class PowerOfTwoMemory(HostMemory):
 
     _most_bytes = 0
 
-    def allocate(self, name: str, num_bytes: int) -> torch.Tensor:
+    def allocate(self, name: str, num_bytes: int, *, pinned: bool = True) -> torch.Tensor:
         rounded = 1 << (num_bytes - 1).bit_length()
         if self.budget_bytes is not None and self.allocated_bytes + rounded > self.budget_bytes:
             raise BudgetError(f"{name} needs {rounded} B after rounding, the host budget of {self.budget_bytes} B leaves less")
@@ -197,8 +203,12 @@ class ElementwiseCheck:
 class _Copy:
     """A transfer that runs on a thread."""
 
-    def __init__(self, future: Future[None]) -> None:
+    def __init__(self, future: Future[tuple[int, ...]]) -> None:
         self._future = future
+
+    @property
+    def checksums(self) -> tuple[int, ...]:
+        return self._future.result()
 
     @property
     def is_done(self) -> bool:
@@ -247,15 +257,30 @@ class PageCacheStore:
     def num_bytes(self, name: str) -> int:
         return self._files[name][1]
 
-    def start_read(self, name: str, offset: int, buffer: torch.Tensor) -> _Copy:
+    def start_read(self, name: str, offset: int, buffer: torch.Tensor, *, expected: Sequence[int] | None = None) -> _Copy:
         with self._lock:
             self.read_bytes += buffer.numel()
-        return _Copy(self._threads.submit(self._move, os.preadv, name, offset, buffer))
 
-    def start_write(self, name: str, offset: int, buffer: torch.Tensor) -> _Copy:
+        def read() -> tuple[int, ...]:
+            self._move(os.preadv, name, offset, buffer)
+            found = block_checksums(buffer) if expected is not None else ()
+            wrong = next((block for block, want in enumerate(expected or ()) if found[block] != want), None)
+            if expected is not None and wrong is not None:
+                raise DamagedBlock(name, wrong, expected[wrong], found[wrong])
+            return found
+
+        return _Copy(self._threads.submit(read))
+
+    def start_write(self, name: str, offset: int, buffer: torch.Tensor, *, with_checksums: bool = False) -> _Copy:
         with self._lock:
             self.written_bytes += buffer.numel()
-        return _Copy(self._threads.submit(self._move, os.pwritev, name, offset, buffer))
+
+        def write() -> tuple[int, ...]:
+            checksums = block_checksums(buffer) if with_checksums else ()
+            self._move(os.pwritev, name, offset, buffer)
+            return checksums
+
+        return _Copy(self._threads.submit(write))
 
     def _move(self, call: Callable[[int, list[memoryview], int], int], name: str, offset: int, buffer: torch.Tensor) -> None:
         view, done = memoryview(buffer.numpy()), 0
@@ -264,6 +289,9 @@ class PageCacheStore:
             if moved == 0:
                 raise StorageError(f"{name}: wanted {len(view)} B at {offset}, moved {done} B")
             done += moved
+
+    def interrupt(self) -> None:
+        """Nothing here waits for a person."""
 
     def close(self) -> None:
         self._threads.shutdown()

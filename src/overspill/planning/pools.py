@@ -1,7 +1,8 @@
 """What a schedule borrows from the pools of slots, on paper: how large they must be, and what their size classes are.
 
 As `runtime/residency.py` does it for real: on the device one slot for all chunks of a role of a bundle, from its first chunk to its
-last; in host memory one slot a chunk or hidden state. Homes are no slots, nor are hidden states on the device.
+last; in host memory one slot a chunk or hidden state. Homes are no slots, nor are hidden states that the device has computed; those
+that it is given back from elsewhere are.
 
 Limit: a slot counts as given back when its op is done. An executor that lends a slot longer needs as much more.
 """
@@ -12,7 +13,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Piece, Role, Schedule, effects, initial_copies
+from overspill.spec.schedule import Fetch, Piece, Role, Schedule, effects, initial_copies
 from overspill.spec.tensors import Tier
 from overspill.units import align_up
 
@@ -46,7 +47,7 @@ def pool_events(schedule: Schedule, plan: Plan) -> Iterator[PoolEvent]:
             books.rename([piece for piece, _ in effect.drops], [piece for piece, _, _ in effect.creates])
             continue
         for piece, tier, size in effect.creates:
-            yield from books.create(piece, tier, size)
+            yield from books.create(piece, tier, size, is_computed=not isinstance(item.op, Fetch))
         for piece, tier in effect.drops:
             yield from books.drop(piece, tier)
 
@@ -73,15 +74,16 @@ class _Books:
         self._homes = initial_copies(plan, pending=False).keys()
         self._num_slots = 0
         self._regions: dict[RegionKey, tuple[int, set[Piece]]] = {}
-        self._host: dict[Piece, int] = {}
+        self._single: dict[tuple[Piece, Tier], int] = {}
 
-    def create(self, piece: Piece, tier: Tier, size: int) -> Iterator[PoolEvent]:
-        if (piece, tier) in self._homes or tier is Tier.SSD or (tier is Tier.DEVICE and piece.role not in _REGION_ROLES):
+    def create(self, piece: Piece, tier: Tier, size: int, *, is_computed: bool = False) -> Iterator[PoolEvent]:
+        in_region = tier is Tier.DEVICE and piece.role in _REGION_ROLES
+        if (piece, tier) in self._homes or tier is Tier.SSD or (tier is Tier.DEVICE and not in_region and is_computed):
             return
-        if tier is Tier.HOST:
-            if piece not in self._host:
-                self._host[piece] = self._next_slot()
-                yield PoolEvent(tier=tier, slot=self._host[piece], num_bytes=size)
+        if not in_region:
+            if (piece, tier) not in self._single:
+                self._single[piece, tier] = self._next_slot()
+                yield PoolEvent(tier=tier, slot=self._single[piece, tier], num_bytes=size)
             return
         key = _region(piece)
         if key not in self._regions:
@@ -93,8 +95,8 @@ class _Books:
 
     def drop(self, piece: Piece, tier: Tier) -> Iterator[PoolEvent]:
         key = _region(piece)
-        if tier is Tier.HOST and piece in self._host:
-            yield PoolEvent(tier=tier, slot=self._host.pop(piece), num_bytes=0)
+        if (piece, tier) in self._single:
+            yield PoolEvent(tier=tier, slot=self._single.pop((piece, tier)), num_bytes=0)
         elif tier is Tier.DEVICE and key in self._regions:
             slot, pieces = self._regions[key]
             pieces.discard(piece)

@@ -368,6 +368,7 @@ class Session:
     def _run(
         self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None
     ) -> tuple[StepFigures, Gradients]:
+        self.residency.device_pool.limit_bytes = self._programs.device_pool_bytes(schedule)
         try:
             result = self.executor.run(schedule, prepared, context, updates=updates)
         except BaseException as error:
