@@ -58,7 +58,7 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule, Update
-from overspill.spec.tensors import CHUNK_BYTES
+from overspill.spec.tensors import CHUNK_BYTES, HOST_CHUNK_BYTES
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 
@@ -74,7 +74,7 @@ class Session:
         seed: of dropout, with the step, the micro-batch and the unit.
         open_store: makes the stores that rest on the SSD, (directory, capacity in bytes, is scratch) -> store; None: files
             in the directory. Tests and users give a `FakeStore` here.
-        chunk_bytes: bound on the bytes of one chunk; tests lower it.
+        chunk_bytes: bound on the bytes of one chunk; None: `CHUNK_BYTES` with an SSD directory, `HOST_CHUNK_BYTES` without.
         checkpoints: reserve room for checkpoints, which `save_checkpoint` makes; None: none can be made.
         resume_from: used by `overspill.resume`.
         serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
@@ -98,7 +98,7 @@ class Session:
         learning_rate: LearningRate | None = None,
         seed: int = 0,
         open_store: StoreFactory | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         checkpoints: CheckpointPolicy | None = None,
         resume_from: tuple[Manifest, Path] | None = None,
         calls: FileCalls = OS_CALLS,
@@ -107,6 +107,8 @@ class Session:
         serial: bool = False,
         ssd_overwrite: Sequence[str] = (),
     ) -> None:
+        if chunk_bytes is None:
+            chunk_bytes = CHUNK_BYTES if plan.ssd_dir else HOST_CHUNK_BYTES
         self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
         plan = plan_for_optimizer(plan, optimizer)
         files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, overwrite=ssd_overwrite, open_store=open_store)

@@ -20,10 +20,10 @@ class Span:
     end_s: float
 
 
-def busy_s(spans: Iterable[Span], lane: Lane) -> float:
-    """Seconds in which `lane` had at least one op under way; transfers of one lane may overlap."""
+def busy_s(spans: Iterable[Span], *lanes: Lane) -> float:
+    """Seconds in which at least one of `lanes` had an op under way; transfers of one lane may overlap."""
     total, reached = 0.0, 0.0
-    for start, end in sorted((span.start_s, span.end_s) for span in spans if span.lane is lane):
+    for start, end in sorted((span.start_s, span.end_s) for span in spans if span.lane in lanes):
         total += max(0.0, end - max(start, reached))
         reached = max(reached, end)
     return total
@@ -32,5 +32,4 @@ def busy_s(spans: Iterable[Span], lane: Lane) -> float:
 def overlap_s(spans: Iterable[Span], one: Lane, other: Lane) -> float:
     """Seconds in which both lanes had work."""
     chosen = [span for span in spans if span.lane in (one, other)]
-    merged = [dataclasses.replace(span, lane=one) for span in chosen]
-    return busy_s(chosen, one) + busy_s(chosen, other) - busy_s(merged, one)
+    return busy_s(chosen, one) + busy_s(chosen, other) - busy_s(chosen, one, other)

@@ -32,7 +32,10 @@ from overspill.units import MIB, align_up
 TENSOR_ALIGNMENT_ELEMENTS = 256
 CHUNK_ALIGNMENT_ELEMENTS = 4096
 CHUNK_BYTES = 32 * MIB
-"""Most bytes of all roles of one chunk together (design 4: states move in chunks of at most 32 MiB)."""
+"""Most bytes of all roles of one chunk together, where something rests on the SSD (design 4: states move in chunks of at most 32 MiB)."""
+HOST_CHUNK_BYTES = 128 * MIB
+"""The same where nothing does: chunks are then only the granule in which gradients leave and are updated, and a quarter as many ops cost
+the executor a quarter of its time. On an H100, 1.10B parameters, 16k tokens: 0.90 s a step with 32 MiB, 0.50 s with 128 MiB."""
 
 DTYPE_BYTES = {
     "float64": 8,
