@@ -12,24 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_ssd_step_benchmark_runs_small(tmp_path: Path) -> None:
-    arguments = [
-        "--shape",
-        "tiny",
-        "--samples",
-        "1",
-        "--seq-len",
-        "16",
-        "--dtype",
-        "float32",
-        "--raw-gib",
-        "0.125",
-        "--chunk-mib",
-        "0.0625",
-    ]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/host_memory/ssd_step.py", *arguments, "--ssd-dir", str(tmp_path / "ssd"), "--out", str(tmp_path / "o.json")],
-        cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    arguments = ["--shape", "tiny", "--samples", "1", "--seq-len", "16", "--dtype", "float32", "--raw-gib", "0.125"]
+    arguments += ["--chunk-mib", "0.0625", "--ssd-dir", str(tmp_path / "ssd"), "--out", str(tmp_path / "o.json")]
+    command = [sys.executable, "benchmarks/host_memory/ssd_step.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "o.json").read_text())
     assert len(result["raw_gb_per_s"]) == 2 and len(result["step_over_bound"]) == 2

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -144,7 +145,7 @@ class Bundle:
         """Elements that belong to a tensor: `num_elements` without the padding."""
         return sum(slot.tensor.num_elements for slot in self.slots)
 
-    @property
+    @functools.cached_property
     def chunks(self) -> tuple[Chunk, ...]:
         starts = range(0, self.num_elements, self.chunk_elements)
         return tuple(
