@@ -199,7 +199,7 @@ GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges
     for (std::int64_t done = 0; done < range->num_elements; done += kPieceElements) {
       const std::int64_t start = range->start + done;
       const std::int64_t end = range->start + std::min(done + kPieceElements, range->num_elements);
-      work.push_back({{start, end, range->key, range->first_element + static_cast<std::uint32_t>(done)}, range->scalars, {}});
+      work.push_back({{start, end, range->key, range->first_element + static_cast<std::uint32_t>(done), 0}, range->scalars, {}});
     }
   }
   WorkerPool::instance().run(static_cast<std::int64_t>(work.size()), threads, [&](std::int64_t index) {
