@@ -228,7 +228,7 @@ void update_staged(const ChunkArrays& arrays, const UpdateScalars& scalars, cons
 
 void update(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
   Piece rest = piece;
-  if (is_fused(arrays)) {
+  if (is_fused(arrays, scalars)) {
     Piece whole = piece;
     whole.end = piece.start + (piece.end - piece.start) / kBlock * kBlock;
     if (stats != nullptr) {

@@ -30,6 +30,7 @@ constexpr int kPairs = kRow / (2 * kLanes);
 using Floats = float __attribute__((vector_size(kVectorBytes)));
 using Words = u32 __attribute__((vector_size(kVectorBytes)));
 using Ints = i32 __attribute__((vector_size(kVectorBytes)));
+using Quad = i32 __attribute__((vector_size(16)));
 using Halves = u16 __attribute__((vector_size(kVectorBytes / 2)));
 
 template <class Vector>
@@ -57,6 +58,15 @@ inline Words select_bits(u32 mask, Words one, Words other) {
                                                            reinterpret_cast<__m512i>(other), 0xca));
 #else
   return (one & mask) | (other & ~mask);
+#endif
+}
+
+inline Words exclusive_or(Words a, Words b, Words c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(
+      _mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(c), 0x96));
+#else
+  return a ^ b ^ c;
 #endif
 }
 
@@ -91,21 +101,76 @@ inline bool has_nan(Floats a, Floats b) {
 }
 
 inline u32 largest_lane(Ints values) {
-  i32 largest = 0;
-  for (int i = 0; i < kLanes; ++i) largest = values[i] > largest ? values[i] : largest;
-  return static_cast<u32>(largest);
+  i32 lanes[kLanes];
+  store(lanes, values);
+  for (int half = kLanes / 2; half >= 4; half /= 2) {  // four at a time: GCC's own reduction goes lane by lane
+    for (int i = 0; i < half; i += 4) {
+      const Quad a = load<Quad>(lanes + i), b = load<Quad>(lanes + half + i);
+      store(lanes + i, a > b ? a : b);
+    }
+  }
+  const i32 a = lanes[0] > lanes[1] ? lanes[0] : lanes[1], b = lanes[2] > lanes[3] ? lanes[2] : lanes[3];
+  return static_cast<u32>(a > b ? a : b);
 }
 
-inline Words rounding_word(Words element, u32 key_low, u32 key_high) {
-  Words x = element ^ key_low;
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= key_high;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  x ^= x >> 16;
-  return x;
+// Where the compiler takes four instructions for one.
+
+// `b` where either is a NaN.
+inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Floats>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Floats>(_mm_min_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+#else
+  return a < b ? a : b;
+#endif
 }
+
+inline Words widen_halves(const void* from) {
+  const Halves halves = load<Halves>(from);
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(halves)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+
+// The low half of each lane.
+inline void store_halves(void* to, Words words) {
+#if defined(__AVX512F__)
+  store(to, _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(words)));
+#else
+  store(to, __builtin_convertvector(words, Halves));
+#endif
+}
+
+// A value that the compiler keeps in a register or on the stack, and does not build again in every round.
+inline Words kept(Words value) {
+  asm("" : "+x"(value));
+  return value;
+}
+
+// `rounding_word` of numbers.hpp with the second half of the key and its shifted self joined once for all elements.
+struct RoundingWords {
+  Words low, high, first_factor = kept(all_lanes(0x7feb352du)), second_factor = kept(all_lanes(0x846ca68bu));
+
+  explicit RoundingWords(u64 key)
+      : low(kept(all_lanes(static_cast<u32>(key)))),
+        high(kept(all_lanes(static_cast<u32>(key >> 32) ^ (static_cast<u32>(key >> 32) >> 15)))) {}
+
+  Words of(Words element) const {
+    Words x = element ^ low;
+    x ^= x >> 16;
+    x *= first_factor;
+    x = exclusive_or(x, x >> 15, high);
+    x *= second_factor;
+    return x ^ (x >> 16);
+  }
+};
 
 inline Words second_word(Words word) { return word * 0x9e3779b1u; }
 

@@ -28,12 +28,12 @@ void add_group_exactly(GradientStats& stats, Widen widen, i64 n) {
 }
 
 // Adds the sixteen sums that are left of a group; false when the group must be summed exactly instead.
-inline bool add_group(GradientStats& stats, float* sums) {
-  for (int half = 8; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-  }
-  if (!(sums[0] - sums[0] == 0) || sums[0] < kSmallestGroupSum) return false;
-  stats.sum_of_squares += static_cast<double>(sums[0]);
+inline bool add_group(GradientStats& stats, const float* sums) {
+  using Four = float __attribute__((vector_size(16)));
+  const Four four = (load<Four>(sums) + load<Four>(sums + 8)) + (load<Four>(sums + 4) + load<Four>(sums + 12));
+  const float sum = (four[0] + four[2]) + (four[1] + four[3]);
+  if (!(sum - sum == 0) || sum < kSmallestGroupSum) return false;
+  stats.sum_of_squares += static_cast<double>(sum);
   return true;
 }
 
