@@ -150,7 +150,9 @@ inline void store_halves(void* to, Words words) {
 
 // A value that the compiler keeps in a register or on the stack, and does not build again in every round.
 inline Words kept(Words value) {
+#if defined(__SSE2__)
   asm("" : "+x"(value));
+#endif
   return value;
 }
 

@@ -186,6 +186,16 @@ def test_the_sum_of_squares_depends_neither_on_threads_nor_on_the_instruction_se
     assert len(sums) == 1
 
 
+@pytest.mark.parametrize("size", [1e-35, 1e-20, 1.0, 1e20, 3e38])
+def test_the_sum_of_squares_survives_where_fp32_squares_do_not(build_segment, size):
+    for state_format in ("fp32", "bf16", "int8"):
+        segment = build_segment(torch.bfloat16, torch.bfloat16, 3_001, state_format=state_format)
+        segment.gradient.fill_(size)
+        exact = segment.gradient.double().square().sum().item()
+        stats = native.update_native(OPTIMIZERS[0].scalars(step=1), **segment.arguments)
+        assert stats.num_non_finite == 0 and stats.sum_of_squares == pytest.approx(exact, rel=1e-6)
+
+
 # -- against torch -----------------------------------------------------------------------------------------------------
 
 
