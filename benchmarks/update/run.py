@@ -2,25 +2,31 @@
 
     PYTHONPATH=src python benchmarks/update/run.py --out update.json
 
-What is measured, each `--repetitions` times (median, smallest and largest are reported), threads 1 to all:
+What is measured, each `--repetitions` times after one that warms up (median, smallest and largest are reported):
 
-* `update`: `optim.update_chunk` on bf16 parameters and gradients, in chunks of 32 MiB as a session has them.
-* `stream`: x = x * a + b in place on fp32 arrays by the same threads, over as many bytes as AdamW in format fp32 moves:
-  what any in-place update is bounded by. An update's `of_stream` is its bytes per second over these.
+* `update`: `optim.update_chunk` on bf16 parameters and gradients, in chunks of 32 MiB as a session has them. AdamW with one
+  thread and with all, the other optimizers with all.
+* `stream`: x = x * a + b in place on fp32 arrays by the same threads, over as many bytes as AdamW in format fp32 moves: what
+  any in-place update is bounded by. Once through one array, and once through seven in step, as AdamW goes through its own.
+  An update's `of_stream` is its bytes per second over those of the one array.
 * `torch_fused`: torch.optim.AdamW(fused=True) on fp32 parameters, plus the casts that bf16 compute needs around it, chunk by
   chunk: gradient bf16 -> fp32, parameter fp32 -> bf16.
 * `deepspeed`: DeepSpeed's CPU Adam on fp32 parameters and bf16 gradients cast chunk by chunk, where deepspeed can be imported.
 * `check`: format fp32 with and without the look at the gradient (count of non-finite elements, sum of squares).
 * `in_cache`: one thread, one piece that stays in the second-level cache: what the arithmetic alone costs.
 
+Everything lies in huge pages where the system gives them (`in_huge_pages`), as a session's host states do, and the arrays
+of a chunk start a page and eight lines further each, so that none compete for a cache set only because of a round length.
 Bytes of an element are those that an update must move: each array read once, and written once where it changes.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import mmap
 import os
 import platform
 import statistics
@@ -48,24 +54,26 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "lion": overspill.Lion(lr=1e-5, weight_decay=0.01),
 }
 IN_CACHE_CALLS = 200
+STAGGER_BYTES = 4096 + 512
+"""Between two arrays of a chunk."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
-    parser.add_argument("--parameters", type=int, default=256 * 2**20, help="elements updated at a time")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", help="comma-separated; default 1, 2, 4, ... all")
+    parser.add_argument("--parameters", type=int, default=128 * 2**20, help="elements updated at a time")
+    parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--threads", help="comma-separated; default 1 and all")
     options = parser.parse_args()
     everyone = _native.default_num_threads()
-    threads = [int(item) for item in options.threads.split(",")] if options.threads else thread_counts(everyone)
+    threads = [int(item) for item in options.threads.split(",")] if options.threads else sorted({1, everyone})
     started = time.monotonic()
     report: dict[str, Any] = {"machine": machine(), "parameters": options.parameters, "repetitions": options.repetitions, "rows": []}
     rows = report["rows"]
     number = options.parameters // 4096 * 4096
     for count in threads:
-        rows.append(measure_stream(number, count, options.repetitions))
-    stream = {row["threads"]: row["gb_per_s"] for row in rows}
+        rows += measure_streams(number, count, options.repetitions)
+    stream = {row["threads"]: row["gb_per_s"] for row in rows if row["arrays"] == 1}
     for name, optimizer in OPTIMIZERS.items():
         for state_format in STATE_FORMATS:
             # All thread counts for AdamW, the others only with every thread: that is what a session uses.
@@ -78,13 +86,6 @@ def main() -> None:
     options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     for row in rows:
         print(describe(row))
-
-
-def thread_counts(everyone: int) -> list[int]:
-    counts = [1]
-    while counts[-1] < everyone:
-        counts.append(min(4 * counts[-1], everyone))
-    return counts
 
 
 def machine() -> dict[str, Any]:
@@ -123,14 +124,30 @@ def rated(row: dict[str, Any], number: int, bytes_per_element: float) -> dict[st
     }
 
 
-def measure_stream(number: int, threads: int, repetitions: int) -> dict[str, Any]:
+def in_huge_pages(num_bytes: int) -> torch.Tensor:
+    """Zero bytes, in transparent huge pages where the system has them."""
+    memory = mmap.mmap(-1, max(num_bytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them: small pages it is
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def measure_streams(number: int, threads: int, repetitions: int) -> list[dict[str, Any]]:
     """In place over 3 fp32 arrays' worth of bytes: 12 read and 12 written an element, near AdamW's 14 and 12."""
-    values = torch.full((3 * number,), 1.0)
+    length = 3 * number // 7 // 256 * 256 - 256  # one block short of round, see the file's opening
+    values = in_huge_pages(7 * length * 4).view(torch.float32)
+    rows = []
+    for arrays in (1, 7):
 
-    def run() -> None:
-        _native.scale_in_place(values.data_ptr(), num_elements=values.numel(), factor=0.5, summand=0.5, num_threads=threads)
+        def run(arrays: int = arrays) -> None:
+            _native.scale_in_place(
+                values.data_ptr(), num_elements=7 * length, factor=0.5, summand=0.5, num_arrays=arrays, num_threads=threads
+            )
 
-    return rated({"what": "stream", "threads": threads, **measured(run, repetitions)}, number, 24)
+        row = rated({"what": "stream", "threads": threads, "arrays": arrays, **measured(run, repetitions)}, number, 56 * length / number)
+        rows.append(row)
+    return rows
 
 
 def moved_bytes(optimizer: Optimizer, state_format: str) -> float:
@@ -147,14 +164,22 @@ class Chunked:
         self.scalars = [optimizer.scalars(step=100)]
         self.chunks = []
         noise = torch.randn(min(size, MIB)) * 1e-3
+        num_chunks = -(-number // size)
+        memory = in_huge_pages(num_chunks * (4 * size + self.layout.record_bytes(size) + 3 * STAGGER_BYTES))
+        used = 0
         for start in range(0, number, size):
             length = min(size, number - start)
-            gradient = noise.repeat(-(-length // noise.numel()))[:length].to(torch.bfloat16)
-            record = torch.zeros(self.layout.record_bytes(length), dtype=torch.uint8)
+            parts = []
+            for num_bytes in (2 * length, 2 * length, self.layout.record_bytes(length)):
+                parts.append(memory[used : used + num_bytes])
+                used += num_bytes + STAGGER_BYTES
+            parameter, gradient, record = parts[0].view(torch.bfloat16), parts[1].view(torch.bfloat16), parts[2]
+            parameter.fill_(0.02)
+            gradient.copy_(noise.repeat(-(-length // noise.numel()))[:length])
             ranges = self.layout.field_ranges(length)
             states = {field.name: record[slice(*ranges[field.name])].view(getattr(torch, field.dtype)) for field in self.layout.fields}
             table = np.array([(0, length, 0x9E3779B97F4A7C15, start % 2**32, 0)], dtype=SEGMENT_DTYPE)
-            self.chunks.append((torch.full((length,), 0.02, dtype=torch.bfloat16), gradient, states, table))
+            self.chunks.append((parameter, gradient, states, table))
 
     def step(self, threads: int, *, with_stats: bool = True) -> None:
         for parameter, gradient, states, table in self.chunks:
@@ -182,7 +207,7 @@ def measure_update(
         row["of_stream"] = row["gb_per_s"] / stream[count]
         rows.append(row)
     # Beside the last row, alternating, so that a slow minute of the machine hits both.
-    pairs = [(timed(lambda: chunked.step(count)), timed(lambda: chunked.step(count, with_stats=False))) for _ in range(repetitions)]
+    pairs = [(timed(lambda: chunked.step(count)), timed(lambda: chunked.step(count, with_stats=False))) for _ in range(2 * repetitions)]
     rows[-1]["check_cost_fraction"] = statistics.median(on for on, _ in pairs) / statistics.median(off for _, off in pairs) - 1
     return rows
 
@@ -251,7 +276,7 @@ def measure_deepspeed(number: int, threads: int, repetitions: int) -> dict[str, 
 def describe(row: dict[str, Any]) -> str:
     if "skipped" in row:
         return f"{row['what']:12} skipped: {row['skipped']}"
-    label = " ".join(str(row[key]) for key in ("optimizer", "state_format") if key in row)
+    label = " ".join(str(row[key]) for key in ("optimizer", "state_format", "arrays") if key in row)
     spread = (row["max_s"] - row["min_s"]) / row["median_s"]
     extra = f"  {row['of_stream']:.2f} of stream" if "of_stream" in row else ""
     extra += f"  check {row['check_cost_fraction']:+.1%}" if "check_cost_fraction" in row else ""

@@ -22,12 +22,15 @@ namespace {
 
 static_assert(sizeof(overspill::UpdateRange) == 32, "optim/native.py packs ranges of 32 bytes");
 
+constexpr overspill::UpdateTuning kTuning;
+
 std::pair<std::int64_t, double> update_ranges(const std::string& rule, const std::string& state_format, const std::string& parameter_dtype,
                                               const std::string& gradient_dtype, std::int64_t num_elements, std::uintptr_t parameter,
                                               std::uintptr_t gradient, std::uintptr_t master, const std::array<std::uintptr_t, 2>& moments,
                                               const std::array<std::uintptr_t, 2>& exponents, std::uintptr_t ranges, std::size_t num_ranges,
                                               const std::vector<std::array<float, 11>>& scalars, int num_threads, const std::string& isa,
-                                              bool with_stats) {
+                                              bool with_stats, std::int64_t piece_elements, std::int64_t prefetch_elements,
+                                              bool is_contiguous) {
   static_assert(sizeof(std::array<float, 11>) == sizeof(overspill::UpdateScalars), "optim/native.py passes every scalar");
   const overspill::ChunkArrays arrays{overspill::parse_rule(rule),
                                       overspill::parse_state_format(state_format),
@@ -43,8 +46,9 @@ std::pair<std::int64_t, double> update_ranges(const std::string& rule, const std
   for (const auto& [scale, decay, beta1, rest1, beta2, rest2, step, correction, eps, momentum, weight_decay] : scalars) {
     sets.push_back({scale, decay, beta1, rest1, beta2, rest2, step, correction, eps, momentum, weight_decay});
   }
-  const overspill::GradientStats stats = overspill::update_ranges(arrays, pointer<const overspill::UpdateRange>(ranges), num_ranges,
-                                                                  sets.data(), sets.size(), num_threads, isa, with_stats);
+  const overspill::GradientStats stats =
+      overspill::update_ranges(arrays, pointer<const overspill::UpdateRange>(ranges), num_ranges, sets.data(), sets.size(), num_threads,
+                               isa, with_stats, {piece_elements, prefetch_elements, is_contiguous});
   return {stats.num_non_finite, stats.sum_of_squares};
 }
 
@@ -52,8 +56,9 @@ bool all_finite(std::uintptr_t data, const std::string& dtype, std::int64_t num_
   return overspill::all_finite(pointer<const void>(data), overspill::parse_dtype(dtype), num_elements, num_threads, isa);
 }
 
-void scale_in_place(std::uintptr_t data, std::int64_t num_elements, float factor, float summand, int num_threads, const std::string& isa) {
-  overspill::scale_in_place(pointer<float>(data), num_elements, factor, summand, num_threads, isa);
+void scale_in_place(std::uintptr_t data, std::int64_t num_elements, float factor, float summand, int num_arrays, int num_threads,
+                    const std::string& isa) {
+  overspill::scale_in_place(pointer<float>(data), num_elements, factor, summand, num_arrays, num_threads, isa);
 }
 
 }  // namespace
@@ -61,11 +66,13 @@ void scale_in_place(std::uintptr_t data, std::int64_t num_elements, float factor
 void bind_update(nb::module_& module) {
   module.def("update_ranges", &update_ranges, Unlocked(), nb::kw_only(), "rule"_a, "state_format"_a, "parameter_dtype"_a,
              "gradient_dtype"_a, "num_elements"_a, "parameter"_a, "gradient"_a, "master"_a, "moments"_a, "exponents"_a, "ranges"_a,
-             "num_ranges"_a, "scalars"_a, "num_threads"_a = 0, "isa"_a = "", "with_stats"_a = true);
+             "num_ranges"_a, "scalars"_a, "num_threads"_a = 0, "isa"_a = "", "with_stats"_a = true,
+             "piece_elements"_a = kTuning.piece_elements, "prefetch_elements"_a = kTuning.prefetch_elements,
+             "is_contiguous"_a = kTuning.is_contiguous);
   module.def("all_finite", &all_finite, Unlocked(), "data"_a, nb::kw_only(), "dtype"_a, "num_elements"_a, "num_threads"_a = 0,
              "isa"_a = "");
   module.def("scale_in_place", &scale_in_place, Unlocked(), "data"_a, nb::kw_only(), "num_elements"_a, "factor"_a, "summand"_a,
-             "num_threads"_a = 0, "isa"_a = "");
+             "num_arrays"_a = 1, "num_threads"_a = 0, "isa"_a = "");
   module.def("supported_isas", &overspill::supported_isas);
   module.def("default_num_threads", &overspill::default_num_threads);
 }

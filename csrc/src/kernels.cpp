@@ -4,12 +4,17 @@
 // each a plain loop that the compiler vectorises: widen the gradient, look at it, widen parameter and moments, apply the rule
 // (rules.hpp), narrow and store. fp32 arrays are updated where they are, without a stage. So 3 gradient dtypes, 4 kinds of
 // parameters, 4 of moments and 5 rules are 16 small loops instead of 240 large ones; the cost is some first-level traffic,
-// which the square root and the division hide. (Roots and quotients from 14-bit approximations
-// and exact residuals were slower than the plain instructions: docs/log.md.)
+// which the square root and the division hide in part. AdamW on bf16 parameters and gradients with narrow moments, where it was
+// half of the time, has a loop of its own (fused.hpp). (Roots and quotients from 14-bit approximations and exact residuals were
+// slower than the plain instructions: docs/log.md.)
 #include "kernels.hpp"
 
+#include "fused.hpp"
+#include "lanes.hpp"
 #include "numbers.hpp"
+#include "prefetch.hpp"
 #include "rules.hpp"
+#include "squares.hpp"
 
 #ifndef OVERSPILL_ISA
 #define OVERSPILL_ISA baseline
@@ -33,48 +38,6 @@ const float* widen_gradient(const ChunkArrays& arrays, i64 start, i64 n, float* 
     for (i64 i = 0; i < n; ++i) staged[i] = widen_float16(halves[i]);
   }
   return staged;
-}
-
-// Sixteen running sums, whatever the instruction set: element i of a piece goes to sum i % 16, so that the order of additions
-// is part of the definition. GCC and clang turn these vectors into what the target has.
-using Float8 = float __attribute__((vector_size(32)));
-using Double8 = double __attribute__((vector_size(64)));
-
-struct Sums {
-  Double8 low = {}, high = {};
-
-  void add(const float* values) {
-    Float8 first, second;
-    __builtin_memcpy(&first, values, sizeof first);
-    __builtin_memcpy(&second, values + 8, sizeof second);
-    const Double8 a = __builtin_convertvector(first, Double8), b = __builtin_convertvector(second, Double8);
-    low += a * a;
-    high += b * b;
-  }
-
-  void add_block(const float* values, i64 n) {
-    i64 i = 0;
-    for (; i + 16 <= n; i += 16) add(values + i);
-    if (i < n) {
-      float padded[16] = {};
-      for (i64 k = i; k < n; ++k) padded[k - i] = values[k];
-      add(padded);
-    }
-  }
-
-  double total() const {
-    Double8 sum = low + high;
-    for (int half = 4; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
-    }
-    return sum[0];
-  }
-};
-
-i64 count_non_finite(const float* values, i64 n) {
-  u32 count = 0;
-  for (i64 i = 0; i < n; ++i) count += (bits_of(values[i]) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
-  return count;
 }
 
 // -- random bits -------------------------------------------------------------------------------------------------------
@@ -242,16 +205,17 @@ void apply_rule(Rule rule, float* p, const float* g, float* m, float* v, const U
   }
 }
 
-void update(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
+// The general way, stage by stage: any rule, dtypes and format, and blocks that are cut short.
+void update_staged(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
   alignas(64) float gradient[kBlock], parameter[kBlock], first[kBlock], second[kBlock];
   alignas(64) u32 words[kBlock];
   const int moments = arrays.rule == Rule::adamw ? 2 : arrays.rule == Rule::sgd ? 0 : 1;
   const bool is_rounded = arrays.format != StateFormat::fp32;
-  Sums sums;
   for (i64 start = piece.start; start < piece.end; start += kBlock) {
     const i64 n = piece.end - start < kBlock ? piece.end - start : kBlock;
+    prefetch_block(arrays, start, piece.prefetch_elements);
     const float* g = widen_gradient(arrays, start, n, gradient);
-    if (stats != nullptr) sums.add_block(g, n);
+    if (stats != nullptr) add_squares(*stats, g, n);
     float* p = read_parameter(arrays, start, n, parameter);
     float* m = moments > 0 ? read_moment(arrays, 0, start, n, first) : nullptr;
     float* v = moments > 1 ? read_moment(arrays, 1, start, n, second) : nullptr;
@@ -261,14 +225,22 @@ void update(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece
     if (moments > 0) write_moment(arrays, 0, start, n, m, words);
     if (moments > 1) write_moment(arrays, 1, start, n, v, words);
   }
-  if (stats == nullptr) return;
-  stats->sum_of_squares = sums.total();
-  // Squares of finite fp32 numbers cannot overflow the double sum, so only a sum that is not finite needs a second look.
-  if (stats->sum_of_squares - stats->sum_of_squares == 0) return;
-  for (i64 start = piece.start; start < piece.end; start += kBlock) {
-    const i64 n = piece.end - start < kBlock ? piece.end - start : kBlock;
-    stats->num_non_finite += count_non_finite(widen_gradient(arrays, start, n, gradient), n);
+}
+
+void update(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
+  Piece rest = piece;
+  if (is_fused(arrays, scalars)) {
+    Piece whole = piece;
+    whole.end = piece.start + (piece.end - piece.start) / kBlock * kBlock;
+    if (stats != nullptr) {
+      update_fused<true>(arrays, scalars, whole, stats);
+    } else {
+      update_fused<false>(arrays, scalars, whole, stats);
+    }
+    rest.start = whole.end;
+    rest.first_element += static_cast<u32>(whole.end - whole.start);
   }
+  update_staged(arrays, scalars, rest, stats);
 }
 
 // A value is not finite when its exponent is all ones. No early exit inside: the caller exits between short pieces.

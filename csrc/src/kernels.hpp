@@ -12,7 +12,8 @@ struct Piece {
   std::int64_t start;
   std::int64_t end;
   std::uint64_t key;
-  std::uint32_t first_element;  // of the tensor, at `start`
+  std::uint32_t first_element;     // of the tensor, at `start`
+  std::int64_t prefetch_elements;  // fetch each array this far ahead of the block in work; 0 leaves it to the hardware
 };
 
 using UpdateKernel = void (*)(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats);

@@ -13,6 +13,7 @@ namespace {
 using u8 = std::uint8_t;
 using u16 = std::uint16_t;
 using u32 = std::uint32_t;
+using u64 = std::uint64_t;
 using i16 = std::int16_t;
 using i32 = std::int32_t;
 using i64 = std::int64_t;
@@ -31,6 +32,8 @@ inline float float_of(u32 bits) {
 
 // Rule 3 of update.hpp.
 inline float canonical(float value) { return value != value ? float_of(0x7fc00000u) : value; }
+
+inline float root(float value) { return __builtin_sqrtf(value); }
 
 inline float widen_bfloat16(u16 half) { return float_of(static_cast<u32>(half) << 16); }
 

@@ -10,19 +10,26 @@
 namespace overspill {
 namespace {
 
-inline void adamw_element(float& p, float g, float& exp_avg, float& exp_avg_sq, const UpdateScalars& s) {
+// Value is float or a vector of floats (lanes.hpp); rule 3 of update.hpp, canonical NaNs, is left to the caller.
+template <class Value>
+inline void adamw_element(Value& p, Value g, Value& exp_avg, Value& exp_avg_sq, const UpdateScalars& s) {
   g = g * s.gradient_scale;
-  const float decayed = p * s.decay;
-  const float m = exp_avg + (g - exp_avg) * s.one_minus_beta1;
-  const float v = exp_avg_sq * s.beta2 + (g * s.one_minus_beta2) * g;
-  const float denom = __builtin_sqrtf(v) * s.bias_correction2_factor + s.eps;
-  p = canonical(decayed - (s.step_size * m) / denom);
-  exp_avg = canonical(m);
-  exp_avg_sq = canonical(v);
+  const Value decayed = p * s.decay;
+  const Value m = exp_avg + (g - exp_avg) * s.one_minus_beta1;
+  const Value v = exp_avg_sq * s.beta2 + (g * s.one_minus_beta2) * g;
+  const Value denom = root(v) * s.bias_correction2_factor + s.eps;
+  p = decayed - (s.step_size * m) / denom;
+  exp_avg = m;
+  exp_avg_sq = v;
 }
 
 void adamw(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, const UpdateScalars s, i64 n) {
-  for (i64 i = 0; i < n; ++i) adamw_element(p[i], g[i], m[i], v[i], s);
+  for (i64 i = 0; i < n; ++i) {
+    adamw_element(p[i], g[i], m[i], v[i], s);
+    p[i] = canonical(p[i]);
+    m[i] = canonical(m[i]);
+    v[i] = canonical(v[i]);
+  }
 }
 
 void sgd(float* __restrict p, const float* __restrict g, const UpdateScalars s, i64 n) {

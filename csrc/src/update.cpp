@@ -15,10 +15,8 @@
 namespace overspill {
 namespace {
 
-// Elements one thread takes at a time: with bf16 parameters 448 KiB of arrays, which fits a core's second-level cache and
-// leaves 70 pieces in a 32 MiB chunk to share out. A multiple of the state block. Chosen, not tuned.
+// Elements one thread takes at a time where nothing is updated in several arrays.
 constexpr std::int64_t kPieceElements = 32 * 1024;
-static_assert(kPieceElements % kStateBlockElements == 0, "a block's exponent is written by one thread");
 
 int cpu_count(const cpu_set_t& set) { return CPU_COUNT(&set); }
 
@@ -131,6 +129,17 @@ void validate_ranges(const ChunkArrays& chunk, const UpdateRange* ranges, std::s
   }
 }
 
+void validate_tuning(const UpdateTuning& tuning) {
+  if (tuning.piece_elements <= 0 || tuning.piece_elements % kStateBlockElements != 0) {
+    throw std::invalid_argument("piece_elements must be a positive multiple of " + std::to_string(kStateBlockElements) + ", got " +
+                                std::to_string(tuning.piece_elements));
+  }
+  if (tuning.prefetch_elements < 0 || tuning.prefetch_elements % kStateBlockElements != 0) {
+    throw std::invalid_argument("prefetch_elements must be a multiple of " + std::to_string(kStateBlockElements) + " or 0, got " +
+                                std::to_string(tuning.prefetch_elements));
+  }
+}
+
 std::int64_t num_pieces(std::int64_t num_elements) { return (num_elements + kPieceElements - 1) / kPieceElements; }
 
 void validate_length(std::int64_t num_elements) {
@@ -181,8 +190,9 @@ std::vector<std::string> supported_isas() {
 }
 
 GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
-                            std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats) {
+                            std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats, const UpdateTuning& tuning) {
   validate_length(arrays.num_elements);
+  validate_tuning(tuning);
   const Kernels& kernels = kernels_for(isa);
   const int threads = threads_for(num_threads);
   validate_ranges(arrays, ranges, num_ranges, num_scalars);
@@ -193,21 +203,26 @@ GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges
     std::uint32_t scalars;
     GradientStats stats;
   };
+  const std::int64_t piece_elements = tuning.piece_elements;
   std::vector<Work> work;
-  work.reserve(num_ranges + static_cast<std::size_t>(arrays.num_elements / kPieceElements));
+  work.reserve(num_ranges + static_cast<std::size_t>(arrays.num_elements / piece_elements));
   for (const UpdateRange* range = ranges; range != ranges + num_ranges; ++range) {
-    for (std::int64_t done = 0; done < range->num_elements; done += kPieceElements) {
+    for (std::int64_t done = 0; done < range->num_elements; done += piece_elements) {
       const std::int64_t start = range->start + done;
-      const std::int64_t end = range->start + std::min(done + kPieceElements, range->num_elements);
-      work.push_back({{start, end, range->key, range->first_element + static_cast<std::uint32_t>(done)}, range->scalars, {}});
+      const std::int64_t end = range->start + std::min(done + piece_elements, range->num_elements);
+      work.push_back({{start, end, range->key, range->first_element + static_cast<std::uint32_t>(done), tuning.prefetch_elements},
+                      range->scalars,
+                      {}});
     }
   }
-  WorkerPool::instance().run(static_cast<std::int64_t>(work.size()), threads, [&](std::int64_t index) {
+  const auto update_piece = [&](std::int64_t index) {
     Work& item = work[static_cast<std::size_t>(index)];
     GradientStats stats;  // here and not in `work`: neighbours there share cache lines
     kernels.update(arrays, scalars[item.scalars], item.piece, with_stats ? &stats : nullptr);
     item.stats = stats;
-  });
+  };
+  const Split split = tuning.is_contiguous ? Split::contiguous : Split::in_order;
+  WorkerPool::instance().run(static_cast<std::int64_t>(work.size()), threads, update_piece, split);
   GradientStats total;
   for (const Work& item : work) {
     total.num_non_finite += item.stats.num_non_finite;
@@ -232,16 +247,25 @@ bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int nu
   return finite.load();
 }
 
-void scale_in_place(float* data, std::int64_t num_elements, float factor, float summand, int num_threads, const std::string& isa) {
+void scale_in_place(float* data, std::int64_t num_elements, float factor, float summand, int num_arrays, int num_threads,
+                    const std::string& isa) {
   validate_length(num_elements);
+  if (num_arrays < 1 || num_elements % num_arrays != 0) {
+    throw std::invalid_argument(std::to_string(num_elements) + " elements are not " + std::to_string(num_arrays) +
+                                " equal arrays; give a positive number that divides them");
+  }
   const Kernels& kernels = kernels_for(isa);
   const int threads = threads_for(num_threads);
   if (num_elements == 0) return;
   validate_arrays({{"data", data, 4, num_elements}});
-  WorkerPool::instance().run(num_pieces(num_elements), threads, [&](std::int64_t piece) {
-    const std::int64_t start = piece * kPieceElements;
-    kernels.scale(data, factor, summand, start, std::min(start + kPieceElements, num_elements));
-  });
+  const std::int64_t length = num_elements / num_arrays, block = num_arrays == 1 ? kPieceElements : kStateBlockElements;
+  const auto scale_piece = [&](std::int64_t piece) {
+    const std::int64_t end = std::min((piece + 1) * kPieceElements, length);
+    for (std::int64_t start = piece * kPieceElements; start < end; start += block) {
+      for (int i = 0; i < num_arrays; ++i) kernels.scale(data + i * length, factor, summand, start, std::min(start + block, end));
+    }
+  };
+  WorkerPool::instance().run(num_pieces(length), threads, scale_piece, Split::contiguous);
 }
 
 }  // namespace overspill

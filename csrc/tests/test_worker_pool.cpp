@@ -9,14 +9,26 @@
 #include "check.hpp"
 #include "worker_pool.hpp"
 
+using overspill::Split;
 using overspill::WorkerPool;
 
 namespace {
 
-void check_every_task_runs_once(int num_threads, std::int64_t num_tasks) {
+void check_every_task_runs_once(int num_threads, std::int64_t num_tasks, Split split) {
   std::vector<std::atomic<int>> counts(static_cast<std::size_t>(num_tasks));
-  WorkerPool::instance().run(num_tasks, num_threads, [&](std::int64_t task) { ++counts[static_cast<std::size_t>(task)]; });
+  WorkerPool::instance().run(num_tasks, num_threads, [&](std::int64_t task) { ++counts[static_cast<std::size_t>(task)]; }, split);
   for (const auto& count : counts) CHECK(count == 1);
+}
+
+// The first task waits for all others, its own thread's later ones included: they end only if another thread takes them.
+void check_a_run_that_is_stuck_is_taken_over() {
+  std::atomic<int> num_done{0};
+  const auto task = [&](std::int64_t index) {
+    while (index == 0 && num_done < 19) std::this_thread::yield();
+    ++num_done;
+  };
+  WorkerPool::instance().run(20, 2, task, Split::contiguous);
+  CHECK(num_done == 20);
 }
 
 void check_calls_from_several_threads_take_turns() {
@@ -52,8 +64,12 @@ void check_a_forked_child_has_a_pool_of_its_own() {
 
 int main() {
   for (const int num_threads : {1, 2, 5}) {
-    for (const std::int64_t num_tasks : {0, 1, 2, 100}) check_every_task_runs_once(num_threads, num_tasks);
+    for (const std::int64_t num_tasks : {0, 1, 2, 100}) {
+      check_every_task_runs_once(num_threads, num_tasks, Split::in_order);
+      check_every_task_runs_once(num_threads, num_tasks, Split::contiguous);
+    }
   }
+  check_a_run_that_is_stuck_is_taken_over();
   check_calls_from_several_threads_take_turns();
   check_a_forked_child_has_a_pool_of_its_own();
   return overspill::testing::finish("worker pool");

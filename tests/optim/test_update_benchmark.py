@@ -13,17 +13,27 @@ import pytest
 pytest.importorskip("overspill._native", reason="the native core is not built")
 
 
-def test_the_update_benchmark_runs_small(tmp_path):
-    script = Path(__file__).parents[2] / "benchmarks" / "update" / "run.py"
+def rows_of(script: str, tmp_path: Path) -> list[dict]:
+    path = Path(__file__).parents[2] / "benchmarks" / "update" / script
     out = tmp_path / "update.json"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, script, "--out", out, "--parameters", "8192", "--repetitions", "1", "--threads", "1"]
+    command = [sys.executable, path, "--out", out, "--parameters", "8192", "--repetitions", "1", "--threads", "1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())["rows"]
+    return json.loads(out.read_text())["rows"]
+
+
+def test_the_update_benchmark_runs_small(tmp_path):
+    rows = rows_of("run.py", tmp_path)
     measured = {(row["what"], row.get("optimizer"), row.get("state_format")): row for row in rows if "skipped" not in row}
     assert measured["update", "adamw", "fp32"]["bytes_per_parameter"] == 26
     assert measured["update", "adamw", "bf16"]["bytes_per_parameter"] == 14
     assert measured["update", "adamw", "int8"]["bytes_per_parameter"] == pytest.approx(10 + 4 / 256)
     assert {what for what, _, _ in measured} >= {"stream", "update", "in_cache", "torch_fused"}
     assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in measured.values())
+
+
+def test_the_comparison_of_variants_runs_small_and_marks_the_defaults(tmp_path):
+    rows = rows_of("variants.py", tmp_path)
+    assert {row["state_format"] for row in rows} == {"fp32", "bf16", "int8"}
+    assert sum(row["variant"].startswith("*") for row in rows) == 3

@@ -15,7 +15,7 @@
 // 5. Stochastic rounding takes its bits from (key, element of the tensor) alone, so it obeys rule 1 as well.
 //
 // Cost: reads and writes each array once: with bf16 parameters and gradients, AdamW moves 26 bytes an element in format
-// fp32, 14 in bf16, 10 in int8. Nothing is allocated in proportion to the elements but one record a piece of 32 Ki of them.
+// fp32, 14 in bf16, 10 in int8. Nothing is allocated in proportion to the elements but one record a piece of 8 Ki of them.
 #pragma once
 
 #include <cstddef>
@@ -90,9 +90,22 @@ struct UpdateRange {
 // What a pass saw of the gradient, before scaling.
 struct GradientStats {
   std::int64_t num_non_finite = 0;
-  // Summed in double in an order that ranges fix and threads and instruction sets do not change. A chunk cut elsewhere may
-  // differ in the last bits: good for reports, not for clipping (src/overspill/optim/gradient_checks.py defines that norm).
+  // Within 1e-6 of it: groups of 256 elements in fp32 (src/squares.hpp), their sums in double, in an order that ranges fix and
+  // threads and instruction sets do not change. A chunk cut elsewhere may differ in those last bits: good for reports, not
+  // for clipping (src/overspill/optim/gradient_checks.py defines that norm). Never infinite when all elements are finite.
   double sum_of_squares = 0;
+};
+
+// How the work of a call is cut and fetched. Has no effect on what is stored; sums of squares depend on piece_elements in
+// their last bits. For measurements (benchmarks/update/variants.py); everybody else leaves it alone.
+struct UpdateTuning {
+  // Elements of one task: with bf16 parameters in format fp32 112 KiB of arrays, and some 290 tasks in a 32 MiB chunk, so that
+  // 16 threads end within 6 % of each other. A multiple of 256. Chosen, not tuned.
+  std::int64_t piece_elements = 8 * 1024;
+  // How far ahead of its block a thread asks for memory; a multiple of 256, 0 for not at all. Chosen, not tuned.
+  std::int64_t prefetch_elements = 1024;
+  // Each thread a run of neighbouring pieces (DRAM pages and TLB entries are used up before the next), not the next free piece.
+  bool is_contiguous = true;
 };
 
 // Updates all ranges in place; elements in no range are left alone. num_threads 0 means default_num_threads(); isa "" means
@@ -100,13 +113,17 @@ struct GradientStats {
 // Throws std::invalid_argument on null, misaligned or overlapping arrays, on ranges outside the chunk, out of order or
 // overlapping, and on unknown names; nothing is written then.
 GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
-                            std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats);
+                            std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats,
+                            const UpdateTuning& tuning = {});
 
 // True when no element is an infinity or a NaN; stops reading soon after the first one that is.
 bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int num_threads, const std::string& isa);
 
 // data[i] = data[i] * factor + summand, in place: the least that an update of as many bytes could cost. For measurements.
-void scale_in_place(float* data, std::int64_t num_elements, float factor, float summand, int num_threads, const std::string& isa);
+// num_arrays > 1 goes through that many equal parts of the data in step, 256 elements of each in turn, as an update goes
+// through its arrays. Throws std::invalid_argument when the parts are not equal.
+void scale_in_place(float* data, std::int64_t num_elements, float factor, float summand, int num_arrays, int num_threads,
+                    const std::string& isa);
 
 // Names of the compiled variants that this CPU can run, best first; "baseline" is always the last.
 std::vector<std::string> supported_isas();

@@ -120,12 +120,17 @@ def update_chunk_native(
         exponents=(*exponents, 0, 0)[:2],
         ranges=segments.ctypes.data,
         num_ranges=len(segments),
-        scalars=[tuple(getattr(item, name) for name in _SCALARS) for item in scalars],
+        scalars=pack_scalars(scalars),
         num_threads=num_threads,
         isa=isa,
         with_stats=with_stats,
     )
     return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
+
+
+def pack_scalars(scalars: Sequence[UpdateScalars]) -> list[tuple[float, ...]]:
+    """As the core takes them."""
+    return [tuple(getattr(item, name) for name in _SCALARS) for item in scalars]
 
 
 def all_finite_native(tensor: Tensor, *, num_threads: int = 0, isa: str = "") -> bool:

@@ -45,8 +45,8 @@ class GradientStats:
     num_non_finite: int
     """Elements that are infinite or NaN."""
     sum_of_squares: float
-    """In float64. For reports: its last bits depend on how tensors are cut into chunks. `gradient_checks` has the norm that
-    clipping uses."""
+    """For reports: the native core is within 1e-6 of it (groups of 256 elements in fp32, csrc/src/squares.hpp), and those last
+    bits depend on how tensors are cut into chunks. `gradient_checks` has the norm that clipping uses."""
 
 
 NO_STATS = GradientStats(num_non_finite=0, sum_of_squares=0.0)

@@ -1,0 +1,180 @@
+// Vectors as wide as the instruction set that this file is compiled for, in the compiler's own vector types: + - * / & | ^ << >>
+// and comparisons work element by element and round as the scalar ones do. Included by kernels.cpp only; see numbers.hpp.
+//
+// A row is 32 elements in a row of memory, kPairs pairs of vectors. In a pair of 16-bit arrays the first vector holds the
+// even elements and the second the odd ones: a 32-bit word of memory is one element of each, so widening is a shift or a
+// mask and narrowing two of them, where keeping the order of memory costs two shuffles a vector. Nothing that is stored
+// depends on which lane computed it.
+#pragma once
+
+#include "numbers.hpp"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace overspill {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kLanes = kVectorBytes / 4;
+constexpr int kRow = 32;
+constexpr int kPairs = kRow / (2 * kLanes);
+
+using Floats = float __attribute__((vector_size(kVectorBytes)));
+using Words = u32 __attribute__((vector_size(kVectorBytes)));
+using Ints = i32 __attribute__((vector_size(kVectorBytes)));
+using Quad = i32 __attribute__((vector_size(16)));
+using Halves = u16 __attribute__((vector_size(kVectorBytes / 2)));
+
+template <class Vector>
+inline Vector load(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+template <class Vector>
+inline void store(void* to, Vector vector) {
+  __builtin_memcpy(to, &vector, sizeof vector);
+}
+
+inline Words bits_of(Floats value) { return reinterpret_cast<Words>(value); }
+inline Floats float_of(Words bits) { return reinterpret_cast<Floats>(bits); }
+inline Words all_lanes(u32 value) { return Words{} + value; }
+inline Floats all_lanes(float value) { return Floats{} + value; }
+inline Floats canonical(Floats value) { return value != value ? float_of(all_lanes(0x7fc00000u)) : value; }
+
+// Bits of `one` where the mask is 1, of `other` where it is 0.
+inline Words select_bits(u32 mask, Words one, Words other) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(all_lanes(mask)), reinterpret_cast<__m512i>(one),
+                                                           reinterpret_cast<__m512i>(other), 0xca));
+#else
+  return (one & mask) | (other & ~mask);
+#endif
+}
+
+inline Words exclusive_or(Words a, Words b, Words c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(
+      _mm512_ternarylogic_epi32(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(c), 0x96));
+#else
+  return a ^ b ^ c;
+#endif
+}
+
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+
+inline Floats root(Floats value) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_maskz_sqrt_ps(0xffff, reinterpret_cast<__m512>(value)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Floats>(_mm256_sqrt_ps(reinterpret_cast<__m256>(value)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Floats>(_mm_sqrt_ps(reinterpret_cast<__m128>(value)));
+#else
+  for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
+  return value;
+#endif
+}
+
+// Whether any lane of either is a NaN.
+inline bool has_nan(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), _CMP_UNORD_Q)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(_mm_cmpunord_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b))) != 0;
+#else
+  i32 found = 0;
+  for (int i = 0; i < kLanes; ++i) found |= a[i] != a[i] || b[i] != b[i] ? 1 : 0;
+  return found != 0;
+#endif
+}
+
+inline u32 largest_lane(Ints values) {
+  i32 lanes[kLanes];
+  store(lanes, values);
+  for (int half = kLanes / 2; half >= 4; half /= 2) {  // four at a time: GCC's own reduction goes lane by lane
+    for (int i = 0; i < half; i += 4) {
+      const Quad a = load<Quad>(lanes + i), b = load<Quad>(lanes + half + i);
+      store(lanes + i, a > b ? a : b);
+    }
+  }
+  const i32 a = lanes[0] > lanes[1] ? lanes[0] : lanes[1], b = lanes[2] > lanes[3] ? lanes[2] : lanes[3];
+  return static_cast<u32>(a > b ? a : b);
+}
+
+// Where the compiler takes four instructions for one.
+
+// `b` where either is a NaN.
+inline Floats smaller(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_maskz_min_ps(0xffff, reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Floats>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#elif defined(__SSE2__)
+  return reinterpret_cast<Floats>(_mm_min_ps(reinterpret_cast<__m128>(a), reinterpret_cast<__m128>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline Words widen_halves(const void* from) {
+  const Halves halves = load<Halves>(from);
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(0xffff, reinterpret_cast<__m256i>(halves)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(halves)));
+#else
+  return __builtin_convertvector(halves, Words);
+#endif
+}
+
+// The low half of each lane.
+inline void store_halves(void* to, Words words) {
+#if defined(__AVX512F__)
+  store(to, _mm512_maskz_cvtepi32_epi16(0xffff, reinterpret_cast<__m512i>(words)));
+#else
+  store(to, __builtin_convertvector(words, Halves));
+#endif
+}
+
+// A value that the compiler keeps in a register or on the stack, and does not build again in every round.
+inline Words kept(Words value) {
+#if defined(__SSE2__)
+  asm("" : "+x"(value));
+#endif
+  return value;
+}
+
+// `rounding_word` of numbers.hpp with the second half of the key and its shifted self joined once for all elements.
+struct RoundingWords {
+  Words low, high, first_factor = kept(all_lanes(0x7feb352du)), second_factor = kept(all_lanes(0x846ca68bu));
+
+  explicit RoundingWords(u64 key)
+      : low(kept(all_lanes(static_cast<u32>(key)))),
+        high(kept(all_lanes(static_cast<u32>(key >> 32) ^ (static_cast<u32>(key >> 32) >> 15)))) {}
+
+  Words of(Words element) const {
+    Words x = element ^ low;
+    x ^= x >> 16;
+    x *= first_factor;
+    x = exclusive_or(x, x >> 15, high);
+    x *= second_factor;
+    return x ^ (x >> 16);
+  }
+};
+
+inline Words second_word(Words word) { return word * 0x9e3779b1u; }
+
+}  // namespace
+}  // namespace overspill
