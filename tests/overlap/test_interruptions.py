@@ -1,0 +1,87 @@
+"""Claims about steps that are stopped half-way: no update is lost, none is done twice, and no failure is told twice."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+
+import pytest
+from test_lanes import assert_same, open_session, outcome
+from training_loop import make_batches
+
+from overspill.errors import StorageError
+from overspill.runtime import updating
+from overspill.runtime.compute import UnitRunner
+from overspill.runtime.lanes import Lanes
+from overspill.spec.schedule import Lane, Phase, Update
+
+BATCHES = make_batches(2, vocab_size=96, seed=0)
+
+
+def test_a_step_stopped_with_pending_updates_done_but_not_written_back_closes_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arithmetic of the step before was done, but states still waited for their write: the homes are old in part."""
+    with open_session(serial=False, parameters="ssd", states="ssd", boundaries="device", clip=1.0) as session:
+        session.step(BATCHES)
+        num_updates = sum(isinstance(item.op, Update) for item in session.schedule(BATCHES).ops)
+        submit, run = Lanes.submit, UnitRunner.run
+
+        def late(self, lane, job, waits):  # type: ignore[no-untyped-def]
+            def slow_job():  # type: ignore[no-untyped-def]
+                time.sleep(0.02)
+                return job()
+
+            return submit(self, lane, slow_job if lane is Lane.SSD_WRITE else job, waits)
+
+        def stop(self, op, *rest):  # type: ignore[no-untyped-def]
+            if op.phase is not Phase.BACKWARD:
+                return run(self, op, *rest)
+            while len(session.executor.updated) < num_updates:
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Lanes, "submit", late)
+        monkeypatch.setattr(UnitRunner, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            session.step(BATCHES)
+        with pytest.raises(RuntimeError, match="half-way"):
+            session.flush()
+
+
+def test_a_step_stopped_after_all_pending_updates_were_written_back_lost_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"parameters": "ssd", "states": "ssd", "boundaries": "device", "clip": 1.0}
+    expected = outcome(open_session(serial=True, **fields), 1)
+    with open_session(serial=True, **fields) as session:
+        report = session.step(make_batches(2, vocab_size=96, seed=0))
+
+        def stop(self, op, *rest):  # type: ignore[no-untyped-def]
+            if op.phase is Phase.BACKWARD:
+                raise KeyboardInterrupt
+            return run(self, op, *rest)
+
+        run = UnitRunner.run
+        monkeypatch.setattr(UnitRunner, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            session.step(BATCHES)
+        tensors = {name: session.homes.read(name) for name in session.homes.names}
+        tensors |= {f"{name}.exp_avg_sq": session.homes.read_state(name, "exp_avg_sq") for name in session.homes.names}
+    assert_same(([(report.loss, report.grad_norm)], tensors), expected)
+
+
+def test_ctrl_c_during_the_first_update_on_the_device_closes_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal is seen when the native call has returned: the chunk is changed, and a repeated step would change it again."""
+    update = updating.update_chunk
+    numbers = itertools.count()
+
+    def signalled(*args, **fields):  # type: ignore[no-untyped-def]
+        result = update(*args, **fields)
+        if next(numbers) == 0:
+            signal.raise_signal(signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(updating, "update_chunk", signalled)
+    with open_session(serial=False, parameters="device", states="device", boundaries="device") as session:
+        with pytest.raises(KeyboardInterrupt):
+            session.step(BATCHES)
+        with pytest.raises(RuntimeError, match="half-way"):
+            session.step(BATCHES)
