@@ -85,3 +85,28 @@ def test_ctrl_c_during_the_first_update_on_the_device_closes_the_session(monkeyp
             session.step(BATCHES)
         with pytest.raises(RuntimeError, match="half-way"):
             session.step(BATCHES)
+
+
+@pytest.mark.parametrize("lane", [Lane.SSD_READ, Lane.SSD_WRITE])
+def test_a_failure_is_told_by_its_own_step_only(lane: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records of scratch are handed from step to step with the work that used them; work that failed has ended."""
+    submit = Lanes.submit
+    num_survived = 0
+    for failing in range(0, 60, 6):
+        numbers = itertools.count()
+
+        def once(self, where, job, waits, numbers=numbers, failing=failing):  # type: ignore[no-untyped-def]
+            def broken() -> None:
+                raise StorageError("broken once")
+
+            return submit(self, where, broken if where is lane and next(numbers) == failing else job, waits)
+
+        with open_session(serial=False, parameters="ssd", states="ssd", boundaries="ssd", clip=1.0, group_size=1) as session:
+            monkeypatch.setattr(Lanes, "submit", once)
+            try:
+                session.step(BATCHES)
+            except StorageError:
+                num_survived += 1
+                session.step(BATCHES)
+            monkeypatch.setattr(Lanes, "submit", submit)
+    assert num_survived > 2
