@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import itertools
 import signal
+import threading
 import time
 
 import pytest
+import torch
 from test_lanes import assert_same, open_session, outcome
 from training_loop import make_batches
 
 from overspill.errors import StorageError
 from overspill.runtime import updating
 from overspill.runtime.compute import UnitRunner
+from overspill.runtime.executor import Executor
 from overspill.runtime.lanes import Lanes
 from overspill.spec.schedule import Lane, Phase, Update
+from overspill.tiers import HostMemory, SlotPool
 
 BATCHES = make_batches(2, vocab_size=96, seed=0)
 
@@ -110,3 +114,65 @@ def test_a_failure_is_told_by_its_own_step_only(lane: Lane, monkeypatch: pytest.
                 session.step(BATCHES)
             monkeypatch.setattr(Lanes, "submit", submit)
     assert num_survived > 2
+
+
+def ctrl_c_after(seconds: float) -> threading.Timer:
+    timer = threading.Timer(seconds, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    return timer
+
+
+def test_ctrl_c_while_a_step_settles_is_told_when_nothing_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice, and with a job whose completion its caller never got."""
+    settle, ended = Executor._settle, []
+
+    def job() -> None:
+        time.sleep(0.3)
+        ended.append(True)
+
+    def interrupted(self, schedule, completions, failure):  # type: ignore[no-untyped-def]
+        self.lanes.submit(Lane.SSD_READ, job, ())
+        timers = [ctrl_c_after(0.05), ctrl_c_after(0.15)]
+        try:
+            return settle(self, schedule, completions, failure)
+        finally:
+            assert ended
+            for timer in timers:
+                timer.join()
+
+    monkeypatch.setattr(Executor, "_settle", interrupted)
+    with open_session(serial=False, parameters="ssd", states="ssd", boundaries="ssd") as session, pytest.raises(KeyboardInterrupt):
+        session.step(BATCHES)
+
+
+def test_ctrl_c_while_a_pool_waits_for_idle_memory_passes_through_and_loses_no_slot() -> None:
+    lanes = Lanes(torch.device("cpu"))
+    pool = SlotPool(HostMemory(pin=False, budget_bytes=None), "host", limit_bytes=8192)
+    slot = pool.acquire(8192)
+    reading = lanes.submit(Lane.SSD_READ, lambda: time.sleep(0.3), ())
+    slot.release([reading])
+    timer = ctrl_c_after(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        pool.acquire(4096)
+    timer.join()
+    assert pool.resident_bytes == 8192
+    pool.acquire(4096).release()
+    assert reading.is_done and pool.resident_bytes == 4096
+    lanes.close()
+
+
+def test_ctrl_c_while_a_lane_starts_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes, start = Lanes(torch.device("cpu")), threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        start(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        lanes.submit(Lane.SSD_READ, lambda: None, ())
+    monkeypatch.undo()
+    lanes.submit(Lane.SSD_READ, lambda: None, ()).wait()
+    lanes.close()
+    assert threading.active_count() == threads

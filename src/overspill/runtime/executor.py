@@ -98,8 +98,6 @@ class Executor:
                 step.dispatch_all()
         except BaseException as error:
             failure = error
-        finally:
-            self._leave_visit()
         failure = self._settle(schedule, step.completions, failure)
         if failure is not None:
             raise failure
@@ -126,11 +124,20 @@ class Executor:
     # -- ends --------------------------------------------------------------------------------------------------------
 
     def _settle(self, schedule: Schedule, completions: Sequence[Completion], failure: BaseException | None) -> BaseException | None:
-        """Rule 4: nothing is under way when this returns; the failure to tell."""
-        if failure is not None:
-            self.lanes.has_failed = True
-            self.residency.interrupt()
-        failures = [error for completion in completions if (error := completion.settle()) is not None]
+        """Rule 4: nothing is under way when this returns; the failure to tell. Ctrl-C is told after that, however often it comes."""
+        failures: list[BaseException] | None = None
+        while failures is None:
+            try:
+                if failure is not None:
+                    self.lanes.has_failed = True
+                    self.residency.interrupt()
+                self._leave_visit()
+                self.lanes.drain()
+                failures = [error for completion in completions if (error := completion.settle()) is not None]
+            except Exception as error:  # of leaving the visit, which is left all the same
+                failure = failure or error
+            except BaseException as error:
+                failure = error
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)
