@@ -18,7 +18,7 @@ from overspill.runtime.compute import UnitRunner
 from overspill.runtime.executor import Executor
 from overspill.runtime.lanes import Lanes
 from overspill.spec.schedule import Lane, Phase, Update
-from overspill.tiers import HostMemory, SlotPool
+from overspill.tiers import HostMemory, SlotPool, memory
 
 BATCHES = make_batches(2, vocab_size=96, seed=0)
 
@@ -176,3 +176,18 @@ def test_ctrl_c_while_a_lane_starts_leaves_no_thread(monkeypatch: pytest.MonkeyP
     lanes.submit(Lane.SSD_READ, lambda: None, ()).wait()
     lanes.close()
     assert threading.active_count() == threads
+
+
+def test_ctrl_c_while_host_memory_is_mapped_leaves_nothing_half_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = HostMemory(pin=False, budget_bytes=None)
+
+    def interrupted(num_bytes: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory, "map_anonymous", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        host.allocate("slot", 4096)
+    monkeypatch.undo()
+    assert host.allocated_bytes == 0
+    host.allocate("slot", 4096)
+    host.close()
