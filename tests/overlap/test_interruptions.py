@@ -191,3 +191,19 @@ def test_ctrl_c_while_host_memory_is_mapped_leaves_nothing_half_allocated(monkey
     assert host.allocated_bytes == 0
     host.allocate("slot", 4096)
     host.close()
+
+
+def test_draining_lets_go_again_and_again_of_what_begins_to_wait_later() -> None:
+    """As parts of a transfer that meet the full drive after the first was interrupted: each is let go by the next call only."""
+    lanes, is_let_go = Lanes(torch.device("cpu")), threading.Event()
+
+    def pause_twice() -> None:
+        for _ in range(2):
+            is_let_go.clear()
+            assert is_let_go.wait(10)
+
+    lanes.submit(Lane.SSD_WRITE, pause_twice, ())
+    started_s = time.monotonic()
+    lanes.drain(is_let_go.set)
+    assert time.monotonic() - started_s < 5
+    lanes.close()

@@ -130,9 +130,9 @@ class Executor:
             try:
                 if failure is not None:
                     self.lanes.has_failed = True
-                    self.residency.interrupt()
                 self._leave_visit()
-                self.lanes.drain()
+                # Again and again: parts of a transfer that is under way may meet the full drive after the first time.
+                self.lanes.drain(self.residency.interrupt if failure is not None else None)
                 failures = [error for completion in completions if (error := completion.settle()) is not None]
             except Exception as error:  # of leaving the visit, which is left all the same
                 failure = failure or error

@@ -35,6 +35,8 @@ from overspill.errors import OverspillError
 from overspill.spec.schedule import Lane
 from overspill.tiers import Transfer
 
+_POLL_S = 0.01
+"""Between two looks at what ends after a failure. Chosen."""
 Job = Callable[[], Transfer | None]
 """The work of one op; an SSD op returns the transfer that it has started."""
 
@@ -194,15 +196,21 @@ class Lanes:
         completion._issued = True
         return completion
 
-    def drain(self) -> None:
+    def drain(self, meanwhile: Callable[[], None] | None = None) -> None:
         """Block until every job has been taken up and has ended, well or not, also one that nobody has the completion of.
+
+        Args:
+            meanwhile: called again and again until then: what lets go of transfers that wait for a person, now or later.
 
         Raises:
             KeyboardInterrupt: something may be under way still; drain again.
         """
         for queue in tuple(self._queues.values()):
-            queue.wait_until_empty()
+            queue.wait_until_empty(meanwhile)
         for completion in tuple(self.taken):
+            while meanwhile is not None and not completion.is_done:
+                meanwhile()
+                time.sleep(_POLL_S)
             completion.settle()
 
     def reset(self) -> None:
@@ -259,11 +267,13 @@ class _Queue:
         if self.thread.ident is None:
             self.thread.start()
 
-    def wait_until_empty(self) -> None:
+    def wait_until_empty(self, meanwhile: Callable[[], None] | None) -> None:
         """Block until all that was put before has been issued."""
         reached = threading.Event()
         self.put(reached)
-        reached.wait()
+        while not reached.wait(None if meanwhile is None else _POLL_S):
+            if meanwhile is not None:
+                meanwhile()
 
     def _serve(self) -> None:
         stream = self._lanes.stream(self._lane)
