@@ -68,8 +68,8 @@ all_ssd=(--parameters ssd --states ssd --boundaries ssd)
 {
   case $part in
     overspill)
-      overspill host 60 "$shape" --steps 4
-      overspill host-clip 60 "$shape" --clip 1.0 --steps 4
+      overspill host 60 "$shape" --boundaries device --steps 4
+      overspill host-clip 60 "$shape" --boundaries device --clip 1.0 --steps 4
       overspill ssd 120 "$shape" "${ssd_states[@]}"
       overspill ssd-clip 140 "$shape" "${ssd_states[@]}" --clip 1.0
       overspill ssd-bf16 100 "$shape" "${ssd_states[@]}" --state-format bf16

@@ -293,6 +293,9 @@ class PageCacheStore:
     def interrupt(self) -> None:
         """Nothing here waits for a person."""
 
+    def proceed(self) -> None:
+        """Nothing was given up."""
+
     def close(self) -> None:
         self._threads.shutdown()
         for name in list(self._files):

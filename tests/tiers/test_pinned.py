@@ -396,3 +396,17 @@ def test_the_price_of_pageable_memory_is_measured_and_the_budget_kept() -> None:
         memory.allocate("a", 97 * MIB)
     assert memory.pinned_bytes == 0 and memory.allocate("b", 96 * MIB).is_pinned()
     memory.close()
+
+
+@pytest.mark.parametrize("shape", [2.5, "a", [[2]], True, [-1]])
+def test_a_shape_that_is_none_is_refused_by_name(shape: object) -> None:
+    with pytest.raises(ValueError, match="pinned_empty"):
+        overspill.pinned_empty(shape)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="torch.float32"):
+        overspill.pinned_empty(4, dtype="float32")  # type: ignore[arg-type]
+
+
+def test_all_finite_refuses_what_has_no_values() -> None:
+    for thing in ([1.0], torch.empty(3, device="meta"), torch.eye(3).to_sparse()):
+        with pytest.raises(ValueError, match="dense tensor with values"):
+            overspill.all_finite(thing)  # type: ignore[arg-type]

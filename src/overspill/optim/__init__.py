@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from overspill.optim.gradient_checks import all_finite_reference, count_non_finite, global_norm, sum_of_squares
@@ -161,7 +162,13 @@ def all_finite(tensor: Tensor, *, num_threads: int = 0) -> bool:
 
     Reads each element once and stops soon after the first that is; no temporaries on the CPU (a tensor that is not
     contiguous is looked at by plain torch, slice by slice). On CUDA this waits for the device.
+
+    Raises:
+        ValueError: not a dense tensor of bfloat16, float16 or float32 with values (one on the meta device has none).
     """
+    if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        what = f"a {tensor.layout} tensor on {tensor.device}" if isinstance(tensor, Tensor) else repr(type(tensor).__name__)
+        raise ValueError(f"all_finite looks at a dense tensor with values, got {what}")
     if update_backend(tensor.device.type) == "native" and tensor.is_contiguous():
         from overspill.optim.native import all_finite_native
 

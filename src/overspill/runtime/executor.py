@@ -64,7 +64,9 @@ class Executor:
         self._visit: Visit | None = None
         self.guard = HostMemoryGuard(residency)
         self.updated: list[str] = []
-        """Bundles updated by the step that runs, for the error that stops it half-way."""
+        """Bundles of which the step that runs has begun to update a chunk, for the error that stops it half-way."""
+        self.has_landed = False
+        """Whether all updates of the last schedule, and all that they wrote back to homes, are complete, however it ended."""
         self.spans: list[Span] = []
         """When each op of the last schedule ran."""
 
@@ -86,7 +88,7 @@ class Executor:
             NonFiniteError: a loss or a gradient is not finite; the message says which weights were updated.
             StorageError: a transfer failed.
         """
-        self.updated = []
+        self.updated, self.has_landed = [], False
         self.residency.reset_peaks()
         base, base_s = self._mark(), time.perf_counter()
         step = _Step(self, schedule, micro_batches, context, updates)
@@ -96,9 +98,7 @@ class Executor:
                 step.dispatch_all()
         except BaseException as error:
             failure = error
-        finally:
-            self._leave_visit()
-        failure = self._settle(step.completions, failure)
+        failure = self._settle(schedule, step.completions, failure)
         if failure is not None:
             raise failure
         check_losses(micro_batches, context.step)
@@ -123,22 +123,47 @@ class Executor:
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
-    def _settle(self, completions: Sequence[Completion], failure: BaseException | None) -> BaseException | None:
-        """Rule 4: nothing is under way when this returns; the failure to tell."""
-        if failure is not None:
-            self.lanes.has_failed = True
-            self.residency.interrupt()
-        failures = [error for completion in completions if (error := completion.settle()) is not None]
+    def _settle(self, schedule: Schedule, completions: Sequence[Completion], failure: BaseException | None) -> BaseException | None:
+        """Rule 4: nothing is under way when this returns; the failure to tell. Ctrl-C is told after that, however often it comes."""
+        failures: list[BaseException] | None = None
+        while failures is None:
+            try:
+                if failure is not None:
+                    self.lanes.has_failed = True
+                    self.residency.interrupt()
+                self._leave_visit()
+                self.lanes.drain()
+                failures = [error for completion in completions if (error := completion.settle()) is not None]
+            except Exception as error:  # of leaving the visit, which is left all the same
+                failure = failure or error
+            except BaseException as error:
+                failure = error
         if self.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.device)
             except RuntimeError as error:
                 failures.append(error)
         self.lanes.reset()
+        self.residency.proceed()
         causes = [error for error in failures if not isinstance(error, Abandoned)]
+        self.has_landed = failure is None and not causes or self._have_landed(schedule, completions)
         if failure is not None and (not isinstance(failure, Exception) or not causes):
             return failure  # Ctrl-C, or what this thread itself met
         return causes[0] if causes else None
+
+    def _have_landed(self, schedule: Schedule, completions: Sequence[Completion]) -> bool:
+        """Whether every op that changes a parameter or a state, or copies one home, has ended well; all have settled."""
+        for index, item in enumerate(schedule.ops):
+            match item.op:
+                case Update():
+                    changes = True
+                case Fetch(piece=piece, target=target) | Evict(piece=piece, target=target):
+                    changes = piece.role in (Role.PARAMETER, Role.STATE) and self.residency.home_tier(piece.owner, piece.role) is target
+                case _:
+                    changes = False
+            if changes and (index >= len(completions) or completions[index].settle() is not None):
+                return False
+        return True
 
     def _figures(self, schedule: Schedule, step_s: float) -> StepFigures:
         lane_bytes = dict.fromkeys(LINK_LANES, 0)
@@ -305,8 +330,8 @@ class _Step:
     def _run_update(self, op: Update, updates: UpdateContext, copies: dict[Role, torch.Tensor]) -> None:
         """On the lane that updates."""
         self.verdicts.check(op.bundle, self.executor.updated)
+        self.executor.updated.append(op.bundle)  # before: Ctrl-C is told as soon as the native call has returned
         self.executor.updater.run(op, updates, copies)
-        self.executor.updated.append(op.bundle)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:

@@ -90,10 +90,18 @@ class Completion:
             stream.wait_event(self._event)
 
     def settle(self) -> BaseException | None:
-        """Wait for the end, whatever it is; the failure if it was one."""
+        """Wait for the end, whatever it is; the failure if it was one.
+
+        Raises:
+            KeyboardInterrupt: this thread was told to stop waiting; the op may not have ended.
+        """
         try:
             self.wait()
-        except BaseException as error:  # handed to the caller, who decides which failure of a step is told
+        except Exception as error:  # handed to the caller, who decides which failure of a step is told
+            return error
+        except BaseException as error:
+            if error is not self._error:
+                raise
             return error
         return None
 
@@ -132,6 +140,8 @@ class Lanes:
         """Notified whenever an op is issued."""
         self.has_failed = False
         """Set by the first failure (rule 3), cleared by `reset`."""
+        self.taken: list[Completion] = []
+        """All that the lanes' threads have taken up since the last `reset`: their own record, which Ctrl-C in another thread spares."""
         self._queues: dict[Lane, _Queue] = {}
         self._streams: dict[Lane, torch.cuda.Stream] = {}
         self._is_closed = False
@@ -184,9 +194,21 @@ class Lanes:
         completion._issued = True
         return completion
 
+    def drain(self) -> None:
+        """Block until every job has been taken up and has ended, well or not, also one that nobody has the completion of.
+
+        Raises:
+            KeyboardInterrupt: something may be under way still; drain again.
+        """
+        for queue in tuple(self._queues.values()):
+            queue.wait_until_empty()
+        for completion in tuple(self.taken):
+            completion.settle()
+
     def reset(self) -> None:
         """Forget a failure; all ops must have settled."""
         self.has_failed = False
+        self.taken.clear()
 
     def close(self) -> None:
         """End the threads, after what is queued; closing again does nothing."""
@@ -226,22 +248,35 @@ class _Queue:
 
     def __init__(self, lanes: Lanes, lane: Lane) -> None:
         self._lanes, self._lane = lanes, lane
-        self._jobs: collections.deque[tuple[Job, tuple[Completion, ...], Completion] | None] = collections.deque()
+        self._jobs: collections.deque[tuple[Job, tuple[Completion, ...], Completion] | threading.Event | None] = collections.deque()
         self._wake = threading.Semaphore(0)
         self.thread = threading.Thread(target=self._serve, name=f"overspill-{lane.value}", daemon=True)
-        self.thread.start()
+        """Started by the first `put`: Ctrl-C while it starts then finds a queue that its lanes know, and end."""
 
-    def put(self, item: tuple[Job, tuple[Completion, ...], Completion] | None) -> None:
+    def put(self, item: tuple[Job, tuple[Completion, ...], Completion] | threading.Event | None) -> None:
         self._jobs.append(item)
         self._wake.release()
+        if self.thread.ident is None:
+            self.thread.start()
+
+    def wait_until_empty(self) -> None:
+        """Block until all that was put before has been issued."""
+        reached = threading.Event()
+        self.put(reached)
+        reached.wait()
 
     def _serve(self) -> None:
         stream = self._lanes.stream(self._lane)
         while True:
             self._wake.acquire()
-            item = self._jobs.popleft()
-            if item is None:
-                return
-            job, waits, completion = item
-            self._lanes._run(completion, job, waits, stream)
-            del item, job, waits, completion  # an idle lane keeps no buffer alive
+            while self._jobs:  # all that is there: Ctrl-C within `put` may have lost a wake-up
+                item = self._jobs.popleft()
+                if item is None:
+                    return
+                if isinstance(item, threading.Event):
+                    item.set()
+                    continue
+                job, waits, completion = item
+                self._lanes.taken.append(completion)
+                self._lanes._run(completion, job, waits, stream)
+                del item, job, waits, completion  # an idle lane keeps no buffer alive

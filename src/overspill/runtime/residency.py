@@ -245,6 +245,12 @@ class Residency:
             if store is not None:
                 store.interrupt()
 
+    def proceed(self) -> None:
+        """Nothing of the step that was given up is under way any more."""
+        for store in (self.store, self.scratch):
+            if store is not None:
+                store.proceed()
+
     def close(self) -> None:
         """Give all memory and files back."""
         self._copies.clear()
@@ -334,14 +340,15 @@ class Residency:
         def release(work: Work) -> None:
             self._scratch_work[name] = work
 
-        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=self._scratch_work.pop(name, ()))
+        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=_unfinished(self._scratch_work.pop(name, ())))
 
     def _borrow_boundary_record(self, num_bytes: int) -> _Copy:
         """A record of scratch that no other hidden state has now; records are made as they are first needed (rule 4)."""
         assert self.scratch is not None, "boundaries rest on the SSD but there is no scratch store"
         after: Work = ()
         if self._idle_boundary_records:
-            name, after = self._idle_boundary_records.popleft()
+            name, work = self._idle_boundary_records.popleft()
+            after = _unfinished(work)
         else:
             self._num_boundary_records += 1
             name = f"boundary-{self._num_boundary_records}"
@@ -360,6 +367,11 @@ class Residency:
 def _borrow(pool: SlotPool, num_bytes: int) -> _Copy:
     slot = pool.acquire(num_bytes)
     return _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release, after=slot.after)  # type: ignore[arg-type]
+
+
+def _unfinished(work: Work) -> Work:
+    """What still has to be waited for; work that failed has ended too, and its failure is told by the step that it belonged to."""
+    return [completion for completion in work if not completion.is_done]
 
 
 def _key(piece: Piece) -> RegionKey:

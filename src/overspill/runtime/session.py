@@ -57,7 +57,7 @@ from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
-from overspill.spec.schedule import Schedule, Update
+from overspill.spec.schedule import Schedule
 from overspill.spec.tensors import CHUNK_BYTES, HOST_CHUNK_BYTES
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
@@ -382,9 +382,8 @@ class Session:
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
         """After a schedule that stopped: go on if weights are all from before its updates, or all from after them; else rule 3."""
-        num_updates = sum(isinstance(item.op, Update) for item in schedule.ops)
         untouched = not self.executor.updated
-        if not untouched and schedule.starts_pending and len(self.executor.updated) == num_updates:
+        if not untouched and schedule.starts_pending and self.executor.has_landed:
             # The step before is applied in full; only this one's gradients are lost.
             self._pending = None
             self.residency.drop_all_but_homes()

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import errno
 import logging
-import math
 import os
 import threading
 import time
@@ -57,14 +56,14 @@ class SpacePolicy:
 class SpaceWaiter:
     """Repeats calls that fail for want of space; thread-safe.
 
-    `stop()` ends all pauses with the failure, now and in future; `interrupt()` those that have begun.
+    `stop()` ends all pauses with the failure, now and in future; `interrupt()` does so until `proceed()`.
     """
 
     def __init__(self, policy: SpacePolicy) -> None:
         self._policy = policy
         self._ends = threading.Condition()
         self._is_stopped = False
-        self._interrupted_s = -math.inf
+        self._is_interrupted = False
         self._num_paused = 0
 
     def stop(self) -> None:
@@ -74,11 +73,15 @@ class SpaceWaiter:
 
     def interrupt(self) -> None:
         with self._ends:
-            self._interrupted_s = time.monotonic()
+            self._is_interrupted = True
             self._ends.notify_all()
 
-    def _has_ended(self, began_s: float) -> bool:
-        return self._is_stopped or self._interrupted_s >= began_s
+    def proceed(self) -> None:
+        with self._ends:
+            self._is_interrupted = False
+
+    def _has_ended(self) -> bool:
+        return self._is_stopped or self._is_interrupted
 
     def may_retry(self, path: object, error_number: int, waited_s: float) -> bool:
         """Whether a call that failed with ENOSPC or EDQUOT is to be made again; pauses before it says yes.
@@ -92,7 +95,7 @@ class SpaceWaiter:
             if self._leave_pause():
                 policy.report(f"going on: {path} can be written again after {waited_s:.1f} s")
             return True
-        if not waited_s and (policy.max_wait_s == 0 or policy.gives_up()):
+        if not waited_s and (policy.max_wait_s == 0 or policy.gives_up() or self._has_ended()):
             return False
         if not waited_s and self._enter_pause():
             policy.report(
@@ -102,8 +105,7 @@ class SpaceWaiter:
         is_over = policy.gives_up() or (policy.max_wait_s is not None and waited_s >= policy.max_wait_s)
         if not is_over:
             with self._ends:
-                began_s = time.monotonic() - waited_s
-                is_over = self._ends.wait_for(lambda: self._has_ended(began_s), timeout=policy.poll_s)
+                is_over = self._ends.wait_for(self._has_ended, timeout=policy.poll_s)
         if is_over:
             self._leave_pause()
         return not is_over

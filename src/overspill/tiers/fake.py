@@ -129,6 +129,9 @@ class FakeStore:
     def interrupt(self) -> None:
         """Nothing here waits for a person."""
 
+    def proceed(self) -> None:
+        """Nothing was given up."""
+
     def close(self) -> None:
         """Wait for the transfers in flight, stop the threads, raise a failure that nobody waited for."""
         if self._is_closed:

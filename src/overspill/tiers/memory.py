@@ -141,18 +141,21 @@ class HostMemory:
         size = align_up(num_bytes, mmap.PAGESIZE)
         self._account.reserve(name, size)
         try:
-            block = map_anonymous(size)
-        except (OSError, ValueError, OverflowError) as error:
+            block = self._blocks[name] = map_anonymous(size)
+            if self._numa_node is not None:
+                prefer_node(block.address, size, self._numa_node)
+            if pinned and self._locker.lock(name, block.address, size):
+                block.keep_from_children()
+        except BaseException as error:  # Ctrl-C too: locking takes its time, and what is half there could not be freed
+            if name in self._blocks:
+                self._locker.unlock(self._blocks.pop(name).address)
             self._account.release(name)
+            if not isinstance(error, OSError | ValueError | OverflowError):
+                raise
             raise BudgetError(
                 f"{name} needs {format_bytes(size)} but the system refused to map it beside {format_bytes(self.allocated_bytes)} "
                 f"of host memory ({error}); lower --host-budget"
             ) from error
-        if self._numa_node is not None:
-            prefer_node(block.address, size, self._numa_node)
-        self._blocks[name] = block
-        if pinned and self._locker.lock(name, block.address, size):
-            block.keep_from_children()
         return block.tensor(num_bytes)
 
     def free(self, name: str) -> None:

@@ -268,10 +268,14 @@ def pinned_empty(
         device: the GPU whose NUMA node the pages shall be on, where there is more than one node; None: the current one.
 
     Raises:
-        ValueError: a size is negative, or the dtype has no plain elements.
+        ValueError: a size is no whole number or negative, or the dtype is none of torch's.
         BudgetError: the system refuses to map that much.
     """
-    sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+    sizes = (shape,) if not isinstance(shape, Sequence) or isinstance(shape, str) else tuple(shape)
+    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+        raise ValueError(f"pinned_empty: a shape is a length or the sizes of the dimensions, whole numbers all, got {shape!r}")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"pinned_empty: the dtype must be one of torch's, such as torch.float32, got {dtype!r}")
     if any(size < 0 for size in sizes):
         raise ValueError(f"pinned_empty: sizes cannot be negative, got {sizes}")
     if budget_bytes is not None and budget_bytes < 0:

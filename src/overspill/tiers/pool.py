@@ -48,7 +48,7 @@ class Pending(Protocol):
     def is_done(self) -> bool: ...
 
     def settle(self) -> object:
-        """Block until it has ended, well or not."""
+        """Block until it has ended, well or not; Ctrl-C passes through."""
         ...
 
 
@@ -241,9 +241,9 @@ class SlotPool:
         freed = 0
         while freed < wanted_bytes and self._idle_bytes:
             size, item = min(((size, item) for size, item in self._classes.items() if item.idle), key=lambda entry: entry[1].idle[0][0])
-            _, block_name, block, after = item.idle.popleft()
-            for work in after:
-                work.settle()
+            for work in item.idle[0][3]:
+                work.settle()  # Ctrl-C may end this: the slot is idle still
+            _, block_name, block, _ = item.idle.popleft()
             del block  # or device memory would not be free
             self._idle_bytes -= size
             self._num_trimmed += 1

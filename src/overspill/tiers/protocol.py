@@ -163,7 +163,11 @@ class Store(Protocol):
         ...
 
     def interrupt(self) -> None:
-        """Let transfers that wait for something a person must do (free space on a drive) fail instead."""
+        """Until `proceed`, let transfers that wait for something a person must do (free space on a drive) fail instead."""
+        ...
+
+    def proceed(self) -> None:
+        """What was given up has ended: transfers may wait again."""
         ...
 
     def close(self) -> None:

@@ -230,6 +230,10 @@ class RecordStore:
         """See `Store.interrupt`."""
         self.store.interrupt()
 
+    def proceed(self) -> None:
+        """See `Store.proceed`."""
+        self.store.proceed()
+
     def close(self) -> None:
         self.store.close()
 

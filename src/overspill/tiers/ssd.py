@@ -248,8 +248,12 @@ class SsdStore:
         return transfer
 
     def interrupt(self) -> None:
-        """End the pauses for space that have begun: their transfers fail, so that nobody waits for them any longer."""
+        """See `Store.interrupt`: pauses for space end, and none begins."""
         self._space.interrupt()
+
+    def proceed(self) -> None:
+        """See `Store.proceed`."""
+        self._space.proceed()
 
     def close(self) -> None:
         """Wait for the transfers in flight, stop the threads, remove the files, raise a failure that nobody waited for."""
