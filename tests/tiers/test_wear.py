@@ -158,7 +158,7 @@ def test_a_counter_that_cannot_be_written_warns_once_and_stops_nothing(tmp_path:
 
 
 def recorded_page() -> bytes:
-    """The fields of a 1 TB consumer drive as `nvme smart-log` printed them, in the layout of the NVMe base specification."""
+    """The fields of a 1 TB consumer drive made up with drive-like values, in the layout of the NVMe base specification."""
     page = bytearray(512)
     page[0] = 0  # critical warning
     page[1:3] = (273 + 44).to_bytes(2, "little")  # composite temperature, kelvin

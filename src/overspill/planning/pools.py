@@ -13,15 +13,12 @@ import dataclasses
 from collections.abc import Iterable, Iterator
 
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Fetch, Piece, Role, Schedule, effects, initial_copies
+from overspill.spec.schedule import BUNDLE_ROLES, Fetch, Piece, RegionKey, Role, Schedule, effects, initial_copies, region_key
 from overspill.spec.tensors import Tier
 from overspill.units import align_up
 
 SLOT_BYTES = 4096
 """Granule of a slot (`tiers/pool.py`)."""
-_REGION_ROLES = (Role.PARAMETER, Role.STATE, Role.GRADIENT, Role.PARTIAL_GRADIENT)
-
-RegionKey = tuple[str, Role, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +74,7 @@ class _Books:
         self._single: dict[tuple[Piece, Tier], int] = {}
 
     def create(self, piece: Piece, tier: Tier, size: int, *, is_computed: bool = False) -> Iterator[PoolEvent]:
-        in_region = tier is Tier.DEVICE and piece.role in _REGION_ROLES
+        in_region = tier is Tier.DEVICE and piece.role in BUNDLE_ROLES
         if (piece, tier) in self._homes or tier is Tier.SSD or (tier is Tier.DEVICE and not in_region and is_computed):
             return
         if not in_region:
@@ -85,7 +82,7 @@ class _Books:
                 self._single[piece, tier] = self._next_slot()
                 yield PoolEvent(tier=tier, slot=self._single[piece, tier], num_bytes=size)
             return
-        key = _region(piece)
+        key = region_key(piece)
         if key not in self._regions:
             self._regions[key] = (self._next_slot(), set())
             bundle = self._plan.bundles[piece.owner]
@@ -94,7 +91,7 @@ class _Books:
         self._regions[key][1].add(piece)
 
     def drop(self, piece: Piece, tier: Tier) -> Iterator[PoolEvent]:
-        key = _region(piece)
+        key = region_key(piece)
         if (piece, tier) in self._single:
             yield PoolEvent(tier=tier, slot=self._single.pop((piece, tier)), num_bytes=0)
         elif tier is Tier.DEVICE and key in self._regions:
@@ -106,13 +103,9 @@ class _Books:
 
     def rename(self, before: list[Piece], after: list[Piece]) -> None:
         """A partial gradient becomes the gradient where it lies."""
-        slot, _ = self._regions.pop(_region(before[0]))
-        self._regions[_region(after[0])] = (slot, set(after))
+        slot, _ = self._regions.pop(region_key(before[0]))
+        self._regions[region_key(after[0])] = (slot, set(after))
 
     def _next_slot(self) -> int:
         self._num_slots += 1
         return self._num_slots
-
-
-def _region(piece: Piece) -> RegionKey:
-    return piece.owner, piece.role, piece.reader

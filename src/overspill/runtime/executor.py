@@ -28,7 +28,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from overspill.errors import NonFiniteError
 from overspill.huggingface import StreamedModel, share_equal_tensors
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
@@ -339,6 +338,3 @@ def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
         target.copy_(source, non_blocking=True)
 
     return run
-
-
-__all__ = ["Executor", "NonFiniteError", "UpdateContext"]

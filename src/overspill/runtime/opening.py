@@ -136,15 +136,13 @@ def allocate(
     rounding = 2 * len(plan.units) * plan.group_size * 4096
     host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
     is_cuda = torch.device(plan.device).type == "cuda"
-    host_memory = HostMemory(
+    host = HostMemory(
         pin=is_cuda,
         budget_bytes=host_budget,
         pinned_budget_bytes=plan.pinned_budget_bytes,
         numa_node=node_of_device(torch.device(plan.device)),
     )
-    opened: list[HostMemory | DeviceMemory | RecordStore] = [host_memory]
-    host = opened[0]
-    assert isinstance(host, HostMemory)
+    opened: list[HostMemory | DeviceMemory | RecordStore] = [host]
     try:
         device = DeviceMemory(torch.device(plan.device), budget_bytes=plan.device_budget_bytes)
         opened.append(device)

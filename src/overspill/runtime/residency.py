@@ -34,13 +34,10 @@ import torch
 from overspill.planning.space import boundary_slot_bytes
 from overspill.runtime.lanes import Completion
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Lane, Piece, Role, initial_copies
+from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, initial_copies, region_key
 from overspill.spec.tensors import Tier
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SlotPool
 
-BUNDLE_ROLES = (Role.PARAMETER, Role.STATE, Role.GRADIENT, Role.PARTIAL_GRADIENT)
-RegionKey = tuple[str, Role, str]
-"""Bundle, role, and the reader of a partial gradient."""
 Work = Sequence[Completion]
 Release = Callable[[Work], None]
 """Gives a buffer back, with the work that still uses it."""
@@ -290,7 +287,7 @@ class Residency:
             return
         name = f"{piece.owner}.{piece.role.value}"
         memory = self.device if tier is Tier.DEVICE else self.host
-        key = (_key(piece), tier)
+        key = (region_key(piece), tier)
         if key not in self._regions:
             tensor = memory.allocate(name, region_bytes, pinned=piece.role is not Role.STATE)
             self._regions[key] = _Region(tensor=tensor, release=None, pieces=set())
@@ -300,7 +297,7 @@ class Residency:
 
     def _create_in_region(self, piece: Piece, num_bytes: int) -> _Copy:
         offset, region_bytes = self._place_in_region(piece, num_bytes)
-        key = (_key(piece), Tier.DEVICE)
+        key = (region_key(piece), Tier.DEVICE)
         if key not in self._regions:
             slot = self.device_pool.acquire(region_bytes)
             self._regions[key] = _Region(tensor=slot.tensor, release=slot.release, pieces=set(), after=slot.after)  # type: ignore[arg-type]
@@ -309,7 +306,7 @@ class Residency:
         return _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes], after=region.after)
 
     def _leave_region(self, piece: Piece, work: Work) -> None:
-        key = (_key(piece), Tier.DEVICE)
+        key = (region_key(piece), Tier.DEVICE)
         region = self._regions[key]
         region.pieces.discard(piece)
         region.left.extend(completion for completion in work if completion not in region.left)
@@ -372,10 +369,6 @@ def _borrow(pool: SlotPool, num_bytes: int) -> _Copy:
 def _unfinished(work: Work) -> Work:
     """What still has to be waited for; work that failed has ended too, and its failure is told by the step that it belonged to."""
     return [completion for completion in work if not completion.is_done]
-
-
-def _key(piece: Piece) -> RegionKey:
-    return piece.owner, piece.role, piece.reader
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -173,6 +173,17 @@ class Schedule:
     """Whether gradients of this step wait at their homes when it ends."""
 
 
+BUNDLE_ROLES = (Role.PARAMETER, Role.STATE, Role.GRADIENT, Role.PARTIAL_GRADIENT)
+"""Roles whose pieces are chunks of a bundle."""
+RegionKey = tuple[str, Role, str]
+"""Bundle, role, and the reader of a partial gradient: the chunks of one lie one after the other on the device."""
+
+
+def region_key(piece: Piece) -> RegionKey:
+    """The region that a chunk of a bundle belongs to."""
+    return piece.owner, piece.role, piece.reader
+
+
 def link_lane(source: Tier, target: Tier) -> Lane:
     """The lane of the link between two adjacent tiers."""
     return {

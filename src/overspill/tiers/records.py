@@ -267,15 +267,13 @@ class RecordStore:
         )
 
 
-class _RecordRead:
-    """A read whose damage is told in the record's words. Meets the protocol `Transfer`."""
+class _OfRecord:
+    """What a record's read and its write tell of the store's transfer under them."""
 
-    __slots__ = ("_error", "_inner", "_name", "_num_bytes", "_offset", "_records", "_slot")
+    __slots__ = ("_inner",)
 
-    def __init__(self, records: RecordStore, name: str, slot: str, offset: int, num_bytes: int, inner: CheckedTransfer) -> None:
-        self._records, self._name, self._slot, self._offset, self._num_bytes = records, name, slot, offset, num_bytes
+    def __init__(self, inner: CheckedTransfer) -> None:
         self._inner = inner
-        self._error: StorageError | None = None
 
     @property
     def is_done(self) -> bool:
@@ -284,6 +282,17 @@ class _RecordRead:
     @property
     def ended_s(self) -> float:
         return getattr(self._inner, "ended_s", 0.0)
+
+
+class _RecordRead(_OfRecord):
+    """A read whose damage is told in the record's words. Meets the protocol `Transfer`."""
+
+    __slots__ = ("_error", "_name", "_num_bytes", "_offset", "_records", "_slot")
+
+    def __init__(self, records: RecordStore, name: str, slot: str, offset: int, num_bytes: int, inner: CheckedTransfer) -> None:
+        super().__init__(inner)
+        self._records, self._name, self._slot, self._offset, self._num_bytes = records, name, slot, offset, num_bytes
+        self._error: StorageError | None = None
 
     def wait(self) -> None:
         """Block until the bytes are there and verified."""
@@ -295,29 +304,22 @@ class _RecordRead:
             raise self._error from damage
 
 
-class _RecordWrite:
+class _RecordWrite(_OfRecord):
     """A write that tells its record the checksums when it has ended. Meets the protocol `Transfer`.
 
     Args:
         before: the record's slot, length and whether it was written, for a write that is cancelled.
     """
 
-    __slots__ = ("_before", "_inner", "_lock", "_record", "_state", "is_seen_failure")
+    __slots__ = ("_before", "_lock", "_record", "_state", "is_seen_failure")
 
     def __init__(self, record: _Record, before: tuple[int, int, bool], inner: CheckedTransfer) -> None:
-        self._record, self._before, self._inner = record, before, inner
+        super().__init__(inner)
+        self._record, self._before = record, before
         self._lock = threading.Lock()
         self._state = "started"  # then written or cancelled
         self.is_seen_failure = False
         """Whether `wait()` has raised."""
-
-    @property
-    def is_done(self) -> bool:
-        return self._inner.is_done
-
-    @property
-    def ended_s(self) -> float:
-        return getattr(self._inner, "ended_s", 0.0)
 
     def wait(self) -> None:
         """Block until the record is in the store."""
