@@ -63,6 +63,8 @@ def open_session(model: PreTrainedModel, plan: overspill.PlanRequest, monkeypatc
 
 
 CASES = list(itertools.product(["device", "host", "ssd"], ["device", "host", "ssd"]))
+FIRST_UNITS_BYTES = 150_000
+"""Optimizer states of the embedding and a block of the tiny GPT-2, and less than those of two blocks."""
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -100,6 +102,29 @@ def test_gradients_weights_and_moments_equal_plain_pytorch_bitwise(
             assert set(difference.lane_bytes.values()) == {0} and difference.num_ops == 0
             assert difference.device_resident_peak_bytes == difference.host_resident_peak_bytes == 0
             assert difference.ssd_resident_peak_bytes == 0
+        session.flush()
+        for name, weight in weights.items():
+            assert torch.equal(session.homes.read(name), weight), name
+            for field in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(session.homes.read_state(name, field).flatten(), moments[name][field]), (name, field)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize(("states", "group_size"), [("host", 4), ("ssd", 2)])
+def test_states_of_the_first_units_on_the_device_change_no_bit(
+    states: str, group_size: int, clip: float | None, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, weights, moments = plain_results(tied, 0.1, 4, clip)
+    plan = request(
+        parameters="host", states=states, boundaries="device", accumulate=4, clip=clip, ssd_dir=str(tmp_path), group_size=group_size,
+        device_states_bytes=FIRST_UNITS_BYTES,
+    )  # fmt: skip
+    with open_session(make_gpt2(tied=tied, dropout=0.1), plan, monkeypatch) as session:
+        assert len({placement.states for placement in session.plan.placements.values()}) == 2
+        for batches, (loss, norm, _) in zip(steps_of_batches(4), expected, strict=True):
+            report = session.step(batches)
+            assert report.loss == loss and report.grad_norm == norm
         session.flush()
         for name, weight in weights.items():
             assert torch.equal(session.homes.read(name), weight), name

@@ -13,8 +13,8 @@ from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, render_timeline, validate
 from overspill.spec.documents import from_json
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
-from overspill.spec.schedule import Compute, Fetch, Free, Lane, Phase, Role, Schedule, ScheduledOp
+from overspill.spec.plan import Placement, Plan, PlanRequest, UpdateTiming
+from overspill.spec.schedule import Compress, Compute, Fetch, Free, Lane, Phase, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import TensorSpec, Tier
 from overspill.spec.workload import ModelLayout
 
@@ -130,6 +130,31 @@ def test_auto_takes_the_highest_tier_that_the_budgets_allow() -> None:
     peaks = predict_step(cramped, HardwareSpec())
     assert cramped.device_budget_bytes is not None and peaks.device_resident_peak_bytes <= cramped.device_budget_bytes
     assert cramped.host_budget_bytes is not None and peaks.host_resident_peak_bytes <= cramped.host_budget_bytes
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["immediate", "pending"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_states_on_the_device_go_to_the_first_units_within_their_limit(tied: bool, clip: float | None) -> None:
+    none = make_plan(tied=tied, clip=clip, parameters="host", states="host", boundaries="device", device_states_bytes=0)
+    order = list(dict.fromkeys(name for unit in none.units for name in unit.bundles))
+    limit = none.state_bytes(order[0]) + none.state_bytes(order[1])
+    some = make_plan(tied=tied, clip=clip, parameters="host", states="host", boundaries="device", device_states_bytes=limit)
+    assert {name for name in order if none.placements[name].states is Tier.DEVICE} == set()
+    lifted = {name for name in order if some.placements[name] == Placement(parameters=Tier.DEVICE, states=Tier.DEVICE, gradients=Tier.DEVICE)}
+    assert lifted == set(order[:2])
+    assert {some.placements[name].states for name in order[2:]} == {Tier.HOST}
+    for starts_pending in (False, clip is not None):
+        validate(build_train_step(some, [16] * 4, starts_pending=starts_pending), some)
+
+
+def test_an_update_on_the_device_comes_after_the_next_visits_compute() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device", accumulate=1, device_states_bytes=1 << 30)
+    ops = [item.op for item in build_train_step(plan, [16], starts_pending=False).ops]
+    for block in (1, 2):
+        compress = next(index for index, op in enumerate(ops) if isinstance(op, Compress) and op.bundle == f"block.{block}")
+        update = next(index for index, op in enumerate(ops) if isinstance(op, Update) and op.bundle == f"block.{block}")
+        between = [op.unit for op in ops[compress:update] if isinstance(op, Compute)]
+        assert between == [f"block.{block - 1}"]
 
 
 def test_a_budget_that_is_too_small_is_refused_with_missing_bytes_and_flag() -> None:

@@ -49,6 +49,7 @@ class FinetuneOptions:
     boundaries: TierChoice = "auto"
     state_format: StateFormat = "fp32"
     device: str = "auto"
+    device_states: str | None = None
     device_budget: str | None = None
     host_budget: str | None = None
     pinned_budget: str | None = None
@@ -107,6 +108,9 @@ def finetune(
         StateFormat, typer.Option(help="Numbers of the optimizer states: less memory, rounded.", rich_help_panel=_PLACEMENT)
     ] = "fp32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_PLACEMENT)] = "auto",
+    device_states: Annotated[
+        str | None, typer.Option(help="Optimizer states on the device at most, first units first.", rich_help_panel=_PLACEMENT)
+    ] = None,
     device_budget: Annotated[str | None, typer.Option(help="Device memory to use, such as 8GiB.", rich_help_panel=_PLACEMENT)] = None,
     host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,
     pinned_budget: Annotated[

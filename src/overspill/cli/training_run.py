@@ -177,6 +177,7 @@ def build_session(
         state_format=options.state_format,
         optimizer=build_optimizer(options).kind,
         dtype=resolve_dtype(options),
+        device_states_bytes=_optional_bytes(options.device_states),
         device_budget_bytes=_optional_bytes(options.device_budget),
         host_budget_bytes=_optional_bytes(options.host_budget),
         pinned_budget_bytes=_optional_bytes(options.pinned_budget),

@@ -6,8 +6,9 @@ How it decides, in order:
 2. Boundaries and group size: the first that fits of (device, host, ssd) x (all micro-batches, half of them, ... one), since a
    large group saves the most traffic; of each, with prefetching before without. "Fits" is not a formula: the step's schedule is
    built and its peaks are read off.
-3. What room is left is given away bundle by bundle: on the device to parameters and states together (embedding and tail
-   first: their update cannot hide), in host memory first to parameters (they cross a link twice a step), then to states.
+3. What room is left is given away bundle by bundle: on the device to parameters and states together, in forward order (the
+   embedding's gradient is the last to arrive, and the first units' updates have the least time before they are read again; at most
+   `device_states_bytes` of states), in host memory first to parameters (they cross a link twice a step), then to states.
 4. The result is simulated once more; if it does not fit after all, the room of step 3 is cut by the excess.
 
 Pure: no torch, no measurement. Costs a few schedule builds.
@@ -111,6 +112,7 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
         ssd_rated_bytes=request.ssd_rated_bytes,
         ssd_min_years=request.ssd_min_years,
         device_working_bytes=working,
+        chunk_bytes=layout.chunk_bytes,
     )
 
 
@@ -220,24 +222,33 @@ def _give_away_room(request: PlanRequest, base: Plan, room_cut: dict[Tier, int])
     excess = _excess(base)
     room: dict[Tier, float] = {tier: -excess[tier] - room_cut[tier] if tier in excess else float("inf") for tier in Tier}
     placements = dict(base.placements)
-    outer = {base.units[0].name, base.units[-1].name}
-    outer_bundles = {name for unit in base.units if unit.name in outer for name in unit.bundles}
-    order = sorted(base.bundles, key=lambda name: name not in outer_bundles)
+    order = list(dict.fromkeys(name for unit in base.units for name in unit.bundles))
+    states_left: float = float("inf") if request.device_states_bytes is None else request.device_states_bytes
 
     def lift(name: str, change: Callable[[Placement], Placement]) -> None:
+        nonlocal states_left
         candidate = change(placements[name])
+        lifted_states = base.state_bytes(name) if candidate.states is Tier.DEVICE and base.has_state(name) else 0
+        if lifted_states > states_left:
+            return
         cost = {tier: _home(base, name, candidate, tier) - _home(base, name, placements[name], tier) for tier in Tier}
         if is_host_memory(base.device):
             cost[Tier.HOST] += cost[Tier.DEVICE]
         if all(cost[tier] <= max(room[tier], 0) for tier in Tier if cost[tier] > 0):
             placements[name] = candidate
+            states_left -= lifted_states
             for tier in Tier:
                 room[tier] -= cost[tier]
 
     free_parameters, free_states = request.parameters == AUTO, request.states == AUTO
+    if request.device_states_bytes is not None:
+        for name in order:
+            if base.has_state(name):
+                lift(name, lambda old: _lifted(old, Tier.DEVICE, parameters=True, states=True))
     if free_parameters or free_states:
         for name in order:
-            lift(name, lambda old: _lifted(old, Tier.DEVICE, parameters=free_parameters, states=free_states))
+            if placements[name].states is not Tier.DEVICE:
+                lift(name, lambda old: _lifted(old, Tier.DEVICE, parameters=free_parameters, states=free_states))
     if free_parameters:
         for name in order:
             lift(name, lambda old: _lifted(old, Tier.HOST, parameters=True, states=False))

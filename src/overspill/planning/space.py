@@ -33,6 +33,11 @@ def scratch_bytes(plan: Plan) -> int:
     return total
 
 
+def uses_ssd(plan: Plan) -> bool:
+    """Whether anything rests on the SSD, between steps or within one."""
+    return store_bytes(plan) + scratch_bytes(plan) > 0
+
+
 def boundary_slot_bytes(plan: Plan) -> int:
     """One hidden state at its longest, on a direct-I/O boundary."""
     return align_up(max(plan.boundary_bytes(unit.name) for unit in plan.units[1:]), CHUNK_ALIGNMENT_ELEMENTS)

@@ -5,6 +5,7 @@ The order is that of cost and of what can be undone: look at the model, plan, re
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from transformers import PreTrainedModel
 
 from overspill.checkpoint import discard_manifests, open_records
+from overspill.errors import BudgetError
 from overspill.huggingface import StreamedModel
 from overspill.planning import build_layout, build_plan
-from overspill.planning.space import scratch_bytes, store_bytes
+from overspill.planning.space import scratch_bytes, store_bytes, uses_ssd
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
 from overspill.runtime.homes import Homes
 from overspill.runtime.residency import Residency
@@ -23,7 +25,7 @@ from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.state_formats import resolve_state_format
-from overspill.spec.tensors import DTYPE_BYTES
+from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, HOST_CHUNK_BYTES
 from overspill.spec.update_rule import Optimizer
 from overspill.spec.workload import ModelLayout
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
@@ -62,8 +64,11 @@ class Files:
         return RecordStore(store)
 
 
-def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: HardwareSpec, *, device: str, chunk_bytes: int) -> Plan:
+def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: HardwareSpec, *, device: str, chunk_bytes: int | None) -> Plan:
     """The plan for `model`, or the one given if it was made for the same model.
+
+    Args:
+        chunk_bytes: None: `HOST_CHUNK_BYTES` if nothing then moves to an SSD, else `CHUNK_BYTES`; of a plan that is given, its own.
 
     Raises:
         BudgetError: it does not fit.
@@ -74,14 +79,27 @@ def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: Hardw
             f"samples may have {request.seq_len} tokens, but {type(model.model).__name__} has learned positions for "
             f"{model.max_positions}; lower --seq-len to {model.max_positions} (with --truncate for longer samples)"
         )
-    layout = _read_layout(model, request.dtype, request.state_format, request.optimizer or "adamw", chunk_bytes)
     if isinstance(request, PlanRequest):
-        return build_plan(request, layout, hardware, device=device)
+        sizes = (HOST_CHUNK_BYTES, CHUNK_BYTES) if chunk_bytes is None else (chunk_bytes,)
+        return _build_plan(request, [_read_layout(model, request, size) for size in sizes], hardware, device)
+    layout = _read_layout(model, request, request.chunk_bytes if chunk_bytes is None else chunk_bytes)
     if (request.model, request.units, dict(request.bundles)) != (layout.model, layout.units, layout.bundles):
         raise ValueError(
             f"the plan was made for a {request.model} of {request.num_parameters} parameters, this model differs; plan it anew"
         )
-    return request
+    return dataclasses.replace(request, chunk_bytes=layout.chunk_bytes)
+
+
+def _build_plan(request: PlanRequest, layouts: Sequence[ModelLayout], hardware: HardwareSpec, device: str) -> Plan:
+    """By the first layout whose plan leaves the SSD alone, else by the last: large chunks cost less to dispatch, small ones less memory
+    to pass through it."""
+    *larger, last = layouts
+    for layout in larger:
+        with contextlib.suppress(BudgetError):
+            plan = build_plan(request, layout, hardware, device=device)
+            if not uses_ssd(plan):
+                return plan
+    return build_plan(request, last, hardware, device=device)
 
 
 def plan_for_optimizer(plan: PlanRequest | Plan, optimizer: Optimizer) -> PlanRequest | Plan:
@@ -100,7 +118,9 @@ def plan_for_optimizer(plan: PlanRequest | Plan, optimizer: Optimizer) -> PlanRe
     return plan
 
 
-def _read_layout(model: StreamedModel, dtype: str, state_format: str, optimizer: str, chunk_bytes: int) -> ModelLayout:
+def _read_layout(model: StreamedModel, request: PlanRequest | Plan, chunk_bytes: int) -> ModelLayout:
+    dtype, state_format, optimizer = request.dtype, request.state_format, request.optimizer or "adamw"
+
     def bytes_per_element(kind: str, trainable: bool) -> float:
         if not trainable:
             return DTYPE_BYTES[kind]
@@ -117,6 +137,7 @@ def _read_layout(model: StreamedModel, dtype: str, state_format: str, optimizer:
         vocab_size=config.vocab_size,
         hidden_dtypes={unit: kind for unit, kind in names.items() if kind != dtype},
         buffer_bytes=model.buffer_bytes,
+        chunk_bytes=chunk_bytes,
     )
 
 

@@ -58,7 +58,6 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule
-from overspill.spec.tensors import CHUNK_BYTES, HOST_CHUNK_BYTES
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 
@@ -74,7 +73,7 @@ class Session:
         seed: of dropout, with the step, the micro-batch and the unit.
         open_store: makes the stores that rest on the SSD, (directory, capacity in bytes, is scratch) -> store; None: files
             in the directory. Tests and users give a `FakeStore` here.
-        chunk_bytes: bound on the bytes of one chunk; None: `CHUNK_BYTES` with an SSD directory, `HOST_CHUNK_BYTES` without.
+        chunk_bytes: bound on the bytes of one chunk; None: `CHUNK_BYTES` if anything rests on the SSD, `HOST_CHUNK_BYTES` if nothing does.
         checkpoints: reserve room for checkpoints, which `save_checkpoint` makes; None: none can be made.
         resume_from: used by `overspill.resume`.
         serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
@@ -107,9 +106,7 @@ class Session:
         serial: bool = False,
         ssd_overwrite: Sequence[str] = (),
     ) -> None:
-        if chunk_bytes is None:
-            chunk_bytes = CHUNK_BYTES if plan.ssd_dir else HOST_CHUNK_BYTES
-        self.optimizer, self.seed, self._chunk_bytes = optimizer, seed, chunk_bytes
+        self.optimizer, self.seed = optimizer, seed
         plan = plan_for_optimizer(plan, optimizer)
         files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, overwrite=ssd_overwrite, open_store=open_store)
         self._checkpointer: Checkpointer | None = None
@@ -284,7 +281,7 @@ class Session:
             learning_rate=self.learning_rate,
             loss_scale=self.loss_scale,
             seed=self.seed,
-            chunk_bytes=self._chunk_bytes,
+            chunk_bytes=self.plan.chunk_bytes,
             config=config_facts(self.model.config),
             data_position=data_position,
         )

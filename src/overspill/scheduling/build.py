@@ -19,8 +19,10 @@ Overlap. Buffers change hands in the program's order, so what shall overlap must
 3. Chunks are read, updated and written back in a pipeline of `UPDATED_CHUNKS`; see also `scheduling/program.py`.
 4. What an update needs is not read twice: the host copy of a parameter that its backward has fetched stays for its update, and
    the one that a pending update has made stays for the visit that waits for it.
+5. An update on the device waits on the host for its gradient's verdict, so it is emitted after the next visit's compute: the device
+   has work meanwhile.
 
-Without prefetching (`prefetch_units` 0: there is no room for it) rules 1, 2 and 4 do not apply.
+Without prefetching (`prefetch_units` 0: there is no room for it) rules 1, 2, 4 and 5 do not apply.
 
 This file decides the order and nothing else; it is pure (plan in, schedule out) and imports no torch. Source of the
 order: GreedySnake's vertical schedule (arXiv 2512.17570), design 2.
@@ -89,6 +91,8 @@ class _Builder(Program):
         self.pending = {name for name, bundle in plan.bundles.items() if bundle.trainable} if starts_pending else set()
         self.late_frees: list[tuple[Piece, Tier]] = []
         """Rule 2: freed after the next visit."""
+        self.late_updates: list[tuple[Bundle, Sequence[Piece]]] = []
+        """Rule 5: of states on the device, after the next visit."""
 
     # -- visits ------------------------------------------------------------------------------------------------------
 
@@ -108,6 +112,7 @@ class _Builder(Program):
             else:
                 self.backward(visit)
             self.free_parameters(visit.unit, following)
+            self.update_late()
             self.free_late()
             if visit.phase is Phase.BACKWARD:
                 if visit.group == self.groups[-1]:
@@ -115,7 +120,9 @@ class _Builder(Program):
                 else:
                     self.evict_partials(visit.unit)
             if not prefetches:
+                self.update_late()
                 self.free_late()
+        self.update_late()
         self.free_late()
 
     def prepare(self, visit: _Visit) -> None:
@@ -152,6 +159,11 @@ class _Builder(Program):
         for piece, tier in self.late_frees:
             self.free(piece, tier)
         self.late_frees = []
+
+    def update_late(self) -> None:
+        for bundle, pieces in self.late_updates:
+            self.update(bundle, pieces, for_visit=False)
+        self.late_updates = []
 
     def boundary(self, unit: str, micro_batch: int, role: Role = Role.BOUNDARY) -> Piece:
         return Piece(role=role, owner=unit, index=micro_batch)
@@ -279,7 +291,9 @@ class _Builder(Program):
             produced = bundle_pieces(self.plan, bundle.name, Role.GRADIENT, bundle.element_bytes)
             self.emit(Compress(bundle=bundle.name, partials=partials, produced=produced), Lane.COMPUTE)
             pieces = [piece for piece, _ in produced]
-            if self.plan.timing is UpdateTiming.IMMEDIATE:
+            if self.plan.timing is UpdateTiming.IMMEDIATE and self.plan.placements[bundle.name].update_tier is Tier.DEVICE:
+                self.late_updates.append((bundle, pieces))
+            elif self.plan.timing is UpdateTiming.IMMEDIATE:
                 self.update(bundle, pieces, for_visit=False)
             elif home is not Tier.DEVICE:
                 self.lower(pieces, Tier.DEVICE, home)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from overspill.spec.documents import to_json
 from overspill.spec.lifetime import DEFAULT_MIN_YEARS
 from overspill.spec.state_formats import StateFormat, resolve_state_format
-from overspill.spec.tensors import DTYPE_BYTES, Bundle, Tier, Unit
+from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, Bundle, Tier, Unit
 
 AUTO = "auto"
 TIER_CHOICES = (AUTO, *(tier.value for tier in Tier))
@@ -40,6 +40,10 @@ class PlanRequest:
     """An `OptimizerKind`, which decides what states there are; None: that of the session's optimizer (without one, `adamw`)."""
     dtype: str = "bfloat16"
     """What the model computes in."""
+    device_states_bytes: int | None = None
+    """Most bytes of optimizer states that rest on the device with their parameters, first units first: nothing hides the update of
+    the embedding and the first blocks. Units for whose `states` another tier was asked are lifted as well. None: what is `auto`, as
+    far as the budgets leave room."""
     device_budget_bytes: int | None = None
     host_budget_bytes: int | None = None
     """Bound on the whole process's host memory, what it held before included."""
@@ -81,6 +85,8 @@ class PlanRequest:
                 raise ValueError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
         if self.group_size is not None and self.group_size < 1:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
+        if self.device_states_bytes is not None and self.device_states_bytes < 0:
+            raise ValueError(f"--device-states cannot be negative, got {self.device_states_bytes} B; 0 keeps all states elsewhere")
         if self.ssd_rated_bytes is not None and self.ssd_rated_bytes < 1:
             raise ValueError(f"--ssd-tbw must be positive, got {self.ssd_rated_bytes} B; leave it out if it is unknown")
         if not self.ssd_min_years >= 0:
@@ -165,6 +171,8 @@ class Plan:
     """As in the request."""
     ssd_rated_bytes: int | None = None
     ssd_min_years: float = DEFAULT_MIN_YEARS
+    chunk_bytes: int = CHUNK_BYTES
+    """Bound on the bytes of all roles of one chunk, by which the bundles were cut."""
     notes: tuple[str, ...] = ()
     """Why the plan is as it is, one sentence each."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from overspill.spec.tensors import Bundle, Unit
+from overspill.spec.tensors import CHUNK_BYTES, Bundle, Unit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,3 +22,5 @@ class ModelLayout:
     """Unit -> dtype of the hidden states that it returns, where it is not the plan's dtype (Mamba-2 keeps them in fp32)."""
     buffer_bytes: int = 0
     """Buffers (rotary tables, masks) that stay on the device."""
+    chunk_bytes: int = CHUNK_BYTES
+    """Bound on the bytes of all roles of one chunk, by which the bundles are cut."""
