@@ -100,7 +100,7 @@ def step_events(plan: Plan) -> list[PoolEvent]:
 def replay(events: list[PoolEvent], *, num_steps: int = 2, is_limited: bool = True) -> dict[str, PoolReport]:
     """Run the pools through `num_steps` steps; what they report."""
     demand = pool_demand(events)
-    pools = {tier: SlotPool(CountingMemory(), tier.value, limit_bytes=demand[tier] if is_limited else None) for tier in demand}
+    pools = {tier: SlotPool(CountingMemory(), tier.value, limit_bytes=demand[tier].least_bytes if is_limited else None) for tier in demand}
     for _ in range(num_steps):
         lent: dict[tuple[Tier, int], Slot] = {}
         for event in events:

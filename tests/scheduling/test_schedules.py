@@ -140,7 +140,9 @@ def test_states_on_the_device_go_to_the_first_units_within_their_limit(tied: boo
     limit = none.state_bytes(order[0]) + none.state_bytes(order[1])
     some = make_plan(tied=tied, clip=clip, parameters="host", states="host", boundaries="device", device_states_bytes=limit)
     assert {name for name in order if none.placements[name].states is Tier.DEVICE} == set()
-    lifted = {name for name in order if some.placements[name] == Placement(parameters=Tier.DEVICE, states=Tier.DEVICE, gradients=Tier.DEVICE)}
+    lifted = {
+        name for name in order if some.placements[name] == Placement(parameters=Tier.DEVICE, states=Tier.DEVICE, gradients=Tier.DEVICE)
+    }
     assert lifted == set(order[:2])
     assert {some.placements[name].states for name in order[2:]} == {Tier.HOST}
     for starts_pending in (False, clip is not None):

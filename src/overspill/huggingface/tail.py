@@ -86,8 +86,7 @@ def cross_entropy_chunks(
         parameters: leaves that the head reads; chunk by chunk each one's gradient goes to `accumulate`. None: no gradients at all.
     """
     device = last_hidden_BTH.device
-    rows_R = targets.rows.to(device, non_blocking=True)
-    tokens_R = targets.tokens.to(device, non_blocking=True)
+    rows_R, tokens_R = (_to_device(tensor, device) for tensor in (targets.rows, targets.tokens))
     flat_NH = last_hidden_BTH.detach().flatten(0, -2)
     total = torch.zeros((), dtype=torch.float32, device=device)
     gradient_NH = torch.zeros_like(flat_NH) if accumulate is not None else None
@@ -105,6 +104,11 @@ def cross_entropy_chunks(
             gradient_NH[rows] = hidden_gradient.squeeze(0)
             _pass_on(accumulate, trainable, gradients)
     return total, None if gradient_NH is None else gradient_NH.view_as(last_hidden_BTH)
+
+
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Without a wait for what the device has to do before: from pageable memory there would be one."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class Tail:

@@ -9,6 +9,7 @@ Limit: a slot counts as given back when its op is done. An executor that lends a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Iterator
 
@@ -49,18 +50,39 @@ def pool_events(schedule: Schedule, plan: Plan) -> Iterator[PoolEvent]:
             yield from books.drop(piece, tier)
 
 
-def pool_demand(events: Iterable[PoolEvent]) -> dict[Tier, int]:
-    """Most bytes of slots lent at one time, rounded to their classes: the least `limit_bytes` that the schedule can run with."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PoolDemand:
+    """What a schedule asks of the pool of one tier, slots rounded to their classes."""
+
+    least_bytes: int
+    """Most bytes of slots lent at one time: the least `limit_bytes` that the schedule can run with. Slots of one class are then freed
+    for those of another within the step."""
+    steady_bytes: int
+    """Each class at its own most: with as much, every step finds the slots of the step before."""
+
+
+def pool_demand(events: Iterable[PoolEvent]) -> dict[Tier, PoolDemand]:
+    """What the schedule of these events asks of each pool."""
     lent: dict[Tier, dict[int, int]] = {Tier.DEVICE: {}, Tier.HOST: {}}
     now, peak = dict.fromkeys(lent, 0), dict.fromkeys(lent, 0)
+    in_class: collections.Counter[tuple[Tier, int]] = collections.Counter()
+    most_in_class: dict[tuple[Tier, int], int] = {}
     for event in events:
         if event.num_bytes:
-            lent[event.tier][event.slot] = align_up(event.num_bytes, SLOT_BYTES)
-            now[event.tier] += lent[event.tier][event.slot]
+            size = align_up(event.num_bytes, SLOT_BYTES)
+            lent[event.tier][event.slot] = size
+            now[event.tier] += size
             peak[event.tier] = max(peak[event.tier], now[event.tier])
+            in_class[event.tier, size] += 1
+            most_in_class[event.tier, size] = max(most_in_class.get((event.tier, size), 0), in_class[event.tier, size])
         else:
-            now[event.tier] -= lent[event.tier].pop(event.slot)
-    return peak
+            size = lent[event.tier].pop(event.slot)
+            now[event.tier] -= size
+            in_class[event.tier, size] -= 1
+    steady = dict.fromkeys(lent, 0)
+    for (tier, size), number in most_in_class.items():
+        steady[tier] += size * number
+    return {tier: PoolDemand(least_bytes=peak[tier], steady_bytes=steady[tier]) for tier in lent}
 
 
 class _Books:

@@ -19,6 +19,7 @@ from overspill.errors import NonFiniteError, UnsupportedModelError
 from overspill.huggingface import StreamedModel
 from overspill.rng import unit_seed
 from overspill.runtime.gradients import Gradients
+from overspill.runtime.graphs import BlockGraphs
 from overspill.runtime.residency import Residency
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan
@@ -59,8 +60,8 @@ class StepContext:
 class UnitRunner:
     """Executes `Compute` ops."""
 
-    def __init__(self, plan: Plan, model: StreamedModel, residency: Residency) -> None:
-        self.plan, self.model, self.residency = plan, model, residency
+    def __init__(self, plan: Plan, model: StreamedModel, residency: Residency, graphs: BlockGraphs) -> None:
+        self.plan, self.model, self.residency, self.graphs = plan, model, residency, graphs
         self.names = [unit.name for unit in plan.units]
         self.device = torch.device(plan.device)
 
@@ -70,7 +71,7 @@ class UnitRunner:
         if position == len(self.names) - 1:
             self._run_tail(op, visit, micro_batch, context, gradients)
         elif op.phase is Phase.FORWARD:
-            self._run_forward(op, position, micro_batch, context)
+            self._run_forward(op, position, visit, micro_batch, context)
         elif position == 0:
             self._run_embedding_backward(op, visit, micro_batch, context, gradients)
         else:
@@ -82,7 +83,7 @@ class UnitRunner:
     def _seed(self, op: Compute, context: StepContext) -> None:
         seed_generators(unit_seed(context.seed, context.step, op.micro_batch, op.unit), self.device)
 
-    def _run_forward(self, op: Compute, position: int, micro_batch: MicroBatch, context: StepContext) -> None:
+    def _run_forward(self, op: Compute, position: int, visit: Visit, micro_batch: MicroBatch, context: StepContext) -> None:
         self._seed(op, context)
         with torch.no_grad():
             if position == 0:
@@ -92,13 +93,20 @@ class UnitRunner:
                 micro_batch.side_inputs = tuple(tensor.detach() for tensor in embedded.side_inputs)
                 micro_batch.side_gradients = [None] * len(micro_batch.side_inputs)
             else:
-                source = self.residency.boundary(self._boundary(op.unit, op))
-                output = self.model.run_block(op.unit, source, micro_batch.arguments, side_inputs=micro_batch.side_inputs or None)
-                hidden = output.hidden
-                if output.side_outputs:
-                    micro_batch.side_outputs[op.unit] = tuple(tensor.detach() for tensor in output.side_outputs)
+                hidden = self._forward_block(op, visit, micro_batch)
         self._check_boundary(op, op.produced[0][0], hidden, micro_batch)
         self.residency.put_boundary(op.produced[0][0], hidden)
+
+    def _forward_block(self, op: Compute, visit: Visit, micro_batch: MicroBatch) -> torch.Tensor:
+        source = self.residency.boundary(self._boundary(op.unit, op))
+        replayed = self.graphs.forward(op.unit, visit, source, micro_batch.arguments)
+        if replayed is not None:
+            return replayed
+        with self.graphs.watch(op.unit):
+            output = self.model.run_block(op.unit, source, micro_batch.arguments, side_inputs=micro_batch.side_inputs or None)
+        if output.side_outputs:
+            micro_batch.side_outputs[op.unit] = tuple(tensor.detach() for tensor in output.side_outputs)
+        return output.hidden
 
     def _check_boundary(self, op: Compute, piece: Piece, hidden: torch.Tensor, micro_batch: MicroBatch) -> None:
         dtype = TORCH_DTYPES[self.plan.boundary_dtype(piece.owner)]
@@ -111,10 +119,30 @@ class UnitRunner:
     def _run_block_backward(
         self, op: Compute, position: int, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients
     ) -> None:
-        hidden = self.residency.boundary(self._boundary(op.unit, op)).detach().requires_grad_()
+        hidden = self.residency.boundary(self._boundary(op.unit, op)).detach()
         above = self.residency.boundary(self._boundary(self.names[position + 1], op, Role.BOUNDARY_GRADIENT))
+        targets = gradients.targets(op.unit, visit.bundle_of, visit.trainable)
+        replayed = self.graphs.backward(op.unit, visit, hidden, above, micro_batch.arguments, targets)
+        if replayed is not None:
+            hidden_gradient, used = replayed
+            gradients.note(op.unit, used)
+        else:
+            self._seed(op, context)
+            with self.graphs.watch(op.unit):
+                hidden_gradient = self._differentiate_block(op, visit, micro_batch, gradients, hidden.requires_grad_(), above)
+        self.residency.put_boundary(self._boundary(op.unit, op, Role.BOUNDARY_GRADIENT), hidden_gradient)
+
+    def _differentiate_block(
+        self,
+        op: Compute,
+        visit: Visit,
+        micro_batch: MicroBatch,
+        gradients: Gradients,
+        hidden: torch.Tensor,
+        above: torch.Tensor,
+    ) -> torch.Tensor:
+        """Add up the gradients of all that the block reads; that of the hidden states, which is for the unit before."""
         side_inputs = tuple(tensor.detach().requires_grad_() for tensor in micro_batch.side_inputs)
-        self._seed(op, context)
         with torch.enable_grad():
             output = self.model.run_block(op.unit, hidden, micro_batch.arguments, side_inputs=side_inputs or None)
         outputs, grad_outputs = [output.hidden], [above]
@@ -129,7 +157,7 @@ class UnitRunner:
         for index, gradient in enumerate(results[1 : 1 + len(side_inputs)]):
             self._add_side_gradient(micro_batch, index, gradient)
         self._add_all(op.unit, visit, gradients, names, results[1 + len(side_inputs) :])
-        self.residency.put_boundary(self._boundary(op.unit, op, Role.BOUNDARY_GRADIENT), hidden_gradient)
+        return hidden_gradient
 
     def _run_embedding_backward(
         self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients

@@ -31,6 +31,7 @@ import torch
 from overspill.huggingface import StreamedModel, share_equal_tensors
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
+from overspill.runtime.graphs import BlockGraphs, CudaRecorder, Recorder
 from overspill.runtime.lanes import Abandoned, Completion, Job, Lanes
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
@@ -49,15 +50,29 @@ class Executor:
 
     Args:
         serial: one op after the other (rule 2).
+        recorder: for blocks whose launches take longer than their work (`runtime/graphs`); None: that of the device, if it has one.
+        cuda_graphs: False: every kernel is launched by itself.
     """
 
-    def __init__(self, plan: Plan, model: StreamedModel, residency: Residency, *, serial: bool = False) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        model: StreamedModel,
+        residency: Residency,
+        *,
+        serial: bool = False,
+        recorder: Recorder | None = None,
+        cuda_graphs: bool = True,
+    ) -> None:
         self.plan, self.residency = plan, residency
         self.model = model
         self.serial = serial
-        self.units = UnitRunner(plan, model, residency)
-        self.updater = Updater(plan)
         self.device = torch.device(plan.device)
+        if recorder is None and cuda_graphs and self.device.type == "cuda":
+            recorder = CudaRecorder(self.device)
+        self.graphs = BlockGraphs(model, recorder, has_room=self._has_room)
+        self.units = UnitRunner(plan, model, residency, self.graphs)
+        self.updater = Updater(plan)
         self.lanes = Lanes(self.device)
         residency.device_work = self.lanes.compute_so_far
         self._visit: Visit | None = None
@@ -108,11 +123,13 @@ class Executor:
             if not isinstance(item.op, Free)
             for start_s, end_s in [step.completions[index].span_s(base, base_s)]
         ]
+        self._judge_launches(schedule, step.completions)
         return self._figures(schedule, step_s), step.gradients
 
     def close(self) -> None:
-        """End the lanes."""
+        """End the lanes and drop the recordings."""
         self.lanes.close()
+        self.graphs.close()
 
     def wait_on_device(self, work: Work) -> None:
         """Let the compute lane wait for `work`."""
@@ -163,6 +180,19 @@ class Executor:
             if changes and (index >= len(completions) or completions[index].settle() is not None):
                 return False
         return True
+
+    def _has_room(self) -> bool:
+        """Whether the device can hold the activations of one block beside all else."""
+        budget = self.plan.device_budget_bytes
+        return budget is None or self.residency.peak_bytes[Tier.DEVICE] + self.plan.device_working_bytes <= budget
+
+    def _judge_launches(self, schedule: Schedule, completions: Sequence[Completion]) -> None:
+        """Tell `graphs` what bounded the blocks of the last schedule."""
+        blocks = {unit.name for unit in self.plan.units[1:-1]}
+        indices = [index for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]
+        chosen = set(indices)
+        device_s = sum(span.end_s - span.start_s for span in self.spans if span.op in chosen)
+        self.graphs.judge(launch_s=sum(completions[index].issue_s for index in indices), device_s=device_s)
 
     def _figures(self, schedule: Schedule, step_s: float) -> StepFigures:
         lane_bytes = dict.fromkeys(LINK_LANES, 0)

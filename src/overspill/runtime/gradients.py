@@ -10,7 +10,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -35,6 +35,10 @@ class Gradients:
         self._begun: set[tuple[str, str]] = set()
         self.num_added = 0
         """Contributions so far; an op that has added any cannot be run again."""
+        self._views: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+        """(bundle, reader) -> tensor -> its view of the partial gradient's region."""
+        self._views_of: dict[tuple[str, str], torch.Tensor] = {}
+        """The regions that the views are of."""
         self.sums_of_squares: dict[str, torch.Tensor] = {}
         """Name -> float64, of finished gradients."""
 
@@ -48,11 +52,24 @@ class Gradients:
             self._begun.add((name, reader))
             target.copy_(gradient)
 
+    def targets(self, reader: str, bundle_of: Mapping[str, str], names: Sequence[str]) -> dict[str, tuple[torch.Tensor, bool]]:
+        """Tensor -> its partial gradient, and whether that has a contribution already; for who adds by himself (rule 1) and says so by
+        `note`."""
+        return {name: (self._partial_view(bundle_of[name], reader, name), (name, reader) in self._begun) for name in names}
+
+    def note(self, reader: str, names: Sequence[str]) -> None:
+        """A contribution of `reader` to each of the named `targets` was added."""
+        self.num_added += len(names)
+        self._begun.update((name, reader) for name in names)
+
     def _partial_view(self, bundle: str, reader: str, name: str) -> torch.Tensor:
         region = self.residency.region(bundle, Role.PARTIAL_GRADIENT, reader)
-        layout = self.plan.bundles[bundle]
-        slot = next(slot for slot in layout.slots if slot.tensor.name == name)
-        return self._typed(bundle, region)[slot.offset : slot.end].view(slot.tensor.shape)
+        if self._views_of.get((bundle, reader)) is not region:
+            self._views_of[bundle, reader] = region
+            typed = self._typed(bundle, region)
+            slots = self.plan.bundles[bundle].slots
+            self._views[bundle, reader] = {slot.tensor.name: typed[slot.offset : slot.end].view(slot.tensor.shape) for slot in slots}
+        return self._views[bundle, reader][name]
 
     def _typed(self, bundle: str, region: torch.Tensor) -> torch.Tensor:
         """A partial region's elements: fp32, or the bundle's dtype if that is what its size says."""
@@ -63,6 +80,8 @@ class Gradients:
     def compress(self, op: Compress) -> None:
         """Partial gradients -> gradient (rules 2, 3), and each tensor's sum of squares."""
         layout = self.plan.bundles[op.bundle]
+        for key in [key for key in self._views if key[0] == op.bundle]:
+            del self._views[key], self._views_of[key]
         readers = list(dict.fromkeys(piece.reader for piece, _ in op.partials))
         if op.is_in_place:
             pairs = [(partial, gradient) for (partial, _), (gradient, _) in zip(op.partials, op.produced, strict=True)]

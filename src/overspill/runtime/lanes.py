@@ -112,6 +112,11 @@ class Completion:
         end_s = getattr(self._transfer, "ended_s", None) or self._end_s
         return (self._begin_s - base_s, end_s - base_s) if self._begin_s else (0.0, 0.0)
 
+    @property
+    def issue_s(self) -> float:
+        """How long the job's function took, on the host; of an op that has been issued."""
+        return self._end_s - self._begin_s if self._begin_s else 0.0
+
     def _wait_issued(self) -> None:
         if not self._issued:
             with self._lanes.condition:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from overspill.planning import pool_demand, pool_events
+from overspill.planning import PoolDemand, pool_demand, pool_events, simulate
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
+from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Schedule
 from overspill.spec.tensors import Tier
@@ -19,8 +20,8 @@ class Programs:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._kept: dict[tuple[str, tuple[int, ...], bool], tuple[Schedule, int]] = {}
-        """With each, the most bytes of slots that it lends on the device."""
+        self._kept: dict[tuple[str, tuple[int, ...], bool], tuple[Schedule, PoolDemand]] = {}
+        """With each, what it asks of the device's pool."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -43,6 +44,16 @@ class Programs:
             self._kept[key] = (schedule, pool_demand(pool_events(schedule, self.plan))[Tier.DEVICE])
         return self._kept[key][0]
 
-    def device_pool_bytes(self, schedule: Schedule) -> int:
-        """The most bytes of slots that one of these programs lends on the device."""
-        return next(size for kept, size in self._kept.values() if kept is schedule)
+    def device_pool_bytes(self, schedule: Schedule, *, steady: bool) -> int:
+        """How much the device's pool may hold while one of these programs runs: the least there is.
+
+        Args:
+            steady: as much as finds every slot of the step before in its place, as far as the device budget has room.
+        """
+        demand = next(demand for kept, demand in self._kept.values() if kept is schedule)
+        if not steady:
+            return demand.least_bytes
+        if self.plan.device_budget_bytes is None:
+            return demand.steady_bytes
+        peak = simulate(schedule, self.plan, HardwareSpec()).device_resident_peak_bytes
+        return min(demand.steady_bytes, demand.least_bytes + max(0, self.plan.device_budget_bytes - peak))

@@ -77,6 +77,7 @@ class Session:
         checkpoints: reserve room for checkpoints, which `save_checkpoint` makes; None: none can be made.
         resume_from: used by `overspill.resume`.
         serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
+        cuda_graphs: let blocks whose launches take longer than their work be launched as one; the same bits. No effect on the CPU.
         calls, space, num_threads: of the files on the SSD; threads for each place; tests give a `FaultInjector` (no effect with
             `open_store`).
         ssd_overwrite: block devices among the plan's places whose content may be lost.
@@ -104,6 +105,7 @@ class Session:
         space: SpacePolicy | None = None,
         num_threads: int = 4,
         serial: bool = False,
+        cuda_graphs: bool = True,
         ssd_overwrite: Sequence[str] = (),
     ) -> None:
         self.optimizer, self.seed = optimizer, seed
@@ -151,7 +153,7 @@ class Session:
         except BaseException:
             self.close()
             raise
-        self.executor = Executor(self.plan, self.model, self.residency, serial=serial)
+        self.executor = Executor(self.plan, self.model, self.residency, serial=serial, cuda_graphs=cuda_graphs)
         self.step_number = resume_from[0].step if resume_from is not None else 0
         """Optimizer steps done, pending ones included."""
         self.loss_scale = LossScale() if self.plan.dtype == "float16" else None
@@ -367,7 +369,10 @@ class Session:
     def _run(
         self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None
     ) -> tuple[StepFigures, Gradients]:
-        self.residency.device_pool.limit_bytes = self._programs.device_pool_bytes(schedule)
+        pool, steady = self.residency.device_pool, self.executor.graphs.is_wanted
+        pool.limit_bytes = self._programs.device_pool_bytes(schedule, steady=steady)
+        if steady:
+            pool.put_in_order()
         try:
             result = self.executor.run(schedule, prepared, context, updates=updates)
         except BaseException as error:

@@ -8,6 +8,7 @@ during a visit may outlive it; every graph is built and consumed inside one op (
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import TracebackType
 from typing import Self
 
@@ -46,7 +47,12 @@ class Visit:
         self._stack = contextlib.ExitStack()
         self._model = model
 
-    @property
+    @functools.cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """Where its parameters are, in order."""
+        return tuple(tensor.data_ptr() for tensor in self.parameters.values())
+
+    @functools.cached_property
     def trainable(self) -> list[str]:
         """Names that a backward differentiates by, in order."""
         return [name for name, tensor in self.parameters.items() if tensor.requires_grad]

@@ -121,6 +121,8 @@ class SlotPool:
         self._lock = threading.RLock()
         self._classes: collections.defaultdict[int, _SizeClass] = collections.defaultdict(_SizeClass)
         self._num_created = 0
+        self._numbers: dict[str, int] = {}
+        """Slot -> when it was created, counted from 0."""
         self._num_trimmed = 0
         self._num_released = 0
         self._used_bytes = 0
@@ -169,6 +171,12 @@ class SlotPool:
                 after = tuple(self._fresh_work())
             self._note_lent(self._classes[size], size, num_bytes)
         return Slot(self, block_name, block, num_bytes, _unfinished(after))
+
+    def put_in_order(self) -> None:
+        """Lend idle slots in the order of their creation from now on: the same program then gets the same slots in the same places."""
+        with self._lock:
+            for item in self._classes.values():
+                item.idle = collections.deque(sorted(item.idle, key=lambda entry: self._numbers[entry[1]]))
 
     def trim(self) -> int:
         """Free all idle slots; their bytes."""
@@ -233,6 +241,7 @@ class SlotPool:
             except BudgetError:
                 if not self._free_idle(1):
                     raise
+        self._numbers[block_name] = self._num_created
         self._num_created += 1
         return block_name, block
 
@@ -248,6 +257,7 @@ class SlotPool:
             self._idle_bytes -= size
             self._num_trimmed += 1
             freed += size
+            del self._numbers[block_name]
             self._memory.free(block_name)
         return freed
 

@@ -1,0 +1,179 @@
+"""Recorded blocks give the bits of blocks that are run, and are replayed only where nothing that they depend on has changed.
+
+On the CPU a recorder stands in that keeps the launches and repeats them: everything around the CUDA graph is the real code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+import overspill
+from overspill.runtime import graphs
+
+VOCAB, STEPS = 96, 6
+
+
+class RepeatingRecorder:
+    """Records by keeping what is to be launched."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+        self.num_recorded = 0
+
+    def record(self, run: Callable[[], None]) -> graphs.Replay:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.num_recorded += 1
+        return run
+
+    def random_state(self) -> bytes:
+        return bytes(torch.get_rng_state().numpy())
+
+
+def make_model(name: str) -> PreTrainedModel:
+    torch.manual_seed(5)
+    size = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    if name == "llama":
+        return LlamaForCausalLM(LlamaConfig(**size))
+    if name == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**size, num_key_value_heads=2, num_local_experts=4, output_router_logits=True))
+    dropout = 0.1 if name == "gpt2-dropout" else 0.0
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=3, n_head=2, embd_pdrop=dropout, resid_pdrop=dropout, attn_pdrop=dropout
+        )
+    )
+
+
+def open_session(name: str, **fields: object) -> overspill.Session:
+    defaults: dict[str, object] = {
+        "dtype": "float32", "seq_len": 12, "micro_batch": 2, "accumulate": 4, "device": "cpu", "parameters": "host", "states": "host",
+        "boundaries": "device",
+    }  # fmt: skip
+    plan = overspill.PlanRequest(**{**defaults, **fields})  # type: ignore[arg-type]
+    return overspill.Session(make_model(name), plan=plan, optimizer=overspill.AdamW(lr=1e-2), seed=3)
+
+
+def make_even_batches(step: int, length: int = 12) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    tokens = [torch.randint(0, VOCAB, (2, length), generator=generator) for _ in range(4)]
+    return [{"input_ids": ids, "labels": ids} for ids in tokens]
+
+
+def train(session: overspill.Session, recorder: graphs.Recorder | None, *, lengths: tuple[int, ...] = (12,)) -> tuple[list, dict]:
+    session.executor.graphs.recorder = recorder
+    losses = []
+    for step in range(STEPS):
+        length = lengths[step % len(lengths)]
+        batches = make_even_batches(step, length)
+        report = session.step(batches)
+        losses.append((report.loss, report.grad_norm))
+    session.flush()
+    return losses, {name: session.homes.read(name) for name in session.homes.names}
+
+
+@cache
+def plain(name: str, clip: float | None, lengths: tuple[int, ...] = (12,)) -> tuple[list, dict]:
+    with open_session(name, clip=clip) as session:
+        return train(session, None, lengths=lengths)
+
+
+def assert_same(one: tuple[list, dict], other: tuple[list, dict]) -> None:
+    assert one[0] == other[0]
+    for name, weight in one[1].items():
+        assert torch.equal(weight, other[1][name]), name
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("group_size", [4, 2, 1])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_replays_change_no_bit(name: str, group_size: int, clip: float | None) -> None:
+    recorder = RepeatingRecorder()
+    with open_session(name, clip=clip, group_size=group_size) as session:
+        result = train(session, recorder)
+        assert session.executor.graphs.num_replays > 0.4 * STEPS * 4 * 3 * 2, "hardly any block was replayed"
+        assert recorder.num_recorded == len(session.executor.graphs)
+    assert_same(result, plain(name, clip))
+
+
+def test_in_a_steady_state_nothing_more_is_recorded() -> None:
+    recorder = RepeatingRecorder()
+    with open_session("llama") as session:
+        train(session, recorder)
+        recorded = recorder.num_recorded
+        train(session, recorder)
+        assert recorder.num_recorded == recorded <= 3 * 3 * 3
+
+
+def test_each_length_has_its_own_recordings() -> None:
+    recorder = RepeatingRecorder()
+    with open_session("llama", seq_len=12) as session:
+        result = train(session, recorder, lengths=(12, 7))
+        assert session.executor.graphs.num_replays > 0
+    assert_same(result, plain("llama", None, (12, 7)))
+
+
+@pytest.mark.parametrize("name", ["gpt2-dropout", "mixtral"])
+def test_blocks_with_random_numbers_or_side_outputs_are_not_recorded(name: str) -> None:
+    recorder = RepeatingRecorder()
+    with open_session(name) as session:
+        result = train(session, recorder)
+        assert recorder.num_recorded == 0
+    assert_same(result, plain(name, None))
+
+
+def test_a_dropout_that_an_evaluation_turned_off_is_not_recorded_for_training() -> None:
+    recorder = RepeatingRecorder()
+    with open_session("gpt2-dropout") as session:
+        session.executor.graphs.recorder = recorder
+        for _ in range(4):
+            session.evaluate(make_even_batches(9))
+        assert recorder.num_recorded > 0
+        replays = session.executor.graphs.num_replays
+        result = train(session, recorder)
+        assert session.executor.graphs.num_replays == replays
+    assert_same(result, plain("gpt2-dropout", None))
+
+
+def test_a_recording_that_fails_ends_recording_and_changes_no_bit() -> None:
+    with open_session("llama") as session:
+        with pytest.warns(UserWarning, match="kernel by kernel"):
+            result = train(session, RepeatingRecorder(fails=True))
+        assert session.executor.graphs.recorder is None
+    assert_same(result, plain("llama", None))
+
+
+def test_other_masks_are_copied_in_before_a_replay() -> None:
+    """Samples of many lengths in one padded shape: each micro-batch has a mask of its own."""
+
+    def batches(step: int) -> list[dict[str, torch.Tensor]]:
+        result = make_even_batches(step)
+        for index, batch in enumerate(result):
+            length = batch["input_ids"].shape[1]
+            mask = torch.ones_like(batch["input_ids"])
+            mask[0, length - 1 - (index + step) % 5 :] = 0
+            batch["attention_mask"] = mask
+            batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+        return result
+
+    results = []
+    for recorder in (None, RepeatingRecorder()):
+        with open_session("llama") as session:
+            session.executor.graphs.recorder = recorder
+            losses = [session.step(batches(step)).loss for step in range(STEPS)]
+            results.append((losses, {name: session.homes.read(name) for name in session.homes.names}))
+            assert recorder is None or session.executor.graphs.num_replays > 0
+    assert_same(*results)
+
+
+def test_a_full_device_keeps_blocks_launched_kernel_by_kernel() -> None:
+    recorder = RepeatingRecorder()
+    with open_session("llama") as session:
+        session.executor.graphs._has_room = lambda: False
+        train(session, recorder)
+        assert recorder.num_recorded == 0
