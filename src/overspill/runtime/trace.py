@@ -33,12 +33,13 @@ class Recorder:
         """All completions have ended well."""
         base, base_s = self._base, self._base_s
         numbers = {id(completion): index for index, completion in enumerate(completions)}
-        times: list[tuple[float, float]] = []
+        ends_s = [0.0] * len(completions)
         spans: list[Span] = []
+        compute = Lane.COMPUTE
         for index, item in enumerate(schedule.ops):
             op = item.op
-            if isinstance(op, Free):
-                times.append((0.0, 0.0))
+            kind = type(op)
+            if kind is Free:
                 continue
             begin_s, end_s = completions[index].span_s(base, base_s)
             submitted_s = ready_s = self.submitted_s[index] - base_s
@@ -47,11 +48,11 @@ class Recorder:
                 wait = numbers.get(id(completion))  # rule 2
                 if wait is not None and wait < index:
                     waits.append(wait)
-                    if times[wait][1] > ready_s:
-                        ready_s = times[wait][1]
-            if item.lane is Lane.COMPUTE and ready_s > begin_s:  # rule 1
+                    if ends_s[wait] > ready_s:
+                        ready_s = ends_s[wait]
+            if item.lane is compute and ready_s > begin_s:  # rule 1
                 begin_s = min(ready_s, end_s)
-            times.append((begin_s, end_s))
-            num_bytes = op.num_bytes if isinstance(op, Fetch | Evict) else 0
+            ends_s[index] = end_s
+            num_bytes = op.num_bytes if kind is Fetch or kind is Evict else 0  # type: ignore[union-attr]
             spans.append(Span(index, item.lane, begin_s, end_s, submitted_s, ready_s, num_bytes, tuple(waits)))
         return StepTrace(schedule=schedule, spans=tuple(spans), step_s=step_s)

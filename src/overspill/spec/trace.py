@@ -27,8 +27,9 @@ Clocks of device and host agree to some 10 us.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from overspill.spec.schedule import Lane, Schedule
@@ -101,10 +102,10 @@ def overlap_s(spans: Iterable[Span], one: Lane, other: Lane) -> float:
 
 def lane_busy_s(spans: Iterable[Span]) -> dict[str, float]:
     """`busy_s` of each lane."""
-    times: dict[Lane, list[tuple[float, float]]] = {lane: [] for lane in Lane}
+    times: dict[int, list[tuple[float, float]]] = {id(lane): [] for lane in Lane}  # hashing an enum costs more than all the rest
     for span in spans:
-        times[span.lane].append((span.start_s, span.end_s))
-    return {lane.value: _covered_s(own) for lane, own in times.items()}
+        times[id(span.lane)].append((span.start_s, span.end_s))
+    return {lane.value: _covered_s(times[id(lane)]) for lane in Lane}
 
 
 def exposed_s(idle: Iterable[Idle]) -> dict[str, float]:
@@ -121,35 +122,27 @@ def find_idle(spans: Sequence[Span], step_s: float) -> list[Idle]:
     Args:
         spans: in program order.
     """
-    by_op = {span.op: span for span in spans}
-    before: dict[int, Span] = {}
-    last: dict[Lane, Span] = {}
-    for span in spans:
-        if span.lane in last:
-            before[span.op] = last[span.lane]
-        last[span.lane] = span
     found: list[Idle] = []
     reached = 0.0
+    compute = Lane.COMPUTE
     for span in spans:
-        if span.lane is Lane.COMPUTE:
+        if span.lane is compute:
             start_s = min(span.start_s, step_s)
             if start_s > reached:
-                found += _explain(reached, start_s, span.op, span.waits, by_op, before)
+                found += _explain(spans, reached, start_s, span.op, span.waits)
             reached = max(reached, min(span.end_s, step_s))
     if step_s > reached:
-        found += _explain(reached, step_s, -1, [span.op for span in spans], by_op, before)
+        found += _explain(spans, reached, step_s, -1, [span.op for span in spans])
     return found
 
 
-def _explain(
-    gap_start_s: float, gap_end_s: float, waiting: int, waits: Iterable[int], by_op: Mapping[int, Span], before: Mapping[int, Span]
-) -> list[Idle]:
+def _explain(spans: Sequence[Span], gap_start_s: float, gap_end_s: float, waiting: int, waits: Iterable[int]) -> list[Idle]:
     """One gap, backwards from its end."""
     parts: list[Idle] = []
     reached_s = gap_end_s
     previous: Span | None = None
     while reached_s > gap_start_s:
-        blamed, until_s = _last_of(gap_start_s, reached_s, waits, previous, by_op)
+        blamed, until_s = _last_of(spans, gap_start_s, reached_s, waits, previous)
         if blamed is None:
             parts.append(Idle(gap_start_s, reached_s, DISPATCH, -1, waiting))
             break
@@ -158,19 +151,21 @@ def _explain(
         start_s = max(gap_start_s, min(blamed.start_s, until_s))
         if start_s < until_s:
             parts.append(Idle(start_s, until_s, blamed.lane.value, blamed.op, waiting))
-        reached_s, waits, previous = start_s, blamed.waits, before.get(blamed.op)
+        if start_s <= gap_start_s:
+            break
+        reached_s, waits, previous = start_s, blamed.waits, _before(spans, blamed)
     parts.reverse()
     return parts
 
 
 def _last_of(
-    gap_start_s: float, reached_s: float, waits: Iterable[int], previous: Span | None, by_op: Mapping[int, Span]
+    spans: Sequence[Span], gap_start_s: float, reached_s: float, waits: Iterable[int], previous: Span | None
 ) -> tuple[Span | None, float]:
     """Of the ops waited for and the one before on the lane: which let go last, and when; None if all had before the gap."""
     blamed, until_s = None, gap_start_s
     for op in waits:
-        span = by_op.get(op)
-        if span is not None and span.lane is not Lane.COMPUTE and span.end_s > until_s:
+        span = _span_of(spans, op)
+        if span is not None and span.end_s > until_s and span.lane is not Lane.COMPUTE:
             blamed, until_s = span, min(span.end_s, reached_s)
             if until_s == reached_s:
                 break
@@ -183,9 +178,24 @@ def _last_of(
     return blamed, until_s
 
 
+def _span_of(spans: Sequence[Span], op: int) -> Span | None:
+    """Spans are in program order, and compare by their op first."""
+    index = bisect.bisect_left(spans, (op,))
+    return spans[index] if index < len(spans) and spans[index].op == op else None
+
+
+def _before(spans: Sequence[Span], span: Span) -> Span | None:
+    """The op before this one on its lane."""
+    for index in range(bisect.bisect_left(spans, (span.op,)) - 1, -1, -1):
+        if spans[index].lane is span.lane:
+            return spans[index]
+    return None
+
+
 def _covered_s(times: Iterable[tuple[float, float]]) -> float:
     total, reached = 0.0, 0.0
     for start, end in sorted(times):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+        if end > reached:
+            total += end - (start if start > reached else reached)
+            reached = end
     return total
