@@ -37,6 +37,7 @@ from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, 
 from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
+from overspill.report.lanes import describe_step_time, lane_table
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile, replace_text
 from overspill.report.tables import describe_pools, placement_table
@@ -64,6 +65,8 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     folder = find_model_folder(options.model)
     data = open_data(options, folder, load_tokenizer(folder))
     num_steps = count_steps(options, data)
+    if (options.trace_step or 0) > num_steps:
+        raise ValueError(f"--trace-step {options.trace_step} is behind the last step, {num_steps}; give one of 1 to {num_steps}")
     fingerprint_weights(str(options.model))  # while the folder is surely there
     _prepare_out(options.out)
 
@@ -78,17 +81,21 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         _announce(options, console, session.plan, data, num_steps)
         for sentence in session.wear.announce(num_steps) if session.wear is not None else ():
             console.print(f"· {sentence}", highlight=False)
+        for sentence in session.rates.notes:  # measured here, so that every step has its floor
+            console.print(f"· {sentence}", highlight=False)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
         course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
         if source is not None:
             console.print(f"going on after step {course.step}", highlight=False)
+            if options.trace_step is not None and options.trace_step <= course.step:
+                console.print(f"· --trace-step {options.trace_step} is done: this run writes no trace", highlight=False)
         else:
             _evaluate(session, data, course)
         if course.held_out:
             console.print(f"held-out loss before: {course.held_out[0]:.4f}")
         try:
-            _train(session, data, options, num_steps, console, course, stop)
+            last = _train(session, data, options, num_steps, console, course, stop)
         except StorageError as error:
             if not pause.was_ended:
                 raise
@@ -97,6 +104,9 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
             _evaluate(session, data, course)
         session.save_pretrained(options.out / "model", tokenizer=folder)
         resources = _describe_resources(session)
+    if last is not None:
+        console.print(lane_table(last))
+        resources = tuple(line for line in (describe_step_time(last), *resources) if line)
     _summarize(options, console, course, num_steps, time.monotonic() - started_s, resources)
 
 
@@ -108,6 +118,10 @@ def validate_options(options: FinetuneOptions) -> None:
     """
     if options.steps is not None and options.epochs is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
+    if options.trace_step is not None and options.trace is None:
+        raise ValueError(f"--trace-step {options.trace_step} has no effect without a file for the trace; give --trace FILE too")
+    if options.trace is not None and not options.trace.absolute().parent.is_dir():
+        raise ValueError(f"--trace {options.trace}: there is no folder {options.trace.absolute().parent}; make it, or name another file")
     validate_data_options(options)
     build_optimizer(options)
     if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
@@ -200,6 +214,7 @@ def build_session(
             generation=source[1].generation,
             space=space,
             ssd_overwrite=overwrite,
+            serial=options.serial,
         )
     return Session(
         folder,
@@ -210,6 +225,7 @@ def build_session(
         checkpoints=policy,
         space=space,
         ssd_overwrite=overwrite,
+        serial=options.serial,
     )
 
 
@@ -291,8 +307,9 @@ def _train(
     console: Console,
     course: _Course,
     stop: StopRequest,
-) -> None:
-    is_noted = False
+) -> StepReport | None:
+    """All steps that are left; the last one's report, None if none was left."""
+    is_noted, report = False, None
 
     def save() -> None:
         nonlocal is_noted
@@ -319,6 +336,8 @@ def _train(
             finally:  # the step was made, whatever became of the evaluation
                 metrics.write(report, held_out_loss=course.held_out.get(report.step))
             line.show(report, held_out_loss=course.held_out.get(report.step))
+            if _is_traced(options, report, num_steps, will_stop=stop.is_requested):
+                _export_trace(session, options, console, report.step)
             if not math.isfinite(report.loss):
                 raise NonFiniteError(
                     f"the loss of step {report.step} is {report.loss}; nothing was saved. "
@@ -332,6 +351,26 @@ def _train(
                 raise HostMemoryError(f"{warning}. {_farewell(options, course.step, num_steps, is_saving)}")
             if stop.is_requested and course.step < num_steps:
                 raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
+    return report
+
+
+def _is_traced(options: FinetuneOptions, report: StepReport, num_steps: int, *, will_stop: bool) -> bool:
+    """Whether this is the step of `--trace-step`, or without it the last one."""
+    if options.trace is None:
+        return False
+    if options.trace_step is not None:
+        return report.step == options.trace_step
+    return will_stop or report.step == num_steps
+
+
+def _export_trace(session: Session, options: FinetuneOptions, console: Console, step: int) -> None:
+    """Write `--trace`; a drive that has no room for it does not end a run."""
+    assert options.trace is not None
+    try:
+        text = f"trace of step {step}: {session.export_trace(options.trace)}; open it in ui.perfetto.dev"
+    except StorageError as error:
+        text = str(error)
+    console.print(text, soft_wrap=True, highlight=False)
 
 
 def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: bool) -> str:

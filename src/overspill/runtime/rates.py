@@ -17,6 +17,7 @@ Limits: a drive that is fast only while its cache lasts shows its cache's speed 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import threading
 import time
@@ -115,7 +116,7 @@ def _measure_link(plan: Plan) -> LinkRates:
                 for _ in range(times):
                     target.copy_(source)
 
-            return _link_rates(lambda directions, times: _all(pool, [lambda d=d: copy(d, times) for d in directions]), size)
+            return _link_rates(lambda chosen, times: _all(pool, [functools.partial(copy, one, times) for one in chosen]), size)
     finally:
         here = there = copies = streams = ()  # type: ignore[assignment]  # before the host's pages go
         host.close()
@@ -124,7 +125,7 @@ def _measure_link(plan: Plan) -> LinkRates:
 
 
 def _link_rates(run: Callable[[Sequence[int], int], object], size: int) -> LinkRates:
-    up_s, down_s, both_s = (_seconds_each(lambda times, chosen=chosen: run(chosen, times)) for chosen in ((0,), (1,), (0, 1)))
+    up_s, down_s, both_s = (_seconds_each(functools.partial(run, chosen)) for chosen in ((0,), (1,), (0, 1)))
     return LinkRates(
         up_bytes_per_s=size / up_s,
         down_bytes_per_s=size / down_s,
@@ -162,7 +163,7 @@ def _measure_update(plan: Plan, optimizer: Optimizer) -> float | None:
         sizes[Role.STATE] = plan.state_record_bytes(name, 0)
     total, free = sum(sizes.values()), host_available_bytes()
     if total > free // 4:
-        raise ValueError(f"a chunk's arrays of {format_bytes(total)} are more than a quarter of the {format_bytes(free)} of free host memory")
+        raise ValueError(f"a chunk's arrays of {format_bytes(total)} are more than a quarter of the {format_bytes(free)} that are free")
     num_sets = max(1, min(UPDATED_BYTES, free // 4) // total)
     host = HostMemory(pin=False, budget_bytes=None)
     try:
@@ -209,7 +210,7 @@ def _measure_ssd(plan: Plan, files: Files, written: list[int]) -> LinkRates | No
             stop = threading.Event()
             begin_s = time.perf_counter()
             with ThreadPoolExecutor(max_workers=len(ways)) as pool:
-                moved = _all(pool, [lambda way=way: _stream(store, *way, stop=stop, until_s=begin_s + MOST_SSD_S) for way in ways])
+                moved = _all(pool, [functools.partial(_stream, store, *way, stop=stop, until_s=begin_s + MOST_SSD_S) for way in ways])
             took_s = time.perf_counter() - begin_s
             return [number * size / took_s for number in moved]
 
