@@ -32,6 +32,7 @@ from overspill.cli.continuation import (
 from overspill.cli.finetune import FinetuneOptions
 from overspill.cli.optimizer_flags import build_optimizer
 from overspill.cli.stopping import PauseUntilStopped, StopRequest
+from overspill.cli.tracing import export_if_chosen, validate_trace_options, validate_trace_step
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
 from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, StorageError
 from overspill.huggingface.data_position import DataPosition
@@ -65,8 +66,7 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     folder = find_model_folder(options.model)
     data = open_data(options, folder, load_tokenizer(folder))
     num_steps = count_steps(options, data)
-    if (options.trace_step or 0) > num_steps:
-        raise ValueError(f"--trace-step {options.trace_step} is behind the last step, {num_steps}; give one of 1 to {num_steps}")
+    validate_trace_step(options, num_steps)
     fingerprint_weights(str(options.model))  # while the folder is surely there
     _prepare_out(options.out)
 
@@ -118,10 +118,7 @@ def validate_options(options: FinetuneOptions) -> None:
     """
     if options.steps is not None and options.epochs is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
-    if options.trace_step is not None and options.trace is None:
-        raise ValueError(f"--trace-step {options.trace_step} has no effect without a file for the trace; give --trace FILE too")
-    if options.trace is not None and not options.trace.absolute().parent.is_dir():
-        raise ValueError(f"--trace {options.trace}: there is no folder {options.trace.absolute().parent}; make it, or name another file")
+    validate_trace_options(options)
     validate_data_options(options)
     build_optimizer(options)
     if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
@@ -336,8 +333,7 @@ def _train(
             finally:  # the step was made, whatever became of the evaluation
                 metrics.write(report, held_out_loss=course.held_out.get(report.step))
             line.show(report, held_out_loss=course.held_out.get(report.step))
-            if _is_traced(options, report, num_steps, will_stop=stop.is_requested):
-                _export_trace(session, options, console, report.step)
+            export_if_chosen(session, options, console, report, num_steps, will_stop=stop.is_requested)
             if not math.isfinite(report.loss):
                 raise NonFiniteError(
                     f"the loss of step {report.step} is {report.loss}; nothing was saved. "
@@ -352,25 +348,6 @@ def _train(
             if stop.is_requested and course.step < num_steps:
                 raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
     return report
-
-
-def _is_traced(options: FinetuneOptions, report: StepReport, num_steps: int, *, will_stop: bool) -> bool:
-    """Whether this is the step of `--trace-step`, or without it the last one."""
-    if options.trace is None:
-        return False
-    if options.trace_step is not None:
-        return report.step == options.trace_step
-    return will_stop or report.step == num_steps
-
-
-def _export_trace(session: Session, options: FinetuneOptions, console: Console, step: int) -> None:
-    """Write `--trace`; a drive that has no room for it does not end a run."""
-    assert options.trace is not None
-    try:
-        text = f"trace of step {step}: {session.export_trace(options.trace)}; open it in ui.perfetto.dev"
-    except StorageError as error:
-        text = str(error)
-    console.print(text, soft_wrap=True, highlight=False)
 
 
 def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: bool) -> str:
