@@ -29,7 +29,6 @@ from typing import TypeVar
 import torch
 
 from overspill.errors import OverspillError
-from overspill.runtime.machine import host_available_bytes
 from overspill.runtime.opening import Files
 from overspill.runtime.updating import UpdateContext, Updater
 from overspill.spec.plan import Plan
@@ -40,7 +39,7 @@ from overspill.spec.update_rule import Optimizer
 from overspill.tiers import HostMemory, Store
 from overspill.tiers.block_device import is_block_device
 from overspill.tiers.mapped import node_of_device
-from overspill.units import MIB, align_up, format_bytes
+from overspill.units import MIB, align_up
 
 COPY_BYTES = 32 * MIB
 """Most bytes of one copy over the link; 0.6 ms on PCIe 5, so that starting it does not count. Chosen."""
@@ -58,11 +57,12 @@ MOST_SSD_S = 0.2
 _Result = TypeVar("_Result")
 
 
-def measure_rates(plan: Plan, optimizer: Optimizer, files: Files) -> tuple[LaneRates, int]:
+def measure_rates(plan: Plan, optimizer: Optimizer, files: Files, *, room_bytes: int) -> tuple[LaneRates, int]:
     """All rates of a session (rule 2), and the bytes that this wrote to the SSD.
 
     Args:
         files: how the session reaches the SSD.
+        room_bytes: of host memory that may be taken for a moment (up to about 200 MiB are).
     """
     notes: list[str] = []
     written = [0]
@@ -75,9 +75,9 @@ def measure_rates(plan: Plan, optimizer: Optimizer, files: Files) -> tuple[LaneR
             return None
 
     rates = LaneRates(
-        link=attempt("the link to the device", lambda: _measure_link(plan)),
-        update_parameters_per_s=attempt("the host's update", lambda: _measure_update(plan, optimizer)),
-        ssd=attempt("the SSD", lambda: _measure_ssd(plan, files, written)),
+        link=attempt("the link to the device", lambda: _measure_link(plan, room_bytes)),
+        update_parameters_per_s=attempt("the host's update", lambda: _measure_update(plan, optimizer, room_bytes)),
+        ssd=attempt("the SSD", lambda: _measure_ssd(plan, files, written, room_bytes)),
     )
     return LaneRates(link=rates.link, ssd=rates.ssd, update_parameters_per_s=rates.update_parameters_per_s, notes=tuple(notes)), written[0]
 
@@ -85,13 +85,13 @@ def measure_rates(plan: Plan, optimizer: Optimizer, files: Files) -> tuple[LaneR
 # -- the link --------------------------------------------------------------------------------------------------------
 
 
-def _measure_link(plan: Plan) -> LinkRates:
+def _measure_link(plan: Plan, room_bytes: int) -> LinkRates:
     """Copies between host and device of the size of the largest chunk of parameters."""
     device = torch.device(plan.device)
     is_cuda = device.type == "cuda"
     largest = max(bundle.chunks[0].num_elements * bundle.element_bytes for bundle in plan.bundles.values())
     size = min(COPY_BYTES, align_up(largest, 4096))
-    host = HostMemory(pin=is_cuda, budget_bytes=None, numa_node=node_of_device(device))
+    host = HostMemory(pin=is_cuda, budget_bytes=room_bytes, numa_node=node_of_device(device))
     try:
         here = [host.allocate(name, size).fill_(1) for name in ("up", "down")]
         there = [torch.ones(size, dtype=torch.uint8, device=device) for _ in here]
@@ -150,7 +150,7 @@ def _seconds_each(run: Callable[[int], object]) -> float:
 # -- the update ------------------------------------------------------------------------------------------------------
 
 
-def _measure_update(plan: Plan, optimizer: Optimizer) -> float | None:
+def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int) -> float | None:
     """Parameters a second of the optimizer's update in host memory, chunk by chunk, as the step calls it."""
     names = [name for name, bundle in plan.bundles.items() if bundle.trainable and plan.placements[name].update_tier is Tier.HOST]
     if not names:
@@ -161,11 +161,8 @@ def _measure_update(plan: Plan, optimizer: Optimizer) -> float | None:
     sizes = {role: num_elements * bundle.element_bytes for role in (Role.PARAMETER, Role.GRADIENT)}
     if plan.has_state(name):
         sizes[Role.STATE] = plan.state_record_bytes(name, 0)
-    total, free = sum(sizes.values()), host_available_bytes()
-    if total > free // 4:
-        raise ValueError(f"a chunk's arrays of {format_bytes(total)} are more than a quarter of the {format_bytes(free)} that are free")
-    num_sets = max(1, min(UPDATED_BYTES, free // 4) // total)
-    host = HostMemory(pin=False, budget_bytes=None)
+    num_sets = max(1, min(UPDATED_BYTES, room_bytes) // (sum(sizes.values()) + len(sizes) * 4096))  # each is rounded up to a page
+    host = HostMemory(pin=False, budget_bytes=room_bytes)
     try:
         # Filled, because a page that was only read is everybody's one page of zeros, and sits in a cache.
         sets = [
@@ -188,7 +185,7 @@ def _measure_update(plan: Plan, optimizer: Optimizer) -> float | None:
 # -- the SSD ---------------------------------------------------------------------------------------------------------
 
 
-def _measure_ssd(plan: Plan, files: Files, written: list[int]) -> LinkRates | None:
+def _measure_ssd(plan: Plan, files: Files, written: list[int], room_bytes: int) -> LinkRates | None:
     """Whole chunks to and from a scratch file: all are written, twice, for a block's first write costs the file system more; then all
     read; then one half is read while the other is written."""
     size = _ssd_chunk_bytes(plan)
@@ -197,7 +194,7 @@ def _measure_ssd(plan: Plan, files: Files, written: list[int]) -> LinkRates | No
     if any(is_block_device(Path(place)) for place in plan.ssd_places):
         raise ValueError("a raw block device can have one store only, which is the run's own")
     count = max(2, min(SSD_BYTES // size, MOST_REPEATS))
-    host, store = HostMemory(pin=False, budget_bytes=None), files.open(plan.ssd_places, count * size, True).store
+    host, store = HostMemory(pin=False, budget_bytes=room_bytes), files.open(plan.ssd_places, count * size, True).store
     try:
         names = [f"rate[{index}]" for index in range(count)]
         for name in names:

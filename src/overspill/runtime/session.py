@@ -50,7 +50,7 @@ from overspill.runtime.executor import Executor
 from overspill.runtime.generation import generate_greedily
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
-from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
+from overspill.runtime.machine import host_available_bytes, read_hardware, resolve_device, return_freed_memory
 from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, plan_for_optimizer, restore, take_weights
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates
@@ -400,7 +400,10 @@ class Session:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _measure_rates(self, files: Files) -> LaneRates:
-        rates, written = measure_rates(self.plan, self.optimizer, files)
+        room = host_available_bytes() // 4  # there are other programs
+        if self.plan.host_budget_bytes is not None:
+            room = max(0, min(room, self.plan.host_budget_bytes - self.residency.host.allocated_bytes))
+        rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room)
         if self.wear is not None:
             self.wear.add(written)
         return rates
