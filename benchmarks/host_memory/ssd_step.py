@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from shapes import SHAPES, build_windowed_model
 
 import overspill
-from overspill.runtime.trace import busy_s
 from overspill.spec.schedule import Lane
+from overspill.spec.trace import busy_s
 from overspill.tiers import SsdStore
 from overspill.tiers.load import load_profile, peak_to_mean
 from overspill.units import GIB, MIB

@@ -37,6 +37,13 @@ METRICS = {
     "pinned_bytes",
     "ssd_read_bytes",
     "ssd_written_bytes",
+    "lane_busy_s",
+    "exposed_s",
+    "lane_bytes",
+    "floor_s",
+    "floor_bound_by",
+    "step_over_floor",
+    "trace_s",
 }
 
 
@@ -70,6 +77,7 @@ class ScriptedSession:
     saved: list[Path] = []
     memory_warning: str | None = None
     wear: None = None
+    rates = types.SimpleNamespace(notes=())
 
     def __init__(self, model: Path, *, plan: Any, **settings: Any) -> None:
         self.plan = types.SimpleNamespace(
@@ -271,7 +279,7 @@ def test_help_names_every_flag_and_loads_no_torch() -> None:
         "steps epochs seq-len micro-batch accumulate lr warmup-steps lr-schedule weight-decay clip dtype seed parameters states boundaries"
     )
     flags += " state-format device-budget host-budget ssd-dir ssd-overwrite ssd-budget device held-out truncate out debug"
-    flags += " config eval-every packing blocks split data-config fields stream shuffle-buffer"
+    flags += " serial trace trace-step config eval-every packing blocks split data-config fields stream shuffle-buffer"
     assert [flag for flag in flags.split() if f"--{flag} " not in done.stdout] == []
 
 

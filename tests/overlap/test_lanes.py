@@ -16,8 +16,8 @@ import overspill
 from overspill.errors import StorageError
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.lanes import Abandoned, Lanes
-from overspill.runtime.trace import Span, busy_s, overlap_s
 from overspill.spec.schedule import Lane
+from overspill.spec.trace import Span, busy_s, overlap_s
 from overspill.tiers import FakeStore
 
 OPTIMIZER = overspill.AdamW(lr=1e-2)

@@ -65,7 +65,7 @@ def make_even_batches(step: int, length: int = 12) -> list[dict[str, torch.Tenso
     return [{"input_ids": ids, "labels": ids} for ids in tokens]
 
 
-def train(session: overspill.Session, recorder: graphs.Recorder | None, *, lengths: tuple[int, ...] = (12,)) -> tuple[list, dict]:
+def train(session: overspill.Session, recorder: graphs.LaunchRecorder | None, *, lengths: tuple[int, ...] = (12,)) -> tuple[list, dict]:
     session.executor.graphs.recorder = recorder
     losses = []
     for step in range(STEPS):

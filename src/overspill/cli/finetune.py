@@ -73,9 +73,12 @@ class FinetuneOptions:
     keep: int = 1
     resume: bool = False
     discard_checkpoints: bool = False
+    serial: bool = False
+    trace: Path | None = None
+    trace_step: int | None = None
 
 
-_DATA, _TRAINING, _PLACEMENT, _CHECKPOINTS = "Data", "Training", "Placement", "Checkpoints"
+_DATA, _TRAINING, _PLACEMENT, _CHECKPOINTS, _TIMING = "Data", "Training", "Placement", "Checkpoints", "Timing"
 
 
 def finetune(
@@ -150,6 +153,13 @@ def finetune(
     discard_checkpoints: Annotated[
         bool, typer.Option("--discard-checkpoints", help="Delete those of an earlier run.", rich_help_panel=_CHECKPOINTS)
     ] = False,
+    serial: Annotated[
+        bool, typer.Option("--serial", help="One op after the other, nothing overlaps: the same losses, slower.", rich_help_panel=_TIMING)
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="File for what ran when in one step, for ui.perfetto.dev.", rich_help_panel=_TIMING)
+    ] = None,
+    trace_step: Annotated[int | None, typer.Option(min=1, help="Which step; the last.", rich_help_panel=_TIMING)] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with any of these; the command line wins.", is_eager=True, callback=use_config_file),

@@ -32,11 +32,13 @@ from overspill.cli.continuation import (
 from overspill.cli.finetune import FinetuneOptions
 from overspill.cli.optimizer_flags import build_optimizer
 from overspill.cli.stopping import PauseUntilStopped, StopRequest
+from overspill.cli.tracing import export_if_chosen, validate_trace_options, validate_trace_step
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
 from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, StorageError
 from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
+from overspill.report.lanes import describe_step_time, lane_table
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile, replace_text
 from overspill.report.tables import describe_pools, placement_table
@@ -64,6 +66,7 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     folder = find_model_folder(options.model)
     data = open_data(options, folder, load_tokenizer(folder))
     num_steps = count_steps(options, data)
+    validate_trace_step(options, num_steps)
     fingerprint_weights(str(options.model))  # while the folder is surely there
     _prepare_out(options.out)
 
@@ -78,17 +81,21 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         _announce(options, console, session.plan, data, num_steps)
         for sentence in session.wear.announce(num_steps) if session.wear is not None else ():
             console.print(f"· {sentence}", highlight=False)
+        for sentence in session.rates.notes:  # measured here, so that every step has its floor
+            console.print(f"· {sentence}", highlight=False)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
         course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
         if source is not None:
             console.print(f"going on after step {course.step}", highlight=False)
+            if options.trace_step is not None and options.trace_step <= course.step:
+                console.print(f"· --trace-step {options.trace_step} is done: this run writes no trace", highlight=False)
         else:
             _evaluate(session, data, course)
         if course.held_out:
             console.print(f"held-out loss before: {course.held_out[0]:.4f}")
         try:
-            _train(session, data, options, num_steps, console, course, stop)
+            last = _train(session, data, options, num_steps, console, course, stop)
         except StorageError as error:
             if not pause.was_ended:
                 raise
@@ -97,6 +104,9 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
             _evaluate(session, data, course)
         session.save_pretrained(options.out / "model", tokenizer=folder)
         resources = _describe_resources(session)
+    if last is not None:
+        console.print(lane_table(last))
+        resources = tuple(line for line in (describe_step_time(last), *resources) if line)
     _summarize(options, console, course, num_steps, time.monotonic() - started_s, resources)
 
 
@@ -108,6 +118,7 @@ def validate_options(options: FinetuneOptions) -> None:
     """
     if options.steps is not None and options.epochs is not None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
+    validate_trace_options(options)
     validate_data_options(options)
     build_optimizer(options)
     if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
@@ -201,6 +212,7 @@ def build_session(
             generation=source[1].generation,
             space=space,
             ssd_overwrite=overwrite,
+            serial=options.serial,
         )
     return Session(
         folder,
@@ -211,6 +223,7 @@ def build_session(
         checkpoints=policy,
         space=space,
         ssd_overwrite=overwrite,
+        serial=options.serial,
     )
 
 
@@ -292,8 +305,9 @@ def _train(
     console: Console,
     course: _Course,
     stop: StopRequest,
-) -> None:
-    is_noted = False
+) -> StepReport | None:
+    """All steps that are left; the last one's report, None if none was left."""
+    is_noted, report = False, None
 
     def save() -> None:
         nonlocal is_noted
@@ -320,6 +334,7 @@ def _train(
             finally:  # the step was made, whatever became of the evaluation
                 metrics.write(report, held_out_loss=course.held_out.get(report.step))
             line.show(report, held_out_loss=course.held_out.get(report.step))
+            export_if_chosen(session, options, console, report, num_steps, will_stop=stop.is_requested)
             if not math.isfinite(report.loss):
                 raise NonFiniteError(
                     f"the loss of step {report.step} is {report.loss}; nothing was saved. "
@@ -333,6 +348,7 @@ def _train(
                 raise HostMemoryError(f"{warning}. {_farewell(options, course.step, num_steps, is_saving)}")
             if stop.is_requested and course.step < num_steps:
                 raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
+    return report
 
 
 def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: bool) -> str:

@@ -13,15 +13,17 @@ import json
 import math
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from overspill.errors import StorageError
+from overspill.spec.rates import Floor
 from overspill.units import format_bytes, format_seconds
 
 PLAIN_INTERVAL_S = 10.0
@@ -60,10 +62,25 @@ class StepFacts(Protocol):
     def ssd_read_bytes(self) -> int: ...
     @property
     def ssd_written_bytes(self) -> int: ...
+    @property
+    def lane_busy_s(self) -> Mapping[str, float]: ...
+    @property
+    def exposed_s(self) -> Mapping[str, float]: ...
+    @property
+    def lane_bytes(self) -> Mapping[str, int]: ...
+    @property
+    def floor(self) -> Floor | None: ...
+    @property
+    def step_over_floor(self) -> float | None: ...
+    @property
+    def trace_s(self) -> float: ...
 
 
-def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
-    """One step as the metrics file has it; bytes and seconds are base units, what is not finite is null (JSON has no NaN)."""
+def metrics_row(report: StepFacts) -> dict[str, Any]:
+    """One step as the metrics file has it; bytes and seconds are base units, what is not finite is null (JSON has no NaN).
+
+    The time of its lanes are objects, lane -> seconds or bytes; the floor is null if nobody asked for the rates.
+    """
     row: dict[str, float | int | None] = {
         "step": report.step,
         "loss": report.loss,
@@ -79,7 +96,21 @@ def metrics_row(report: StepFacts) -> dict[str, float | int | None]:
         "ssd_written_bytes": report.ssd_written_bytes,
     }
     finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
-    return {**finite, "skipped": True} if report.skipped else finite
+    lanes: dict[str, Any] = {
+        "lane_busy_s": _rounded(report.lane_busy_s),
+        "exposed_s": _rounded(report.exposed_s),
+        "lane_bytes": dict(report.lane_bytes),
+        "floor_s": report.floor.floor_s if report.floor is not None else None,
+        "floor_bound_by": report.floor.bound_by if report.floor is not None else None,
+        "step_over_floor": report.step_over_floor,
+        "trace_s": report.trace_s,
+    }
+    return {**finite, **lanes, **({"skipped": True} if report.skipped else {})}
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    """To the microsecond: a row stays a line that a person can read."""
+    return {lane: round(value, 6) for lane, value in seconds.items() if value}
 
 
 class MetricsFile:

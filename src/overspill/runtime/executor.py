@@ -31,11 +31,11 @@ import torch
 from overspill.huggingface import StreamedModel, share_equal_tensors
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
-from overspill.runtime.graphs import BlockGraphs, CudaRecorder, Recorder
+from overspill.runtime.graphs import BlockGraphs, CudaRecorder, LaunchRecorder
 from overspill.runtime.lanes import Abandoned, Completion, Job, Lanes
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
-from overspill.runtime.trace import Span, busy_s
+from overspill.runtime.trace import Recorder
 from overspill.runtime.updating import UpdateContext, Updater
 from overspill.runtime.verdicts import Verdicts
 from overspill.runtime.visit import TORCH_DTYPES, Visit
@@ -43,6 +43,7 @@ from overspill.spec.plan import Plan
 from overspill.spec.report import LINK_LANES, StepFigures
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Phase, Piece, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
+from overspill.spec.trace import Span, StepTrace, lane_busy_s
 
 
 class Executor:
@@ -61,7 +62,7 @@ class Executor:
         residency: Residency,
         *,
         serial: bool = False,
-        recorder: Recorder | None = None,
+        recorder: LaunchRecorder | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         self.plan, self.residency = plan, residency
@@ -81,8 +82,15 @@ class Executor:
         """Bundles of which the step that runs has begun to update a chunk, for the error that stops it half-way."""
         self.has_landed = False
         """Whether all updates of the last schedule, and all that they wrote back to homes, are complete, however it ended."""
-        self.spans: list[Span] = []
+        self.trace: StepTrace | None = None
         """When each op of the last schedule ran."""
+        self.trace_s = 0.0
+        """What it took to put that together, after the schedule had ended."""
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """Of the last schedule."""
+        return self.trace.spans if self.trace is not None else ()
 
     def run(
         self,
@@ -105,7 +113,7 @@ class Executor:
         self.updated, self.has_landed = [], False
         self.residency.reset_peaks()
         base, base_s = self._mark(), time.perf_counter()
-        step = _Step(self, schedule, micro_batches, context, updates)
+        step = _Step(self, schedule, micro_batches, context, updates, Recorder(base, base_s))
         failure: BaseException | None = None
         try:
             with self._seeded_apart():
@@ -117,14 +125,11 @@ class Executor:
             raise failure
         check_losses(micro_batches, context.step)
         step_s = time.perf_counter() - base_s
-        self.spans = [
-            Span(op=index, lane=item.lane, start_s=start_s, end_s=end_s)
-            for index, item in enumerate(schedule.ops)
-            if not isinstance(item.op, Free)
-            for start_s, end_s in [step.completions[index].span_s(base, base_s)]
-        ]
+        self.trace = step.recorder.trace(schedule, step.completions, step_s)
         self._judge_launches(schedule, step.completions)
-        return self._figures(schedule, step_s), step.gradients
+        figures = self._figures(schedule, step_s)
+        self.trace_s = time.perf_counter() - base_s - step_s
+        return figures, step.gradients
 
     def close(self) -> None:
         """End the lanes and drop the recordings."""
@@ -201,7 +206,7 @@ class Executor:
                 lane_bytes[item.lane.value] += item.op.num_bytes
         return StepFigures(
             step_s=step_s,
-            lane_busy_s={lane.value: busy_s(self.spans, lane) for lane in Lane},
+            lane_busy_s=lane_busy_s(self.spans),
             lane_bytes=lane_bytes,
             num_ops=len(schedule.ops),
             device_resident_peak_bytes=self.residency.peak_bytes[Tier.DEVICE],
@@ -252,10 +257,12 @@ class _Step:
         micro_batches: Sequence[MicroBatch],
         context: StepContext,
         updates: UpdateContext | None,
+        recorder: Recorder,
     ) -> None:
+        self.recorder = recorder
         self.executor, self.plan, self.residency, self.lanes = executor, executor.plan, executor.residency, executor.lanes
         self.schedule, self.micro_batches, self.context, self.updates = schedule, micro_batches, context, updates
-        self.gradients = Gradients(self.plan, self.residency, executor.wait_on_device)
+        self.gradients = Gradients(self.plan, self.residency, self._wait_in_job)
         self.verdicts = Verdicts(self.plan, context)
         self.completions: list[Completion] = []
         """Of the ops dispatched so far; those of a `Free` are done at once."""
@@ -264,6 +271,7 @@ class _Step:
         """Go through the program."""
         for index, item in enumerate(self.schedule.ops):
             assert all(wait < index for wait in item.waits), f"op {index} waits for a later op"
+            self.recorder.submitted_s.append(time.perf_counter())
             completion = self._dispatch(item)
             self.completions.append(completion)
             if self.executor.serial:
@@ -276,6 +284,7 @@ class _Step:
 
     def _dispatch(self, item: ScheduledOp) -> Completion:
         op, waits = item.op, self._waits(item)
+        self.recorder.waits.append(waits)
         match op:
             case Fetch() | Evict():
                 return self._move(op, item.lane, waits)
@@ -291,6 +300,11 @@ class _Step:
                 return self.lanes.run_here(functools.partial(self._compress, op), waits)
             case Update():
                 return self._update(op, item.lane, waits)
+
+    def _wait_in_job(self, work: Work) -> None:
+        """Let the compute lane wait for `work`, as a part of the op that is dispatched now."""
+        self.recorder.waits[-1].extend(work)
+        self.executor.wait_on_device(work)
 
     def _move(self, op: Fetch | Evict, lane: Lane, waits: list[Completion]) -> Completion:
         """One hop. Both buffers are the job's until it is complete."""
@@ -316,7 +330,7 @@ class _Step:
         fresh = set()
         for piece, size in op.produced:
             if piece.role is Role.PARTIAL_GRADIENT:
-                self.executor.wait_on_device(self.residency.create(piece, Tier.DEVICE, size))
+                self._wait_in_job(self.residency.create(piece, Tier.DEVICE, size))
                 fresh.add((piece.owner, piece.role, piece.reader))
         for key in fresh:
             self.residency.region(*key).zero_()

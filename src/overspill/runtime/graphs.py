@@ -49,7 +49,7 @@ LAUNCH_BOUND = 0.8
 Replay = Callable[[], None]
 
 
-class Recorder(Protocol):
+class LaunchRecorder(Protocol):
     """Records what is launched."""
 
     def record(self, run: Callable[[], None]) -> Replay:
@@ -142,7 +142,7 @@ class BlockGraphs:
         has_room: whether the memory of one block's activations can be held.
     """
 
-    def __init__(self, model: StreamedModel, recorder: Recorder | None, *, has_room: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, model: StreamedModel, recorder: LaunchRecorder | None, *, has_room: Callable[[], bool] = lambda: True) -> None:
         self.model, self.recorder, self._has_room = model, recorder, has_room
         self.is_wanted = False
         """Whether launches bind (rule 3)."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ from overspill.huggingface import (
 from overspill.optim import global_norm
 from overspill.planning import simulate
 from overspill.report.memory import host_peak_bytes
+from overspill.report.perfetto import write_trace
 from overspill.runtime.batches import count_targets, prepare_batch, token_count, token_counts
 from overspill.runtime.checkpointing import (
     Checkpointer,
@@ -48,14 +50,17 @@ from overspill.runtime.executor import Executor
 from overspill.runtime.generation import generate_greedily
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
-from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
+from overspill.runtime.machine import host_available_bytes, read_hardware, resolve_device, return_freed_memory
 from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, plan_for_optimizer, restore, take_weights
 from overspill.runtime.programs import Programs
+from overspill.runtime.rates import measure_rates
+from overspill.runtime.timing import StepTiming
 from overspill.runtime.updating import UpdateContext
 from overspill.runtime.wear import SsdWear
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
+from overspill.spec.rates import LaneRates
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
@@ -166,6 +171,7 @@ class Session:
         self._is_closed = False
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._programs = Programs(self.plan)
+        self._timing = StepTiming(lambda: self._measure_rates(files))
 
     # -- work --------------------------------------------------------------------------------------------------------
 
@@ -206,6 +212,10 @@ class Session:
         if not skipped:
             self.step_number = number
         pools = self.pool_reports()
+        assert self.executor.trace is not None
+        begun_s = time.perf_counter()
+        exposed, floor = self._timing.after_step(number, self.executor.trace)
+        trace_s = self.executor.trace_s + time.perf_counter() - begun_s
         return StepReport(
             **_fields(figures),
             step=number,
@@ -223,7 +233,29 @@ class Session:
             pool_waste_bytes=sum(pool.peak_bytes - pool.peak_asked_bytes for pool in pools),
             pool_one_size_bytes=sum(pool.one_size_bytes for pool in pools),
             ssd_life_written_bytes=self.wear.after_step(figures.step_s) if self.wear is not None else 0,
+            exposed_s=exposed,
+            floor=floor,
+            trace_s=trace_s,
         )
+
+    @property
+    def rates(self) -> LaneRates:
+        """How fast this session's lanes are: measured when it is first asked for, in about half a second, never within a step. The
+        reports of all later steps have their `floor`."""
+        if not self._timing.has_rates:
+            self._check_usable()
+        return self._timing.rates
+
+    def export_trace(self, path: str | Path) -> Path:
+        """Write what ran when in the last step, for ui.perfetto.dev or chrome://tracing.
+
+        Raises:
+            ValueError: there was no step yet.
+            StorageError: the file cannot be written.
+        """
+        if self._timing.trace is None:
+            raise ValueError("there is no step yet that could be traced; make one first")
+        return write_trace(path, self._timing.trace, self.plan, step=self._timing.step)
 
     def pool_reports(self) -> tuple[PoolReport, PoolReport]:
         """What the pools of device and host slots hold and have held since the session was opened."""
@@ -365,6 +397,15 @@ class Session:
         return self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _measure_rates(self, files: Files) -> LaneRates:
+        room = host_available_bytes() // 4  # there are other programs
+        if self.plan.host_budget_bytes is not None:
+            room = max(0, min(room, self.plan.host_budget_bytes - self.residency.host.allocated_bytes))
+        rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room)
+        if self.wear is not None:
+            self.wear.add(written)
+        return rates
 
     def _run(
         self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None

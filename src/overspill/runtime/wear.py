@@ -42,6 +42,7 @@ class SsdWear:
         self._first_bytes = 0
         """Of the session, when its first step ended."""
         self._has_warned = False
+        self._besides_bytes = 0
 
     @property
     def state(self) -> Wear:
@@ -68,6 +69,12 @@ class SsdWear:
                 self._has_warned = True
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
         return self._counter.written_bytes
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes that were written in the directory besides the session's stores, and are no part of a step."""
+        self._besides_bytes += num_bytes
+        if self._num_steps:
+            self._first_bytes += num_bytes
 
     def forecast(self) -> WearForecast | None:
         """At the measured rate; None before the second step has ended."""
@@ -98,4 +105,4 @@ class SsdWear:
         self._counter.save()
 
     def _session_bytes(self) -> int:
-        return sum(records.store.written_bytes for records in self._stores)
+        return self._besides_bytes + sum(records.store.written_bytes for records in self._stores)

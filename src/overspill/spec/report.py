@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from overspill.spec.rates import Floor
+
 LINK_LANES = ("h2d", "d2h", "ssd_read", "ssd_write")
 
 
@@ -131,6 +133,24 @@ class StepReport(StepFigures):
     """What pools with one slot size each would have held."""
     ssd_life_written_bytes: int = 0
     """Everything overspill ever wrote in the SSD directory, this step included; 0 without one."""
+
+    exposed_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of the step in which the compute lane was idle and waited for that lane, or for `dispatch` (`spec/trace.py`); with
+    `lane_busy_s["compute"]` they sum to `step_s`."""
+    floor: Floor | None = None
+    """None: nobody has asked the session for its rates yet."""
+    trace_s: float = 0.0
+    """What it took after the step to find out what is said here of its time; not in `step_s`."""
+
+    @property
+    def floor_s(self) -> float | None:
+        """The least time that this step's work takes at the rates of this machine's lanes."""
+        return self.floor.floor_s if self.floor is not None else None
+
+    @property
+    def step_over_floor(self) -> float | None:
+        """1: nothing is left to gain without less work or a faster machine."""
+        return self.step_s / self.floor.floor_s if self.floor is not None and self.floor.floor_s else None
 
     @property
     def tokens_per_s(self) -> float:

@@ -1,0 +1,301 @@
+"""Claims about a step's time: every moment has one cause, the trace can be read, rates leave nothing behind, and it costs little."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from training_loop import make_batches
+
+import overspill
+from overspill.errors import StorageError
+from overspill.planning.floor import build_step_work
+from overspill.runtime.compute import UnitRunner
+from overspill.runtime.lanes import Completion, Lanes
+from overspill.runtime.trace import Recorder
+from overspill.spec.schedule import Lane, Schedule, ScheduledOp, Update
+from overspill.spec.tensors import Tier
+from overspill.spec.trace import DISPATCH, Idle, Span, busy_s, exposed_s, find_idle, lane_busy_s
+from overspill.tiers import FakeStore
+
+PLACEMENTS: list[dict[str, object]] = [
+    {"parameters": "ssd", "states": "ssd", "boundaries": "ssd"},
+    {"parameters": "host", "states": "ssd", "boundaries": "device", "clip": 1.0},
+    {"parameters": "ssd", "states": "host", "boundaries": "host", "group_size": 1},
+    {"parameters": "device", "states": "device", "boundaries": "device"},
+]
+
+
+def open_session(ssd_dir: str = "fake", *, delay_s: float = 0.0, serial: bool = False, **fields: object) -> overspill.Session:
+    defaults: dict[str, object] = {
+        "dtype": "float32",
+        "seq_len": 12,
+        "micro_batch": 2,
+        "device": "cpu",
+        "accumulate": 2,
+        "ssd_dir": ssd_dir,
+    }
+    is_fake = ssd_dir == "fake"
+    return overspill.Session(
+        tiny_model("llama_tied"),
+        plan=overspill.PlanRequest(**{**defaults, **fields}),  # type: ignore[arg-type]
+        optimizer=overspill.AdamW(lr=1e-2),
+        serial=serial,
+        chunk_bytes=32 * 1024,
+        open_store=(lambda directory, capacity_bytes, is_scratch: FakeStore(capacity_bytes, delay_s=delay_s)) if is_fake else None,
+    )
+
+
+def batches(step: int = 0) -> list[dict[str, torch.Tensor]]:
+    return make_batches(2, vocab_size=96, seed=step)
+
+
+# -- causes of idle time ---------------------------------------------------------------------------------------------
+
+
+def span(op: int, lane: Lane, start_s: float, end_s: float, *waits: int) -> Span:
+    return Span(op, lane, start_s, end_s, waits=waits)
+
+
+def test_a_gap_belongs_to_the_lane_whose_op_ended_last_and_before_that_to_what_this_one_waited_for() -> None:
+    """The drive reads until 4, the link copies from 4.5 to 6, compute begins at 6.25: the drive is what made the step long."""
+    spans = [
+        span(0, Lane.SSD_READ, 0, 4),
+        span(1, Lane.COMPUTE, 0, 1),
+        span(2, Lane.H2D, 4.5, 6, 0),
+        span(3, Lane.D2H, 1, 5.5, 1),  # nobody waits for it
+        span(4, Lane.COMPUTE, 6.25, 8, 1, 2),
+    ]
+    assert find_idle(spans, 8.5) == [
+        Idle(1, 4, "ssd_read", 0, 4),
+        Idle(4, 4.5, DISPATCH, -1, 4),
+        Idle(4.5, 6, "h2d", 2, 4),
+        Idle(6, 6.25, DISPATCH, -1, 4),
+        Idle(8, 8.5, DISPATCH, -1, -1),
+    ]
+
+
+def test_an_op_that_stood_behind_another_on_its_lane_exposes_the_lane_with_both() -> None:
+    """Compute waits for the second fetch alone, which had to wait for the first."""
+    spans = [span(0, Lane.H2D, 0, 3), span(1, Lane.H2D, 3, 4), span(2, Lane.COMPUTE, 4, 5, 1)]
+    assert find_idle(spans, 5) == [Idle(0, 3, "h2d", 0, 2), Idle(3, 4, "h2d", 1, 2)]
+
+
+def test_overlapping_reads_of_a_drive_belong_to_the_drive() -> None:
+    spans = [span(0, Lane.SSD_READ, 0, 5), span(1, Lane.SSD_READ, 1, 6), span(2, Lane.COMPUTE, 6, 7, 1)]
+    assert exposed_s(find_idle(spans, 7)) == {
+        **dict.fromkeys(("h2d", "d2h", "ssd_write", "host_update", "network", DISPATCH), 0.0),
+        "ssd_read": 6,
+    }
+
+
+def test_the_end_of_a_step_waits_for_all_lanes() -> None:
+    spans = [span(0, Lane.COMPUTE, 0, 2), span(1, Lane.D2H, 2, 3, 0), span(2, Lane.HOST_UPDATE, 3, 5, 1)]
+    assert find_idle(spans, 5) == [Idle(2, 3, "d2h", 1, -1), Idle(3, 5, "host_update", 2, -1)]
+
+
+def test_work_under_compute_is_busy_and_not_exposed() -> None:
+    spans = [span(0, Lane.H2D, 0, 2), span(1, Lane.COMPUTE, 0, 2), span(2, Lane.COMPUTE, 2, 3, 0)]
+    assert sum(exposed_s(find_idle(spans, 3)).values()) == 0
+    assert lane_busy_s(spans)["h2d"] == busy_s(spans, Lane.H2D) == 2
+
+
+@pytest.mark.parametrize("serial", [False, True], ids=["overlapped", "serial"])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: "-".join(map(str, placement.values())))
+def test_exposed_time_and_compute_are_the_step(placement: dict[str, object], serial: bool) -> None:
+    with open_session(delay_s=0.0005, serial=serial, **placement) as session:
+        for step in range(2):
+            report = session.step(batches(step))
+            assert sum(report.exposed_s.values()) + report.lane_busy_s["compute"] == pytest.approx(report.step_s, rel=1e-9)
+            assert all(value >= 0 for value in report.exposed_s.values())
+            trace = session.executor.trace
+            assert trace is not None
+            moved = {lane: sum(item.num_bytes for item in trace.spans if item.lane == lane) for lane in report.lane_bytes}
+            assert moved == report.lane_bytes
+            for item in trace.spans:
+                assert item.submitted_s <= item.ready_s <= item.start_s <= item.end_s or item.lane is Lane.COMPUTE
+                assert 0 <= item.submitted_s <= item.end_s <= report.step_s
+
+
+def test_a_slow_drive_is_exposed_and_slow_compute_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of 5 ms that nothing hides; the same reads under compute of 30 ms a unit hide for the most part."""
+    placement = {"parameters": "ssd", "states": "host", "boundaries": "device", "accumulate": 1}
+    exposed, run = {}, UnitRunner.run
+
+    def slow(self, op, visit, micro_batch, context, gradients):  # type: ignore[no-untyped-def]
+        time.sleep(0.03)
+        run(self, op, visit, micro_batch, context, gradients)
+
+    for is_slow in (False, True):
+        if is_slow:
+            monkeypatch.setattr(UnitRunner, "run", slow)
+        with open_session(delay_s=0.005, **placement) as session:
+            reports = [session.step(make_batches(1, vocab_size=96, seed=step)) for step in range(3)]
+        exposed[is_slow] = min(report.exposed_s["ssd_read"] for report in reports[1:])
+    assert exposed[True] < 0.5 * exposed[False], exposed
+
+
+# -- the floor -------------------------------------------------------------------------------------------------------
+
+
+def test_reports_have_a_floor_from_the_first_question_on_and_none_is_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(delay_s=0.001, **PLACEMENTS[0]) as session:
+        assert session.step(batches()).floor is None
+        rates = session.rates
+        assert rates.notes == () and rates.link is not None and rates.ssd is not None
+        assert rates.update_parameters_per_s is not None and rates.update_parameters_per_s > 0
+        assert session.rates is rates
+        report = session.step(batches(1))
+        assert report.floor is not None and report.floor.unmeasured == ()
+        assert report.floor_s == report.floor.floor_s >= report.lane_busy_s["compute"] * 0.999
+        assert report.step_over_floor == report.step_s / report.floor.floor_s
+        trace = session.executor.trace
+        assert trace is not None
+        assert build_step_work(trace.schedule, rates).lane_s.keys() == {"h2d", "d2h", "ssd_read", "ssd_write", "host_update"}
+
+
+def test_a_step_that_nothing_delays_is_not_quicker_than_its_floor() -> None:
+    """The drive's rate is what a fake drive of 2 ms a transfer gives; on a busy machine it may be measured slow, so with 30 % of grace."""
+    for placement in (PLACEMENTS[0], PLACEMENTS[1]):
+        with open_session(delay_s=0.002, **placement) as session:
+            assert session.rates.notes == ()
+            for step in range(3):
+                report = session.step(batches(step))
+                assert report.step_over_floor is not None and report.step_over_floor > 0.7, report.floor
+
+
+def test_measuring_rates_leaves_no_file_no_thread_and_the_written_bytes_counted(tmp_path: Path) -> None:
+    import threading
+
+    with open_session(str(tmp_path), parameters="ssd", states="ssd", boundaries="device") as session:
+        session.step(batches())
+        threads, names = threading.active_count(), sorted(path.name for path in tmp_path.iterdir())
+        assert session.wear is not None
+        before = session.wear.state.own_bytes
+        begun_s = time.perf_counter()
+        rates = session.rates
+        assert time.perf_counter() - begun_s < 3, "measuring takes about half a second, even here"
+        assert rates.ssd is not None and rates.ssd.up_bytes_per_s > 0
+        assert threading.active_count() == threads and sorted(path.name for path in tmp_path.iterdir()) == names
+        report = session.step(batches(1))
+        assert session.wear.state.own_bytes - before > report.ssd_written_bytes, "what the measurement wrote wears the drive too"
+        forecast = session.wear.forecast()
+        assert forecast is not None and forecast.bytes_per_step == pytest.approx(report.ssd_written_bytes), "but is no part of a step"
+
+
+def test_a_drive_that_cannot_be_measured_is_noted_and_does_not_end_the_run() -> None:
+    def open_store(directory: str, capacity_bytes: int, is_scratch: bool) -> FakeStore:
+        if stores:
+            raise StorageError("the drive is full")
+        return FakeStore(capacity_bytes)
+
+    stores: list[int] = []
+    request = overspill.PlanRequest(
+        dtype="float32",
+        seq_len=12,
+        micro_batch=2,
+        device="cpu",
+        accumulate=2,
+        ssd_dir="fake",
+        parameters="ssd",
+        states="ssd",
+        boundaries="device",
+    )
+    with overspill.Session(tiny_model("llama_tied"), plan=request, optimizer=overspill.AdamW(lr=1e-2), open_store=open_store) as session:
+        stores.append(1)
+        assert session.rates.ssd is None
+        assert session.rates.notes == ("the rate of the SSD was not measured: the drive is full",)
+        report = session.step(batches())
+        assert report.floor is not None and set(report.floor.unmeasured) == {"ssd_read", "ssd_write"}
+        assert report.floor_s is not None
+
+
+def test_without_room_in_the_host_budget_nothing_is_measured_and_the_notes_say_so() -> None:
+    with open_session(**PLACEMENTS[0]) as session:
+        session.plan = dataclasses.replace(session.plan, host_budget_bytes=session.residency.host.allocated_bytes)
+        rates = session.rates
+        assert (rates.link, rates.ssd, rates.update_parameters_per_s) == (None, None, None)
+        assert len(rates.notes) == 3 and all("the host budget of" in note for note in rates.notes), rates.notes
+        assert session.step(batches()).floor is not None
+
+
+# -- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_trace_has_a_slice_for_every_op_in_words_and_no_two_overlap_on_a_track(tmp_path: Path) -> None:
+    with open_session(delay_s=0.001, **PLACEMENTS[0]) as session:
+        with pytest.raises(ValueError, match="no step yet"):
+            session.export_trace(tmp_path / "none.json")
+        session.step(batches())
+        report = session.step(batches(1))
+        chunks = len(session.plan.bundles["model.layers.1"].chunks)
+        session.evaluate(batches())  # is not what is exported
+        path = session.export_trace(tmp_path / "trace.json")
+        with pytest.raises(StorageError, match="cannot write the trace of step 2"):
+            session.export_trace(tmp_path / "nowhere" / "trace.json")
+    content = json.loads(path.read_text())
+    assert content["otherData"]["step"] == 2 and content["otherData"]["step_s"] == report.step_s
+    events = content["traceEvents"]
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"compute", "h2d", "d2h", "ssd_read", "ssd_write", "host_update", "compute waits for"} <= set(tracks.values())
+    slices = [event for event in events if event["ph"] == "X"]
+    names = {event["name"] for event in slices}
+    assert {"forward block 1, micro-batch 0", "backward tail, micro-batch 1", "finish gradient of block 0"} <= names
+    done = ("read block 1 weights", "fetch block 1 weights", "evict block 1 gradient", "update block 1", "write block 1 optimizer states")
+    assert {f"{text} 1/{chunks}" for text in done} <= names
+    assert "fetch shared partial gradient of the tail" in names
+    idle_s = sum(event["dur"] for event in slices if event["cat"] == "idle") / 1e6
+    assert idle_s == pytest.approx(sum(report.exposed_s.values()), abs=1e-4)
+    for track in tracks:
+        own = sorted((event["ts"], event["ts"] + event["dur"]) for event in slices if event["tid"] == track)
+        assert all(end <= start + 0.002 for (_, end), (start, _) in zip(own, own[1:], strict=False)), tracks[track]
+    reads = [event for event in slices if event["name"] == f"read block 1 weights 1/{chunks}"]
+    assert all(event["args"]["bytes"] > 0 and event["args"]["gb_per_s"] > 0 for event in reads)
+    starts = {event["id"]: event for event in events if event["ph"] == "s"}
+    ends = {event["id"]: event for event in events if event["ph"] == "f"}
+    assert starts and starts.keys() == ends.keys()
+    assert all(starts[number]["ts"] <= ends[number]["ts"] for number in starts)
+
+
+# -- its cost --------------------------------------------------------------------------------------------------------
+
+
+def test_tracing_costs_less_than_10_us_an_op_and_says_what_it_took() -> None:
+    with open_session(**PLACEMENTS[0]) as session:
+        reports = [session.step(batches(step)) for step in range(4)]
+        assert session.executor.trace is not None
+        count = len(session.executor.trace.spans)
+    best_s = min(report.trace_s for report in reports)
+    assert 0 < best_s / count < 10e-6
+    assert best_s < 0.1 * min(report.step_s for report in reports)  # of a step of some 50 ms; the ops of a real one are longer
+
+
+def test_what_an_op_costs_does_not_grow_with_the_number_of_ops() -> None:
+    lanes = Lanes(torch.device("cpu"))
+    seconds = {}
+    for count in (2_000, 20_000):
+        op = Update(bundle="b", chunk=0, tier=Tier.HOST, num_elements=1, num_bytes=1)
+        kinds = [Lane.COMPUTE, Lane.HOST_UPDATE, Lane.HOST_UPDATE, Lane.HOST_UPDATE]
+        items = [ScheduledOp(op=op, lane=kinds[i % 4], waits=(i - 1,) if i else ()) for i in range(count)]
+        program = Schedule(name="t", ops=tuple(items), num_micro_batches=1, groups=((0,),), starts_pending=False, ends_pending=False)
+        recorder, completions = Recorder(None, 0.0), []
+        for index, item in enumerate(items):
+            completion: Completion = lanes.done(item.lane)
+            completion._begin_s, completion._end_s = 1.0 + index, 1.9 + index
+            recorder.submitted_s.append(float(index))
+            recorder.waits.append([completions[wait] for wait in item.waits])
+            completions.append(completion)
+        took = []
+        for _ in range(3):
+            begun_s = time.perf_counter()
+            trace = recorder.trace(program, completions, count + 2.0)
+            exposed = exposed_s(find_idle(trace.spans, trace.step_s))
+            took.append(time.perf_counter() - begun_s)
+        assert exposed["host_update"] == pytest.approx(0.9 * count * 3 / 4)
+        seconds[count] = min(took) / count
+    assert seconds[20_000] < 10e-6 and seconds[20_000] < 4 * seconds[2_000], seconds
