@@ -134,6 +134,7 @@ class StreamedModel:
         self.device = torch.device("cpu")
         self.buffer_bytes = self.to(self.device)
         self._bound: dict[str, Mapping[str, Tensor]] = {}
+        self._call: Callable[..., Any] = _call_block
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -156,6 +157,19 @@ class StreamedModel:
         shared = move_buffers((module for module in self._modules if module not in self._rotary.modules), self.device)
         self.buffer_bytes = shared + self._rotary.to(self.device)
         return self.buffer_bytes
+
+    def compile(self, backend: str = "inductor") -> None:
+        """Let torch compile the blocks' code, as each kind of block first runs: fewer passes over memory, other roundings.
+
+        Args:
+            backend: of `torch.compile`.
+
+        Raises:
+            UnsupportedModelError: its blocks have side outputs, which hooks take out of the code that would be compiled.
+        """
+        if any(self.inspection.num_side_outputs.values()):
+            self._stack.refuse("its blocks have router logits, which cannot be taken out of compiled blocks; leave --compile out")
+        self._call = torch.compile(_call_block, dynamic=False, backend=backend)
 
     def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
         """Set persistent buffers (those that a file of weights holds), by name; call `to` afterwards.
@@ -248,7 +262,7 @@ class StreamedModel:
         self._validate_bound(unit)
         args, kwargs = arguments.rebuilt(unit, hidden, side_inputs)
         with self._taps.listening() as side_outputs:
-            output = self._blocks[unit](*args, **kwargs)
+            output = self._call(self._blocks[unit], args, kwargs)
         num_expected = self.inspection.num_side_outputs[unit]
         assert len(side_outputs) == num_expected, f"{unit} has {num_expected} side outputs, got {len(side_outputs)}"
         return BlockOutput(
@@ -372,6 +386,11 @@ def _bring_buffers(model: PreTrainedModel) -> None:
                 )
             if buffer is not None and buffer.device.type != "cpu":
                 module._buffers[name] = buffer.to("cpu")
+
+
+def _call_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is compiled: one function for all blocks, so that blocks of one kind share their code."""
+    return block(*args, **kwargs)
 
 
 def _tensor_spec(model: nn.Module, name: str, parameter: nn.Parameter) -> TensorSpec:
