@@ -202,10 +202,16 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         figures, gradients = self._run(schedule, prepared, context, updates)
-        norm = global_norm(gradients.sums_of_squares.values()) / scale
-        skipped = self._finish_step(number, lr, norm, scale) if waits else False
-        if not skipped:
-            self.step_number = number
+        try:
+            norm = global_norm(gradients.sums_of_squares.values()) / scale
+            skipped = self._finish_step(number, lr, norm, scale) if waits else False
+            if not skipped:
+                self.step_number = number
+        except NonFiniteError:
+            raise  # no weight was changed, and none waits
+        except BaseException as error:
+            self._failure = f"step {number} was made but not counted: {type(error).__name__}: {error}"
+            raise
         pools = self.pool_reports()
         return StepReport(
             **_fields(figures),
@@ -382,13 +388,15 @@ class Session:
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
         """After a schedule that stopped: go on if weights are all from before its updates, or all from after them; else rule 3."""
+        self._failure = f"{type(error).__name__}: {error}"  # until all is in order again: Ctrl-C may come once more
         untouched = not self.executor.updated
         if not untouched and schedule.starts_pending and self.executor.has_landed:
             # The step before is applied in full; only this one's gradients are lost.
             self._pending = None
             self.residency.drop_all_but_homes()
-        elif not (untouched and self.residency.drop_all_but_homes(pending=schedule.starts_pending)):
-            self._failure = f"{type(error).__name__}: {error}"
+            self._failure = None
+        elif untouched and self.residency.drop_all_but_homes(pending=schedule.starts_pending):
+            self._failure = None
 
     def _prepare(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[MicroBatch]:
         if not micro_batches:
