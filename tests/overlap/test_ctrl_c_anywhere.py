@@ -87,7 +87,7 @@ def interrupt_steps(clip: float | None, files: frozenset[str], stride: int) -> i
     num_survived, place = 0, stride // 2
     current = begin()
     rest = lent_bytes(current)
-    while interrupted_at(place, files, lambda: current.step(BATCHES)):
+    while interrupted_at(place, files, functools.partial(current.step, BATCHES)):
         try:
             report = current.step(BATCHES)
         except RuntimeError as error:
@@ -118,8 +118,7 @@ def test_the_first_step_interrupted_while_it_makes_its_slots_and_records_can_be_
     """Nothing is there yet: every allocation and every record of scratch is interrupted somewhere."""
     for place in range(30, 100_000, 997):
         with open_session(serial=False, parameters="host", states="ssd", boundaries="ssd", group_size=1) as fresh:
-            was_interrupted = interrupted_at(place, ALLOCATIONS, lambda: fresh.step(BATCHES))  # noqa: B023
-            if not was_interrupted:
+            if not interrupted_at(place, ALLOCATIONS, functools.partial(fresh.step, BATCHES)):
                 break
             try:
                 fresh.step(BATCHES)

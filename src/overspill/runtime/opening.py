@@ -28,6 +28,7 @@ from overspill.spec.update_rule import Optimizer
 from overspill.spec.workload import ModelLayout
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
+from overspill.tiers.closing import close_after
 from overspill.tiers.mapped import node_of_device
 
 StoreFactory = Callable[[str, int, bool], Store]
@@ -166,9 +167,9 @@ def allocate(
             store = checkpointer.records
             opened.append(store)
         return Residency(plan, device=device, host=host, store=store, scratch=scratch), checkpointer
-    except BaseException:
+    except BaseException as error:
         for item in reversed(opened):
-            item.close()
+            close_after(error, item.close)
         raise
 
 
@@ -178,10 +179,8 @@ def restore(residency: Residency, own: Checkpointer | None, manifest: Manifest, 
         restore_homes(residency, own.records)
         return
     records, _ = open_records(directory, manifest, calls=calls)
-    try:
+    with records:
         restore_homes(residency, records)
-    finally:
-        records.close()
 
 
 def load(tensors: Iterable[tuple[str, torch.Tensor]], model: StreamedModel, homes: Homes, *, with_homes: bool) -> dict[str, torch.Tensor]:

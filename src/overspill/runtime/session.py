@@ -17,13 +17,12 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from overspill.errors import NonFiniteError, StorageError
+from overspill.errors import NonFiniteError
 from overspill.huggingface import (
     StreamedModel,
     build_meta_model,
@@ -61,9 +60,10 @@ from overspill.spec.schedule import Schedule
 from overspill.spec.tensors import CHUNK_BYTES, HOST_CHUNK_BYTES
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
+from overspill.tiers.closing import Closing, close_after
 
 
-class Session:
+class Session(Closing):
     """Train one model under one plan.
 
     Args:
@@ -151,8 +151,8 @@ class Session:
                 restore(self.residency, self._checkpointer, *resume_from, calls)
             self.model.to(self.device)
             self.model.train()
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            close_after(error, self.close)
             raise
         self.executor = Executor(self.plan, self.model, self.residency, serial=serial)
         self.step_number = resume_from[0].step if resume_from is not None else 0
@@ -439,17 +439,6 @@ class Session:
         if self.wear is not None:
             self.wear.save()
         self.residency.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.close()
-        except StorageError as unseen:
-            if error is None:
-                raise
-            error.add_note(str(unseen))
 
 
 def _fields(figures: StepFigures) -> dict[str, Any]:

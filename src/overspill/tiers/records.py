@@ -35,6 +35,7 @@ import torch
 
 from overspill.errors import StorageError
 from overspill.tiers.checksums import BLOCK_BYTES, zero_checksums
+from overspill.tiers.closing import Closing
 from overspill.tiers.protocol import CheckedTransfer, Store, Transfer
 from overspill.tiers.transfer import DamagedBlock
 from overspill.units import align_up
@@ -68,7 +69,7 @@ class RecordVersion:
     checksums: tuple[int, ...]
 
 
-class RecordStore:
+class RecordStore(Closing):
     """Records in a store; thread-safe as far as its store is.
 
     Args:
