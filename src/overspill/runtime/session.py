@@ -44,7 +44,7 @@ from overspill.runtime.checkpointing import (
 )
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.executor import Executor
-from overspill.runtime.generation import generate_greedily
+from overspill.runtime.generation import generate_greedily, validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
@@ -327,8 +327,9 @@ class Session(Closing):
             prompts: token ids; all are continued side by side.
 
         Raises:
-            ValueError: no prompt, or an empty one, or prompt and continuation longer than the plan's batch holds.
+            ValueError: no prompt, or an empty one, or no token asked for, or prompt and continuation longer than the plan's batch holds.
         """
+        validate_generation(prompts, max_new_tokens)
         self.flush()
         context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
 
