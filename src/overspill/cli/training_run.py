@@ -43,7 +43,7 @@ from overspill.report.tables import describe_pools, placement_table
 from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
 from overspill.spec.checkpoint import Manifest
-from overspill.spec.plan import Plan, PlanRequest
+from overspill.spec.plan import Plan, PlanRequest, validate_clip
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.update_rule import LearningRate
@@ -110,6 +110,7 @@ def validate_options(options: FinetuneOptions) -> None:
         raise ValueError(f"--steps {options.steps} and --epochs {options.epochs} both say how long to train; give one")
     validate_data_options(options)
     build_optimizer(options)
+    validate_clip(options.clip)
     if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
     for device in options.ssd_overwrite or ():
@@ -294,6 +295,9 @@ def _train(
 ) -> None:
     is_noted = False
 
+    def warn(text: str) -> None:
+        console.print(text, style="yellow", soft_wrap=True, highlight=False)
+
     def save() -> None:
         nonlocal is_noted
         session.save_checkpoint(describe_position(data.feed.position, deciding_flags(options, num_steps), course))
@@ -306,7 +310,7 @@ def _train(
     resume_after = course.step if options.resume else None
     with (
         stop,
-        MetricsFile(options.out / "metrics.jsonl", resume_after=resume_after) as metrics,
+        MetricsFile(options.out / "metrics.jsonl", resume_after=resume_after, warn=warn) as metrics,
         LiveLine(console, num_steps=num_steps) as line,
     ):
         while course.step < num_steps:
