@@ -201,5 +201,6 @@ def test_the_page_lists_every_exit_code() -> None:
 
 
 def test_the_page_names_only_flags_that_there_are() -> None:
-    known = {option for parameter in get_command(app).commands["finetune"].params for option in parameter.opts}  # type: ignore[attr-defined]
+    parameters = get_command(app).commands["finetune"].params  # type: ignore[attr-defined]
+    known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     assert set(re.findall(r"`(--[a-z-]+)", PAGE)) <= known

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from overspill.checkpoint import discard_manifests, open_records
-from overspill.huggingface import StreamedModel
+from overspill.huggingface import Checkpoint, StreamedModel, build_meta_model, copy_without_weights, expected_tensors, open_checkpoint
 from overspill.planning import build_layout, build_plan
 from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
@@ -61,6 +61,46 @@ class Files:
             num_threads=self.num_threads * len(places),
         )
         return RecordStore(store)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """What a model is, without weights, and where its weights come from."""
+
+    built: PreTrainedModel
+    """On the meta device."""
+    expected: dict[str, torch.Tensor]
+    """Canonical name -> shape and dtype of all parameters and persistent buffers."""
+    generation_config: GenerationConfig | None
+    origin: Checkpoint | PreTrainedModel
+
+    def has_more_than(self, names: Iterable[str]) -> bool:
+        """Whether `tensors` is needed although a checkpoint of ours has `names`; a model object is taken over in any case."""
+        return not isinstance(self.origin, Checkpoint) or not self.expected.keys() <= set(names)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors with their canonical names; a model object is emptied on the way."""
+        return self.origin.read(self.expected) if isinstance(self.origin, Checkpoint) else take_weights(self.origin)
+
+
+def look_at(model: str | Path | PreTrainedModel, dtype: str) -> ModelSource:
+    """The model without its weights, which nothing touches yet.
+
+    Args:
+        model: a folder, a hub name, or a transformers causal LM.
+        dtype: what it computes in.
+
+    Raises:
+        ModelFolderError: the folder is missing or broken.
+        UnsupportedModelError: the model object cannot be copied without its weights.
+    """
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(model)
+        built = build_meta_model(checkpoint.config, dtype=getattr(torch, dtype))
+        return ModelSource(built=built, expected=expected_tensors(built), generation_config=checkpoint.generation_config, origin=checkpoint)
+    built = copy_without_weights(model, dtype=getattr(torch, dtype))
+    generation_config = getattr(built, "generation_config", None)
+    return ModelSource(built=built, expected=expected_tensors(built), generation_config=generation_config, origin=model)
 
 
 def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: HardwareSpec, *, device: str, chunk_bytes: int) -> Plan:

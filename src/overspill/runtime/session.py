@@ -23,14 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overspill.errors import NonFiniteError
-from overspill.huggingface import (
-    StreamedModel,
-    build_meta_model,
-    copy_without_weights,
-    expected_tensors,
-    open_checkpoint,
-    write_model_folder,
-)
+from overspill.huggingface import StreamedModel, write_model_folder
 from overspill.optim import global_norm
 from overspill.planning import simulate
 from overspill.report.memory import host_peak_bytes
@@ -48,7 +41,7 @@ from overspill.runtime.generation import generate_greedily, validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
-from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, plan_for_optimizer, restore, take_weights
+from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, make_plan, plan_for_optimizer, restore
 from overspill.runtime.programs import Programs
 from overspill.runtime.updating import UpdateContext
 from overspill.runtime.wear import SsdWear
@@ -118,16 +111,9 @@ class Session(Closing):
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
         return_freed_memory()
-        checkpoint = open_checkpoint(model) if isinstance(model, str | Path) else None
-        dtype = getattr(torch, plan.dtype)
-        if checkpoint is not None:
-            built = build_meta_model(checkpoint.config, dtype=dtype)
-        else:
-            assert not isinstance(model, str | Path)
-            built = copy_without_weights(model, dtype=dtype)
-        expected = expected_tensors(built)
-        self._generation_config = getattr(built, "generation_config", None) if checkpoint is None else checkpoint.generation_config
-        self.model = StreamedModel(built)
+        source = look_at(model, plan.dtype)
+        self._generation_config = source.generation_config
+        self.model = StreamedModel(source.built)
         self.hardware = read_hardware(self.device, plan.ssd_places)
         self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
         if checkpoints is not None:
@@ -141,12 +127,8 @@ class Session(Closing):
                 self.wear = SsdWear(self.plan, stores)
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}
-            if checkpoint is not None:
-                if resume_from is None or not expected.keys() <= set(self.homes.names):
-                    self._unread = load(checkpoint.read(expected), self.model, self.homes, with_homes=resume_from is None)
-            else:
-                assert not isinstance(model, str | Path)
-                self._unread = load(take_weights(model), self.model, self.homes, with_homes=resume_from is None)
+            if resume_from is None or source.has_more_than(self.homes.names):
+                self._unread = load(source.tensors(), self.model, self.homes, with_homes=resume_from is None)
             if resume_from is not None:
                 restore(self.residency, self._checkpointer, *resume_from, calls)
             self.model.to(self.device)
