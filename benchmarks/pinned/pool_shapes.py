@@ -68,6 +68,10 @@ class CountingMemory:
         self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
         return torch.empty(num_bytes, dtype=torch.uint8, device="meta")
 
+    def blocks(self, prefix: str) -> dict[str, torch.Tensor]:
+        named = {name: size for name, size in self._sizes.items() if name.startswith(prefix)}
+        return {name: torch.empty(size, dtype=torch.uint8, device="meta") for name, size in named.items()}
+
     def free(self, name: str) -> None:
         self.allocated_bytes -= self._sizes.pop(name)
 

@@ -121,6 +121,21 @@ def test_a_config_file_gives_every_flag_and_the_command_line_wins(model_folder: 
     assert losses(tmp_path) == first
 
 
+def test_a_flag_that_a_config_file_sets_can_be_unset_on_the_command_line(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("packing: true\ntruncate: true\nsteps: 1\nmicro-batch: 2\n")
+    assert "× 2 rows" in run("--config", tmp_path / "run.yaml").output
+    assert "× 2 samples" in run("--config", tmp_path / "run.yaml", "--no-packing").output
+    result = run("--config", tmp_path / "run.yaml", "--no-packing", "--no-truncate", "--seq-len", 4)
+    assert result.exit_code == ExitCode.WRONG_INPUT and "cut them with --truncate" in result.stderr
+
+
+def test_every_flag_that_is_yes_or_no_has_both_forms() -> None:
+    parameters = get_command(app).commands["finetune"].params  # type: ignore[attr-defined]
+    flags = {parameter.opts[0]: parameter.secondary_opts for parameter in parameters if getattr(parameter, "is_flag", False)}
+    names = ["nesterov", "truncate", "packing", "blocks", "stream", "resume", "discard-checkpoints", "debug"]
+    assert flags == {f"--{name}": [f"--no-{name}"] for name in names}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -186,5 +201,6 @@ def test_the_page_lists_every_exit_code() -> None:
 
 
 def test_the_page_names_only_flags_that_there_are() -> None:
-    known = {option for parameter in get_command(app).commands["finetune"].params for option in parameter.opts}  # type: ignore[attr-defined]
+    parameters = get_command(app).commands["finetune"].params  # type: ignore[attr-defined]
+    known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
     assert set(re.findall(r"`(--[a-z-]+)", PAGE)) <= known

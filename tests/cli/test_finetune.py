@@ -229,6 +229,12 @@ def test_a_defect_keeps_its_traceback(run: Run, scripted: Callable[..., type[Scr
         (["--seq-len", 4], "raise --seq-len, or cut them with --truncate"),
         (["--held-out", 40], "--held-out 40 of 40 samples"),
         (["--clip", 0], "--clip must be positive"),
+        (["--clip", "inf"], "--clip must be positive and finite in fp32 (at most 3.4e+38), got inf"),
+        (["--lr", 1e39], "lr must be finite and at least 0, and at most 3.4e+38"),
+        (["--optimizer", "sgd", "--momentum", "nan"], "momentum must be finite"),
+        (["--weight-decay", "inf"], "weight_decay must be finite"),
+        (["--ssd-dir", ""], "Invalid value for '--ssd-dir': an empty name"),
+        (["--out", ""], "Invalid value for '--out': an empty name"),
         (["--steps", 2, "--warmup-steps", 3], "warmup_steps must be between 0 and total_steps = 2"),
     ],
 )

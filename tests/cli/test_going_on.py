@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -65,17 +67,49 @@ class HalfFull(io.FileIO):
         return super().write(content[: len(content) // 2])
 
 
-def test_a_row_that_finds_no_room_is_a_storage_error_that_names_the_file_and_leaves_whole_rows(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    with (
-        pytest.raises(StorageError, match=r"cannot write step 2 to .*metrics\.jsonl: No space left on device"),
-        MetricsFile(path) as metrics,
-    ):
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("finds_room", [True, False], ids=["room-later", "no-room"])
+def test_a_row_that_finds_no_room_is_a_warning_leaves_whole_rows_and_is_written_when_there_is_room(
+    finds_room: bool, tmp_path: Path
+) -> None:
+    path, said = tmp_path / "metrics.jsonl", list[str]()
+    with MetricsFile(path, warn=said.append) as metrics:
         metrics.write(report(1))
         metrics._file.close()
         metrics._file = HalfFull(path, "ab")
-        metrics.write(report(2))
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1]
+        for step in (2, 3):
+            metrics.write(report(step))
+        assert steps_in(path) == [1]
+        assert len(said) == 1 and re.search(r"cannot write step 2 to .*metrics\.jsonl: No space left on device.*the run goes on", said[0])
+        if finds_room:
+            metrics._file.close()
+            metrics._file = path.open("ab", buffering=0)
+            metrics.write(report(4))
+            metrics.write(report(5))
+    assert len(said) == 2
+    if finds_room:
+        assert steps_in(path) == [1, 2, 3, 4, 5] and "3 rows that waited are in it" in said[1]
+    else:
+        assert steps_in(path) == [1] and re.search(r"cannot write step 2 .* 2 rows, to step 3, are lost", said[1])
+
+
+def test_a_full_drive_under_the_metrics_ends_no_run(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, failed = progress._append, list[bytes]()
+
+    def full_at_step_2(file: io.FileIO, content: bytes) -> None:
+        if content.startswith(b'{"step": 2') and len(failed) < 2:
+            failed.append(content)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(file, content)
+
+    monkeypatch.setattr(progress, "_append", full_at_step_2)
+    done = run(*FLAGS, "--steps", 4)
+    assert done.exit_code == 0, done.output
+    assert len(failed) == 2 and "cannot write step 2 to" in done.output and (tmp_path / "out" / "model").is_dir()
+    assert steps_in(tmp_path / "out" / "metrics.jsonl") == [1, 2, 3, 4]
 
 
 def test_a_file_that_fails_on_closing_is_named_and_hides_no_other_failure(tmp_path: Path) -> None:
@@ -84,12 +118,15 @@ def test_a_file_that_fails_on_closing_is_named_and_hides_no_other_failure(tmp_pa
             super().close()
             raise OSError(errno.EIO, "Input/output error")
 
-    for raised, match in ((None, "cannot close .*metrics.jsonl"), (StorageError("the step failed"), "the step failed")):
-        with pytest.raises(StorageError, match=match), MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+    for raised in (None, StorageError("the step failed")):
+        said: list[str] = []
+        outcome = contextlib.nullcontext() if raised is None else pytest.raises(StorageError, match="the step failed")
+        with outcome, MetricsFile(tmp_path / "metrics.jsonl", warn=said.append) as metrics:
             metrics._file.close()
             metrics._file = Broken(tmp_path / "metrics.jsonl", "ab")
             if raised is not None:
                 raise raised
+        assert len(said) == 1 and re.search(r"cannot close .*metrics\.jsonl: Input/output error", said[0])
 
 
 def test_rows_that_are_kept_survive_a_full_drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,32 @@ def test_a_pause_for_space_can_be_interrupted_and_loses_nothing_older(tmp_path: 
     resume_or_refuse(tmp_path / "run", expected, may_be_damaged=False)
 
 
+@pytest.mark.parametrize("is_resumed", [False, True], ids=["fresh", "resumed"])
+def test_a_load_that_is_paused_for_space_ends_with_ctrl_c_as_such(is_resumed: bool, tmp_path: Path) -> None:
+    """The write that Ctrl-C stopped waiting for fails when the store closes: a note, and not what is told."""
+    calls = FaultInjector(Fault(kind=FaultKind.ENOSPC, call_index=6, num_calls=1 << 30))
+    timers: list[threading.Timer] = []
+
+    def interrupt(text: str) -> None:
+        timers.append(threading.Timer(0.05, lambda: os.kill(os.getpid(), 2)))
+        timers[-1].start()
+
+    space = SpacePolicy(poll_s=0.01, report=interrupt)
+    if is_resumed:
+        with open_run(tmp_path / "run", parameters="host", states="host", clip=1.0) as session:
+            train(session, 1)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        if is_resumed:
+            elsewhere = overspill.CheckpointPolicy(directory=str(tmp_path / "new"))
+            plan = request(tmp_path / "new", **PLACEMENT)
+            overspill.resume(tmp_path / "run", model=tiny_model("llama_tied"), plan=plan, checkpoints=elsewhere, calls=calls, space=space)
+        else:
+            open_run(tmp_path / "run", settings={"calls": calls, "space": space}, **PLACEMENT)
+    assert len(timers) == 1 and "ENOSPC" in " ".join(stopped.value.__notes__)
+    timers[0].join()
+    assert not open_files()
+
+
 def flip(path: Path, offset: int) -> None:
     with path.open("r+b") as file:
         file.seek(offset)

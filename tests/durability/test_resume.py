@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import OPTIMIZER, assert_equal, batches, content, open_run, request, train, uninterrupted
+from small_runs import OPTIMIZER, SCHEDULE, assert_equal, batches, content, open_run, request, train, uninterrupted
 from tiny_models import tiny_model
 
 import overspill
@@ -39,6 +39,25 @@ def test_a_run_resumed_in_any_placement_ends_with_the_bits_of_the_uninterrupted_
         train(session, 5)
         found = content(session)
     assert_equal(found, uninterrupted(5, dtype=dtype, clip=clip))
+
+
+def test_what_the_checkpoint_decides_may_be_said_again_and_not_otherwise(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", **PLACEMENTS["host"]) as session:
+        train(session, 1)
+    model, same = tiny_model("llama_tied"), {"optimizer": OPTIMIZER, "learning_rate": SCHEDULE, "seed": 3}
+    for other, words in (
+        ({"optimizer": overspill.AdamW(lr=2e-2)}, r"optimizer was AdamW\(lr=0\.01, .*, now AdamW\(lr=0\.02, "),
+        ({"optimizer": overspill.SGD(lr=1e-2)}, r"optimizer was AdamW\(.*, now SGD\("),
+        ({"learning_rate": overspill.LearningRate(kind="constant", base=1e-2, total_steps=8)}, "learning_rate was .*, now "),
+        ({"seed": 4}, "seed was 3, now 4; leave out what the checkpoint decides, or begin a new run"),
+        ({"chunk_bytes": 4096}, r"chunk_bytes was \d+, now 4096"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            overspill.resume(tmp_path / "run", model=model, **{**same, **other})  # type: ignore[arg-type]
+    with overspill.resume(tmp_path / "run", model=model, **same) as session:  # type: ignore[arg-type]
+        train(session, 2, every=None)
+        found = content(session)
+    assert_equal(found, uninterrupted(2))
 
 
 def test_a_loss_scale_and_its_count_are_restored(tmp_path: Path) -> None:

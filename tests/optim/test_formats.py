@@ -48,7 +48,7 @@ def test_every_instruction_set_gives_the_bits_of_the_reference(build_segment, is
         )
         found = expected.clone()
         plain = update_reference(scalars, **expected.arguments)
-        stats = native.update_native(scalars, **found.arguments, isa=isa)
+        stats = update(scalars, **found.arguments, isa=isa)
         expected.assert_same_bits(found)
         assert stats.num_non_finite == plain.num_non_finite
         assert stats.sum_of_squares == pytest.approx(plain.sum_of_squares, rel=1e-6, nan_ok=True)
@@ -75,10 +75,10 @@ def test_chunks_threads_and_slices_change_nothing(build_segment, monkeypatch, st
     length = 70_001
     whole = build_segment(dtype, torch.float32, length, state_format=state_format, optimizer=optimizer.kind)
     cut, threaded, plain = whole.clone(), whole.clone(), whole.clone()
-    native.update_native(scalars, **whole.arguments, num_threads=1)
+    update(scalars, **whole.arguments, num_threads=1)
     for start, end in ((0, 256), (256, 33_024), (33_024, length)):
-        native.update_native(scalars, **cut.cut(start, end).arguments, num_threads=1)
-    native.update_native(scalars, **threaded.arguments, num_threads=7)
+        update(scalars, **cut.cut(start, end).arguments, num_threads=1)
+    update(scalars, **threaded.arguments, num_threads=7)
     monkeypatch.setattr(reference, "SLICE_ELEMENTS", 1000)
     update_reference(scalars, **plain.arguments)
     for other in (cut, threaded, plain):
@@ -92,7 +92,7 @@ def test_misaligned_starts_change_nothing(build_segment, state_format):
     for start, end in ((1, 1000), (3, 1999), (17, 18)):
         expected, found = whole.clone(), whole.clone()
         update_reference(scalars, **expected.cut(start, end).arguments)
-        native.update_native(scalars, **found.cut(start, end).arguments)
+        update(scalars, **found.cut(start, end).arguments)
         expected.assert_same_bits(found)
 
 
@@ -170,8 +170,8 @@ def test_stats_count_what_is_not_finite_and_the_rest_of_the_pass_is_the_same(bui
         segment.gradient[[0, 17, 32_767, 32_768, 33_332]] = torch.tensor([math.inf, -math.inf, math.nan, math.inf, math.nan], dtype=dtype)
         other = segment.clone()
         scalars = OPTIMIZERS[0].scalars(step=1)
-        assert native.update_native(scalars, **segment.arguments).num_non_finite == 5
-        assert native.update_native(scalars, **other.arguments, with_stats=False) == reference.NO_STATS
+        assert update(scalars, **segment.arguments).num_non_finite == 5
+        assert update(scalars, **other.arguments, with_stats=False) == reference.NO_STATS
         segment.assert_same_bits(other)
 
 
@@ -179,9 +179,9 @@ def test_stats_count_what_is_not_finite_and_the_rest_of_the_pass_is_the_same(bui
 def test_the_sum_of_squares_depends_neither_on_threads_nor_on_the_instruction_set(build_segment, isa):
     segments = [build_segment(torch.float32, torch.bfloat16, 100_003) for _ in range(3)]
     sums = {
-        native.update_native(OPTIMIZERS[0].scalars(step=1), **segments[0].arguments, isa=isa).sum_of_squares,
-        native.update_native(OPTIMIZERS[0].scalars(step=1), **segments[1].arguments, isa="baseline", num_threads=1).sum_of_squares,
-        native.update_native(OPTIMIZERS[0].scalars(step=1), **segments[2].arguments, isa=isa, num_threads=5).sum_of_squares,
+        update(OPTIMIZERS[0].scalars(step=1), **segments[0].arguments, isa=isa).sum_of_squares,
+        update(OPTIMIZERS[0].scalars(step=1), **segments[1].arguments, isa="baseline", num_threads=1).sum_of_squares,
+        update(OPTIMIZERS[0].scalars(step=1), **segments[2].arguments, isa=isa, num_threads=5).sum_of_squares,
     }
     assert len(sums) == 1
 
@@ -192,7 +192,7 @@ def test_the_sum_of_squares_survives_where_fp32_squares_do_not(build_segment, si
         segment = build_segment(torch.bfloat16, torch.bfloat16, 3_001, state_format=state_format)
         segment.gradient.fill_(size)
         exact = segment.gradient.double().square().sum().item()
-        stats = native.update_native(OPTIMIZERS[0].scalars(step=1), **segment.arguments)
+        stats = update(OPTIMIZERS[0].scalars(step=1), **segment.arguments)
         assert stats.num_non_finite == 0 and stats.sum_of_squares == pytest.approx(exact, rel=1e-6)
 
 

@@ -30,7 +30,7 @@ def test_every_instruction_set_gives_the_bits_of_the_reference(build_segment, is
         expected = build_segment(parameter_dtype, gradient_dtype, length, seed=length, extreme=extreme)
         found = expected.clone()
         update_reference(SCALARS, **expected.arguments)
-        native.update_native(SCALARS, **found.arguments, isa=isa)
+        update(SCALARS, **found.arguments, isa=isa)
         expected.assert_same_bits(found)
 
 
@@ -41,7 +41,7 @@ def test_every_half_precision_gradient_is_widened_exactly(build_segment, isa):
         expected.gradient.view(torch.int16).copy_(torch.arange(-(2**15), 2**15))
         found = expected.clone()
         update_reference(SCALARS, **expected.arguments)
-        native.update_native(SCALARS, **found.arguments, isa=isa)
+        update(SCALARS, **found.arguments, isa=isa)
         expected.assert_same_bits(found)
 
 
@@ -59,7 +59,7 @@ def test_fp16_parameters_round_to_nearest_even_everywhere(build_segment, isa):
     segment.states["master"].copy_(around)
     segment.gradient.zero_()
     segment.states["exp_avg"].zero_()  # the update is +0, which leaves -0 as it is
-    native.update_native(AdamW(lr=0.0).scalars(step=1), **segment.arguments, isa=isa)
+    update(AdamW(lr=0.0).scalars(step=1), **segment.arguments, isa=isa)
     assert torch.equal(segment.states["master"], around)
     expected = around.to(torch.float16)
     assert torch.equal(segment.parameter.view(torch.int16), expected.view(torch.int16))
@@ -71,14 +71,14 @@ def test_misaligned_starts_change_nothing_and_nothing_outside_is_touched(build_s
     for start, end in ((1, 1000), (3, 1999), (17, 18)):
         expected, found = whole.clone(), whole.clone()
         update_reference(SCALARS, **expected.cut(start, end).arguments)
-        native.update_native(SCALARS, **found.cut(start, end).arguments)
+        update(SCALARS, **found.cut(start, end).arguments)
         expected.assert_same_bits(found)
 
 
 def test_thread_count_changes_nothing(build_segment):
     segments = [build_segment(torch.bfloat16, torch.float32, 300_001) for _ in range(4)]
     for segment, num_threads in zip(segments, (1, 2, 5, 0), strict=True):
-        native.update_native(SCALARS, **segment.arguments, num_threads=num_threads)
+        update(SCALARS, **segment.arguments, num_threads=num_threads)
     for segment in segments[1:]:
         segments[0].assert_same_bits(segment)
 
@@ -91,7 +91,7 @@ def test_calls_from_several_threads_take_turns(build_segment):
 
     def work(segment) -> None:
         for _ in range(5):
-            native.update_native(SCALARS, **segment.arguments, num_threads=3)
+            update(SCALARS, **segment.arguments, num_threads=3)
 
     threads = [threading.Thread(target=work, args=(segment,)) for segment in segments]
     for thread in threads:
@@ -130,7 +130,7 @@ def test_denormals_survive_a_caller_that_flushes_them(build_segment):
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush denormals")
     try:
-        native.update_native(SCALARS, **found.arguments, num_threads=1)
+        update(SCALARS, **found.arguments, num_threads=1)
         assert torch.tensor([1e-40]).mul(1.0).item() == 0.0, "the caller's own setting must be left as it was"
     finally:
         torch.set_flush_denormal(False)
@@ -149,7 +149,7 @@ def test_update_uses_the_native_core_on_the_cpu(build_segment, monkeypatch):
 
 def test_update_uses_the_reference_without_the_native_core(build_segment, monkeypatch):
     monkeypatch.setattr(optim, "_HAS_NATIVE", False)
-    monkeypatch.setattr(native, "update_native", None)
+    monkeypatch.setattr(native, "update_chunk_native", None)
     assert update_backend() == "reference"
     expected, found = (build_segment(torch.bfloat16, torch.float16, 99) for _ in range(2))
     update_reference(SCALARS, **expected.arguments)
@@ -161,11 +161,11 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(build_segment):
     segment = build_segment(torch.float32, torch.float32, 64)
     before = segment.clone()
     with pytest.raises(ValueError, match="overlap: 256 B"):
-        native.update_native(SCALARS, **(segment.arguments | {"gradient": segment.parameter}))
+        update(SCALARS, **(segment.arguments | {"gradient": segment.parameter}))
     with pytest.raises(ValueError, match="'sse9' cannot run here; choose one of .*baseline"):
-        native.update_native(SCALARS, **segment.arguments, isa="sse9")
+        update(SCALARS, **segment.arguments, isa="sse9")
     with pytest.raises(ValueError, match="num_threads must be 0 .* got -1"):
-        native.update_native(SCALARS, **segment.arguments, num_threads=-1)
+        update(SCALARS, **segment.arguments, num_threads=-1)
     with pytest.raises(ValueError, match="contiguous tensor"):
         native.all_finite_native(torch.zeros(4, dtype=torch.float64))
     with pytest.raises(ValueError, match="no multiple of its element size 4 B"):
@@ -177,4 +177,4 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(build_segment):
 
 def test_an_empty_segment_is_no_work(build_segment):
     segment = build_segment(torch.bfloat16, torch.bfloat16, 0)
-    native.update_native(SCALARS, **segment.arguments)
+    update(SCALARS, **segment.arguments)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from overspill.spec.update_rule import AdamW, LearningRate, LossScale, clip_coefficient, gradient_scale, round_fp32
+from overspill.spec.update_rule import SGD, AdamW, LearningRate, Lion, LossScale, clip_coefficient, gradient_scale, round_fp32
 
 
 def test_every_scalar_is_an_fp32_number_rounded_once():
@@ -47,6 +48,37 @@ def test_round_fp32_rounds_to_even_and_overflows_to_infinity():
 def test_wrong_hyperparameters_are_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
         AdamW(**arguments)
+
+
+NO_FP32 = [1e39, math.inf, -math.inf, math.nan, -1e-3, "1e-3"]
+
+
+@pytest.mark.parametrize("value", NO_FP32)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(AdamW, "eps"), (SGD, "momentum"), *((kind, name) for kind in (AdamW, SGD, Lion) for name in ("lr", "weight_decay"))],
+)
+def test_a_hyperparameter_that_fp32_cannot_hold_is_refused_when_it_is_given(kind, name, value):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*got {re.escape(repr(value) if isinstance(value, str) else str(value))}"):
+        kind(**{"lr": 1e-3, name: value})
+    with pytest.raises(ValueError, match="the base learning rate must be"):
+        LearningRate(kind="constant", base=value, total_steps=1)
+
+
+@pytest.mark.parametrize("kind", [AdamW, Lion])
+@pytest.mark.parametrize("betas", [(0.9, value) for value in NO_FP32] + [(value, 0.9) for value in NO_FP32] + [(0.9,), (0.9, 0.9, 0.9)])
+def test_betas_that_are_none_are_refused(kind, betas):
+    with pytest.raises(ValueError, match="beta[12] must be|betas must be two numbers"):
+        kind(lr=1e-3, betas=betas)
+
+
+def test_what_only_the_first_step_or_the_product_makes_too_large_for_fp32_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"lr must be at most 3\.4e\+37 with beta1 = 0\.9.*got 1e\+38"):
+        AdamW(lr=1e38)
+    assert math.isfinite(AdamW(lr=3e37, weight_decay=0.0).scalars(step=1).step_size)
+    for kind in (AdamW, SGD, Lion):
+        with pytest.raises(ValueError, match=r"lr \* weight_decay must be at most 3\.4e\+38.*got 1e\+30 \* 1e\+30"):
+            kind(lr=1e30, weight_decay=1e30)
 
 
 def test_wrong_steps_and_scales_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,29 @@ def test_a_transfer_that_fails_before_any_update_changes_nothing_and_the_session
         with pytest.raises(StorageError, match="EIO"):
             session.step(batches(0))
         assert [session.step(batches(step)).loss for step in range(3)] == expected
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, -1])
+def test_a_generation_of_no_tokens_is_refused_before_anything_is_done(max_new_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(None, parameters="host", states="host", clip=1.0) as session:
+        monkeypatch.setattr(session, "flush", lambda: pytest.fail("the weights were flushed"))
+        with pytest.raises(ValueError, match=f"generate makes at least 1 token, got max_new_tokens={max_new_tokens}"):
+            session.generate([[5]], max_new_tokens=max_new_tokens)
+
+
+@pytest.mark.parametrize("clip", [0.0, -1.0, 1e39, 1e-60, float("inf"), float("nan")])
+def test_a_clip_that_bounds_nothing_is_refused(clip: float) -> None:
+    with pytest.raises(ValueError, match=f"--clip must be positive and finite.*got {re.escape(str(clip))}; leave it out"):
+        plan(None, clip=clip)
+
+
+@pytest.mark.parametrize("ssd_dir", ["", ("",), ("/nvme", "")])
+def test_a_place_without_a_name_is_refused(ssd_dir: object) -> None:
+    """It would be the folder that the program was started in."""
+    with pytest.raises(ValueError, match="--ssd-dir .* has an empty name; name a directory"):
+        plan(None, ssd_dir=ssd_dir)
+    with pytest.raises(ValueError, match="the directory of checkpoints has an empty name"):
+        overspill.CheckpointPolicy(directory="")
 
 
 def test_an_interrupted_evaluation_leaves_the_session_usable(monkeypatch: pytest.MonkeyPatch) -> None:

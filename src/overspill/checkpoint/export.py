@@ -39,12 +39,10 @@ def verify_checkpoints(directory: str | Path) -> Iterator[tuple[str, list[str]]]
                 raise
             yield f"checkpoint {generation}", [str(error)]
             continue
-        try:
+        with records:
             size = sum(entry.num_bytes for entry in manifest.records)
             what = f"checkpoint {generation}: step {manifest.step}, {len(manifest.records)} records, {format_bytes(size)}"
             yield what, records.verify(records.names)
-        finally:
-            records.close()
 
 
 def export_checkpoint(
@@ -78,7 +76,7 @@ def export_checkpoint(
             if name in missing:
                 others.append((name, tuple(tensor.shape), tensor.dtype, lambda tensor=tensor: tensor))  # type: ignore[misc]
     records, _ = open_records(directory, manifest)
-    try:
+    with records:
         tensors: list[OutgoingTensor] = [
             (name, slot.tensor.shape, getattr(torch, bundle.dtype), functools.partial(_read_tensor, records, bundle, slot))
             for name, (bundle, slot) in slots.items()
@@ -86,8 +84,6 @@ def export_checkpoint(
         path = write_model_folder(
             out, config=config, generation_config=_generation_config(model), tokenizer_source=model, tensors=[*tensors, *others]
         )
-    finally:
-        records.close()
     return path, manifest
 
 

@@ -7,7 +7,8 @@
     micro-batch: 4
     packing: true
 
-Rule 1. Every argument and flag may stand in the file, with `-` or `_` in its name; one on the command line wins.
+Rule 1. Every argument and flag may stand in the file, with `-` or `_` in its name; one on the command line wins, and `--no-packing` there
+        undoes `packing: true` here.
 Rule 2. A value is checked as its flag is. An unknown key, a key twice, or anything but a plain value (rule 3 apart) is refused.
 Rule 3. A flag that may be repeated takes a list, or one value.
 Rule 4. `null` is the same as leaving the key out.

@@ -81,12 +81,21 @@ class FinetuneOptions:
 _DATA, _TRAINING, _PLACEMENT, _CHECKPOINTS, _TIMING = "Data", "Training", "Placement", "Checkpoints", "Timing"
 
 
+def _place(text: str) -> Path:
+    """A path that was really given: `--out "$UNSET"` must not mean the folder that the command runs in."""
+    if not text:
+        raise typer.BadParameter("an empty name, ''; name a folder, or leave the flag out")
+    return Path(text)
+
+
 def finetune(
     model: Annotated[str, typer.Argument(help="Model folder with safetensors, or a hub name.", show_default=False)],
     data: Annotated[
         str, typer.Argument(help="JSONL, JSON, CSV, text or Parquet; a folder of one kind; or a hub name.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(help="Folder for model/, plan.json and metrics.jsonl.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(parser=_place, metavar="PATH", help="Folder for model/, plan.json and metrics.jsonl.", show_default=False)
+    ],
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; 1 if neither is given.")] = None,
     seq_len: Annotated[int, typer.Option(min=2, help="Most tokens of a sample.")] = 1024,
@@ -99,7 +108,7 @@ def finetune(
     beta1: Annotated[float | None, typer.Option(help="Of adamw (0.9) or lion (0.9).", rich_help_panel=_TRAINING)] = None,
     beta2: Annotated[float | None, typer.Option(help="Of adamw (0.999) or lion (0.99).", rich_help_panel=_TRAINING)] = None,
     momentum: Annotated[float | None, typer.Option(help="Of sgd; 0.", rich_help_panel=_TRAINING)] = None,
-    nesterov: Annotated[bool, typer.Option("--nesterov", help="Of sgd with --momentum.", rich_help_panel=_TRAINING)] = False,
+    nesterov: Annotated[bool, typer.Option("--nesterov/--no-nesterov", help="Of sgd with --momentum.", rich_help_panel=_TRAINING)] = False,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Not on norms and biases.", rich_help_panel=_TRAINING)] = 0.01,
     clip: Annotated[float | None, typer.Option(help="Bound on the gradient norm; updates wait.", rich_help_panel=_TRAINING)] = None,
     dtype: Annotated[Dtype, typer.Option(help="Compute; auto: float32 on a CPU, else bfloat16.", rich_help_panel=_TRAINING)] = "auto",
@@ -122,7 +131,12 @@ def finetune(
     ssd_budget: Annotated[str | None, typer.Option(help="Room to use in --ssd-dir.", rich_help_panel=_PLACEMENT)] = None,
     ssd_dir: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder on a local drive, or a block device, for the SSD tier; repeatable.", rich_help_panel=_PLACEMENT),
+        typer.Option(
+            parser=_place,
+            metavar="PATH",
+            help="Folder on a local drive, or a block device, for the SSD tier; repeatable.",
+            rich_help_panel=_PLACEMENT,
+        ),
     ] = None,
     ssd_overwrite: Annotated[
         list[Path] | None, typer.Option(help="A block device of --ssd-dir whose content may be lost.", rich_help_panel=_PLACEMENT)
@@ -138,20 +152,25 @@ def finetune(
     ] = 0.0,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between held-out losses.", rich_help_panel=_DATA)] = None,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut longer samples instead of refusing them.", rich_help_panel=_DATA)
+        bool, typer.Option("--truncate/--no-truncate", help="Cut longer samples instead of refusing them.", rich_help_panel=_DATA)
     ] = False,
-    packing: Annotated[bool, typer.Option("--packing", help="Several samples in one row, kept apart.", rich_help_panel=_DATA)] = False,
-    blocks: Annotated[bool, typer.Option("--blocks", help="Cut texts into rows of --seq-len.", rich_help_panel=_DATA)] = False,
+    packing: Annotated[
+        bool, typer.Option("--packing/--no-packing", help="Several samples in one row, kept apart.", rich_help_panel=_DATA)
+    ] = False,
+    blocks: Annotated[bool, typer.Option("--blocks/--no-blocks", help="Cut texts into rows of --seq-len.", rich_help_panel=_DATA)] = False,
     split: Annotated[str | None, typer.Option(help="Of a folder or hub name; train.", rich_help_panel=_DATA)] = None,
     data_config: Annotated[str | None, typer.Option(help="Configuration of a hub name.", rich_help_panel=_DATA)] = None,
     fields: Annotated[str | None, typer.Option(help="prompt=COLUMN,completion=COLUMN …", rich_help_panel=_DATA)] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Never hold the data set in memory.", rich_help_panel=_DATA)] = False,
+    stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Never hold the data set in memory.", rich_help_panel=_DATA)] = False,
     shuffle_buffer: Annotated[int | None, typer.Option(min=1, help="Rows, with --stream; 10000.", rich_help_panel=_DATA)] = None,
     checkpoint_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_CHECKPOINTS)] = None,
     keep: Annotated[int, typer.Option(min=1, help="Checkpoints kept; space is one more.", rich_help_panel=_CHECKPOINTS)] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest one.", rich_help_panel=_CHECKPOINTS)] = False,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the newest one.", rich_help_panel=_CHECKPOINTS)] = False,
     discard_checkpoints: Annotated[
-        bool, typer.Option("--discard-checkpoints", help="Delete those of an earlier run.", rich_help_panel=_CHECKPOINTS)
+        bool,
+        typer.Option(
+            "--discard-checkpoints/--no-discard-checkpoints", help="Delete those of an earlier run.", rich_help_panel=_CHECKPOINTS
+        ),
     ] = False,
     serial: Annotated[
         bool, typer.Option("--serial", help="One op after the other, nothing overlaps: the same losses, slower.", rich_help_panel=_TIMING)
@@ -164,7 +183,7 @@ def finetune(
         Path | None,
         typer.Option(help="YAML file with any of these; the command line wins.", is_eager=True, callback=use_config_file),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug/--no-debug", help="Print the traceback of an error.")] = False,
 ) -> None:
     """Fine-tune all parameters of MODEL on DATA.
 

@@ -45,7 +45,7 @@ from overspill.report.tables import describe_pools, placement_table
 from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
 from overspill.spec.checkpoint import Manifest
-from overspill.spec.plan import Plan, PlanRequest
+from overspill.spec.plan import Plan, PlanRequest, validate_clip
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.update_rule import LearningRate
@@ -121,6 +121,7 @@ def validate_options(options: FinetuneOptions) -> None:
     validate_trace_options(options)
     validate_data_options(options)
     build_optimizer(options)
+    validate_clip(options.clip)
     if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
     for device in options.ssd_overwrite or ():
@@ -309,6 +310,9 @@ def _train(
     """All steps that are left; the last one's report, None if none was left."""
     is_noted, report = False, None
 
+    def warn(text: str) -> None:
+        console.print(text, style="yellow", soft_wrap=True, highlight=False)
+
     def save() -> None:
         nonlocal is_noted
         session.save_checkpoint(describe_position(data.feed.position, deciding_flags(options, num_steps), course))
@@ -321,7 +325,7 @@ def _train(
     resume_after = course.step if options.resume else None
     with (
         stop,
-        MetricsFile(options.out / "metrics.jsonl", resume_after=resume_after) as metrics,
+        MetricsFile(options.out / "metrics.jsonl", resume_after=resume_after, warn=warn) as metrics,
         LiveLine(console, num_steps=num_steps) as line,
     ):
         while course.step < num_steps:

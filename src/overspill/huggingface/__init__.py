@@ -6,10 +6,11 @@ from overspill.huggingface.model_object import validate_model_object
 from overspill.huggingface.skeleton import copy_without_weights
 from overspill.huggingface.stand_ins import share_equal_tensors
 from overspill.huggingface.streamed_model import BlockOutput, Embedded, StreamedModel
-from overspill.huggingface.weights import expected_tensors, open_checkpoint
+from overspill.huggingface.weights import Checkpoint, expected_tensors, open_checkpoint
 
 __all__ = [
     "BlockOutput",
+    "Checkpoint",
     "Embedded",
     "StreamedModel",
     "build_meta_model",

@@ -22,7 +22,7 @@ from overspill.optim.gradient_checks import all_finite_reference, count_non_fini
 from overspill.optim.masters import merge_master, split_master
 from overspill.optim.narrow import decode_moment
 from overspill.optim.reference import update_reference
-from overspill.optim.segment import SEGMENT_DTYPE, GradientStats, Rounding
+from overspill.optim.segment import SEGMENT_DTYPE, GradientStats, Rounding, segment_table, validate_segment
 from overspill.spec.state_formats import StateFormat
 from overspill.spec.update_rule import UpdateScalars
 
@@ -64,6 +64,7 @@ def update(
     rounding: Rounding | None = None,
     with_stats: bool = True,
     num_threads: int = 0,
+    isa: str = "",
 ) -> GradientStats:
     """One optimizer step of one segment, in place, by the implementation that `update_backend` names.
 
@@ -76,31 +77,25 @@ def update(
         rounding: where the random bits come from; needed for all formats but `fp32`.
         with_stats: look at the gradient in passing; on CUDA this waits for the device.
         num_threads: most threads of the native core, 0 for every CPU of this process; torch's own setting rules the reference.
+        isa: one of `_native.supported_isas()`; "" means the best. Has no effect on the result, nor on the reference; for tests and
+            measurements.
 
     Raises:
-        ValueError: the tensors do not fit together; nothing is written then.
+        ValueError: the tensors do not fit together, or the native core is given two that overlap; nothing is written then.
     """
-    if update_backend(parameter.device.type) == "native":
-        from overspill.optim.native import update_native
-
-        return update_native(
-            scalars,
-            parameter=parameter,
-            gradient=gradient,
-            states=states,
-            state_format=state_format,
-            rounding=rounding,
-            with_stats=with_stats,
-            num_threads=num_threads,
-        )
-    return update_reference(
-        scalars,
+    resolved = validate_segment(parameter, gradient, states, format_name=state_format, optimizer=scalars.kind)
+    if rounding is None and resolved.is_rounded_stochastically:
+        raise ValueError(f"state format {state_format} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
+    return update_chunk(
+        [scalars],
+        segment_table(parameter.numel(), rounding),
+        state_format=resolved,
         parameter=parameter,
         gradient=gradient,
         states=states,
-        state_format=state_format,
-        rounding=rounding,
         with_stats=with_stats,
+        num_threads=num_threads,
+        isa=isa,
     )
 
 
@@ -114,6 +109,7 @@ def update_chunk(
     states: Mapping[str, Tensor],
     with_stats: bool = True,
     num_threads: int = 0,
+    isa: str = "",
 ) -> GradientStats:
     """One optimizer step of all segments of a chunk, in place; threads are woken once.
 
@@ -121,6 +117,7 @@ def update_chunk(
         scalars: those that the rows of `segments` number: one set for each weight decay.
         segments: a table of `SEGMENT_DTYPE`, in element order. Elements in no segment are left alone.
         state_format: what `states` are in, resolved.
+        num_threads, isa: as in `update`.
 
     Raises:
         ValueError: tensors or table do not fit together.
@@ -137,6 +134,7 @@ def update_chunk(
             states=states,
             with_stats=with_stats,
             num_threads=num_threads,
+            isa=isa,
         )
     num_non_finite, squares = 0, 0.0
     for start, num_elements, key, first_element, index in segments.tolist():

@@ -13,15 +13,7 @@ import numpy as np
 from torch import Tensor
 
 import overspill._native as _native
-from overspill.optim.segment import (
-    DTYPE_NAMES,
-    SEGMENT_DTYPE,
-    GradientStats,
-    Rounding,
-    segment_table,
-    validate_scalars,
-    validate_segment,
-)
+from overspill.optim.segment import DTYPE_NAMES, SEGMENT_DTYPE, GradientStats, validate_scalars
 from overspill.spec.state_formats import StateFormat, exponents_of
 from overspill.spec.update_rule import UpdateScalars
 
@@ -39,43 +31,6 @@ _SCALARS = (
     "weight_decay",
 )
 """The order of `UpdateScalars` in csrc/include/overspill/update.hpp."""
-
-
-def update_native(
-    scalars: UpdateScalars,
-    *,
-    parameter: Tensor,
-    gradient: Tensor,
-    states: Mapping[str, Tensor],
-    state_format: str = "fp32",
-    rounding: Rounding | None = None,
-    with_stats: bool = True,
-    num_threads: int = 0,
-    isa: str = "",
-) -> GradientStats:
-    """One optimizer step of one segment, in place; arguments and errors as `update_reference`, and
-
-    Args:
-        num_threads: most threads to use; 0 means every CPU this process may run on. Has no effect on the result.
-        isa: one of `_native.supported_isas()`; "" means the best. Has no effect on the result; for tests and measurements.
-
-    Raises:
-        ValueError: also when a tensor is not on the CPU, or two of them overlap.
-    """
-    resolved = validate_segment(parameter, gradient, states, format_name=state_format, optimizer=scalars.kind)
-    if rounding is None and resolved.is_rounded_stochastically:
-        raise ValueError(f"state format {state_format} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
-    return update_chunk_native(
-        [scalars],
-        segment_table(parameter.numel(), rounding),
-        state_format=resolved,
-        parameter=parameter,
-        gradient=gradient,
-        states=states,
-        with_stats=with_stats,
-        num_threads=num_threads,
-        isa=isa,
-    )
 
 
 def update_chunk_native(
@@ -96,6 +51,8 @@ def update_chunk_native(
         scalars: those that the table's rows number.
         segments: a table of `SEGMENT_DTYPE`, in element order.
         parameter, gradient, states: the chunk's arrays, of `state_format`; not checked again, the core checks addresses.
+        num_threads: most threads to use; 0 means every CPU this process may run on. Has no effect on the result.
+        isa: one of `_native.supported_isas()`; "" means the best. Has no effect on the result; for tests and measurements.
 
     Raises:
         ValueError: a tensor is not on the CPU, arrays overlap, or the table does not fit the chunk; nothing is written then.

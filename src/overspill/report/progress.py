@@ -1,19 +1,22 @@
 """A run while it runs: one line on the screen, one JSON object a step in a file.
 
-`MetricsFile` is the record: a line is flushed as its step ends, so what is on file happened, whatever comes after.
+`MetricsFile` is the record: a line is flushed as its step ends, so what is on file happened, whatever comes after. It never ends a run:
+what a run has learnt is worth more than a line about it.
 `LiveLine` is for a person: rewritten in place on a terminal; elsewhere (a log file, a pipe) a new line at most every
 `PLAIN_INTERVAL_S` seconds and for the last step.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import io
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -28,6 +31,11 @@ from overspill.units import format_bytes, format_seconds
 
 PLAIN_INTERVAL_S = 10.0
 """Chosen, not tuned: a log of an hour stays readable."""
+
+MOST_WAITING_ROWS = 10_000
+"""Rows of some 350 B that wait for room on the drive; beyond that the oldest are given up. Chosen, not tuned."""
+
+LOG = logging.getLogger("overspill")
 
 _SPEED_WEIGHT = 0.2
 """Weight of the newest step in the smoothed step time behind the ETA. Chosen, not tuned."""
@@ -116,17 +124,22 @@ def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
 class MetricsFile:
     """Appends one JSON object a step; a context manager. An older file of that name is replaced, as a whole or not at all.
 
-    A row that cannot be written is taken back, so the file always ends with a whole row.
+    A row that cannot be written is taken back, so the file always ends with a whole row. It waits, said once, and is written before the
+    next one that can be.
 
     Args:
         resume_after: keep the older file's rows up to this step; None: none of them.
+        warn: takes what a person should know: rows wait, they no longer do, they are lost.
 
     Raises:
-        StorageError: the file cannot be created or written.
+        StorageError: the file cannot be created.
     """
 
-    def __init__(self, path: Path, *, resume_after: int | None = None) -> None:
+    def __init__(self, path: Path, *, resume_after: int | None = None, warn: Callable[[str], None] = LOG.warning) -> None:
         self.path = path
+        self._warn = warn
+        self._waiting: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MOST_WAITING_ROWS)
+        """(step, row) of what could not be written."""
         try:
             kept = _rows_up_to(path, resume_after) if resume_after is not None else []
             replace_text(path, "".join(kept))
@@ -140,26 +153,36 @@ class MetricsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._waiting:
+            self._write_waiting(is_last=True)
         try:
             self._file.close()
         except OSError as failure:
-            text = f"cannot close {self.path}: {failure.strerror} (errno {failure.errno})"
-            if error is None:
-                raise StorageError(text) from failure
-            error.add_note(text)
+            self._warn(f"cannot close {self.path}: {failure.strerror} (errno {failure.errno}); its last rows may be missing")
 
     def write(self, report: StepFacts, *, held_out_loss: float | None = None) -> None:
-        """Append one step, with the held-out loss if it was evaluated after it."""
+        """Append one step, with the held-out loss if it was evaluated after it; a failure is a warning, and the row waits."""
         row = metrics_row(report)
         if held_out_loss is not None:
             row["held_out_loss"] = held_out_loss if math.isfinite(held_out_loss) else None
+        self._waiting.append((report.step, (json.dumps(row) + "\n").encode()))
+        self._write_waiting()
+
+    def _write_waiting(self, *, is_last: bool = False) -> None:
+        """All rows that are not on file, or none of them."""
+        first, last = self._waiting[0][0], self._waiting[-1][0]
         try:
-            _append(self._file, (json.dumps(row) + "\n").encode())
+            _append(self._file, b"".join(row for _, row in self._waiting))
         except OSError as error:
-            raise StorageError(
-                f"cannot write step {report.step} to {self.path}: {error.strerror} (errno {error.errno}); "
-                "the rows before it are whole; make room, then go on with --resume"
-            ) from error
+            what = f"cannot write step {first} to {self.path}: {error.strerror} (errno {error.errno})"
+            if is_last:
+                self._warn(f"{what}; {len(self._waiting)} rows, to step {last}, are lost; the rows before them are whole")
+            elif len(self._waiting) == 1:
+                self._warn(f"{what}; the run goes on and keeps up to {MOST_WAITING_ROWS} rows until they can be written; make room")
+            return
+        if len(self._waiting) > 1 or is_last:
+            self._warn(f"going on: {self.path} can be written again; {len(self._waiting)} rows that waited are in it")
+        self._waiting.clear()
 
 
 def replace_text(path: Path, text: str) -> None:

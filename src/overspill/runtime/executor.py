@@ -114,13 +114,12 @@ class Executor:
         self.residency.reset_peaks()
         base, base_s = self._mark(), time.perf_counter()
         step = _Step(self, schedule, micro_batches, context, updates, Recorder(base, base_s))
-        failure: BaseException | None = None
         try:
             with self._seeded_apart():
                 step.dispatch_all()
-        except BaseException as error:
-            failure = error
-        failure = self._settle(schedule, step.completions, failure)
+            failure = self._settle(schedule, step.completions, None)
+        except BaseException as error:  # also Ctrl-C on the way into settling
+            failure = self._settle(schedule, step.completions, error)
         if failure is not None:
             raise failure
         check_losses(micro_batches, context.step)

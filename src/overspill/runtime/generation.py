@@ -15,16 +15,22 @@ Logits = Callable[[list[Batch], list[torch.Tensor]], torch.Tensor]
 """(micro-batches, the position asked for in each sample) -> logits [samples, vocabulary]."""
 
 
-def generate_greedily(
-    prompts: Sequence[Sequence[int]], logits_at: Logits, *, micro_batch: int, max_new_tokens: int, eos_token_id: int | None
-) -> list[list[int]]:
-    """The likeliest continuation of each prompt, without the prompt, up to and without the end token.
+def validate_generation(prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """Look at what was asked for, before anything is done.
 
     Raises:
-        ValueError: no prompt, or an empty one.
+        ValueError: no prompt, or an empty one, or no token asked for.
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("generate needs at least one prompt and at least one token in each")
+    if max_new_tokens < 1:
+        raise ValueError(f"generate makes at least 1 token, got max_new_tokens={max_new_tokens}; raise it")
+
+
+def generate_greedily(
+    prompts: Sequence[Sequence[int]], logits_at: Logits, *, micro_batch: int, max_new_tokens: int, eos_token_id: int | None
+) -> list[list[int]]:
+    """The likeliest continuation of each prompt, without the prompt, up to and without the end token."""
     texts = [list(prompt) for prompt in prompts]
     open_texts = list(range(len(texts)))
     for _ in range(max_new_tokens):

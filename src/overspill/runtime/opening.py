@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from overspill.checkpoint import discard_manifests, open_records
 from overspill.errors import BudgetError
-from overspill.huggingface import StreamedModel
+from overspill.huggingface import Checkpoint, StreamedModel, build_meta_model, copy_without_weights, expected_tensors, open_checkpoint
 from overspill.planning import build_layout, build_plan
 from overspill.planning.space import scratch_bytes, store_bytes, uses_ssd
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
@@ -30,6 +30,7 @@ from overspill.spec.update_rule import Optimizer
 from overspill.spec.workload import ModelLayout
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
+from overspill.tiers.closing import close_after
 from overspill.tiers.mapped import node_of_device
 
 StoreFactory = Callable[[str, int, bool], Store]
@@ -62,6 +63,46 @@ class Files:
             num_threads=self.num_threads * len(places),
         )
         return RecordStore(store)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """What a model is, without weights, and where its weights come from."""
+
+    built: PreTrainedModel
+    """On the meta device."""
+    expected: dict[str, torch.Tensor]
+    """Canonical name -> shape and dtype of all parameters and persistent buffers."""
+    generation_config: GenerationConfig | None
+    origin: Checkpoint | PreTrainedModel
+
+    def has_more_than(self, names: Iterable[str]) -> bool:
+        """Whether `tensors` is needed although a checkpoint of ours has `names`; a model object is taken over in any case."""
+        return not isinstance(self.origin, Checkpoint) or not self.expected.keys() <= set(names)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors with their canonical names; a model object is emptied on the way."""
+        return self.origin.read(self.expected) if isinstance(self.origin, Checkpoint) else take_weights(self.origin)
+
+
+def look_at(model: str | Path | PreTrainedModel, dtype: str) -> ModelSource:
+    """The model without its weights, which nothing touches yet.
+
+    Args:
+        model: a folder, a hub name, or a transformers causal LM.
+        dtype: what it computes in.
+
+    Raises:
+        ModelFolderError: the folder is missing or broken.
+        UnsupportedModelError: the model object cannot be copied without its weights.
+    """
+    if isinstance(model, str | Path):
+        checkpoint = open_checkpoint(model)
+        built = build_meta_model(checkpoint.config, dtype=getattr(torch, dtype))
+        return ModelSource(built=built, expected=expected_tensors(built), generation_config=checkpoint.generation_config, origin=checkpoint)
+    built = copy_without_weights(model, dtype=getattr(torch, dtype))
+    generation_config = getattr(built, "generation_config", None)
+    return ModelSource(built=built, expected=expected_tensors(built), generation_config=generation_config, origin=model)
 
 
 def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: HardwareSpec, *, device: str, chunk_bytes: int | None) -> Plan:
@@ -187,9 +228,9 @@ def allocate(
             store = checkpointer.records
             opened.append(store)
         return Residency(plan, device=device, host=host, store=store, scratch=scratch), checkpointer
-    except BaseException:
+    except BaseException as error:
         for item in reversed(opened):
-            item.close()
+            close_after(error, item.close)
         raise
 
 
@@ -199,10 +240,8 @@ def restore(residency: Residency, own: Checkpointer | None, manifest: Manifest, 
         restore_homes(residency, own.records)
         return
     records, _ = open_records(directory, manifest, calls=calls)
-    try:
+    with records:
         restore_homes(residency, records)
-    finally:
-        records.close()
 
 
 def load(tensors: Iterable[tuple[str, torch.Tensor]], model: StreamedModel, homes: Homes, *, with_homes: bool) -> dict[str, torch.Tensor]:

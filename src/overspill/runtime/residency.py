@@ -20,6 +20,8 @@ Rules:
 6. Only the dispatching thread asks or changes anything here. `drop` is given the work that still uses the copy's buffer, and
    `create` returns the work that must have ended before the new copy's buffer is touched: the in-flight hazards of all buffers
    are these two lists. (Hazards between copies of one piece are the schedule's waits.)
+7. Ctrl-C may come between any two lines here. So a buffer is given back only after nothing here refers to it, and after a step that
+   ended early `drop_all_but_homes` counts everything anew from the homes: what they do not hold goes back to its pool, whoever had it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from overspill.runtime.lanes import Completion
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, initial_copies, region_key
 from overspill.spec.tensors import Tier
-from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SlotPool
+from overspill.tiers import DeviceMemory, HostMemory, RecordStore, Slot, SlotPool
 
 Work = Sequence[Completion]
 Release = Callable[[Work], None]
@@ -49,7 +51,7 @@ class _Region:
 
     tensor: torch.Tensor
     """uint8 [bytes of the whole role]."""
-    release: Release | None
+    slot: Slot | None
     """None: a home."""
     pieces: set[Piece]
     after: Work = ()
@@ -65,7 +67,10 @@ class _Copy:
     """uint8 view of the bytes; None on the SSD."""
     value: torch.Tensor | None = None
     """A boundary on the device, in its own shape and dtype."""
+    slot: Slot | None = None
+    """Of a pool, for this copy alone."""
     release: Release | None = None
+    """Gives a record of scratch back."""
     record: tuple[RecordStore, str] | None = None
     """Where it is on the SSD."""
     after: Work = ()
@@ -138,7 +143,9 @@ class Residency:
         """Give a copy's buffer back; `work` still uses it (rule 6)."""
         copy = self._copies.pop((piece, tier))
         self.resident_bytes[tier] -= copy.num_bytes
-        if copy.release is not None:
+        if copy.slot is not None:
+            copy.slot.release(work)
+        elif copy.release is not None:
             copy.release(work)
         elif tier is Tier.DEVICE and piece.role in BUNDLE_ROLES:
             self._leave_region(piece, work)
@@ -182,15 +189,37 @@ class Residency:
         self._regions[(bundle, Role.GRADIENT, ""), Tier.DEVICE] = region
 
     def drop_all_but_homes(self, *, pending: bool = False) -> bool:
-        """After a failed step: give back everything that was borrowed; whether all homes are there.
+        """After a step that ended early, at whatever place (rule 7): keep the homes and nothing else; whether all homes are there.
+
+        Nothing of the step may be under way. Done again, it does no harm.
 
         Args:
             pending: whether the gradients that wait for their update count as homes.
         """
         homes = initial_copies(self.plan, pending=pending)
-        for piece, tier in [key for key in self._copies if key not in homes]:
-            self.drop(piece, tier)
+        self._copies = {key: copy for key, copy in self._copies.items() if key in homes and self._is_whole(*key)}
+        for region in self._regions.values():
+            region.pieces, region.left, region.after = set(), [], ()
+        for (piece, tier), copy in self._copies.items():
+            if copy.slot is None and copy.record is None:
+                self._regions[region_key(piece), tier].pieces.add(piece)
+        self._regions = {key: region for key, region in self._regions.items() if region.slot is None or region.pieces}
+        for pool, tier in ((self.device_pool, Tier.DEVICE), (self.host_pool, Tier.HOST)):
+            kept = [copy.slot for (_, at), copy in self._copies.items() if at is tier]
+            kept += [region.slot for (_, at), region in self._regions.items() if at is tier]
+            pool.recover(slot for slot in kept if slot is not None)
+        if self.scratch is not None:
+            self._scratch_work.clear()
+            names = (f"boundary-{number}" for number in range(1, self._num_boundary_records + 1))
+            self._idle_boundary_records = collections.deque((name, ()) for name in names if self.scratch.has(name))
+        self._dying.clear()
+        self.resident_bytes = {tier: sum(copy.num_bytes for (_, at), copy in self._copies.items() if at is tier) for tier in Tier}
         return homes.keys() <= self._copies.keys()
+
+    def _is_whole(self, piece: Piece, tier: Tier) -> bool:
+        """Whether a copy's memory, or its record, is still the copy's."""
+        copy = self._copies[piece, tier]
+        return copy.slot is not None or copy.record is not None or (region_key(piece), tier) in self._regions
 
     # -- outside of steps --------------------------------------------------------------------------------------------
 
@@ -290,7 +319,7 @@ class Residency:
         key = (region_key(piece), tier)
         if key not in self._regions:
             tensor = memory.allocate(name, region_bytes, pinned=piece.role is not Role.STATE)
-            self._regions[key] = _Region(tensor=tensor, release=None, pieces=set())
+            self._regions[key] = _Region(tensor=tensor, slot=None, pieces=set())
         region = self._regions[key]
         region.pieces.add(piece)
         self._add(piece, tier, _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes]))
@@ -300,7 +329,7 @@ class Residency:
         key = (region_key(piece), Tier.DEVICE)
         if key not in self._regions:
             slot = self.device_pool.acquire(region_bytes)
-            self._regions[key] = _Region(tensor=slot.tensor, release=slot.release, pieces=set(), after=slot.after)  # type: ignore[arg-type]
+            self._regions[key] = _Region(tensor=slot.tensor, slot=slot, pieces=set(), after=slot.after)  # type: ignore[arg-type]
         region = self._regions[key]
         region.pieces.add(piece)
         return _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes], after=region.after)
@@ -310,9 +339,9 @@ class Residency:
         region = self._regions[key]
         region.pieces.discard(piece)
         region.left.extend(completion for completion in work if completion not in region.left)
-        if not region.pieces and region.release is not None:
+        if not region.pieces and region.slot is not None:
             del self._regions[key]
-            region.release(region.left)
+            region.slot.release(region.left)
 
     def _let_die(self, tensor: torch.Tensor, work: Work) -> None:
         """Keep a device tensor until other lanes have done with it; what the compute lane does with it, its allocator knows."""
@@ -363,7 +392,7 @@ class Residency:
 
 def _borrow(pool: SlotPool, num_bytes: int) -> _Copy:
     slot = pool.acquire(num_bytes)
-    return _Copy(num_bytes=num_bytes, tensor=slot.tensor, release=slot.release, after=slot.after)  # type: ignore[arg-type]
+    return _Copy(num_bytes=num_bytes, tensor=slot.tensor, slot=slot, after=slot.after)  # type: ignore[arg-type]
 
 
 def _unfinished(work: Work) -> Work:

@@ -18,21 +18,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from overspill.errors import NonFiniteError, StorageError
-from overspill.huggingface import (
-    StreamedModel,
-    build_meta_model,
-    copy_without_weights,
-    expected_tensors,
-    open_checkpoint,
-    write_model_folder,
-)
+from overspill.errors import NonFiniteError
+from overspill.huggingface import StreamedModel, write_model_folder
 from overspill.optim import global_norm
 from overspill.planning import simulate
 from overspill.report.memory import host_peak_bytes
@@ -47,11 +39,11 @@ from overspill.runtime.checkpointing import (
 )
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.executor import Executor
-from overspill.runtime.generation import generate_greedily
+from overspill.runtime.generation import generate_greedily, validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import host_available_bytes, read_hardware, resolve_device, return_freed_memory
-from overspill.runtime.opening import Files, StoreFactory, allocate, load, make_plan, plan_for_optimizer, restore, take_weights
+from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, make_plan, plan_for_optimizer, restore
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates
 from overspill.runtime.timing import StepTiming
@@ -65,9 +57,10 @@ from overspill.spec.report import EvaluationReport, PoolReport, Prediction, Step
 from overspill.spec.schedule import Schedule
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
+from overspill.tiers.closing import Closing, close_after
 
 
-class Session:
+class Session(Closing):
     """Train one model under one plan.
 
     Args:
@@ -122,16 +115,9 @@ class Session:
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
         return_freed_memory()
-        checkpoint = open_checkpoint(model) if isinstance(model, str | Path) else None
-        dtype = getattr(torch, plan.dtype)
-        if checkpoint is not None:
-            built = build_meta_model(checkpoint.config, dtype=dtype)
-        else:
-            assert not isinstance(model, str | Path)
-            built = copy_without_weights(model, dtype=dtype)
-        expected = expected_tensors(built)
-        self._generation_config = getattr(built, "generation_config", None) if checkpoint is None else checkpoint.generation_config
-        self.model = StreamedModel(built)
+        source = look_at(model, plan.dtype)
+        self._generation_config = source.generation_config
+        self.model = StreamedModel(source.built)
         self.hardware = read_hardware(self.device, plan.ssd_places)
         self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
         if checkpoints is not None:
@@ -145,18 +131,14 @@ class Session:
                 self.wear = SsdWear(self.plan, stores)
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}
-            if checkpoint is not None:
-                if resume_from is None or not expected.keys() <= set(self.homes.names):
-                    self._unread = load(checkpoint.read(expected), self.model, self.homes, with_homes=resume_from is None)
-            else:
-                assert not isinstance(model, str | Path)
-                self._unread = load(take_weights(model), self.model, self.homes, with_homes=resume_from is None)
+            if resume_from is None or source.has_more_than(self.homes.names):
+                self._unread = load(source.tensors(), self.model, self.homes, with_homes=resume_from is None)
             if resume_from is not None:
                 restore(self.residency, self._checkpointer, *resume_from, calls)
             self.model.to(self.device)
             self.model.train()
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            close_after(error, self.close)
             raise
         self.executor = Executor(self.plan, self.model, self.residency, serial=serial, cuda_graphs=cuda_graphs)
         self.step_number = resume_from[0].step if resume_from is not None else 0
@@ -207,10 +189,16 @@ class Session:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         figures, gradients = self._run(schedule, prepared, context, updates)
-        norm = global_norm(gradients.sums_of_squares.values()) / scale
-        skipped = self._finish_step(number, lr, norm, scale) if waits else False
-        if not skipped:
-            self.step_number = number
+        try:
+            norm = global_norm(gradients.sums_of_squares.values()) / scale
+            skipped = self._finish_step(number, lr, norm, scale) if waits else False
+            if not skipped:
+                self.step_number = number
+        except NonFiniteError:
+            raise  # no weight was changed, and none waits
+        except BaseException as error:
+            self._failure = f"step {number} was made but not counted: {type(error).__name__}: {error}"
+            raise
         pools = self.pool_reports()
         assert self.executor.trace is not None
         begun_s = time.perf_counter()
@@ -352,8 +340,9 @@ class Session:
             prompts: token ids; all are continued side by side.
 
         Raises:
-            ValueError: no prompt, or an empty one, or prompt and continuation longer than the plan's batch holds.
+            ValueError: no prompt, or an empty one, or no token asked for, or prompt and continuation longer than the plan's batch holds.
         """
+        validate_generation(prompts, max_new_tokens)
         self.flush()
         context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
 
@@ -425,13 +414,15 @@ class Session:
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
         """After a schedule that stopped: go on if weights are all from before its updates, or all from after them; else rule 3."""
+        self._failure = f"{type(error).__name__}: {error}"  # until all is in order again: Ctrl-C may come once more
         untouched = not self.executor.updated
         if not untouched and schedule.starts_pending and self.executor.has_landed:
             # The step before is applied in full; only this one's gradients are lost.
             self._pending = None
             self.residency.drop_all_but_homes()
-        elif not (untouched and self.residency.drop_all_but_homes(pending=schedule.starts_pending)):
-            self._failure = f"{type(error).__name__}: {error}"
+            self._failure = None
+        elif untouched and self.residency.drop_all_but_homes(pending=schedule.starts_pending):
+            self._failure = None
 
     def _prepare(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[MicroBatch]:
         if not micro_batches:
@@ -474,17 +465,6 @@ class Session:
         if self.wear is not None:
             self.wear.save()
         self.residency.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.close()
-        except StorageError as unseen:
-            if error is None:
-                raise
-            error.add_note(str(unseen))
 
 
 def _fields(figures: StepFigures) -> dict[str, Any]:

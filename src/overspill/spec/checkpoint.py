@@ -30,6 +30,10 @@ class CheckpointPolicy:
     def __post_init__(self) -> None:
         if self.keep < 1:
             raise ValueError(f"--keep must be at least 1, got {self.keep}")
+        if self.directory == "":
+            raise ValueError(
+                "the directory of checkpoints has an empty name, ''; name one, or leave it out to use the plan's SSD directory"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

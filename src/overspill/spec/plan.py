@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import os
 from collections.abc import Mapping
 
@@ -16,6 +17,7 @@ from overspill.spec.documents import to_json
 from overspill.spec.lifetime import DEFAULT_MIN_YEARS
 from overspill.spec.state_formats import StateFormat, resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, Bundle, Tier, Unit
+from overspill.spec.update_rule import FP32_MAX, round_fp32
 
 AUTO = "auto"
 TIER_CHOICES = (AUTO, *(tier.value for tier in Tier))
@@ -74,6 +76,10 @@ class PlanRequest:
             given = [self.ssd_dir] if isinstance(self.ssd_dir, os.PathLike) else self.ssd_dir
             places = tuple(str(place) for place in given)
             object.__setattr__(self, "ssd_dir", places if len(places) > 1 else next(iter(places), None))
+        if not all(self.ssd_places):
+            raise ValueError(
+                f"--ssd-dir {self.ssd_dir!r} has an empty name; name a directory on a local drive, or a block device, or leave it out"
+            )
         for field in ("parameters", "states", "boundaries"):
             if getattr(self, field) not in TIER_CHOICES:
                 raise ValueError(f"--{field} {getattr(self, field)!r} is not a tier; choose one of {', '.join(TIER_CHOICES)}")
@@ -91,8 +97,7 @@ class PlanRequest:
             raise ValueError(f"--ssd-tbw must be positive, got {self.ssd_rated_bytes} B; leave it out if it is unknown")
         if not self.ssd_min_years >= 0:
             raise ValueError(f"--ssd-years cannot be negative, got {self.ssd_min_years}; 0 never warns")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"--clip must be positive, got {self.clip}; leave it out for no clipping")
+        validate_clip(self.clip)
 
     @property
     def ssd_places(self) -> tuple[str, ...]:
@@ -100,6 +105,12 @@ class PlanRequest:
         if self.ssd_dir is None:
             return ()
         return (self.ssd_dir,) if isinstance(self.ssd_dir, str) else self.ssd_dir
+
+
+def validate_clip(clip: float | None) -> None:
+    """Raise ValueError unless `clip` is a bound on the gradient norm, or None."""
+    if clip is not None and not 0 < round_fp32(clip) < math.inf:
+        raise ValueError(f"--clip must be positive and finite in fp32 (at most {FP32_MAX:.3g}), got {clip}; leave it out for no clipping")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

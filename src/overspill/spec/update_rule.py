@@ -64,11 +64,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import struct
 from typing import Literal, get_args
 
 OptimizerKind = Literal["adamw", "sgd", "sgd_momentum", "sgd_nesterov", "lion"]
 """The rule that is applied: which operations, and which moments are kept."""
+
+
+FP32_MAX = (2 - 2**-23) * 2.0**127
+"""The largest finite fp32 number."""
 
 
 def round_fp32(value: float) -> float:
@@ -119,8 +124,14 @@ class AdamW:
     def __post_init__(self) -> None:
         _validate_common(self)
         _validate_betas(self.betas)
-        if not (math.isfinite(self.eps) and round_fp32(self.eps) > 0):
+        _validate_number("eps", self.eps)
+        if not round_fp32(self.eps) > 0:
             raise ValueError(f"eps must be positive in fp32 (rule 3: padding divides by it), got {self.eps}")
+        if math.isinf(round_fp32(self.lr / (1 - self.betas[0]))):
+            raise ValueError(
+                f"lr must be at most {FP32_MAX * (1 - self.betas[0]):.3g} with beta1 = {self.betas[0]}, since the first step divides it by "
+                f"1 - beta1 in fp32, got {self.lr}; lower it"
+            )
 
     @property
     def kind(self) -> OptimizerKind:
@@ -168,6 +179,7 @@ class SGD:
 
     def __post_init__(self) -> None:
         _validate_common(self)
+        _validate_number("momentum", self.momentum)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
         if self.nesterov and self.momentum == 0:
@@ -236,14 +248,29 @@ Optimizer = AdamW | SGD | Lion
 
 
 def _validate_common(optimizer: Optimizer) -> None:
-    if not (math.isfinite(optimizer.lr) and optimizer.lr >= 0):
-        raise ValueError(f"lr must be finite and at least 0, got {optimizer.lr}")
-    if not (math.isfinite(optimizer.weight_decay) and optimizer.weight_decay >= 0):
-        raise ValueError(f"weight_decay must be finite and at least 0, got {optimizer.weight_decay}")
+    _validate_number("lr", optimizer.lr)
+    _validate_number("weight_decay", optimizer.weight_decay)
+    if math.isinf(round_fp32(optimizer.lr * optimizer.weight_decay)):
+        raise ValueError(
+            f"lr * weight_decay must be at most {FP32_MAX:.3g}, the largest fp32 number, got {optimizer.lr} * {optimizer.weight_decay}; "
+            "lower them"
+        )
+
+
+def _validate_number(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a number of at least 0 that fp32 can hold (rule 4)."""
+    if not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not 0 <= round_fp32(float(value)) < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, and at most {FP32_MAX:.3g}, the largest fp32 number, got {value}")
 
 
 def _validate_betas(betas: tuple[float, float]) -> None:
+    if len(betas) != 2:
+        raise ValueError(f"betas must be two numbers, beta1 and beta2, got {len(betas)}: {betas}")
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+        if not isinstance(beta, numbers.Real):
+            raise ValueError(f"{name} must be a number, got {beta!r}")
         if not 0 <= beta < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {beta}")
         if round_fp32(1 - beta) == 0:
@@ -259,8 +286,7 @@ def _validate_step(
     if step < 1:
         raise ValueError(f"optimizer steps are counted from 1, got step {step}")
     for name, value in (("lr", lr), ("weight_decay", weight_decay), ("gradient_scale", gradient_scale)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} of step {step} must be finite and at least 0, got {value}")
+        _validate_number(f"{name} of step {step}", value)
     return lr, weight_decay
 
 
@@ -288,8 +314,7 @@ class LearningRate:
     def __post_init__(self) -> None:
         if self.kind not in get_args(LearningRateKind):
             raise ValueError(f"learning-rate schedule {self.kind!r} is unknown; choose one of {', '.join(get_args(LearningRateKind))}")
-        if not (math.isfinite(self.base) and self.base >= 0):
-            raise ValueError(f"the base learning rate must be finite and at least 0, got {self.base}")
+        _validate_number("the base learning rate", self.base)
         if self.total_steps < 1:
             raise ValueError(f"total_steps must be at least 1, got {self.total_steps}")
         if not 0 <= self.warmup_steps <= self.total_steps:

@@ -85,10 +85,12 @@ class ExtentTable:
         size = align_up(num_bytes, EXTENT_ALIGNMENT_BYTES)
         for index, (start, end) in enumerate(self._free):
             if end - start >= size:
-                self._free[index : index + 1] = [(start + size, end)] if end - start > size else []
                 extent = Extent(name=name, offset=start, num_bytes=num_bytes)
-                self._extents[name] = extent
+                rest = [(start + size, end)] if end - start > size else []
                 self.high_water = max(self.high_water, extent.end)
+                # Without a call between the two: Ctrl-C is seen at calls, and a range that left one book is in the other.
+                self._free[index : index + 1] = rest
+                self._extents[name] = extent
                 return extent
         longest = max((end - start for start, end in self._free), default=0)
         raise BudgetError(

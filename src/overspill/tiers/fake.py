@@ -20,13 +20,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 
-from overspill.errors import StorageError
 from overspill.tiers.checksums import block_checksums
+from overspill.tiers.closing import Closing
 from overspill.tiers.extents import Extent, ExtentTable
 from overspill.tiers.faults import FaultInjector
 from overspill.tiers.transfer import DamagedBlock, ThreadTransfer, TransferBook, build_storage_error, validate_buffer
@@ -48,7 +47,7 @@ class Failure:
     """A constant of the module `errno`, such as `errno.EIO`."""
 
 
-class FakeStore:
+class FakeStore(Closing):
     """Extents in host memory. Meets the protocol `Store`.
 
     Args:
@@ -112,7 +111,7 @@ class FakeStore:
         assert not self._book.num_in_flight(name), f"{name} is freed with {self._book.num_in_flight(name)} transfers in flight"
         with self._lock:
             self._table.free(name)
-            del self._content[name]
+            self._content.pop(name, None)  # missing if making it was interrupted
 
     def num_bytes(self, name: str) -> int:
         with self._lock:
@@ -141,17 +140,6 @@ class FakeStore:
             queue.shutdown(wait=True)
         self._content.clear()
         self._book.raise_unseen()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.close()
-        except StorageError as unseen:
-            if error is None:
-                raise
-            error.add_note(str(unseen))
 
     def _start(
         self, operation: Operation, name: str, offset: int, buffer: torch.Tensor, expected: tuple[int, ...] | None, with_checksums: bool

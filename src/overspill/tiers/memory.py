@@ -43,8 +43,11 @@ class _Account:
         self._tier, self._flag, self.budget_bytes = tier, flag, budget_bytes
         self._lock = threading.Lock()
         self._sizes: dict[str, int] = {}
-        self.allocated_bytes = 0
         self.peak_bytes = 0
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(tuple(self._sizes.values()))  # no counter beside the sizes: Ctrl-C between the two would make them differ
 
     def reserve(self, name: str, num_bytes: int) -> None:
         """Count an allocation, or raise (rule 2)."""
@@ -59,14 +62,20 @@ class _Account:
                     f"{format_bytes(self.budget_bytes)} leaves {format_bytes(left)} ({left} B); raise {self._flag} to at least {after} B"
                 )
             self._sizes[name] = num_bytes
-            self.allocated_bytes = after
             self.peak_bytes = max(self.peak_bytes, after)
 
     def release(self, name: str) -> None:
-        with self._lock:
-            if name not in self._sizes:
-                raise ValueError(f"{name} is not allocated in {self._tier} memory")
-            self.allocated_bytes -= self._sizes.pop(name)
+        self.require(name)
+        del self._sizes[name]
+
+    def forget(self, name: str) -> None:
+        """Release what may not have been counted."""
+        self._sizes.pop(name, None)
+
+    def require(self, name: str) -> None:
+        """Raise unless the name is allocated."""
+        if name not in self._sizes:
+            raise ValueError(f"{name} is not allocated in {self._tier} memory")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -160,15 +169,26 @@ class HostMemory:
 
     def free(self, name: str) -> None:
         """Unpin an allocation and return its pages to the system (rule 4)."""
-        self._account.release(name)
-        block = self._blocks.pop(name)
-        self._locker.unlock(block.address)
+        self._account.require(name)
+        block = self._blocks[name]
+        self._locker.unlock(block.address)  # before anything forgets the block: Ctrl-C here leaves it allocated, only pageable
         block.drop_pages()
+        del self._blocks[name]
+        self._account.release(name)
+
+    def blocks(self, prefix: str) -> dict[str, torch.Tensor]:
+        """See `Memory.blocks`."""
+        for name in {*self._account.names} ^ {*self._blocks}:
+            if name in self._blocks:
+                self._locker.unlock(self._blocks[name].address)
+                del self._blocks[name]
+            self._account.forget(name)
+        return {name: block.tensor(block.num_bytes) for name, block in self._blocks.items() if name.startswith(prefix)}
 
     def close(self) -> None:
         """Free everything."""
         self._is_closed = True
-        for name in self._account.names:
+        for name in self.blocks(""):
             self.free(name)
 
 
@@ -225,11 +245,19 @@ class DeviceMemory:
 
     def free(self, name: str) -> None:
         """Forget an allocation; its bytes return to torch's allocator when the last view of it is gone."""
-        self._account.release(name)
+        self._account.require(name)
         del self._tensors[name]
+        self._account.release(name)
+
+    def blocks(self, prefix: str) -> dict[str, torch.Tensor]:
+        """See `Memory.blocks`."""
+        for name in {*self._account.names} ^ {*self._tensors}:
+            self._tensors.pop(name, None)
+            self._account.forget(name)
+        return {name: tensor for name, tensor in self._tensors.items() if name.startswith(prefix)}
 
     def close(self) -> None:
         """Free everything."""
         self._is_closed = True
-        for name in self._account.names:
+        for name in self.blocks(""):
             self.free(name)

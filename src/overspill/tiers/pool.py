@@ -17,6 +17,8 @@ Rules:
 5. A slot may be released while work on it is still under way, and is lent again at once together with that work (`Slot.after`):
    whoever acquires it lets everything that touches its memory wait for that first. So lending follows the order of the program,
    whatever runs late. A slot that was just allocated comes with the work of its allocation (`fresh_work`).
+6. Ctrl-C may come between any two lines here and at the borrower's, so counters and lists may disagree after it. `recover` takes two
+   things as true, the memory's allocations and the slots that the borrower says it has, and counts everything anew from them.
 
 Costs: freeing unpins and allocating pins again, so a limit below what a step's classes need together costs time in every step;
 `PoolReport.num_trimmed` says how often that happened.
@@ -25,6 +27,7 @@ Costs: freeing unpins and allocating pins again, so a limit below what a step's 
 from __future__ import annotations
 
 import collections
+import itertools
 import threading
 from collections.abc import Callable, Iterable
 from types import TracebackType
@@ -120,9 +123,8 @@ class SlotPool:
         # Reentrant: a collected slot may be released while this thread is inside.
         self._lock = threading.RLock()
         self._classes: collections.defaultdict[int, _SizeClass] = collections.defaultdict(_SizeClass)
+        self._numbers = itertools.count()
         self._num_created = 0
-        self._numbers: dict[str, int] = {}
-        """Slot -> when it was created, counted from 0."""
         self._num_trimmed = 0
         self._num_released = 0
         self._used_bytes = 0
@@ -176,7 +178,27 @@ class SlotPool:
         """Lend idle slots in the order of their creation from now on: the same program then gets the same slots in the same places."""
         with self._lock:
             for item in self._classes.values():
-                item.idle = collections.deque(sorted(item.idle, key=lambda entry: self._numbers[entry[1]]))
+                item.idle = collections.deque(sorted(item.idle, key=lambda entry: _number(entry[1])))
+
+    def recover(self, held: Iterable[Slot]) -> None:
+        """Count the books anew after an interruption (rule 6): `held` are lent, all else is idle; done again, it does no harm.
+
+        No work on any slot may be under way.
+        """
+        lent = {slot._block_name: slot.num_bytes for slot in held}
+        with self._lock:
+            for item in self._classes.values():
+                item.idle.clear()
+                item.num_lent = item.asked_bytes = 0
+            self._num_lent = self._used_bytes = self._asked_bytes = self._idle_bytes = 0
+            for block_name, block in self._memory.blocks(f"{self.name}/slot-").items():
+                size, num_bytes = block.numel(), lent.get(block_name)
+                if num_bytes is None:
+                    self._classes[size].idle.append((self._num_released, block_name, block, ()))
+                    self._num_released += 1
+                    self._idle_bytes += size
+                else:
+                    self._note_lent(self._classes[size], size, num_bytes)
 
     def trim(self) -> int:
         """Free all idle slots; their bytes."""
@@ -225,7 +247,7 @@ class SlotPool:
         self._peak_bytes = max(self._peak_bytes, self.resident_bytes)
 
     def _create(self, size: int) -> tuple[str, torch.Tensor]:
-        block_name = f"{self.name}/slot-{self._num_created}"
+        block_name = f"{self.name}/slot-{next(self._numbers)}"  # never one that an interrupted allocation may have
         if self.limit_bytes is not None:
             if self._used_bytes + size > self.limit_bytes:
                 left = self.limit_bytes - self._used_bytes
@@ -241,7 +263,6 @@ class SlotPool:
             except BudgetError:
                 if not self._free_idle(1):
                     raise
-        self._numbers[block_name] = self._num_created
         self._num_created += 1
         return block_name, block
 
@@ -257,7 +278,6 @@ class SlotPool:
             self._idle_bytes -= size
             self._num_trimmed += 1
             freed += size
-            del self._numbers[block_name]
             self._memory.free(block_name)
         return freed
 
@@ -277,3 +297,8 @@ class SlotPool:
 
 def _unfinished(work: Iterable[Pending]) -> Work:
     return tuple(item for item in work if not item.is_done)
+
+
+def _number(block_name: str) -> int:
+    """When a slot was created, counted from 0."""
+    return int(block_name.rpartition("-")[2])

@@ -100,6 +100,13 @@ class Memory(Protocol):
         """
         ...
 
+    def blocks(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The allocations whose names begin with `prefix`, all bytes of each.
+
+        What Ctrl-C left half-way through `allocate` or `free` is freed first, so nothing of either may be running.
+        """
+        ...
+
     def free(self, name: str) -> None:
         """Give an allocation back; neither its tensor nor a view of it may be used afterwards (rule 4)."""
         ...

@@ -35,6 +35,7 @@ import torch
 
 from overspill.errors import StorageError
 from overspill.tiers.checksums import BLOCK_BYTES, zero_checksums
+from overspill.tiers.closing import Closing
 from overspill.tiers.protocol import CheckedTransfer, Store, Transfer
 from overspill.tiers.transfer import DamagedBlock
 from overspill.units import align_up
@@ -68,7 +69,7 @@ class RecordVersion:
     checksums: tuple[int, ...]
 
 
-class RecordStore:
+class RecordStore(Closing):
     """Records in a store; thread-safe as far as its store is.
 
     Args:
@@ -93,23 +94,29 @@ class RecordStore:
         return name in self._records
 
     def create(self, name: str, num_bytes: int) -> None:
-        """A record of zeros.
+        """A record of zeros; nothing of it is left if that fails, or is interrupted.
 
         Raises:
             BudgetError: the store has no room for its slots.
         """
         assert name not in self._records, f"{name} is there already"
         slots = [f"{name}#{index}" for index in range(self.num_slots)]
-        for slot in slots:
-            self.store.allocate(slot, num_bytes)
-        self._records[name] = _Record(
-            num_bytes=num_bytes,
-            slots=slots,
-            current=0,
-            content_bytes=num_bytes,
-            checksums=zero_checksums(num_bytes),
-            num_pins=[0] * self.num_slots,
-        )
+        try:
+            for slot in slots:
+                self.store.allocate(slot, num_bytes)
+            self._records[name] = _Record(
+                num_bytes=num_bytes,
+                slots=slots,
+                current=0,
+                content_bytes=num_bytes,
+                checksums=zero_checksums(num_bytes),
+                num_pins=[0] * self.num_slots,
+            )
+        except BaseException:
+            for slot in slots:
+                with contextlib.suppress(ValueError):  # it was not reached
+                    self.store.free(slot)
+            raise
 
     def restore(self, name: str, version: RecordVersion) -> None:
         """A record whose slots are in the store already, with the content of an earlier run; missing slots are added."""

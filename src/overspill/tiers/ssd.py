@@ -15,8 +15,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 import torch
 
@@ -25,6 +23,7 @@ from overspill.errors import StorageError
 from overspill.spec.checkpoint import StripeSet
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy, SpaceWaiter
 from overspill.tiers.checksums import BLOCK_BYTES
+from overspill.tiers.closing import Closing
 from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES, ExtentTable
 from overspill.tiers.load import TransferSpan
 from overspill.tiers.striped_file import Place, StripedFile
@@ -40,7 +39,7 @@ BACKEND_VARIABLE = "OVERSPILL_IO"
 """Environment variable that chooses the backend of stores that were not told one."""
 
 
-class SsdStore:
+class SsdStore(Closing):
     """Extents in one or several directories or block devices. Meets the protocol `Store` and its rules.
 
     Args:
@@ -262,17 +261,6 @@ class SsdStore:
         self._is_closed = True
         _shut(self._space, self._engine, self._file)
         self._book.raise_unseen()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.close()
-        except StorageError as unseen:
-            if error is None:
-                raise
-            error.add_note(str(unseen))
 
     def _start(
         self, is_write: bool, name: str, offset: int, buffer: torch.Tensor, block_bytes: int, expected: Sequence[int] | None
