@@ -18,28 +18,13 @@ from overspill.optim.segment import (
     SEGMENT_DTYPE,
     GradientStats,
     Rounding,
+    pack_scalars,
     segment_table,
     validate_scalars,
     validate_segment,
 )
 from overspill.spec.state_formats import StateFormat, exponents_of
 from overspill.spec.update_rule import UpdateScalars
-
-_SCALARS = (
-    "gradient_scale",
-    "decay",
-    "beta1",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "step_size",
-    "bias_correction2_factor",
-    "eps",
-    "momentum",
-    "weight_decay",
-)
-"""The order of `UpdateScalars` in csrc/include/overspill/update.hpp."""
-
 
 def update_native(
     scalars: UpdateScalars,
@@ -126,11 +111,6 @@ def update_chunk_native(
         with_stats=with_stats,
     )
     return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
-
-
-def pack_scalars(scalars: Sequence[UpdateScalars]) -> list[tuple[float, ...]]:
-    """As the core takes them."""
-    return [tuple(getattr(item, name) for name in _SCALARS) for item in scalars]
 
 
 def all_finite_native(tensor: Tensor, *, num_threads: int = 0, isa: str = "") -> bool:
