@@ -43,6 +43,7 @@ def update_chunk_fused(
     gradient: Tensor,
     states: Mapping[str, Tensor],
     with_stats: bool = True,
+    gates: Tensor | None = None,
 ) -> GradientStats:
     """One optimizer step of all segments of a chunk, in place and in the order of the current stream; returns before it is done.
 
@@ -50,7 +51,6 @@ def update_chunk_fused(
     """
     given = validate_segment(parameter, gradient, states, format_name=state_format.name, optimizer=state_format.optimizer)
     validate_scalars(scalars, given)
-    segments = np.ascontiguousarray(segments)
     validate_table(segments, num_elements=parameter.numel(), state_format=given, num_scalars=len(scalars))
     if not given.is_rounded_stochastically:
         segments = segments.copy()
@@ -64,10 +64,13 @@ def update_chunk_fused(
         update_kernel[(num_programs,)](
             *arrays,
             table,
+            gates,
+            0 if gates is None else gates.numel(),
             packed[pair] + packed[min(pair + 1, len(packed) - 1)],
             RULE=given.optimizer,
             FORMAT=given.name,
             ROWS=table.shape[1],
+            GATES=1 if gates is None else _step_up(gates.numel()),
             BLOCK=BLOCK_ELEMENTS,
             num_warps=NUM_WARPS,
             **EXACT,
@@ -100,15 +103,18 @@ def _table_on(device: torch.device, stream: int, segments: bytes, pair: int, blo
     rows = rows[(rows["scalars"] // 2 == pair) & (rows["num_elements"] > 0)]
     ends = rows["start"] + rows["num_elements"]
     programs = -(-ends // block) - rows["start"] // block
-    length = 16  # in steps of 4, so that few kernels are compiled
-    while length < len(rows):
-        length *= 4
+    length = _step_up(len(rows))
     table = np.full((5, length), np.iinfo(np.int64).max, dtype=np.int64)
     table[0, : len(rows)] = np.cumsum(programs) - programs
     table[1, : len(rows)], table[2, : len(rows)] = rows["start"], ends
     table[3, : len(rows)] = rows["key"].view(np.int64)
     table[4, : len(rows)] = rows["first_element"].astype(np.int64) + ((rows["scalars"].astype(np.int64) % 2) << 32)
     return to_device(torch.from_numpy(table), device), int(programs.sum())
+
+
+def _step_up(number: int) -> int:
+    """The next of 16, 64, 256, ...: few kernels are compiled."""
+    return 16 << max(0, -(-((number - 1).bit_length() - 4) // 2) * 2)
 
 
 def _stats(segments: np.ndarray, gradient: Tensor) -> GradientStats:

@@ -51,7 +51,7 @@ WEIGHT_DECAY = tl.constexpr(10)
 NUM_SCALARS = tl.constexpr(11)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_gates"])
 def update_kernel(
     parameter,
     gradient,
@@ -61,10 +61,13 @@ def update_kernel(
     first_exponents,
     second_exponents,
     table,
+    gates,
+    num_gates,
     scalars,
     RULE: tl.constexpr,
     FORMAT: tl.constexpr,
     ROWS: tl.constexpr,
+    GATES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Update the part of one segment that lies in one block.
@@ -73,12 +76,17 @@ def update_kernel(
         master: int16 remainders or float32 masters; None where the parameter is its own.
         first, second: moments, and for int8 their blocks' exponents; None where the rule has none.
         table: int64 [5, ROWS]: first program, first element, end, key, and first element in the tensor + 2**32 * (which set).
+        gates: float64 [num_gates], at most GATES: unless all are finite, nothing is stored. None for no such condition.
         scalars: two sets, one after the other.
     """
     program = tl.program_id(0).to(tl.int64)
     row = tl.sum((tl.load(table + tl.arange(0, ROWS)) <= program).to(tl.int32)) - 1
     start, end = tl.load(table + ROWS + row), tl.load(table + 2 * ROWS + row)
     base = (start // BLOCK + program - tl.load(table + row)) * BLOCK
+    if gates is not None:
+        places = tl.arange(0, GATES)
+        total = tl.sum(tl.load(gates + places, mask=places < num_gates, other=0))
+        end = tl.where(total - total == 0, end, start)  # an empty segment is masked out, exponents included
     key, packed = tl.load(table + 3 * ROWS + row), tl.load(table + 4 * ROWS + row)
     element = packed + base - start  # of the tensor, modulo 2**32, at the block's start
     is_second = (packed >> 32) != 0
@@ -145,7 +153,7 @@ def _apply_rule(p, g, m, v, is_second, scalars, RULE: tl.constexpr):
         p = q - tl.div_rn(step_size * m, denom)  # 14, 15, 16
     elif RULE == "lion":
         c = m * _pick(scalars, BETA1, is_second) + g * _pick(scalars, ONE_MINUS_BETA1, is_second)  # 3, 4, 5
-        u = tl.where(c > 0, step_size, tl.where(c < 0, -step_size, c))  # 6
+        u = tl.where(c > 0, step_size, tl.where(c < 0, step_size * -1.0, c))  # 6; Triton's minus is 0 - x, which loses -0
         p = p * _pick(scalars, DECAY, is_second) - u  # 7, 8
         m = m * _pick(scalars, BETA2, is_second) + g * _pick(scalars, ONE_MINUS_BETA2, is_second)  # 9, 10, 11
     else:
@@ -292,7 +300,7 @@ def _decode(codes, exponent, IS_SIGNED: tl.constexpr):
     denormal = magnitude.to(tl.float32) * ((exponent - top - 2) << 23).to(tl.float32, bitcast=True)
     values = tl.where(magnitude >= 8, normal, denormal)
     if IS_SIGNED:
-        values = tl.where(codes >= 0x80, -values, values)
+        values = tl.where(codes >= 0x80, values * -1.0, values)  # Triton's minus is 0 - x, which loses -0
     return tl.where(is_broken, float("nan"), values)
 
 

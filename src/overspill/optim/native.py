@@ -21,6 +21,7 @@ from overspill.optim.segment import (
     pack_scalars,
     segment_table,
     validate_scalars,
+    validate_rounding,
     validate_segment,
 )
 from overspill.spec.state_formats import StateFormat, exponents_of
@@ -48,8 +49,7 @@ def update_native(
         ValueError: also when a tensor is not on the CPU, or two of them overlap.
     """
     resolved = validate_segment(parameter, gradient, states, format_name=state_format, optimizer=scalars.kind)
-    if rounding is None and resolved.is_rounded_stochastically:
-        raise ValueError(f"state format {state_format} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
+    validate_rounding(rounding, resolved)
     return update_chunk_native(
         [scalars],
         segment_table(parameter.numel(), rounding),

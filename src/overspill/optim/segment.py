@@ -92,6 +92,16 @@ def validate_scalars(scalars: Sequence[UpdateScalars], state_format: StateFormat
             raise ValueError(f"the scalars are of the optimizer {item.kind}, the state is of {state_format.optimizer}; use one optimizer")
 
 
+def validate_rounding(rounding: Rounding | None, state_format: StateFormat) -> None:
+    """Check that there are random bits where the format needs some.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if rounding is None and state_format.is_rounded_stochastically:
+        raise ValueError(f"state format {state_format.name} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
+
+
 def validate_table(segments: np.ndarray, *, num_elements: int, state_format: StateFormat, num_scalars: int) -> None:
     """Check a table of segments against the chunk it is of, as the native core does and in its words.
 
