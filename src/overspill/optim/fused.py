@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overspill.optim.fused_kernels import EXACT, to_device, update_kernel
+from overspill.optim.fused_kernels import EXACT, launching_on, stream_of, to_device, update_kernel
+from overspill.optim.fused_squares import sums_of_squares_fused
 from overspill.optim.gradient_checks import count_non_finite
 from overspill.optim.segment import NO_STATS, SEGMENT_DTYPE, GradientStats, pack_scalars, validate_scalars, validate_segment, validate_table
 from overspill.spec.state_formats import StateFormat, exponents_of
@@ -47,7 +48,8 @@ def update_chunk_fused(
 ) -> GradientStats:
     """One optimizer step of all segments of a chunk, in place and in the order of the current stream; returns before it is done.
 
-    Arguments and errors as `optim.update_chunk`. With `with_stats` it waits for the device.
+    Arguments and errors as `optim.update_chunk`; the arrays must not overlap, which is not checked. With
+    `with_stats` it waits for the device.
     """
     given = validate_segment(parameter, gradient, states, format_name=state_format.name, optimizer=state_format.optimizer)
     validate_scalars(scalars, given)
@@ -57,24 +59,26 @@ def update_chunk_fused(
         segments["key"] = segments["first_element"] = 0  # no effect, so that the table stays the same
     packed = pack_scalars(scalars)
     arrays = _arrays(given, parameter, gradient, states)
-    for pair in range(0, len(packed), 2):
-        table, num_programs = _table_on(parameter.device, _stream_of(parameter), segments.tobytes(), pair // 2, BLOCK_ELEMENTS)
-        if num_programs == 0:
-            continue
-        update_kernel[(num_programs,)](
-            *arrays,
-            table,
-            gates,
-            0 if gates is None else gates.numel(),
-            packed[pair] + packed[min(pair + 1, len(packed) - 1)],
-            RULE=given.optimizer,
-            FORMAT=given.name,
-            ROWS=table.shape[1],
-            GATES=1 if gates is None else _step_up(gates.numel()),
-            BLOCK=BLOCK_ELEMENTS,
-            num_warps=NUM_WARPS,
-            **EXACT,
-        )
+    num_gates = 0 if gates is None else gates.numel()
+    with launching_on(parameter.device):
+        for pair in range(0, len(packed), 2):
+            table, num_programs = _table_on(parameter.device, stream_of(parameter.device), segments.tobytes(), pair // 2, BLOCK_ELEMENTS)
+            if num_programs == 0:
+                continue
+            update_kernel[(num_programs,)](
+                *arrays,
+                table,
+                gates,
+                num_gates,
+                packed[pair] + packed[min(pair + 1, len(packed) - 1)],
+                RULE=given.optimizer,
+                FORMAT=given.name,
+                ROWS=table.shape[1],
+                GATES=_step_up(num_gates),
+                BLOCK=BLOCK_ELEMENTS,
+                num_warps=NUM_WARPS,
+                **EXACT,
+            )
     return _stats(segments, gradient) if with_stats else NO_STATS
 
 
@@ -86,17 +90,12 @@ def _arrays(state_format: StateFormat, parameter: Tensor, gradient: Tensor, stat
     return [parameter, gradient, master, *moments, *exponents]
 
 
-def _stream_of(tensor: Tensor) -> int:
-    """The stream on which this thread's kernels on the tensor's device run: a table is in order with those alone."""
-    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
-
-
 @functools.lru_cache(maxsize=TABLES_KEPT)
 def _table_on(device: torch.device, stream: int, segments: bytes, pair: int, block: int) -> tuple[Tensor, int]:
     """The kernel's table of the segments with the scalars 2 * pair and 2 * pair + 1, and how many programs it makes.
 
     Args:
-        stream: part of the key: memory that the cache lets go of is reused in the order of the stream it was made on.
+        stream: `stream_of` the device.
         segments: bytes of a table of `SEGMENT_DTYPE`.
     """
     rows = np.frombuffer(segments, dtype=SEGMENT_DTYPE)
@@ -118,8 +117,6 @@ def _step_up(number: int) -> int:
 
 
 def _stats(segments: np.ndarray, gradient: Tensor) -> GradientStats:
-    from overspill.optim.fused_squares import sums_of_squares_fused
-
     parts = [gradient[start : start + number] for start, number in segments[["start", "num_elements"]].tolist()]
     squares = sum(sums_of_squares_fused(parts).tolist()) if parts else 0.0
     return GradientStats(num_non_finite=sum(map(count_non_finite, parts)), sum_of_squares=squares)

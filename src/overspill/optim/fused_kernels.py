@@ -20,8 +20,11 @@ Names: p, g, m, v are parameter (or master), gradient, first and second moment; 
 Imported only where Triton is; `overspill` does not depend on it.
 """
 
-# Triton's language is typed at compile time and not by annotations, so mypy sees these functions as untyped.
+# Triton's language is typed when it is compiled and not by annotations. A compile-time `if` is written as a statement, to be seen.
+# ruff: noqa: SIM108
 from __future__ import annotations
+
+import contextlib
 
 import torch
 import triton
@@ -34,6 +37,17 @@ EXACT = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A small table where the kernels read it, in the order of the current stream; nobody waits."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table  # torch keeps what is under way
+
+
+def stream_of(device: torch.device) -> int:
+    """The stream in which this thread's kernels on `device` run. A table is in order with those alone, so it is part of a cache's key:
+    memory that a cache lets go of is reused in the order of the stream it was made on."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # Places of a set's scalars: the order of `segment.SCALARS`.

@@ -10,12 +10,11 @@ j, j + COLUMNS, j + 2 * COLUMNS, ... of a slice meet each other first, in a tree
 Missing elements are zeros, which change no sum: squares are not negative. Each addition is one float64 operation of two numbers,
 so the result depends neither on warps and layouts nor on alignment and neighbours; widening and squaring are exact.
 
-Cost: every element is read once, and 8 bytes a column written and read again: 12 % of a bf16 slice, most of it in the cache. (What stood here before,
-`torch.linalg.vector_norm(dtype=float64)`, first makes a float64 copy: ATen's make_reduction casts the input unless the result is
-float32. With bf16 that is 18 bytes an element instead of 2, and a temporary four times the tensor.)
+Cost: every element is read once, and 8 bytes a column written and read again: 12 % of a bf16 slice, most of it in the cache. What
+`torch.linalg.vector_norm(dtype=float64)` takes: ATen's make_reduction casts its input first, unless the result is float32. With bf16
+that is 18 bytes an element instead of 2, and a temporary four times the tensor.
 """
 
-# Triton's language is typed at compile time and not by annotations, so mypy sees these functions as untyped.
 from __future__ import annotations
 
 import functools
@@ -27,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from overspill.optim.fused_kernels import EXACT, load, to_device, widen
+from overspill.optim.fused_kernels import EXACT, launching_on, load, stream_of, to_device, widen
 
 SLICE_ELEMENTS = 4 * 1024 * 1024
 """As `gradient_checks.SLICE_ELEMENTS`, of the definition."""
@@ -125,20 +124,20 @@ def sums_of_squares_fused(tensors: Sequence[Tensor]) -> Tensor:
     base = tensors[0]
     size, device = base.element_size(), base.device
     places = tuple(((tensor.data_ptr() - base.data_ptr()) // size, tensor.numel()) for tensor in tensors)
-    stream = torch.cuda.current_stream(device).cuda_stream if base.is_cuda else 0
-    table, first_slices, num_slices, most, is_aligned = _tables_on(device, stream, places)
-    totals = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    table, first_slices, num_slices, most, is_aligned = _tables_on(device, stream_of(device), places)
     if num_slices == 0:
-        return totals
+        return torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    totals = torch.empty(len(tensors), dtype=torch.float64, device=device)
     columns = torch.empty(num_slices * COLUMNS, dtype=torch.float64, device=device)
-    _columns_kernel[(num_slices * (COLUMNS // LANES),)](
-        base, table, columns, num_slices, NUM_ROWS=ROWS, NUM_COLUMNS=COLUMNS, WIDTH=LANES, IS_ALIGNED=is_aligned, num_warps=4, **EXACT
-    )
     is_one_each = num_slices == len(tensors) and most == 1
     sums = totals if is_one_each else torch.empty(num_slices, dtype=torch.float64, device=device)
-    _slices_kernel[(num_slices,)](columns, table, sums, num_slices, NUM_COLUMNS=COLUMNS, WIDTH=1024, num_warps=8, **EXACT)
-    if not is_one_each:
-        _tensors_kernel[(len(tensors),)](sums, first_slices, totals, WIDTH=1 << (most - 1).bit_length(), num_warps=1, **EXACT)
+    with launching_on(device):
+        _columns_kernel[(num_slices * (COLUMNS // LANES),)](
+            base, table, columns, num_slices, NUM_ROWS=ROWS, NUM_COLUMNS=COLUMNS, WIDTH=LANES, IS_ALIGNED=is_aligned, num_warps=4, **EXACT
+        )
+        _slices_kernel[(num_slices,)](columns, table, sums, num_slices, NUM_COLUMNS=COLUMNS, WIDTH=1024, num_warps=8, **EXACT)
+        if not is_one_each:
+            _tensors_kernel[(len(tensors),)](sums, first_slices, totals, WIDTH=1 << (most - 1).bit_length(), num_warps=1, **EXACT)
     return totals
 
 
@@ -147,7 +146,7 @@ def _tables_on(device: torch.device, stream: int, places: tuple[tuple[int, int],
     """The kernels' tables for tensors of (first element, number of elements).
 
     Args:
-        stream: part of the key, as in `fused`.
+        stream: `stream_of` the device.
 
     Returns:
         table of slices, table of each tensor's first slice, number of slices, most slices of a tensor, and whether every slice begins

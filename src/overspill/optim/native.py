@@ -20,12 +20,13 @@ from overspill.optim.segment import (
     Rounding,
     pack_scalars,
     segment_table,
-    validate_scalars,
     validate_rounding,
+    validate_scalars,
     validate_segment,
 )
 from overspill.spec.state_formats import StateFormat, exponents_of
 from overspill.spec.update_rule import UpdateScalars
+
 
 def update_native(
     scalars: UpdateScalars,

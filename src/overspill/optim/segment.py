@@ -9,6 +9,7 @@ the same words, here.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -78,7 +79,10 @@ def segment_table(num_elements: int, rounding: Rounding | None = None) -> np.nda
 
 def pack_scalars(scalars: Sequence[UpdateScalars]) -> list[tuple[float, ...]]:
     """As the native core and the kernels take them."""
-    return [tuple(getattr(item, name) for name in SCALARS) for item in scalars]
+    return [_SCALARS_OF(item) for item in scalars]
+
+
+_SCALARS_OF = operator.attrgetter(*SCALARS)
 
 
 def validate_scalars(scalars: Sequence[UpdateScalars], state_format: StateFormat) -> None:
@@ -117,9 +121,7 @@ def validate_table(segments: np.ndarray, *, num_elements: int, state_format: Sta
         if number < 0 or start < end or start + number > num_elements:
             raise ValueError(f"{where} must start at or after {end} and end within the chunk's {num_elements} elements")
         if state_format.name == "int8" and start % STATE_BLOCK_ELEMENTS:
-            raise ValueError(
-                f"{where} must start at a multiple of {STATE_BLOCK_ELEMENTS} in format int8, whose blocks share an exponent"
-            )
+            raise ValueError(f"{where} must start at a multiple of {STATE_BLOCK_ELEMENTS} in format int8, whose blocks share an exponent")
         if scalars >= num_scalars:
             raise ValueError(f"{where} wants scalars {scalars}, only {num_scalars} were given")
         end = align_up(start + number, STATE_BLOCK_ELEMENTS) if state_format.name == "int8" else start + number
