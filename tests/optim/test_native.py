@@ -139,7 +139,7 @@ def test_denormals_survive_a_caller_that_flushes_them(build_segment):
 
 def test_update_uses_the_native_core_on_the_cpu(build_segment, monkeypatch):
     assert update_backend() == update_backend("cpu") == "native"
-    assert update_backend("cuda") == "reference"
+    assert torch.cuda.is_available() or update_backend("cuda") == "reference"
     expected, found = (build_segment(torch.float16, torch.float16, 99) for _ in range(2))
     update_reference(SCALARS, **expected.arguments)
     monkeypatch.setattr(optim, "update_reference", None)

@@ -13,11 +13,14 @@ import pytest
 pytest.importorskip("overspill._native", reason="the native core is not built")
 
 
-def rows_of(script: str, tmp_path: Path) -> list[dict]:
+SMALL = ("--parameters", "8192", "--repetitions", "1", "--threads", "1")
+
+
+def rows_of(script: str, tmp_path: Path, *, options: tuple[str, ...] = SMALL) -> list[dict]:
     path = Path(__file__).parents[2] / "benchmarks" / "update" / script
     out = tmp_path / "update.json"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, path, "--out", out, "--parameters", "8192", "--repetitions", "1", "--threads", "1"]
+    command = [sys.executable, path, "--out", out, *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())["rows"]
@@ -37,3 +40,11 @@ def test_the_comparison_of_variants_runs_small_and_marks_the_defaults(tmp_path):
     rows = rows_of("variants.py", tmp_path)
     assert {row["state_format"] for row in rows} == {"fp32", "bf16", "int8"}
     assert sum(row["variant"].startswith("*") for row in rows) == 3
+
+
+@pytest.mark.gpu
+def test_the_update_benchmark_of_the_device_runs_small(tmp_path):
+    rows = rows_of("device.py", tmp_path, options=("--parameters", "1000000", "--chunk", "300000", "--repetitions", "1"))
+    assert {row["what"].split()[0] for row in rows} == {"copy", "fused", "reference", "torch_fused", "squares"}
+    assert {row["state_format"] for row in rows if row["what"] == "fused"} == {"fp32", "bf16", "int8"}
+    assert all(row["min_s"] <= row["median_s"] <= row["max_s"] for row in rows)

@@ -394,11 +394,11 @@ def test_a_graph_kept_across_a_refilled_slot_is_refused_by_autograd() -> None:
         kept: list[torch.Tensor] = []
         forward = session.executor.units._run_forward
 
-        def keep_graph(op, position, micro_batch, context):  # type: ignore[no-untyped-def]
+        def keep_graph(op, position, visit, micro_batch, context):  # type: ignore[no-untyped-def]
             if op.unit == "model.layers.0":
                 hidden = session.residency.boundary(session.executor.units._boundary(op.unit, op)).clone().requires_grad_()
                 kept.append(session.model.run_block(op.unit, hidden, micro_batch.arguments).hidden)
-            forward(op, position, micro_batch, context)
+            forward(op, position, visit, micro_batch, context)
 
         session.executor.units._run_forward = keep_graph  # type: ignore[method-assign]
         session.step(batches(0, 1))

@@ -1,11 +1,11 @@
 """Optimizer updates: `update` (one segment) and `update_chunk` (all segments of a chunk) pick the implementation by where the tensors are.
 
 * CPU tensors, native core importable: `native` (one pass over memory, all CPUs of this process).
-* CUDA tensors, or an installation without the native core: `reference` (plain torch operations).
+* CUDA tensors, Triton importable and working there (`backends`): `fused` (one pass over memory, on the device).
+* Elsewhere, or without these: `reference` (plain torch operations). On CUDA one warning says why.
 
-Both follow `spec.update_rule` and `spec.state_formats` and give the same bits, so the choice is one of speed;
-`update_backend` names it, and reports print it. A native core that is there but does not load is an error, not a reason to
-be slow.
+All follow `spec.update_rule` and `spec.state_formats` and give the same bits, so the choice is one of speed;
+`update_backend` names it. A native core that is there but does not load is an error, not a reason to be slow.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overspill.optim.gradient_checks import all_finite_reference, count_non_finite, global_norm, sum_of_squares
+from overspill.optim.backends import is_fused
+from overspill.optim.gradient_checks import all_finite_reference, count_non_finite, global_norm, sum_of_squares, sums_of_squares
 from overspill.optim.masters import merge_master, split_master
 from overspill.optim.narrow import decode_moment
 from overspill.optim.reference import update_reference
-from overspill.optim.segment import SEGMENT_DTYPE, GradientStats, Rounding, segment_table, validate_segment
+from overspill.optim.segment import NO_STATS, SEGMENT_DTYPE, GradientStats, Rounding, segment_table, validate_rounding, validate_segment
 from overspill.spec.state_formats import StateFormat
 from overspill.spec.update_rule import UpdateScalars
 
@@ -38,20 +39,23 @@ __all__ = [
     "merge_master",
     "split_master",
     "sum_of_squares",
+    "sums_of_squares",
     "update",
     "update_backend",
     "update_chunk",
     "update_reference",
 ]
 
-UpdateBackend = Literal["native", "reference"]
+UpdateBackend = Literal["native", "fused", "reference"]
 
 _HAS_NATIVE = importlib.util.find_spec("overspill._native") is not None
 
 
 def update_backend(device: str = "cpu") -> UpdateBackend:
-    """Which implementation `update` uses for tensors on `device` (`cpu`, `cuda`, ...)."""
-    return "native" if _HAS_NATIVE and device == "cpu" else "reference"
+    """Which implementation `update` uses for tensors on `device` (`cpu`, `cuda`, `cuda:0`, ...)."""
+    if device == "cpu":
+        return "native" if _HAS_NATIVE else "reference"
+    return "fused" if is_fused(device) else "reference"
 
 
 def update(
@@ -84,8 +88,7 @@ def update(
         ValueError: the tensors do not fit together, or the native core is given two that overlap; nothing is written then.
     """
     resolved = validate_segment(parameter, gradient, states, format_name=state_format, optimizer=scalars.kind)
-    if rounding is None and resolved.is_rounded_stochastically:
-        raise ValueError(f"state format {state_format} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
+    validate_rounding(rounding, resolved)
     return update_chunk(
         [scalars],
         segment_table(parameter.numel(), rounding),
@@ -110,19 +113,38 @@ def update_chunk(
     with_stats: bool = True,
     num_threads: int = 0,
     isa: str = "",
+    gates: Tensor | None = None,
 ) -> GradientStats:
-    """One optimizer step of all segments of a chunk, in place; threads are woken once.
+    """One optimizer step of all segments of a chunk, in place; threads are woken, or a kernel is launched, once.
 
     Args:
         scalars: those that the rows of `segments` number: one set for each weight decay.
         segments: a table of `SEGMENT_DTYPE`, in element order. Elements in no segment are left alone.
         state_format: what `states` are in, resolved.
         num_threads, isa: as in `update`.
+        gates: float64, shape (n,), on the parameter's device: unless all are finite nothing is changed. The fused kernel looks at them
+            on the device, in the order of the stream; the others wait for them.
 
     Raises:
         ValueError: tensors or table do not fit together.
     """
-    if update_backend(parameter.device.type) == "native":
+    backend = update_backend(str(parameter.device))
+    if backend == "fused":
+        from overspill.optim.fused import update_chunk_fused
+
+        return update_chunk_fused(
+            scalars,
+            segments,
+            state_format=state_format,
+            parameter=parameter,
+            gradient=gradient,
+            states=states,
+            with_stats=with_stats,
+            gates=gates,
+        )
+    if gates is not None and not bool(torch.isfinite(gates).all()):
+        return NO_STATS
+    if backend == "native":
         from overspill.optim.native import update_chunk_native
 
         return update_chunk_native(
@@ -167,7 +189,7 @@ def all_finite(tensor: Tensor, *, num_threads: int = 0) -> bool:
     if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.device.type == "meta":
         what = f"a {tensor.layout} tensor on {tensor.device}" if isinstance(tensor, Tensor) else repr(type(tensor).__name__)
         raise ValueError(f"all_finite looks at a dense tensor with values, got {what}")
-    if update_backend(tensor.device.type) == "native" and tensor.is_contiguous():
+    if tensor.device.type == "cpu" and _HAS_NATIVE and tensor.is_contiguous():
         from overspill.optim.native import all_finite_native
 
         return all_finite_native(tensor, num_threads=num_threads)

@@ -8,8 +8,9 @@
 3. the slices' numbers are padded with zeros to a power of two and added up the same way.
 
 Every addition is one elementwise float64 operation, so any number of threads gives the same bits, which `torch.sum` does not
-promise. On CUDA it is one reduction with float64 accumulators instead: as deterministic there, and one kernel a tensor where the
-definition takes some 25 a slice (measured: 150 ms of a step of 500 on 1.10B parameters).
+promise. On CUDA three kernels (`fused_squares`) do this for many tensors at once, to the same bits: the definition in plain torch takes
+some 25 kernels a slice (measured: 150 ms of a step of 500 on 1.10B parameters). Where those kernels cannot be used (`backends`) it is
+one reduction a tensor with float64 accumulators instead, as deterministic there, which may differ from the definition in the last bits.
 
 The global norm is the square root of all tensors' sums under `math.fsum`, which rounds once: the order in which tensors arrive, and
 which rank owns them, does not matter. It is the norm of whole tensors; sums of parts of a tensor, added up, may differ in the last
@@ -22,16 +23,17 @@ exactly when an element is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from overspill.optim.backends import is_fused
 
 SLICE_ELEMENTS = 4 * 1024 * 1024
 """Elements squared at once (32 MiB of temporaries): a power of two, part of the definition above. Chosen, not tuned."""
 
 
-@torch.no_grad()
 def sum_of_squares(tensor: Tensor) -> Tensor:
     """The sum of squares of `tensor`, defined above.
 
@@ -41,18 +43,47 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     Returns:
         float64, shape (), on the tensor's device; reading it waits for the device, so collect first and read once.
     """
-    if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"the gradient norm is defined for bfloat16, float16 and float32, got {tensor.dtype}")
-    flat = tensor.detach().reshape(-1)
+    return sums_of_squares([tensor])[0]
+
+
+@torch.no_grad()
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """`sum_of_squares` of each of `tensors`, all on one device: float64, shape (number of tensors,), there.
+
+    On CUDA this is a launch or three for all of them, if they are of one dtype.
+    """
+    for tensor in tensors:
+        if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"the gradient norm is defined for bfloat16, float16 and float32, got {tensor.dtype}")
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    if not flat:
+        return torch.zeros(0, dtype=torch.float64)
+    if not is_fused(flat[0].device):
+        return torch.stack([_plain_sum_of_squares(values) for values in flat])
+    from overspill.optim.fused_squares import sums_of_squares_fused
+
+    if len({values.dtype for values in flat}) == 1:
+        return sums_of_squares_fused(flat)
+    return torch.cat([sums_of_squares_fused([values]) for values in flat])
+
+
+def _plain_sum_of_squares(flat: Tensor) -> Tensor:
     if flat.device.type != "cpu":
         return torch.linalg.vector_norm(flat, dtype=torch.float64).square_()
     sums = [_fold(flat[start : start + SLICE_ELEMENTS].double().square_()) for start in range(0, flat.numel(), SLICE_ELEMENTS)]
-    return _fold(torch.stack(sums)) if sums else torch.zeros((), dtype=torch.float64, device=tensor.device)
+    return _fold(torch.stack(sums)) if sums else torch.zeros((), dtype=torch.float64)
 
 
 def global_norm(sums_of_squares: Iterable[Tensor | float]) -> float:
-    """The L2 norm of all gradients, from each tensor's `sum_of_squares`; non-finite when one of them is."""
-    sums = [float(value) for value in sums_of_squares]
+    """The L2 norm of all gradients, from each tensor's `sum_of_squares`; non-finite when one of them is.
+
+    Args:
+        sums_of_squares: numbers, or float64 tensors of any shape on one device, which are read in one copy.
+    """
+    given = list(sums_of_squares)
+    tensors = [value.reshape(-1) for value in given if isinstance(value, Tensor)]
+    sums = [float(value) for value in given if not isinstance(value, Tensor)]
+    sums += torch.cat(tensors).tolist() if tensors else []
     return math.sqrt(math.fsum(sums)) if all(map(math.isfinite, sums)) else math.nan
 
 

@@ -13,24 +13,9 @@ import numpy as np
 from torch import Tensor
 
 import overspill._native as _native
-from overspill.optim.segment import DTYPE_NAMES, SEGMENT_DTYPE, GradientStats, validate_scalars
+from overspill.optim.segment import DTYPE_NAMES, SEGMENT_DTYPE, GradientStats, pack_scalars, validate_scalars
 from overspill.spec.state_formats import StateFormat, exponents_of
 from overspill.spec.update_rule import UpdateScalars
-
-_SCALARS = (
-    "gradient_scale",
-    "decay",
-    "beta1",
-    "one_minus_beta1",
-    "beta2",
-    "one_minus_beta2",
-    "step_size",
-    "bias_correction2_factor",
-    "eps",
-    "momentum",
-    "weight_decay",
-)
-"""The order of `UpdateScalars` in csrc/include/overspill/update.hpp."""
 
 
 def update_chunk_native(
@@ -83,11 +68,6 @@ def update_chunk_native(
         with_stats=with_stats,
     )
     return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
-
-
-def pack_scalars(scalars: Sequence[UpdateScalars]) -> list[tuple[float, ...]]:
-    """As the core takes them."""
-    return [tuple(getattr(item, name) for name in _SCALARS) for item in scalars]
 
 
 def all_finite_native(tensor: Tensor, *, num_threads: int = 0, isa: str = "") -> bool:

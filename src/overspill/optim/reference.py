@@ -26,7 +26,7 @@ from torch import Tensor
 from overspill.optim.gradient_checks import count_non_finite, sum_of_squares
 from overspill.optim.masters import merge_master, split_master
 from overspill.optim.narrow import decode_moment, encode_moment, round_to_bfloat16, rounding_words, second_words
-from overspill.optim.segment import NO_STATS, GradientStats, Rounding, validate_scalars, validate_segment
+from overspill.optim.segment import NO_STATS, GradientStats, Rounding, validate_rounding, validate_scalars, validate_segment
 from overspill.spec.state_formats import STATE_BLOCK_ELEMENTS, StateFormat, exponents_of
 from overspill.spec.update_rule import UpdateScalars
 
@@ -61,8 +61,7 @@ def update_reference(
     """
     resolved = validate_segment(parameter, gradient, states, format_name=state_format, optimizer=scalars.kind)
     validate_scalars([scalars], resolved)
-    if rounding is None and resolved.is_rounded_stochastically:
-        raise ValueError(f"state format {state_format} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
+    validate_rounding(rounding, resolved)
     step = -(-SLICE_ELEMENTS // STATE_BLOCK_ELEMENTS) * STATE_BLOCK_ELEMENTS
     for start in range(0, parameter.numel(), step):
         part = slice(start, min(start + step, parameter.numel()))

@@ -9,14 +9,16 @@ the same words, here.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from overspill.spec.state_formats import StateFormat, resolve_state_format
+from overspill.spec.state_formats import STATE_BLOCK_ELEMENTS, StateFormat, resolve_state_format
 from overspill.spec.update_rule import UpdateScalars
+from overspill.units import align_up
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 """Dtypes that a parameter or a gradient may have, as `spec` names them."""
@@ -49,6 +51,22 @@ class GradientStats:
     bits depend on how tensors are cut into chunks. `gradient_checks` has the norm that clipping uses."""
 
 
+SCALARS = (
+    "gradient_scale",
+    "decay",
+    "beta1",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "step_size",
+    "bias_correction2_factor",
+    "eps",
+    "momentum",
+    "weight_decay",
+)
+"""The order of `UpdateScalars` in csrc/include/overspill/update.hpp and in `fused_kernels`."""
+
+
 NO_STATS = GradientStats(num_non_finite=0, sum_of_squares=0.0)
 """Of an update that was told not to look."""
 
@@ -57,6 +75,14 @@ def segment_table(num_elements: int, rounding: Rounding | None = None) -> np.nda
     """A table of one segment that is all of the arrays."""
     rounding = rounding or Rounding(key=0)
     return np.array([(0, num_elements, rounding.key, rounding.first_element, 0)], dtype=SEGMENT_DTYPE)
+
+
+def pack_scalars(scalars: Sequence[UpdateScalars]) -> list[tuple[float, ...]]:
+    """As the native core and the kernels take them."""
+    return [_SCALARS_OF(item) for item in scalars]
+
+
+_SCALARS_OF = operator.attrgetter(*SCALARS)
 
 
 def validate_scalars(scalars: Sequence[UpdateScalars], state_format: StateFormat) -> None:
@@ -68,6 +94,37 @@ def validate_scalars(scalars: Sequence[UpdateScalars], state_format: StateFormat
     for item in scalars:
         if item.kind != state_format.optimizer:
             raise ValueError(f"the scalars are of the optimizer {item.kind}, the state is of {state_format.optimizer}; use one optimizer")
+
+
+def validate_rounding(rounding: Rounding | None, state_format: StateFormat) -> None:
+    """Check that there are random bits where the format needs some.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if rounding is None and state_format.is_rounded_stochastically:
+        raise ValueError(f"state format {state_format.name} rounds stochastically; give rounding=Rounding(key=...), see overspill.rng")
+
+
+def validate_table(segments: np.ndarray, *, num_elements: int, state_format: StateFormat, num_scalars: int) -> None:
+    """Check a table of segments against the chunk it is of, as the native core does and in its words.
+
+    Raises:
+        ValueError: another dtype, segments out of order, overlapping or beyond the chunk, a start inside a block of format int8, or
+            scalars that were not given.
+    """
+    if segments.dtype != SEGMENT_DTYPE or not segments.flags.c_contiguous:
+        raise ValueError(f"a table of segments has dtype {SEGMENT_DTYPE} in one piece, got {segments.dtype}")
+    end = 0
+    for index, (start, number, _, _, scalars) in enumerate(segments.tolist()):
+        where = f"range {index} (start {start}, {number} elements)"
+        if number < 0 or start < end or start + number > num_elements:
+            raise ValueError(f"{where} must start at or after {end} and end within the chunk's {num_elements} elements")
+        if state_format.name == "int8" and start % STATE_BLOCK_ELEMENTS:
+            raise ValueError(f"{where} must start at a multiple of {STATE_BLOCK_ELEMENTS} in format int8, whose blocks share an exponent")
+        if scalars >= num_scalars:
+            raise ValueError(f"{where} wants scalars {scalars}, only {num_scalars} were given")
+        end = align_up(start + number, STATE_BLOCK_ELEMENTS) if state_format.name == "int8" else start + number
 
 
 def validate_segment(

@@ -37,7 +37,7 @@ from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
 from overspill.runtime.trace import Recorder
 from overspill.runtime.updating import UpdateContext, Updater
-from overspill.runtime.verdicts import Verdicts
+from overspill.runtime.verdicts import VerdictMemory, Verdicts
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan
 from overspill.spec.report import LINK_LANES, StepFigures
@@ -76,6 +76,7 @@ class Executor:
         self.updater = Updater(plan)
         self.lanes = Lanes(self.device)
         residency.device_work = self.lanes.compute_so_far
+        self.verdict_memory = VerdictMemory(plan)
         self._visit: Visit | None = None
         self.guard = HostMemoryGuard(residency)
         self.updated: list[str] = []
@@ -262,7 +263,7 @@ class _Step:
         self.executor, self.plan, self.residency, self.lanes = executor, executor.plan, executor.residency, executor.lanes
         self.schedule, self.micro_batches, self.context, self.updates = schedule, micro_batches, context, updates
         self.gradients = Gradients(self.plan, self.residency, self._wait_in_job)
-        self.verdicts = Verdicts(self.plan, context)
+        self.verdicts = Verdicts(self.plan, context, executor.verdict_memory)
         self.completions: list[Completion] = []
         """Of the ops dispatched so far; those of a `Free` are done at once."""
 
@@ -358,7 +359,7 @@ class _Step:
         self.executor.leave_visit_of(op.bundle)
         self.gradients.compress(op)
         if self.updates is not None and not self.schedule.ends_pending:
-            self.verdicts.start(op.bundle, self.gradients.sums_of_squares, [batch.loss for batch in self.micro_batches])
+            self.verdicts.start(op.bundle, self.gradients.sums_of_squares[op.bundle], [batch.loss for batch in self.micro_batches])
 
     def _update(self, op: Update, lane: Lane, waits: list[Completion]) -> Completion:
         assert self.updates is not None, f"no scalars for the update of {op.bundle}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from overspill.optim import sum_of_squares
+from overspill.optim import sums_of_squares
 from overspill.runtime.residency import Residency, Work
 from overspill.runtime.visit import TORCH_DTYPES, tensor_views
 from overspill.spec.plan import Plan
@@ -40,7 +40,7 @@ class Gradients:
         self._views_of: dict[tuple[str, str], torch.Tensor] = {}
         """The regions that the views are of."""
         self.sums_of_squares: dict[str, torch.Tensor] = {}
-        """Name -> float64, of finished gradients."""
+        """Bundle -> float64 [its tensors], of finished gradients."""
 
     def add(self, bundle: str, reader: str, name: str, gradient: torch.Tensor) -> None:
         """Add one contribution of unit `reader` to tensor `name` (rules 1, 2)."""
@@ -96,5 +96,4 @@ class Gradients:
             for piece, _ in op.partials:
                 self.residency.drop(piece, Tier.DEVICE)
         gradient = self.residency.region(op.bundle, Role.GRADIENT)
-        for name, view in tensor_views(layout, gradient, TORCH_DTYPES[layout.dtype]).items():
-            self.sums_of_squares[name] = sum_of_squares(view)
+        self.sums_of_squares[op.bundle] = sums_of_squares(list(tensor_views(layout, gradient, TORCH_DTYPES[layout.dtype]).values()))

@@ -1,13 +1,17 @@
 """May this gradient be applied? What an update on the host is told about the step before it changes anything.
 
-A verdict is a few flags that the device computes when a bundle's gradient is complete: is each loss of the step finite, is each
-tensor's gradient. They are copied to the host in the compute lane's order, before the gradient's own copy starts, so an update
-that has its gradient has its verdict, and nobody waits for the device to get one.
+A verdict is a few numbers that are finite or not: each loss of the step, and the sum of squares of each tensor's gradient, which is
+finite exactly when the gradient is. They are copied to the host in the compute lane's order, before the gradient's own copy starts, so
+an update that has its gradient has its verdict, and nobody waits for the device to get one.
+
+Cost: where there is CUDA, one copy a bundle and one small kernel and a copy a step for the losses, into pinned memory that is reused in
+every step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 
 import torch
 
@@ -16,29 +20,80 @@ from overspill.runtime.compute import StepContext, describe_loss
 from overspill.spec.plan import Plan
 
 
+class VerdictMemory:
+    """Where the verdicts of a step land on the host; one for a session, as no two of its steps run at a time.
+
+    A place is written again in the next step by the same stream, and read only behind that copy's event.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._lengths = {name: len(bundle.slots) for name, bundle in plan.bundles.items()}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._losses: torch.Tensor | None = None
+
+    def of_bundle(self, bundle: str) -> torch.Tensor:
+        """Place for the sums of squares of a bundle; float64, pinned."""
+        if not self._sums:
+            whole = torch.empty(sum(self._lengths.values()), dtype=torch.float64, pin_memory=True)
+            self._sums = dict(zip(self._lengths, whole.split(list(self._lengths.values())), strict=True))
+        return self._sums[bundle]
+
+    def of_losses(self, number: int) -> torch.Tensor:
+        """Place for all losses of a step; float64, pinned."""
+        if self._losses is None or self._losses.numel() < number:
+            self._losses = torch.empty(number, dtype=torch.float64, pin_memory=True)
+        return self._losses[:number]
+
+
 class Verdicts:
     """The verdicts of one step with immediate updates."""
 
-    def __init__(self, plan: Plan, context: StepContext) -> None:
+    def __init__(self, plan: Plan, context: StepContext, memory: VerdictMemory) -> None:
         self.plan, self.context = plan, context
-        self._flags: dict[str, torch.Tensor] = {}
-        """Bundle -> bool [losses + tensors of the bundle], on the CPU (pinned where there is CUDA)."""
+        self._memory = memory
+        self._sums: dict[str, torch.Tensor] = {}
+        """Bundle -> float64 [tensors], on the CPU."""
+        self._landed: dict[str, torch.cuda.Event] = {}
+        """Bundle -> behind the copies of its sums and of the losses known by then."""
         self._num_losses: dict[str, int] = {}
-        self._losses: Sequence[torch.Tensor | None] = ()
+        """Bundle -> how many of `_started` it has to look at."""
+        self._started: list[tuple[int, torch.Tensor]] = []
+        """Each loss whose copy has been started, in that order: micro-batch, and the number where it lands."""
+        self._passed: set[str] = set()
+        """Bundles that `check` has found good; their other chunks need no second look."""
 
-    def start(self, bundle: str, sums_of_squares: Mapping[str, torch.Tensor], losses: Sequence[torch.Tensor | None]) -> None:
-        """On the compute lane: the flags of a bundle whose gradient is complete."""
-        known = [loss.double().reshape(()) for loss in losses if loss is not None]
-        sums = [sums_of_squares[slot.tensor.name] for slot in self.plan.bundles[bundle].slots]
-        flags = torch.isfinite(torch.stack([*(loss.to(sums[0].device) for loss in known), *sums]))
-        if flags.device.type == "cuda":
-            target = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True)
-            target.copy_(flags, non_blocking=True)
-            flags = target
-        self._flags[bundle], self._num_losses[bundle], self._losses = flags, len(known), losses
+    def start(self, bundle: str, sums_of_squares: torch.Tensor, losses: Sequence[torch.Tensor | None]) -> None:
+        """On the compute lane: start copying what decides on a bundle whose gradient is complete.
+
+        Args:
+            sums_of_squares: float64 [tensors of the bundle].
+            losses: one a micro-batch, scalars; None where it is not known yet. One that was given once stays what it is.
+        """
+        self._start_losses(losses, sums_of_squares.device)
+        if sums_of_squares.device.type == "cuda":
+            target = self._memory.of_bundle(bundle)
+            target.copy_(sums_of_squares, non_blocking=True)
+            sums_of_squares = target
+            self._landed[bundle] = torch.cuda.Event()
+            self._landed[bundle].record()
+        self._sums[bundle], self._num_losses[bundle] = sums_of_squares, len(self._started)
+
+    def _start_losses(self, losses: Sequence[torch.Tensor | None], device: torch.device) -> None:
+        """Those that have become known: nearly always all at once, when the tail's bundle is the first."""
+        started = {index for index, _ in self._started}
+        new = {index: loss for index, loss in enumerate(losses) if loss is not None and index not in started}
+        if not new:
+            return
+        values = torch.stack([loss.detach().reshape(()).to(device) for loss in new.values()]).double()
+        if device.type == "cuda":
+            target = self._memory.of_losses(len(losses))[len(started) : len(started) + len(new)]
+            target.copy_(values, non_blocking=True)
+            values = target
+        self._started.extend(zip(new, values.unbind(), strict=True))
 
     def check(self, bundle: str, updated: Sequence[str]) -> None:
-        """On the lane that updates, when the gradient is there.
+        """On the lane that updates, when the gradient is there: the verdict then is on the host. On the compute lane, whose order says
+        nothing about what the device has done, this waits for it.
 
         Args:
             updated: bundles that this step has updated already, for the message.
@@ -46,17 +101,23 @@ class Verdicts:
         Raises:
             NonFiniteError: a loss or this bundle's gradient is not finite; nothing of the bundle was changed.
         """
-        flags = self._flags.get(bundle)
-        if flags is None or bool(flags.all()):
+        if bundle not in self._sums or bundle in self._passed:
             return
-        num_losses = self._num_losses[bundle]
-        for index in range(num_losses):
-            if not bool(flags[index]):
-                raise describe_loss(self._losses[index], index, self.context.step)
-        names = [slot.tensor.name for slot in self.plan.bundles[bundle].slots]
-        name = next(name for name, flag in zip(names, flags[num_losses:].tolist(), strict=True) if not flag)
+        if bundle in self._landed:
+            self._landed[bundle].synchronize()
+        for index, loss in self._started[: self._num_losses[bundle]]:
+            if not math.isfinite(loss.item()):
+                raise describe_loss(loss, index, self.context.step)
+        sums = dict(zip(self._names(bundle), self._sums[bundle].tolist(), strict=True))
+        name = next((name for name, value in sums.items() if not math.isfinite(value)), None)
+        if name is None:
+            self._passed.add(bundle)
+            return
         raise NonFiniteError(
             f"gradient of {name} is not finite in step {self.context.step}; already updated in this step: "
             f"{', '.join(dict.fromkeys(updated)) or 'none'}. "
             "Set --clip (updates then wait until all gradients are known finite), or lower --lr"
         )
+
+    def _names(self, bundle: str) -> list[str]:
+        return [slot.tensor.name for slot in self.plan.bundles[bundle].slots]
