@@ -48,7 +48,9 @@ def build_request(row: Row, *, dtype: torch.dtype, ssd_dir: str | None) -> overs
     if "ssd" in options.values():
         if ssd_dir is None:
             raise ValueError(f"{row.system} needs --ssd-dir, a directory on the drive that shall hold the states")
-        options["ssd_dir"] = str(Path(ssd_dir) / "overspill")
+        folder = Path(ssd_dir) / "overspill"
+        folder.mkdir(parents=True, exist_ok=True)
+        options["ssd_dir"] = str(folder)
     return overspill.PlanRequest(
         **options,
         dtype=str(dtype).removeprefix("torch."),

@@ -12,7 +12,6 @@ All three run transformers' own model with the chunked loss, flash attention thr
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,8 +111,8 @@ class Fsdp2:
         for block in self.loss.model.model.layers:
             fully_shard(block, **options)
         fully_shard(self.loss, **options)
-        self.locals = [nn.Parameter(parameter.detach().to_local()) for parameter in self.loss.parameters()]
-        self.optimizer = torch.optim.AdamW(self.locals, lr=LEARNING_RATE, fused=True)
+        self.locals: list[nn.Parameter] = []
+        self.optimizer: torch.optim.Optimizer | None = None
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         """One optimizer step; the loss, on the device."""
@@ -126,14 +125,22 @@ class Fsdp2:
             loss = self.loss(ids, ids, num_targets=count)
             loss.backward()
             total += loss.detach()
-        for parameter, local in zip(self.loss.parameters(), self.locals, strict=True):
+        self._update()
+        return total
+
+    def _update(self) -> None:
+        parameters = list(self.loss.parameters())
+        if self.optimizer is None:  # only now: the first forward may still replace the sharded tensors, by pinned ones
+            self.locals = [nn.Parameter(parameter.detach().to_local()) for parameter in parameters]
+            self.optimizer = torch.optim.AdamW(self.locals, lr=LEARNING_RATE, fused=True)
+        for parameter, local in zip(parameters, self.locals, strict=True):
+            assert parameter.detach().to_local().data_ptr() == local.data_ptr(), "the optimizer would update a copy"
             local.grad = parameter.grad.to_local()
         if self.row.clip is not None:
             nn.utils.clip_grad_norm_(self.locals, self.row.clip)
         self.optimizer.step()
-        for parameter, local in zip(self.loss.parameters(), self.locals, strict=True):
+        for parameter, local in zip(parameters, self.locals, strict=True):
             parameter.grad = local.grad = None
-        return total
 
     def figures(self) -> dict[str, Any]:
         return {}
@@ -148,8 +155,6 @@ class TorchAo:
     """`torchao.optim.CPUOffloadOptimizer`: gradients go to the host as they are made, the update runs after the backward."""
 
     def __init__(self, row: Row, *, dtype: torch.dtype, device: torch.device, ssd_dir: str | None) -> None:
-        # Its compiled kernels are not needed here, and fail to load under another torch than they were built for.
-        os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
         from torchao.optim import CPUOffloadOptimizer
 
         if row.clip is not None:

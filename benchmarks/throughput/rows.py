@@ -168,7 +168,7 @@ PARTS = {
     "own": [
         name
         for layout in ("1x8x2048", "2x8x2048", "8x1x2048", "16x1x2048")
-        for name in _rows(f"1.10B:{layout}", "resident overspill-host", "resident overspill-host overspill-host-states6")
+        for name in _rows(f"1.10B:{layout}", "resident overspill-host", "overspill-host overspill-host-states6")
     ],
     "3.02B": _rows("3.02B:1x8x2048", f"{_OWN} zero2", "resident overspill-host overspill-host-states6") + _rows("3.02B:2x8x2048", _OWN),
     "ssd": _rows("1.10B:1x8x2048", "resident overspill-ssd overspill-ssd-states", "overspill-ssd"),

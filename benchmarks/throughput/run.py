@@ -15,6 +15,9 @@ How it is made fair:
 
 This file supervises; a row runs in a child (`--child`), which writes what it has after every step, so that a row that is ended at its
 limit keeps its steps. A row whose estimate does not fit before the deadline is a line that says so.
+
+DeepSpeed must be importable, with its CPU Adam compiled (a first import compiles for minutes, and a row has a limit); torchao may lie in
+a folder of its own, which `TORCHAO_SITE` names. What is not there is a row with that error.
 """
 
 from __future__ import annotations
@@ -117,15 +120,24 @@ def run_row(row: Row, options: argparse.Namespace, *, limit_s: float) -> dict[st
         command += ["--warmup", str(options.warmup), "--steps", str(options.steps), "--dtype", options.dtype]
         if options.ssd_dir:
             command += ["--ssd-dir", options.ssd_dir]
-        outcome = run_attempt(command, limit_s=limit_s, environment={"LAST_WORDS": str(last_words)})
+        environment = {"LAST_WORDS": str(last_words), **environment_of(row)}
+        outcome = run_attempt(command, limit_s=limit_s, environment=environment)
         result = read_json(report) | {"wall_s": round(outcome.wall_s, 1)} | read_json(last_words)
     if "error" not in result and (outcome.return_code != 0 or "is_complete" not in result):
         result["error"] = outcome.describe_failure(limit_s)
     if "error" in result:
-        result["output_tail"] = outcome.output_tail[-3000:]
+        result["output_tail"] = outcome.output_tail[-3000:].replace(f"{HERE.parents[1]}{os.sep}", "")
     if options.ssd_dir:
         shutil.rmtree(Path(options.ssd_dir) / "overspill", ignore_errors=True)
     return result
+
+
+def environment_of(row: Row) -> dict[str, str]:
+    """torchao is for its own rows alone: transformers imports it wherever it is installed, which costs every other row time and memory."""
+    site = os.environ.get("TORCHAO_SITE")
+    if not row.system.startswith("torchao") or not site:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), site])), "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1"}
 
 
 def describe_row(row: Row) -> dict[str, Any]:
