@@ -72,11 +72,10 @@ SHAPES = {
     "1.10B": LlamaShape(hidden_size=2048, num_blocks=16, num_heads=32, num_kv_heads=8, ffn_size=8192),
     "3.02B": LlamaShape(hidden_size=3072, num_blocks=28, num_heads=24, num_kv_heads=8, ffn_size=8192),
     "8B": LlamaShape(hidden_size=4096, num_blocks=32, num_heads=32, num_kv_heads=8, ffn_size=14336, vocab_size=128256),
-    "14B": LlamaShape(
-        hidden_size=5120, num_blocks=48, num_heads=40, num_kv_heads=8, ffn_size=13824, vocab_size=152064, is_qwen2=True
-    ),
+    "14B": LlamaShape(hidden_size=5120, num_blocks=48, num_heads=40, num_kv_heads=8, ffn_size=13824, vocab_size=152064, is_qwen2=True),
 }
-"""`8B` is Llama-3.1-8B, `14B` is Qwen2.5-14B. `tiny` is for tests, `63M` for trying things on a CPU: its matrices are just large enough for DeepSpeed to swap."""
+"""`8B` is Llama-3.1-8B, `14B` is Qwen2.5-14B. `tiny` is for tests, `63M` for trying things on a CPU: its matrices are just
+large enough for DeepSpeed to swap."""
 
 
 def build_model(shape: LlamaShape, device: torch.device) -> LlamaForCausalLM:

@@ -162,11 +162,11 @@ class TorchAo:
         self.row, self.device, self.dtype = row, device, dtype
         self.is_autocast = row.system == "torchao"
         self.precision = (
-            "fp32 parameters (masters) and moments, bf16 compute by autocast" if self.is_autocast else "bf16 parameters and moments, no masters"
+            "fp32 parameters (masters) and moments, bf16 compute by autocast"
+            if self.is_autocast
+            else "bf16 parameters and moments, no masters"
         )
-        self.loss = build_plain_model(
-            row, dtype=torch.float32 if self.is_autocast else dtype, compute_dtype=dtype, device=device
-        )
+        self.loss = build_plain_model(row, dtype=torch.float32 if self.is_autocast else dtype, compute_dtype=dtype, device=device)
         self.optimizer = CPUOffloadOptimizer(self.loss.parameters(), torch.optim.AdamW, lr=LEARNING_RATE, fused=True)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:

@@ -37,9 +37,7 @@ SYSTEMS = {
     "resident": System(
         tokens_per_s=44e3, is_bound_by_device=True, open_s=3, meaning="plain transformers on the device, chunked loss, no autocast"
     ),
-    "resident-overspill": System(
-        tokens_per_s=42e3, is_bound_by_device=True, open_s=5, meaning="overspill with everything on the device"
-    ),
+    "resident-overspill": System(tokens_per_s=42e3, is_bound_by_device=True, open_s=5, meaning="overspill with everything on the device"),
     "overspill-host": System(
         tokens_per_s=36e3, is_bound_by_device=True, open_s=8, meaning="overspill, parameters and fp32 states in host memory"
     ),
@@ -56,14 +54,24 @@ SYSTEMS = {
         tokens_per_s=1.3e3, is_bound_by_device=False, open_s=12, meaning="overspill, parameters in host memory, fp32 states on the SSD"
     ),
     "zero2": System(tokens_per_s=16e3, is_bound_by_device=True, open_s=15, meaning="DeepSpeed ZeRO-2, states in host memory"),
-    "zero3": System(tokens_per_s=11e3, is_bound_by_device=True, open_s=18, meaning="DeepSpeed ZeRO-3, parameters and states in host memory"),
+    "zero3": System(
+        tokens_per_s=11e3, is_bound_by_device=True, open_s=18, meaning="DeepSpeed ZeRO-3, parameters and states in host memory"
+    ),
     "superoffload": System(
-        tokens_per_s=16e3, is_bound_by_device=True, open_s=25, meaning="DeepSpeed SuperOffload: a process of its own updates under the backward"
+        tokens_per_s=16e3,
+        is_bound_by_device=True,
+        open_s=25,
+        meaning="DeepSpeed SuperOffload: a process of its own updates under the backward",
     ),
     "fsdp2": System(tokens_per_s=10e3, is_bound_by_device=True, open_s=12, meaning="FSDP2, CPUOffloadPolicy, fp32 masters in host memory"),
-    "torchao": System(tokens_per_s=12e3, is_bound_by_device=True, open_s=8, meaning="torchao CPUOffloadOptimizer, fp32 parameters, autocast"),
+    "torchao": System(
+        tokens_per_s=12e3, is_bound_by_device=True, open_s=8, meaning="torchao CPUOffloadOptimizer, fp32 parameters, autocast"
+    ),
     "torchao-bf16": System(
-        tokens_per_s=20e3, is_bound_by_device=True, open_s=8, meaning="torchao CPUOffloadOptimizer as documented: bf16 parameters and states"
+        tokens_per_s=20e3,
+        is_bound_by_device=True,
+        open_s=8,
+        meaning="torchao CPUOffloadOptimizer as documented: bf16 parameters and states",
     ),
 }
 START_S = 14.0
@@ -132,7 +140,9 @@ def parse_row(name: str) -> Row:
     """
     match = _NAME.fullmatch(name)
     if match is None:
-        raise ValueError(f"{name!r} is not a row; one is SHAPE[@CAPGiB]:MICRO_BATCHESxSAMPLESxTOKENS:SYSTEM[:clip], as 1.10B:1x8x2048:zero3:clip")
+        raise ValueError(
+            f"{name!r} is not a row; one is SHAPE[@CAPGiB]:MICRO_BATCHESxSAMPLESxTOKENS:SYSTEM[:clip], as 1.10B:1x8x2048:zero3:clip"
+        )
     if match["shape"] not in PARAMETERS_B:
         raise ValueError(f"{match['shape']!r} in {name!r} is not a shape; choose one of {', '.join(PARAMETERS_B)}")
     if match["system"] not in SYSTEMS:

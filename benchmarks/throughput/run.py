@@ -52,7 +52,9 @@ CLOSING_S = 6.0
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[], help="names of rows (rows.py)")
-    parser.add_argument("--part", choices=sorted(PARTS), help="rows that belong together; with --rows: those of it that contain a name given")
+    parser.add_argument(
+        "--part", choices=sorted(PARTS), help="rows that belong together; with --rows: those of it that contain a name given"
+    )
     parser.add_argument("--list", action="store_true", help="print the parts with each row's estimate, and end")
     parser.add_argument("--warmup", type=int, default=2, help="steps that are not counted")
     parser.add_argument("--steps", type=int, default=5, help="steps that are")
@@ -229,7 +231,7 @@ def measure_row(
     trainer = system_of(row)(row, dtype=getattr(torch, dtype_name), device=device, ssd_dir=ssd_dir)
     try:
         save({
-            "hardware": f"{torch.cuda.get_device_name(device)}, {os.cpu_count()} cores" if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+            "hardware": f"{torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'}, {os.cpu_count()} cores",
             "torch": torch.__version__,
             "precision": trainer.precision,
             "num_parameters": SHAPES[row.shape].num_parameters,

@@ -77,9 +77,7 @@ def baseline(results: list[Result], result: Result, system: str) -> tuple[Result
         system: a system, or `resident` for the faster of the two resident ones.
     """
     systems = RESIDENT if system == "resident" else (system,)
-    found = [
-        other for other in results if is_measured(other) and other["workload"] == result["workload"] and other["system"] in systems
-    ]
+    found = [other for other in results if is_measured(other) and other["workload"] == result["workload"] and other["system"] in systems]
     for clip_mark, clip in (("", result["clip"]), ("c", None)):
         for run_mark, is_allowed in (("", lambda other: other["run"] == result["run"]), ("*", lambda other: True)):
             candidates = [other for other in found if other["clip"] == clip and is_allowed(other)]
@@ -97,7 +95,8 @@ def ratio(results: list[Result], result: Result, system: str) -> tuple[float, st
 
 def table(results: list[Result]) -> list[str]:
     lines = [
-        "| row | tokens/s (min-max) | n | of resident | step s | over floor | device GiB | allocator | host GiB | first loss | open s | precision |",
+        "| row | tokens/s (min-max) | n | of resident | step s | over floor | device GiB | allocator | host GiB | first loss | open s "
+        "| precision |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in sorted(results, key=lambda result: (result["workload"], result["run"])):
