@@ -183,7 +183,9 @@ PARTS = {
     "3.02B": _rows("3.02B:1x8x2048", f"{_OWN} zero2", "resident overspill-host overspill-host-states6") + _rows("3.02B:2x8x2048", _OWN),
     "ssd": _rows("1.10B:1x8x2048", "resident overspill-ssd overspill-ssd-states", "overspill-ssd"),
     "8B": _rows("8B@8GiB:2x8x2048", "overspill-host") + _rows("8B@8GiB:16x1x2048", "overspill-host"),
+    "tiny": _rows("tiny:2x1x16", " ".join(SYSTEMS), f"{_OWN_CLIPPED} {_PEERS}"),
     "14B": _rows("14B@24GiB:2x8x2048", "overspill-host-bf16") + _rows("14B@24GiB:16x1x2048", "overspill-host-bf16"),
 }
 """Each is one call: it fits into `run.py`'s deadline (tests add the estimates up), and brings the resident rows that it is compared with.
-Rows that matter most come first. DeepSpeed's clipped ZeRO-3, FSDP2 and the bf16 torchao row are run by name."""
+Rows that matter most come first. DeepSpeed's clipped ZeRO-3, FSDP2 and the bf16 torchao row are run by name.
+`tiny` tries every system out, on any machine."""

@@ -159,20 +159,22 @@ def test_deepspeed_is_configured_as_its_row_says() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is there")
 def test_a_run_writes_a_line_for_every_row_whatever_becomes_of_it(tmp_path: Path) -> None:
-    names = [f"{LAYOUT}:resident", f"{LAYOUT}:zero2", f"{LAYOUT}:overspill-ssd-states"]
-    done = script(
-        "run.py", "--rows", *names[:2], "--dtype", "float32", "--steps", "1", "--warmup", "0", "--out", str(tmp_path / "out.jsonl")
-    )
-    assert done.returncode == 0, done.stderr
-    late = script("run.py", "--rows", names[2], "--deadline-s", "7", "--out", str(tmp_path / "out.jsonl"))
+    names = [f"{LAYOUT}:zero2", f"{LAYOUT}:resident:clip", f"{LAYOUT}:overspill-ssd-states"]
+    settings = {"INSTALL": "0", "DTYPE": "float32", "STEPS": "1", "WARMUP": "0", "SSD_DIR": str(tmp_path / "ssd")}
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = run_in(FOLDER / "run_gpu.sh", str(tmp_path), "tiny", ":resident:clip", "tiny:2x1x16:zero2", PATH=path, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "throughput.md").read_text() in done.stdout
+    out = tmp_path / "throughput-tiny.jsonl"
+    late = script("run.py", "--rows", names[2], "--deadline-s", "7", "--out", str(out))
     assert late.returncode == 0, late.stderr
-    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [line["row"] for line in found] == names
-    assert found[0]["run"] == found[1]["run"] != found[2]["run"]
-    assert "error" not in found[0] and found[0]["repetitions"] == 1
-    assert found[1]["error"] == "ModuleNotFoundError: No module named 'deepspeed'"
-    assert found[2]["error"].startswith("not started: ")
-    assert str(ROOT) not in found[1]["output_tail"]
+    found = {line["row"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert names == [name for name in found if name in names]
+    assert found[names[0]]["run"] == found[names[1]]["run"] != found[names[2]]["run"]
+    assert "error" not in found[names[1]] and found[names[1]]["repetitions"] == 1
+    assert found[names[0]]["error"] == "ModuleNotFoundError: No module named 'deepspeed'"
+    assert found[names[2]]["error"].startswith("not started: ")
+    assert str(ROOT) not in found[names[0]]["output_tail"]
 
 
 def test_arguments_that_name_nothing_are_refused() -> None:
@@ -270,6 +272,11 @@ def test_the_plots_are_drawn(tmp_path: Path) -> None:
 
 
 def script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FOLDER / name), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
+    return run_in(sys.executable, str(FOLDER / name), *arguments)
+
+
+def run_in(program: str | Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    """`program` in the environment of this process, with its module path, plus `settings`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1", **settings}
+    command = ["bash", str(program)] if str(program).endswith(".sh") else [str(program)]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=environment, cwd=ROOT)
