@@ -93,7 +93,10 @@ class DeepSpeed:
             total += loss.detach()
         return total / len(batches)
 
-    def figures(self) -> dict[str, Any]:
+    def between_steps(self) -> None:
+        pass
+
+    def figures(self, *, counted: int) -> dict[str, Any]:
         return {"deepspeed": self.version, "config": self.config}
 
     def close(self) -> None:

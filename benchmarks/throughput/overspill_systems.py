@@ -7,7 +7,8 @@ plan is an error row, a figure that is not reported is null.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,8 @@ PLACEMENTS = {
     "overspill-ssd-states": {"parameters": "host", "states": "ssd"},
 }
 """What the plan's request fixes; hidden states between blocks (`boundaries`) rest on the device if there is room."""
-REPORTED = ("floor_s", "step_over_floor", "dispatch_s")
-EXPOSED = ("lane_exposed_s", "exposed_s")
-"""Names under which a report may have the time that each lane kept compute waiting; `dispatch` among its keys is the executor's own."""
+FIGURES = ("floor_s", "step_over_floor")
+"""Of a report, for every counted step: their medians are the row's."""
 
 
 def build_request(row: Row, *, dtype: torch.dtype, ssd_dir: str | None) -> overspill.PlanRequest:
@@ -71,28 +71,35 @@ class Overspill:
         self.precision = f"bf16 parameters, {states}"
         model = build_windowed_model(SHAPES[row.shape], dtype=dtype, max_positions=max(4096, row.seq_len))
         self.session = overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=LEARNING_RATE))
-        self.last: overspill.StepReport | None = None
+        self.reports: list[overspill.StepReport] = []
+        self.floor_error: str | None = None
 
     def step(self, batches: Sequence[Batch]) -> float:
         """One optimizer step; its loss."""
-        self.last = self.session.step(batches)
-        return self.last.loss
+        self.reports.append(self.session.step(batches))
+        return self.reports[-1].loss
 
-    def figures(self) -> dict[str, Any]:
-        """Of the plan, and of the last step."""
-        plan, report = self.session.plan, self.last
-        assert report is not None
-        found: dict[str, Any] = {name: getattr(report, name, None) for name in REPORTED}
-        exposed = next((getattr(report, name) for name in EXPOSED if isinstance(getattr(report, name, None), Mapping)), None)
-        if exposed is not None:
-            found["exposed_s"] = dict(exposed)
-            if found["dispatch_s"] is None:
-                found["dispatch_s"] = exposed.get("dispatch")
+    def between_steps(self) -> None:
+        """After the first step, untimed: the session measures its lanes' rates when it is first asked, and reports floors from then on."""
+        try:
+            getattr(self.session, "rates", None)
+        except Exception as error:  # the speed is worth having without its floor; the line says why there is none
+            self.floor_error = f"{type(error).__name__}: {error}"
+
+    def figures(self, *, counted: int) -> dict[str, Any]:
+        """Of the plan; of the last step; and the medians over the last `counted` ones."""
+        plan, report, reports = self.session.plan, self.reports[-1], self.reports[-counted:]
+        exposed = [getattr(item, "exposed_s", {}) for item in reports]
+        found = {name: _median(getattr(item, name, None) for item in reports) for name in FIGURES}
         return found | {
+            "floor_error": self.floor_error,
+            "exposed_s": {lane: _median(item.get(lane) for item in exposed) for lane in exposed[-1]},
+            "dispatch_s": _median(item.get("dispatch") for item in exposed),
+            "trace_s": _median(getattr(item, "trace_s", None) for item in reports),
+            "report_step_s": _median(item.step_s for item in reports),
             "lane_busy_s": dict(report.lane_busy_s),
             "lane_bytes": dict(report.lane_bytes),
             "num_ops": report.num_ops,
-            "report_step_s": report.step_s,
             "boundaries": plan.boundaries.value,
             "group_size": plan.group_size,
             "prefetch_units": plan.prefetch_units,
@@ -102,3 +109,9 @@ class Overspill:
 
     def close(self) -> None:
         self.session.close()
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    """None if no step has one."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None

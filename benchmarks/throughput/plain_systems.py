@@ -78,7 +78,10 @@ class Resident:
         for parameter in parameters:
             parameter.grad = None
 
-    def figures(self) -> dict[str, Any]:
+    def between_steps(self) -> None:
+        pass
+
+    def figures(self, *, counted: int) -> dict[str, Any]:
         return {}
 
     def close(self) -> None:
@@ -142,7 +145,10 @@ class Fsdp2:
         for parameter, local in zip(parameters, self.locals, strict=True):
             parameter.grad = local.grad = None
 
-    def figures(self) -> dict[str, Any]:
+    def between_steps(self) -> None:
+        pass
+
+    def figures(self, *, counted: int) -> dict[str, Any]:
         return {}
 
     def close(self) -> None:
@@ -182,7 +188,10 @@ class TorchAo:
         self.optimizer.zero_grad()
         return total
 
-    def figures(self) -> dict[str, Any]:
+    def between_steps(self) -> None:
+        pass
+
+    def figures(self, *, counted: int) -> dict[str, Any]:
         import torchao
 
         return {"torchao": torchao.__version__}

@@ -255,8 +255,11 @@ def measure_row(
             found = {"losses": losses, "all_step_s": times_s}
             found |= {name: {"opening": opening[name], "training": peaks[name]} for name in peaks}
             if step >= warmup:
-                found |= spread(times_s[warmup:], row.tokens_per_step) | trainer.figures()
+                found |= spread(times_s[warmup:], row.tokens_per_step) | trainer.figures(counted=step + 1 - warmup)
             save(found)
+            if step == 0:
+                trainer.between_steps()
+                watch.read(), device_watch.read()  # what that took belongs to no step
             if step >= warmup and time.monotonic() + 1.2 * times_s[-1] > until:
                 break
         save({"is_complete": True})

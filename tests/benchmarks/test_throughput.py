@@ -85,6 +85,8 @@ def test_a_line_has_speed_spread_and_peaks(lines: dict[str, dict[str, Any]]) -> 
         assert 0 < speeds["min"] <= speeds["median"] <= speeds["max"], name
         assert line["repetitions"] == 2 and len(line["all_step_s"]) == 3 and line["is_complete"]
         assert training["vm_hwm_bytes"] > 0 and line["device"]["training"]["driver_peak_bytes"] == 0
+    host = lines[f"{LAYOUT}:overspill-host"]
+    assert host["floor_error"] is None and host["floor_s"] != 0 and host["report_step_s"] > 0
     assert lines[f"{LAYOUT}:overspill-ssd"]["lane_bytes"]["ssd_write"] > 0
     assert lines[f"{LAYOUT}:resident-overspill"]["home_bytes"]["host"]["states"] == 0
 
