@@ -14,7 +14,7 @@ import dataclasses
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 WEIGHT_STD = 0.02
 """transformers' `initializer_range` of Llama."""
@@ -22,7 +22,7 @@ WEIGHT_STD = 0.02
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaShape:
-    """Sizes of a Llama; embedding and head are not tied."""
+    """Sizes of a Llama, or of a Qwen2, which differs by the biases of its q, k and v; embedding and head are not tied."""
 
     hidden_size: int
     num_blocks: int
@@ -30,11 +30,14 @@ class LlamaShape:
     num_kv_heads: int
     ffn_size: int
     vocab_size: int = 32000
+    is_qwen2: bool = False
 
     @property
     def num_block_parameters(self) -> int:
         kv_size = self.hidden_size * self.num_kv_heads // self.num_heads
-        return 2 * self.hidden_size * (self.hidden_size + kv_size) + 3 * self.hidden_size * self.ffn_size + 2 * self.hidden_size
+        matrices = 2 * self.hidden_size * (self.hidden_size + kv_size) + 3 * self.hidden_size * self.ffn_size
+        biases = self.hidden_size + 2 * kv_size if self.is_qwen2 else 0
+        return matrices + biases + 2 * self.hidden_size
 
     @property
     def num_parameters(self) -> int:
@@ -48,8 +51,8 @@ class LlamaShape:
         """The same shape with another depth; None: as it is."""
         return self if num_blocks is None else dataclasses.replace(self, num_blocks=num_blocks)
 
-    def config(self, *, max_positions: int = 4096) -> LlamaConfig:
-        config = LlamaConfig(
+    def config(self, *, max_positions: int = 4096) -> PreTrainedConfig:
+        config = (Qwen2Config if self.is_qwen2 else LlamaConfig)(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             num_hidden_layers=self.num_blocks,
@@ -69,8 +72,10 @@ SHAPES = {
     "1.10B": LlamaShape(hidden_size=2048, num_blocks=16, num_heads=32, num_kv_heads=8, ffn_size=8192),
     "3.02B": LlamaShape(hidden_size=3072, num_blocks=28, num_heads=24, num_kv_heads=8, ffn_size=8192),
     "8B": LlamaShape(hidden_size=4096, num_blocks=32, num_heads=32, num_kv_heads=8, ffn_size=14336, vocab_size=128256),
+    "14B": LlamaShape(hidden_size=5120, num_blocks=48, num_heads=40, num_kv_heads=8, ffn_size=13824, vocab_size=152064, is_qwen2=True),
 }
-"""`8B` is Llama-3.1-8B. `tiny` is for tests, `63M` for trying things on a CPU: its matrices are just large enough for DeepSpeed to swap."""
+"""`8B` is Llama-3.1-8B, `14B` is Qwen2.5-14B. `tiny` is for tests, `63M` for trying things on a CPU: its matrices are just
+large enough for DeepSpeed to swap."""
 
 
 def build_model(shape: LlamaShape, device: torch.device) -> LlamaForCausalLM:
@@ -85,7 +90,7 @@ def build_model(shape: LlamaShape, device: torch.device) -> LlamaForCausalLM:
     return model.to("cpu")
 
 
-def build_windowed_model(shape: LlamaShape, *, dtype: torch.dtype, max_positions: int) -> LlamaForCausalLM:
+def build_windowed_model(shape: LlamaShape, *, dtype: torch.dtype, max_positions: int) -> PreTrainedModel:
     """The shape with weights that are windows on random vectors (see above): no memory of its own to speak of."""
     from overspill.huggingface import build_meta_model
 
@@ -95,7 +100,19 @@ def build_windowed_model(shape: LlamaShape, *, dtype: torch.dtype, max_positions
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(_window(parameter.shape, dtype, generator))
+                if name == "bias":
+                    nn.init.zeros_(module._parameters[name])
     return model
+
+
+def place_weights(model: nn.Module, device: torch.device) -> None:
+    """Give every parameter memory of its own on `device`, contiguous, and move the buffers there: windows cannot be trained in place."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                own = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                parameter.data = own.copy_(parameter.detach())
+    model.to(device)
 
 
 def _window(shape: torch.Size, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """A child process that may fail, hang, or be killed for memory: whatever happens, there is a result that says what.
 
-Standard library only. The child is started in a session of its own, so that ending it ends what it started too.
+Standard library only. The child is started in a session of its own; when it ends, or is ended, so is what it started.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def run_attempt(command: list[str], *, limit_s: float, environment: dict[str, st
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            if child.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
+            # Also after an ordinary end: a worker process that outlives its parent would hold memory that the next run measures.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
         size = output.seek(0, os.SEEK_END)
         output.seek(max(0, size - TAIL_BYTES))
         tail = output.read().decode(errors="replace")

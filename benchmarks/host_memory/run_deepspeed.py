@@ -25,7 +25,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import statistics
 import sys
 import tempfile
@@ -103,14 +102,17 @@ def build_config(options: argparse.Namespace, largest_elements: int) -> dict[str
         zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
     if prefetch is not None:
         zero["stage3_prefetch_bucket_size"] = prefetch
+    return base_config(samples=options.samples, accumulate=1, clip=options.clip) | {"zero_optimization": zero, "aio": AIO}
+
+
+def base_config(*, samples: int, accumulate: int, clip: float | None) -> dict[str, Any]:
+    """What every configuration has in common: bf16 compute, AdamW (which DeepSpeed runs as DeepSpeedCPUAdam where states are offloaded)."""
     return {
-        "train_micro_batch_size_per_gpu": options.samples,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": options.clip or 0.0,
+        "train_micro_batch_size_per_gpu": samples,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip or 0.0,
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.01}},
-        "zero_optimization": zero,
-        "aio": AIO,
         "steps_per_print": 1_000_000,
     }
 
@@ -164,10 +166,11 @@ def run_child(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace, watch: HostWatch) -> dict[str, Any]:
     import torch
+    from one_rank import pretend_one_rank
     from shapes import SHAPES, random_batch
     from transformers import LlamaForCausalLM
 
-    _pretend_one_rank()
+    pretend_one_rank()
     import deepspeed
 
     is_cuda = torch.cuda.is_available()
@@ -224,16 +227,6 @@ def train(options: argparse.Namespace, watch: HostWatch) -> dict[str, Any]:
         "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps[1:] or steps),
         "device_peak_bytes": max(step["device_peak_bytes"] for step in steps),
     }
-
-
-def _pretend_one_rank() -> None:
-    """What a launcher would set for a world of one process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(port))
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
 
 
 if __name__ == "__main__":
