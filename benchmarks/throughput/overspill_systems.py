@@ -20,9 +20,11 @@ from shapes import SHAPES, build_windowed_model
 import overspill
 
 DEVICE_STATES_BYTES = 6 * GIB
+STATE_BYTES = 10
+"""Of a bf16 parameter in format fp32: what its master has beyond it, and two moments."""
 PLACEMENTS = {
     "resident-overspill": {"parameters": "device", "states": "device", "boundaries": "device"},
-    "overspill-host": {"parameters": "host", "states": "host"},
+    "overspill-host": {"parameters": "host", "states": "host", "device_states_share": 0.10},
     "overspill-host-states6": {"parameters": "host", "device_states_bytes": DEVICE_STATES_BYTES},
     "overspill-host-bf16": {"parameters": "host", "states": "host", "state_format": "bf16"},
     "overspill-ssd": {"parameters": "ssd", "states": "ssd"},
@@ -45,6 +47,8 @@ def build_request(row: Row, *, dtype: torch.dtype, ssd_dir: str | None) -> overs
         if "device_states_bytes" not in known:
             raise ValueError(f"{row.system} needs PlanRequest.device_states_bytes, which this overspill does not have")
         options["states"] = "host"
+    if (share := options.pop("device_states_share", None)) is not None:
+        options["device_states_bytes"] = int(share * SHAPES[row.shape].num_parameters * STATE_BYTES)
     if "ssd" in options.values():
         if ssd_dir is None:
             raise ValueError(f"{row.system} needs --ssd-dir, a directory on the drive that shall hold the states")

@@ -39,7 +39,10 @@ SYSTEMS = {
     ),
     "resident-overspill": System(tokens_per_s=42e3, is_bound_by_device=True, open_s=5, meaning="overspill with everything on the device"),
     "overspill-host": System(
-        tokens_per_s=36e3, is_bound_by_device=True, open_s=8, meaning="overspill, parameters and fp32 states in host memory"
+        tokens_per_s=36e3,
+        is_bound_by_device=True,
+        open_s=8,
+        meaning="overspill, parameters and fp32 states in host memory, at most 10 % of the states on the device",
     ),
     "overspill-host-states6": System(
         tokens_per_s=36e3, is_bound_by_device=True, open_s=8, meaning="the same, up to 6 GiB of the states on the device"
