@@ -140,6 +140,7 @@ def deciding_flags(options: FinetuneOptions, num_steps: int) -> dict[str, Any]:
         "nesterov": options.nesterov,
         "weight-decay": options.weight_decay,
         "seed": options.seed,
+        **({"compile": True} if options.compile else {}),
         "model (its weights)": fingerprint_weights(str(options.model)),
     }
 
@@ -158,7 +159,9 @@ def validate_same_flags(manifest: Manifest, flags: dict[str, Any]) -> None:
     before = (manifest.data_position or {}).get("flags")
     if before is None:
         raise ValueError("the checkpoint was made by a program and not by `overspill finetune`; go on with overspill.resume(...)")
-    differing = [f"--{name} {before.get(name)} there, {value} here" for name, value in flags.items() if before.get(name) != value]
+    differing = [
+        f"--{name} {before.get(name)} there, {flags.get(name)} here" for name in {**before, **flags} if before.get(name) != flags.get(name)
+    ]
     if differing:
         raise ValueError(f"cannot go on from step {manifest.step}: this run differs in {'; '.join(differing)}; give the same flags")
 

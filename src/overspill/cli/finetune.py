@@ -73,6 +73,8 @@ class FinetuneOptions:
     keep: int = 1
     resume: bool = False
     discard_checkpoints: bool = False
+    compile: bool = False
+    cuda_graphs: bool = True
     serial: bool = False
     trace: Path | None = None
     trace_step: int | None = None
@@ -172,8 +174,18 @@ def finetune(
             "--discard-checkpoints/--no-discard-checkpoints", help="Delete those of an earlier run.", rich_help_panel=_CHECKPOINTS
         ),
     ] = False,
+    compile: Annotated[
+        bool,
+        typer.Option("--compile/--no-compile", help="Let torch.compile fuse the blocks' work; other roundings.", rich_help_panel=_TIMING),
+    ] = False,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="Launch small blocks as one; the same bits.", rich_help_panel=_TIMING)
+    ] = True,
     serial: Annotated[
-        bool, typer.Option("--serial", help="One op after the other, nothing overlaps: the same losses, slower.", rich_help_panel=_TIMING)
+        bool,
+        typer.Option(
+            "--serial/--no-serial", help="One op after the other, nothing overlaps: the same losses, slower.", rich_help_panel=_TIMING
+        ),
     ] = False,
     trace: Annotated[
         Path | None, typer.Option(help="File for what ran when in one step, for ui.perfetto.dev.", rich_help_panel=_TIMING)

@@ -204,6 +204,7 @@ def build_session(
         device=options.device,
     )
     overwrite = [str(device) for device in options.ssd_overwrite or ()]
+    how: dict[str, Any] = {"serial": options.serial, "compile": options.compile, "cuda_graphs": options.cuda_graphs}
     if source is not None:
         return resume(
             source[0],
@@ -213,7 +214,7 @@ def build_session(
             generation=source[1].generation,
             space=space,
             ssd_overwrite=overwrite,
-            serial=options.serial,
+            **how,
         )
     return Session(
         folder,
@@ -224,7 +225,7 @@ def build_session(
         checkpoints=policy,
         space=space,
         ssd_overwrite=overwrite,
-        serial=options.serial,
+        **how,
     )
 
 

@@ -75,6 +75,8 @@ class Session(Closing):
         checkpoints: reserve room for checkpoints, which `save_checkpoint` makes; None: none can be made.
         resume_from: used by `overspill.resume`.
         serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
+        compile: let `torch.compile` fuse the blocks' elementwise work, once a kind of block (tens of seconds at the first step). Other
+            roundings than the model's own code, and forward and recomputation are compiled apart.
         cuda_graphs: let blocks whose launches take longer than their work be launched as one; the same bits. No effect on the CPU.
         calls, space, num_threads: of the files on the SSD; threads for each place; tests give a `FaultInjector` (no effect with
             `open_store`).
@@ -103,6 +105,7 @@ class Session(Closing):
         space: SpacePolicy | None = None,
         num_threads: int = 4,
         serial: bool = False,
+        compile: bool = False,
         cuda_graphs: bool = True,
         ssd_overwrite: Sequence[str] = (),
     ) -> None:
@@ -118,6 +121,8 @@ class Session(Closing):
         source = look_at(model, plan.dtype)
         self._generation_config = source.generation_config
         self.model = StreamedModel(source.built)
+        if compile:
+            self.model.compile()
         self.hardware = read_hardware(self.device, plan.ssd_places)
         self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
         if checkpoints is not None:
