@@ -312,7 +312,7 @@ def test_a_run_on_the_ssd_says_what_it_does_to_the_drive(run: Run, tmp_path: Pat
     assert result.exit_code == 0, result.output
     assert "3 steps write " in result.output and "of the drive's rated life" in result.output
     last = result.output[result.output.index("done: 3 steps") :]
-    assert "host pool " in last and "written a step of" in last and "years to the drive's rated end" in last
+    assert "host pool " in last and "written a step of" in last and " to the drive's rated end" in last
     plan = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert (plan["pinned_budget_bytes"], plan["ssd_rated_bytes"], plan["ssd_min_years"]) == (64 << 20, 600 * 10**12, 0.0)
     assert json.loads((tmp_path / "ssd" / COUNTER_NAME).read_text())["written_bytes"] > 0

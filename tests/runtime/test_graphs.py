@@ -67,6 +67,7 @@ def make_even_batches(step: int, length: int = 12) -> list[dict[str, torch.Tenso
 
 def train(session: overspill.Session, recorder: graphs.LaunchRecorder | None, *, lengths: tuple[int, ...] = (12,)) -> tuple[list, dict]:
     session.executor.graphs.recorder = recorder
+    session.executor.graphs.is_wanted = recorder is not None
     losses = []
     for step in range(STEPS):
         length = lengths[step % len(lengths)]
@@ -131,6 +132,7 @@ def test_a_dropout_that_an_evaluation_turned_off_is_not_recorded_for_training() 
     recorder = RepeatingRecorder()
     with open_session("gpt2-dropout") as session:
         session.executor.graphs.recorder = recorder
+        session.executor.graphs.is_wanted = True
         for _ in range(4):
             session.evaluate(make_even_batches(9))
         assert recorder.num_recorded > 0
@@ -165,6 +167,7 @@ def test_other_masks_are_copied_in_before_a_replay() -> None:
     for recorder in (None, RepeatingRecorder()):
         with open_session("llama") as session:
             session.executor.graphs.recorder = recorder
+            session.executor.graphs.is_wanted = recorder is not None
             losses = [session.step(batches(step)).loss for step in range(STEPS)]
             results.append((losses, {name: session.homes.read(name) for name in session.homes.names}))
             assert recorder is None or session.executor.graphs.num_replays > 0
@@ -177,3 +180,19 @@ def test_a_full_device_keeps_blocks_launched_kernel_by_kernel() -> None:
         session.executor.graphs._has_room = lambda: False
         train(session, recorder)
         assert recorder.num_recorded == 0
+
+
+def test_blocks_are_recorded_once_a_settled_step_was_bound_by_launches() -> None:
+    with open_session("llama") as session:
+        wanted = graphs.BlockGraphs(session.model, RepeatingRecorder())
+        for _ in range(graphs.STEPS_UNJUDGED):
+            wanted.judge(launch_s=1.0, device_s=1.0)
+        assert not wanted.is_wanted, "loading code in the first steps is no launching"
+        wanted.judge(launch_s=0.5, device_s=1.0)
+        assert not wanted.is_wanted
+        wanted.judge(launch_s=0.9, device_s=1.0)
+        assert wanted.is_wanted
+        without = graphs.BlockGraphs(session.model, None)
+        for _ in range(4):
+            without.judge(launch_s=1.0, device_s=1.0)
+        assert not without.is_wanted

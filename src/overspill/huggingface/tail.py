@@ -17,6 +17,8 @@ Shapes: B sequences of T tokens, R rows with a target, H hidden, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -95,15 +97,40 @@ def cross_entropy_chunks(
         rows = rows_R[start : start + chunk_rows]
         hidden_1rH = flat_NH[rows].unsqueeze(0).requires_grad_(accumulate is not None)
         with torch.set_grad_enabled(accumulate is not None):
-            logits_rV = head(hidden_1rH).squeeze(0).float()
-            loss = F.cross_entropy(logits_rV, tokens_R[start : start + chunk_rows], reduction="sum")
-        total += loss.detach()
+            logits_rV = head(hidden_1rH).squeeze(0)
+        loss, logits_gradient_rV = _loss_of_chunk(logits_rV, tokens_R[start : start + chunk_rows], factor, accumulate is not None)
+        total += loss
         if accumulate is not None and gradient_NH is not None:
-            hidden_gradient, *gradients = torch.autograd.grad(loss * factor, [hidden_1rH, *trainable.values()], allow_unused=True)
-            del logits_rV
+            hidden_gradient, *gradients = torch.autograd.grad(
+                [logits_rV], [hidden_1rH, *trainable.values()], [logits_gradient_rV], allow_unused=True
+            )
+            del logits_rV, logits_gradient_rV
             gradient_NH[rows] = hidden_gradient.squeeze(0)
             _pass_on(accumulate, trainable, gradients)
     return total, None if gradient_NH is None else gradient_NH.view_as(last_hidden_BTH)
+
+
+def _loss_of_chunk(logits_rV: Tensor, tokens_r: Tensor, factor: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Sum of the cross entropies of rows of logits (fp32, 0-d), and the gradient of factor x it by the logits, in their dtype."""
+    values_rV = logits_rV.detach()
+    if _has_fused_loss(values_rV.device) and values_rV.dtype in (torch.bfloat16, torch.float16, torch.float32):
+        from overspill.huggingface.fused_loss import cross_entropy_fused
+
+        losses_r, gradient_rV = cross_entropy_fused(values_rV.contiguous(), tokens_r, factor=factor, with_gradient=with_gradient)
+        return losses_r.sum(), gradient_rV
+    leaf_rV = values_rV.requires_grad_(with_gradient)
+    with torch.set_grad_enabled(with_gradient):
+        loss = F.cross_entropy(leaf_rV.float(), tokens_r, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss * factor, leaf_rV)[0] if with_gradient else None
+
+
+@functools.cache
+def _has_fused_loss(device: torch.device) -> bool:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return False
+    from overspill.huggingface.fused_loss import is_usable
+
+    return is_usable(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def _to_device(tensor: Tensor, device: torch.device) -> Tensor:

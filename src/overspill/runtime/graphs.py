@@ -43,6 +43,8 @@ RUNS_BEFORE = 2
 MOST_RECORDINGS = 512
 MOST_SHAPES = 4
 """Shapes of hidden states with recordings; chosen: a batch of samples of many lengths is not worth their memory."""
+STEPS_UNJUDGED = 2
+"""The first ones load code and choose kernels, which looks like launching."""
 LAUNCH_BOUND = 0.8
 """Share of the device's time that launching must take to be what bounds it. Chosen."""
 
@@ -147,6 +149,7 @@ class BlockGraphs:
         self.is_wanted = False
         """Whether launches bind (rule 3)."""
         self.num_replays = 0
+        self._num_judged = 0
         self._runs: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, _Recording | None] = {}
         """None: this one cannot be replayed as it was asked for."""
@@ -162,7 +165,9 @@ class BlockGraphs:
 
     def judge(self, *, launch_s: float, device_s: float) -> None:
         """After a step: how long the host launched blocks, and how long the device had them under way."""
-        self.is_wanted = self.is_wanted or (self.recorder is not None and launch_s > LAUNCH_BOUND * device_s)
+        self._num_judged += 1
+        if self._num_judged > STEPS_UNJUDGED and self.recorder is not None:
+            self.is_wanted = self.is_wanted or launch_s > LAUNCH_BOUND * device_s
 
     def forward(self, unit: str, visit: Visit, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor | None:
         """The block's output by a replay, a new tensor; None: run it."""
