@@ -21,7 +21,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from overspill.optim import SEGMENT_DTYPE, Rounding, backends, global_norm, sum_of_squares, update_backend, update_chunk, update_reference
+from overspill.optim import (
+    SEGMENT_DTYPE,
+    Rounding,
+    backends,
+    global_norm,
+    sum_of_squares,
+    update,
+    update_backend,
+    update_chunk,
+    update_reference,
+)
 from overspill.optim.segment import segment_table, validate_table
 from overspill.spec.state_formats import STATE_FORMATS, resolve_state_format
 from overspill.spec.update_rule import SGD, AdamW, Lion, Optimizer, UpdateScalars, round_fp32
@@ -82,7 +92,7 @@ def assert_all_agree(scalars: UpdateScalars, segment, device: str) -> None:
     fused, plain = segment.to(device).clone(), segment.to(device).clone()
     fuse(scalars, fused)
     update_reference(scalars, **plain.arguments, with_stats=False)
-    native.update_native(scalars, **segment.arguments)
+    update(scalars, **segment.arguments)
     plain.to("cpu").assert_same_bits(fused)
     segment.assert_same_bits(fused)
 

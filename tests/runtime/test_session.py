@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from overspill.errors import BudgetError, NonFiniteError, StorageError
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.visit import Visit
 from overspill.scheduling import render_timeline
-from overspill.spec.schedule import Phase, Role
+from overspill.spec.schedule import Lane, Phase, Piece, Role
+from overspill.spec.tensors import Tier
 from overspill.tiers import FakeStore
 from overspill.tiers.wear import COUNTER_NAME
 
@@ -476,3 +478,39 @@ def test_closing_gives_everything_back(tmp_path: Path) -> None:
         assert any((tmp_path / "ssd").iterdir())
     assert [path.name for path in (tmp_path / "ssd").iterdir()] == [COUNTER_NAME]  # wear outlives the data
     assert threading.active_count() == threads
+
+
+def test_the_slot_of_a_summed_gradient_is_lent_with_the_work_that_reads_it() -> None:
+    """On a GPU the cast of the sum is under way when the slot is free: a fetch into it that does not wait would change the gradient."""
+
+    class Reading:
+        lane = Lane.COMPUTE
+        is_done = False
+        num_waits = 0
+
+        def settle(self) -> None: ...
+
+        def wait_on(self, stream: object) -> None:
+            Reading.num_waits += 1
+
+        def wait(self) -> None: ...
+
+    model = llama(tied=False).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    request = overspill.PlanRequest(
+        parameters="host", states="host", boundaries="device", dtype="bfloat16", seq_len=12, micro_batch=2, accumulate=2, device="cpu"
+    )
+    with overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=1e-2)) as session:
+        lent: list[bool] = []
+        drop = session.residency.drop
+
+        def watched(piece: Piece, tier: Tier, work: Sequence[object] = ()) -> None:
+            if piece.role is Role.PARTIAL_GRADIENT:
+                lent.append(any(isinstance(item, Reading) for item in work))
+            drop(piece, tier, ())
+
+        session.residency.device_work = lambda: (Reading(),)  # type: ignore[assignment,return-value]
+        session.residency.device_pool._fresh_work = tuple
+        session.residency.drop = watched  # type: ignore[method-assign,assignment]
+        session.step(batches(0, 1))
+        assert lent and all(lent), "partial gradients were given back without what reads them"

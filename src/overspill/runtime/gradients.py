@@ -93,7 +93,8 @@ class Gradients:
             for piece, size in op.produced:
                 self._wait(self.residency.create(piece, Tier.DEVICE, size))
             self.residency.region(op.bundle, Role.GRADIENT).view(TORCH_DTYPES[layout.dtype]).copy_(total)
+            reading = self.residency.device_work()  # the sum may not have been read yet when another lane gets its slot
             for piece, _ in op.partials:
-                self.residency.drop(piece, Tier.DEVICE)
+                self.residency.drop(piece, Tier.DEVICE, reading)
         gradient = self.residency.region(op.bundle, Role.GRADIENT)
         self.sums_of_squares[op.bundle] = sums_of_squares(list(tensor_views(layout, gradient, TORCH_DTYPES[layout.dtype]).values()))
