@@ -11,7 +11,10 @@ How overspill is searched, in two stages, because a step of 8B at 256k tokens ta
    one unit's working memory, whatever the depth: the device's limit is found in seconds a trial, by doubling and then halving the
    gap. The planner's own assumption of working memory is put aside (`DEVICE_BUDGET_BYTES`): the device itself refuses.
 2. **whole**: the full depth at the largest size that was found, or at the largest whose time still fits, as one whole step. This one
-   counts: `confirmed`. Boundaries go to the SSD where parameters, states and they do not fit the host together.
+   counts: `confirmed`. Boundaries go to the SSD where parameters, states and they do not fit the host together. The kind of search
+   whose whole step is the shorter one is confirmed first; it may take the time that the other does not need by its estimate.
+
+The host is used to the last: all that is free but `HOST_LEFT_BYTES`, which is less than a session leaves by itself.
 
 Trials run in a worker process that draws weights and opens a session for each; if it hangs or is killed, the trial has failed and a
 new worker goes on.
@@ -37,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from attempt import run_attempt
-from measure import HostWatch, append_result, meminfo, provenance
+from measure import HostWatch, append_result, meminfo, provenance, status_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -49,10 +52,10 @@ HOST_SHARE = 0.92
 """Of the memory that is free, what the planner uses when no budget is given (`planning.place.FREE_SHARE`)."""
 FLOOR_BYTES = 3 << 30
 """MemAvailable at which a worker is ended, on machines of 32 GiB or more."""
+HOST_LEFT_BYTES = FLOOR_BYTES + (1 << 30)
+"""Of the memory that is free, what a trial leaves, on machines where that is less than the planner would leave."""
 HOST_RESERVE_BYTES = 6 << 30
 """Process, CUDA context, pools and the weights' way in. Assumed."""
-OPEN_S_PER_PARAMETER = 9e-9
-"""1.10B parameters took 9 s to open on an H100 machine (benchmarks/results/spine-1.10B-host.json)."""
 STATE_BYTES = {"fp32": 12.0, "bf16": 6.0, "int8": 4.03}
 """Parameters and states together, per parameter (bf16 compute)."""
 DEEPSPEED_NEEDS = {
@@ -202,6 +205,7 @@ def run_trial(trial: Trial, options: argparse.Namespace) -> dict[str, Any]:
     request = overspill.PlanRequest(
         parameters="host", states="host", boundaries=trial.boundaries, state_format=options.state_format, dtype=options.dtype,
         seq_len=trial.seq_len, micro_batch=trial.samples, ssd_dir=options.ssd_dir, device_budget_bytes=DEVICE_BUDGET_BYTES,
+        host_budget_bytes=usable_host_bytes() + status_bytes("VmRSS"),  # a budget is the process's, with what it has already
     )  # fmt: skip
     try:
         with overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=1e-5)) as session:
@@ -232,27 +236,39 @@ def search_overspill(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     found: list[tuple[dict[str, Any], dict[int, float]]] = []
     for kind in kinds:
         trials: list[dict[str, Any]] = []
-        step_s: dict[int, float] = {}
+        whole_s: dict[int, float] = {}
 
-        def runs(size: int, kind: str = kind, trials: list[dict[str, Any]] = trials, step_s: dict[int, float] = step_s) -> bool:
+        def runs(size: int, kind: str = kind, trials: list[dict[str, Any]] = trials, whole_s: dict[int, float] = whole_s) -> bool:
             trial = sized_trial(kind, size, options, blocks=PROBE_BLOCKS)
             left_s = deadline - time.monotonic()
             result = worker.run(trial, min(options.trial_seconds, left_s)) if left_s > 5 else {"runs": False, "error": "no time left"}
             trials.append({**dataclasses.asdict(trial), **result})
             print(f"{kind} {size}: {'runs, ' + str(round(result['step_s'], 2)) + ' s' if result['runs'] else result['error']}", flush=True)
-            step_s[size] = result.get("step_s", 0.0)
+            if result["runs"]:
+                whole_s[size] = estimate_whole_s(result, shape)
             return bool(result["runs"])
 
         unit = 1 if kind == "context" else options.batch_seq_len
         granule = max(1, options.start_tokens // 8 // unit)
-        size, good = search(max(1, options.start_tokens // unit), options.most_tokens // unit, options.halvings, granule, runs)
-        times = {size: step_s[size] for size in good}
-        found.append(({"search": kind, "longest_shallow": size, "trials": trials}, times))
+        size, _ = search(max(1, options.start_tokens // unit), options.most_tokens // unit, options.halvings, granule, runs)
+        found.append(({"search": kind, "longest_shallow": size, "trials": trials}, whole_s))
     # Both are searched before either is confirmed: confirming is what takes the time.
-    for index, (result, times) in enumerate(found):
-        share_s = (deadline - time.monotonic()) / (len(found) - index)
-        yield {**result, **confirm(result["search"], times, shape, worker, options, share_s)}
+    found.sort(key=lambda item: max(item[1].values(), default=0.0))
+    for index, (result, whole_s) in enumerate(found):
+        others_s = [max(later.values(), default=0.0) for _, later in found[index + 1 :]]
+        yield {**result, **confirm(result["search"], whole_s, shape, worker, options, share_of_time(deadline - time.monotonic(), others_s))}
     worker.close()
+
+
+def estimate_whole_s(shallow: dict[str, Any], shape: Any) -> float:
+    """A whole trial's time from a shallow one's. Embedding, head and loss are counted once a block and not once, so it is too long."""
+    parameters = shape.num_parameters / shape.with_blocks(PROBE_BLOCKS).num_parameters
+    return float(shallow["open_s"] * parameters + shallow["step_s"] * shape.num_blocks / PROBE_BLOCKS)
+
+
+def share_of_time(left_s: float, others_s: list[float]) -> float:
+    """Seconds for one whole trial: what those that follow will not need, but never less than an equal share."""
+    return max(left_s - sum(others_s), left_s / (1 + len(others_s)))
 
 
 def sized_trial(kind: str, size: int, options: argparse.Namespace, *, blocks: int | None, boundaries: str = "host") -> Trial:
@@ -261,13 +277,14 @@ def sized_trial(kind: str, size: int, options: argparse.Namespace, *, blocks: in
     return Trial(samples=size, seq_len=options.batch_seq_len, blocks=blocks, boundaries=boundaries)
 
 
-def confirm(kind: str, times: dict[int, float], shape: Any, worker: Worker, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """The whole depth, from the largest size down, as long as there is time."""
-    deadline = time.monotonic() + seconds
-    tried = []
-    for size in sorted(times, reverse=True):
+def confirm(
+    kind: str, whole_s: dict[int, float], shape: Any, worker: Worker, options: argparse.Namespace, share_s: float
+) -> dict[str, Any]:
+    """The whole depth, from the largest size down, as long as there is time; `whole_s`: size -> its estimated time."""
+    deadline = time.monotonic() + share_s
+    tried: list[dict[str, Any]] = []
+    for size, estimate_s in sorted(whole_s.items(), reverse=True):
         for boundaries in boundary_tiers(kind, size, shape, options):
-            estimate_s = OPEN_S_PER_PARAMETER * shape.num_parameters + times[size] * shape.num_blocks / PROBE_BLOCKS
             left_s = deadline - time.monotonic()
             if estimate_s > left_s:
                 tried.append({"size": size, "skipped": f"about {estimate_s:.0f} s of {left_s:.0f} s left"})
@@ -282,12 +299,18 @@ def confirm(kind: str, times: dict[int, float], shape: Any, worker: Worker, opti
 
 def boundary_tiers(kind: str, size: int, shape: Any, options: argparse.Namespace) -> list[str]:
     """Where the hidden states of a whole trial may rest, the faster one first."""
-    # One hidden state a unit, and one unit's gradient of it.
+    # The input of each block and of the tail.
     tokens = sized_trial(kind, size, options, blocks=None).num_tokens
-    boundary_bytes = tokens * shape.hidden_size * 2 * (shape.num_blocks + 2)
+    boundary_bytes = tokens * shape.hidden_size * 2 * (shape.num_blocks + 1)
     state_bytes = STATE_BYTES.get(options.state_format, STATE_BYTES["fp32"]) * shape.num_parameters
-    fits = state_bytes + boundary_bytes + HOST_RESERVE_BYTES <= HOST_SHARE * available_on("host", None)
+    fits = state_bytes + boundary_bytes + HOST_RESERVE_BYTES <= usable_host_bytes()
     return [*(["host"] if fits else []), *(["ssd"] if options.ssd_dir else [])] or ["host"]
+
+
+def usable_host_bytes() -> int:
+    """What a trial may take of the memory that is free now."""
+    available = available_on("host", None)
+    return max(int(HOST_SHARE * available), available - HOST_LEFT_BYTES)
 
 
 # -- DeepSpeed -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
     python benchmarks/host_memory/summarize.py RESULTS_DIR
 
-Host peak of a run: the larger of VmHWM and the machine's fall of MemAvailable while it trained, for every system alike.
+Host peak of a run: the larger of VmHWM and the machine's fall of MemAvailable while it trained, for every system alike; VmHWM alone
+where a line says that other work ran beside it (`beside`, written by hand).
 SSD bytes: what the process moved past the page cache in its last step. Writes `host-memory.md` and `host-memory.json`.
 """
 
@@ -32,6 +33,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 def host_peak_bytes(result: dict[str, Any]) -> int:
     training = result["host"]["training"]
+    if "beside" in result:
+        return int(training["vm_hwm_bytes"])
     return max(training["vm_hwm_bytes"], training["available_fall_bytes"])
 
 
@@ -111,6 +114,8 @@ def ratios(results: list[dict[str, Any]]) -> dict[str, Any]:
         base = find("overspill", f"{stem}-as-is")
         if off and base:
             found[f"{result['name']}: host GiB more"] = (host_peak_bytes(result) - host_peak_bytes(base)) / GIB
+            if "beside" in result or "beside" in base:
+                continue
             with_cache = result["host"]["training"]["free_fall_bytes"] - base["host"]["training"]["free_fall_bytes"]
             found[f"{result['name']}: with page cache, GiB more"] = with_cache / GIB
     for result in results:

@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--part-mib", type=int, default=PART_BYTES // MIB, help="most bytes of one request of the engine")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--reverse", action="store_true", help="the engine's backends in the opposite order; a drive's rate may drift")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -175,7 +176,7 @@ def main() -> None:
     variants = [("threads", "threads", False)]
     if _native.has_io_uring():
         variants += [("io_uring", "io_uring", False), ("io_uring, registered", "io_uring", True)]
-    for name, backend, registered in variants:
+    for name, backend, registered in variants[::-1] if options.reverse else variants:
         results[name], starts[name] = engine_loops(options.directory, backend, options, registered=registered)
     document = {
         "results": results,

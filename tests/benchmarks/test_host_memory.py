@@ -173,6 +173,18 @@ def test_the_search_finds_the_largest_size_that_runs(capacity: int, expected: in
     assert size == expected and all(item <= capacity for item in good)
 
 
+def test_a_whole_trial_may_take_the_time_that_later_ones_do_not_need_and_never_less_than_an_equal_share() -> None:
+    assert longest.share_of_time(480, [140]) == 340
+    assert longest.share_of_time(480, [400]) == 240
+    assert longest.share_of_time(480, []) == 480
+
+
+def test_a_run_that_had_company_is_judged_by_its_own_resident_memory() -> None:
+    result = {"host": {"training": {"vm_hwm_bytes": 2, "available_fall_bytes": 5}}}
+    assert summarize.host_peak_bytes(result) == 5
+    assert summarize.host_peak_bytes({**result, "beside": "tests"}) == 2
+
+
 def test_longest_searches_and_confirms_at_full_depth(tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     arguments = ["--shape", "tiny", "--state-format", "fp32", "--dtype", "float32", "--start-tokens", "32", "--most-tokens", "64"]
