@@ -68,7 +68,8 @@ def main() -> None:
         flush_s = time.perf_counter() - flush_started
         plan = session.plan
     speeds = [report.tokens_per_s for report in reports[1:]]
-    last = dataclasses.asdict(reports[-1])
+    last = {field.name: getattr(reports[-1], field.name) for field in dataclasses.fields(reports[-1]) if field.name != "read_times"}
+    last |= dataclasses.asdict(reports[-1].times)
     result = {
         "command": " ".join(sys.argv),
         "date": time.strftime("%Y-%m-%d"),

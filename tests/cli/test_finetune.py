@@ -61,7 +61,6 @@ def report(step: int, loss: float) -> StepReport:
         host_peak_bytes=1 << 20,
         pinned_bytes=0,
         step_s=0.5,
-        lane_busy_s={},
         lane_bytes={"ssd_read": 7, "ssd_write": 5},
         num_ops=1,
         device_resident_peak_bytes=0,

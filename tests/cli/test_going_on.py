@@ -38,7 +38,7 @@ def report(step: int) -> StepReport:
     names = "device_peak_bytes host_peak_bytes pinned_bytes device_resident_peak_bytes host_resident_peak_bytes ssd_resident_peak_bytes"
     return StepReport(
         step=step, loss=1.0, grad_norm=1.0, lr=1e-3, num_tokens=30, num_targets=20, skipped=False, loss_scale=1.0, step_s=0.5,
-        lane_busy_s={}, lane_bytes={}, num_ops=1, **dict.fromkeys(names.split(), 0),
+        lane_bytes={}, num_ops=1, **dict.fromkeys(names.split(), 0),
     )  # fmt: skip
 
 
@@ -238,3 +238,21 @@ def test_another_models_weights_of_the_same_shapes_are_told_apart(model_folder: 
     content[middle : middle + 8] = bytes(byte ^ 255 for byte in content[middle : middle + 8])
     path.write_bytes(bytes(content))
     assert fingerprint_weights(str(other)) != fingerprint_weights(str(model_folder))
+
+
+def test_a_row_that_can_wait_is_written_with_the_next_one_before_a_checkpoint_and_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+
+    def steps() -> list[int]:
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+    with MetricsFile(path) as metrics:
+        metrics.write(report(1), can_wait=True)
+        assert steps() == []
+        metrics.write(report(2), can_wait=True)
+        assert steps() == [1]
+        metrics.write_due()
+        metrics.write_due()
+        assert steps() == [1, 2]
+        metrics.write(report(3), can_wait=True)
+    assert steps() == [1, 2, 3]

@@ -299,3 +299,33 @@ def test_what_an_op_costs_does_not_grow_with_the_number_of_ops() -> None:
         assert exposed["host_update"] == pytest.approx(0.9 * count * 3 / 4)
         seconds[count] = min(took) / count
     assert seconds[20_000] < 10e-6 and seconds[20_000] < 4 * seconds[2_000], seconds
+
+
+# -- when it is found out --------------------------------------------------------------------------------------------
+
+
+def test_a_report_that_nobody_keeps_is_never_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    trace = Recorder.trace
+    monkeypatch.setattr(Recorder, "trace", lambda *args: built.append(1) or trace(*args))
+    with open_session(parameters="host", states="host") as session:
+        for step in range(3):
+            assert session.step(batches(step)).step_s > 0
+        assert not built
+
+
+def test_a_report_that_is_kept_is_traced_while_the_next_step_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    trace = Recorder.trace
+    with open_session(parameters="host", states="host") as session:
+        monkeypatch.setattr(Recorder, "trace", lambda *args: built.append(where[0]) or trace(*args))
+        where = ["between"]
+        first = session.step(batches(0))
+        assert not built
+        settle = session.executor._settle
+        session.executor._settle = lambda *args: (where.__setitem__(0, "settled"), settle(*args))[1]  # type: ignore[method-assign]
+        second = session.step(batches(1))
+        assert built == ["between"], "before the second step's ops were waited for"
+        assert first.read_times._lazy is None, "its events are given back"  # type: ignore[attr-defined]
+        assert sum(first.exposed_s.values()) + first.lane_busy_s["compute"] == pytest.approx(first.step_s, rel=1e-6, abs=1e-5)
+        assert second.lane_busy_s["compute"] > 0 and second.times is second.times

@@ -337,7 +337,7 @@ def _train(
                 if is_evaluated and math.isfinite(report.loss):
                     _evaluate(session, data, course)
             finally:  # the step was made, whatever became of the evaluation
-                metrics.write(report, held_out_loss=course.held_out.get(report.step))
+                metrics.write(report, held_out_loss=course.held_out.get(report.step), can_wait=True)
             line.show(report, held_out_loss=course.held_out.get(report.step))
             export_if_chosen(session, options, console, report, num_steps, will_stop=stop.is_requested)
             if not math.isfinite(report.loss):
@@ -348,6 +348,7 @@ def _train(
             is_due = options.checkpoint_every is not None and course.step % options.checkpoint_every == 0
             warning = session.memory_warning
             if is_saving and (is_due or stop.is_requested or warning is not None or course.step == num_steps):
+                metrics.write_due()
                 save()
             if warning is not None and course.step < num_steps:
                 raise HostMemoryError(f"{warning}. {_farewell(options, course.step, num_steps, is_saving)}")

@@ -140,6 +140,8 @@ class MetricsFile:
         self._warn = warn
         self._waiting: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MOST_WAITING_ROWS)
         """(step, row) of what could not be written."""
+        self._due: tuple[StepFacts, float | None] | None = None
+        """A step whose row can wait for the next one."""
         try:
             kept = _rows_up_to(path, resume_after) if resume_after is not None else []
             replace_text(path, "".join(kept))
@@ -153,6 +155,7 @@ class MetricsFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.write_due()
         if self._waiting:
             self._write_waiting(is_last=True)
         try:
@@ -160,8 +163,25 @@ class MetricsFile:
         except OSError as failure:
             self._warn(f"cannot close {self.path}: {failure.strerror} (errno {failure.errno}); its last rows may be missing")
 
-    def write(self, report: StepFacts, *, held_out_loss: float | None = None) -> None:
-        """Append one step, with the held-out loss if it was evaluated after it; a failure is a warning, and the row waits."""
+    def write(self, report: StepFacts, *, held_out_loss: float | None = None, can_wait: bool = False) -> None:
+        """Append one step, with the held-out loss if it was evaluated after it; a failure is a warning, and the row waits.
+
+        Args:
+            can_wait: until the next step, `write_due`, or the end: where its time went is then found out while that step computes.
+        """
+        self.write_due()
+        if can_wait:
+            self._due = (report, held_out_loss)
+        else:
+            self._write_row(report, held_out_loss)
+
+    def write_due(self) -> None:
+        """Append the step that waits for the next one, if there is one."""
+        if self._due is not None:
+            due, self._due = self._due, None
+            self._write_row(*due)
+
+    def _write_row(self, report: StepFacts, held_out_loss: float | None) -> None:
         row = metrics_row(report)
         if held_out_loss is not None:
             row["held_out_loss"] = held_out_loss if math.isfinite(held_out_loss) else None

@@ -35,7 +35,7 @@ from overspill.runtime.graphs import BlockGraphs, CudaRecorder, LaunchRecorder
 from overspill.runtime.lanes import Abandoned, Completion, Job, Lanes
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
-from overspill.runtime.trace import Recorder
+from overspill.runtime.trace import LazyTrace, Recorder
 from overspill.runtime.updating import UpdateContext, Updater
 from overspill.runtime.verdicts import VerdictMemory, Verdicts
 from overspill.runtime.visit import TORCH_DTYPES, Visit
@@ -43,7 +43,7 @@ from overspill.spec.plan import Plan
 from overspill.spec.report import LINK_LANES, StepFigures
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Phase, Piece, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
-from overspill.spec.trace import Span, StepTrace, lane_busy_s
+from overspill.spec.trace import Span, StepTrace
 
 
 class Executor:
@@ -83,10 +83,15 @@ class Executor:
         """Bundles of which the step that runs has begun to update a chunk, for the error that stops it half-way."""
         self.has_landed = False
         """Whether all updates of the last schedule, and all that they wrote back to homes, are complete, however it ended."""
-        self.trace: StepTrace | None = None
+        self.while_waiting: Callable[[], None] = lambda: None
+        """Called in every schedule when all its ops are under way."""
+        self.lazy_trace: LazyTrace | None = None
         """When each op of the last schedule ran."""
-        self.trace_s = 0.0
-        """What it took to put that together, after the schedule had ended."""
+
+    @property
+    def trace(self) -> StepTrace | None:
+        """Of the last schedule."""
+        return self.lazy_trace.get() if self.lazy_trace is not None else None
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -118,6 +123,7 @@ class Executor:
         try:
             with self._seeded_apart():
                 step.dispatch_all()
+            self.while_waiting()
             failure = self._settle(schedule, step.completions, None)
         except BaseException as error:  # also Ctrl-C on the way into settling
             failure = self._settle(schedule, step.completions, error)
@@ -125,11 +131,9 @@ class Executor:
             raise failure
         check_losses(micro_batches, context.step)
         step_s = time.perf_counter() - base_s
-        self.trace = step.recorder.trace(schedule, step.completions, step_s)
-        self._judge_launches(schedule, step.completions)
-        figures = self._figures(schedule, step_s)
-        self.trace_s = time.perf_counter() - base_s - step_s
-        return figures, step.gradients
+        self.lazy_trace = LazyTrace(step.recorder, schedule, step.completions, step_s)
+        self._judge_launches(schedule, step.completions, base, base_s)
+        return self._figures(schedule, step_s), step.gradients
 
     def close(self) -> None:
         """End the lanes and drop the recordings."""
@@ -191,13 +195,14 @@ class Executor:
         budget = self.plan.device_budget_bytes
         return budget is None or self.residency.peak_bytes[Tier.DEVICE] + self.plan.device_working_bytes <= budget
 
-    def _judge_launches(self, schedule: Schedule, completions: Sequence[Completion]) -> None:
-        """Tell `graphs` what bounded the blocks of the last schedule."""
+    def _judge_launches(self, schedule: Schedule, completions: Sequence[Completion], base: torch.cuda.Event | None, base_s: float) -> None:
+        """Tell `graphs` what bounded the blocks of the last schedule, until it knows enough."""
+        if self.graphs.recorder is None or self.graphs.is_wanted:
+            return
         blocks = {unit.name for unit in self.plan.units[1:-1]}
-        indices = [index for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]
-        chosen = set(indices)
-        device_s = sum(span.end_s - span.start_s for span in self.spans if span.op in chosen)
-        self.graphs.judge(launch_s=sum(completions[index].issue_s for index in indices), device_s=device_s)
+        ran = [completions[index] for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]
+        spans_s = [completion.span_s(base, base_s) for completion in ran]
+        self.graphs.judge(launch_s=sum(item.issue_s for item in ran), device_s=sum(end_s - begin_s for begin_s, end_s in spans_s))
 
     def _figures(self, schedule: Schedule, step_s: float) -> StepFigures:
         lane_bytes = dict.fromkeys(LINK_LANES, 0)
@@ -206,7 +211,6 @@ class Executor:
                 lane_bytes[item.lane.value] += item.op.num_bytes
         return StepFigures(
             step_s=step_s,
-            lane_busy_s=lane_busy_s(self.spans),
             lane_bytes=lane_bytes,
             num_ops=len(schedule.ops),
             device_resident_peak_bytes=self.residency.peak_bytes[Tier.DEVICE],

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +158,7 @@ class Session(Closing):
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._programs = Programs(self.plan)
         self._timing = StepTiming(lambda: self._measure_rates(files))
+        self.executor.while_waiting = self._timing.read_previous
 
     # -- work --------------------------------------------------------------------------------------------------------
 
@@ -205,10 +205,7 @@ class Session(Closing):
             self._failure = f"step {number} was made but not counted: {type(error).__name__}: {error}"
             raise
         pools = self.pool_reports()
-        assert self.executor.trace is not None
-        begun_s = time.perf_counter()
-        exposed, floor = self._timing.after_step(number, self.executor.trace)
-        trace_s = self.executor.trace_s + time.perf_counter() - begun_s
+        assert self.executor.lazy_trace is not None
         return StepReport(
             **_fields(figures),
             step=number,
@@ -226,9 +223,7 @@ class Session(Closing):
             pool_waste_bytes=sum(pool.peak_bytes - pool.peak_asked_bytes for pool in pools),
             pool_one_size_bytes=sum(pool.one_size_bytes for pool in pools),
             ssd_life_written_bytes=self.wear.after_step(figures.step_s) if self.wear is not None else 0,
-            exposed_s=exposed,
-            floor=floor,
-            trace_s=trace_s,
+            read_times=self._timing.after_step(number, self.executor.lazy_trace),
         )
 
     @property

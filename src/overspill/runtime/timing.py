@@ -2,16 +2,22 @@
 
 Rule 1. Rates are measured when somebody first asks for a floor, between steps, once a session; from then on every report has its floor.
 Rule 2. The trace is of the last training step, whatever was evaluated or flushed since.
+Rule 3. Reading a step's times takes milliseconds. It happens when somebody asks, at the latest when the next step's ops are all under way
+    and this thread has nothing to do but wait: a report that nobody looks at costs no step any time, and holds no events for long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+import weakref
+from collections.abc import Callable
 
 from overspill.planning.floor import StepWork, build_step_work
+from overspill.runtime.trace import LazyTrace
 from overspill.spec.rates import Floor, LaneRates
+from overspill.spec.report import StepTimes
 from overspill.spec.schedule import Lane, Schedule
-from overspill.spec.trace import StepTrace, exposed_s, find_idle
+from overspill.spec.trace import StepTrace, exposed_s, find_idle, lane_busy_s
 
 
 class StepTiming:
@@ -28,7 +34,13 @@ class StepTiming:
         """Of the last step's program, which the next step most likely runs again."""
         self.step = 0
         """That `trace` is of."""
-        self.trace: StepTrace | None = None
+        self._lazy: LazyTrace | None = None
+        self._previous: weakref.ref[LazyTimes] | None = None
+        """Of the last step's report."""
+
+    @property
+    def trace(self) -> StepTrace | None:
+        return self._lazy.get() if self._lazy is not None else None
 
     @property
     def has_rates(self) -> bool:
@@ -41,10 +53,27 @@ class StepTiming:
             self._rates = self._measure()
         return self._rates
 
-    def after_step(self, step: int, trace: StepTrace) -> tuple[Mapping[str, float], Floor | None]:
-        """Exposed seconds of each lane, and the floor if somebody has asked for one."""
-        self.step, self.trace = step, trace
-        return exposed_s(find_idle(trace.spans, trace.step_s)), self.floor() if self._rates is not None else None
+    def after_step(self, step: int, lazy: LazyTrace) -> LazyTimes:
+        """The step's times, read when they are asked for."""
+        self.step, self._lazy = step, lazy
+        times = LazyTimes(self, lazy)
+        self._previous = weakref.ref(times)
+        return times
+
+    def read_previous(self) -> None:
+        """While the next step's work is under way: read the times of the step before, if anybody still has its report (rule 3)."""
+        times = self._previous() if self._previous is not None else None
+        if times is not None:
+            times()
+
+    def read(self, lazy: LazyTrace) -> StepTimes:
+        """The floor is among them if somebody has asked for the rates by then."""
+        begun_s = time.perf_counter()
+        trace = lazy.get()
+        exposed = exposed_s(find_idle(trace.spans, trace.step_s))
+        floor = self._floor_of(trace) if self._rates is not None else None
+        busy = lane_busy_s(trace.spans)
+        return StepTimes(lane_busy_s=busy, exposed_s=exposed, floor=floor, trace_s=time.perf_counter() - begun_s)
 
     def floor(self) -> Floor:
         """Of the last step; asks for the rates.
@@ -54,15 +83,34 @@ class StepTiming:
         """
         if self.trace is None:
             raise ValueError("there is no step yet whose floor could be told; make one first")
-        schedule = self.trace.schedule
+        return self._floor_of(self.trace)
+
+    def _floor_of(self, trace: StepTrace) -> Floor:
+        schedule = trace.schedule
         if self._work is None or self._work[0] is not schedule:
             self._work = (schedule, build_step_work(schedule, self.rates))
         work = self._work[1]
         forward_s = backward_s = 0.0
-        for span in self.trace.spans:
+        for span in trace.spans:
             if span.lane is Lane.COMPUTE:
                 if span.op < work.first_backward:
                     forward_s += span.end_s - span.start_s
                 else:
                     backward_s += span.end_s - span.start_s
         return work.floor(forward_s=forward_s, backward_s=backward_s)
+
+
+class LazyTimes:
+    """Reads a step's times once; afterwards it holds no trace, which has an event or two of every op."""
+
+    def __init__(self, timing: StepTiming, lazy: LazyTrace) -> None:
+        self._timing = timing
+        self._lazy: LazyTrace | None = lazy
+        self._times: StepTimes | None = None
+
+    def __call__(self) -> StepTimes:
+        if self._times is None:
+            assert self._lazy is not None
+            self._times = self._timing.read(self._lazy)
+            self._lazy = None
+        return self._times

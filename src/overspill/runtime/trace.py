@@ -1,6 +1,7 @@
 """From completions to a trace: when each op of a schedule that has ended ran, and what it waited for.
 
-While a step runs, an op costs it one clock reading and one list; the rest is done here when the step has ended, outside of its time.
+While a step runs, an op costs it one clock reading and one list; the rest is done here when somebody asks for it (`LazyTrace`), outside
+of its time.
 
 Rules:
 
@@ -56,3 +57,20 @@ class Recorder:
             num_bytes = op.num_bytes if kind is Fetch or kind is Evict else 0  # type: ignore[union-attr]
             spans.append(Span(index, item.lane, begin_s, end_s, submitted_s, ready_s, num_bytes, tuple(waits)))
         return StepTrace(schedule=schedule, spans=tuple(spans), step_s=step_s)
+
+
+class LazyTrace:
+    """A trace that is put together when it is first asked for."""
+
+    def __init__(self, recorder: Recorder, schedule: Schedule, completions: Sequence[Completion], step_s: float) -> None:
+        self._source: tuple[Recorder, Schedule, Sequence[Completion], float] | None = (recorder, schedule, completions, step_s)
+        self._trace: StepTrace | None = None
+
+    def get(self) -> StepTrace:
+        """Asks each op's events for their times, once."""
+        if self._trace is None:
+            assert self._source is not None
+            recorder, schedule, completions, step_s = self._source
+            self._trace = recorder.trace(schedule, completions, step_s)
+            self._source = None
+        return self._trace

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 from overspill.spec.rates import Floor
 
@@ -16,8 +17,6 @@ class StepFigures:
 
     step_s: float
     """Wall time of the step."""
-    lane_busy_s: Mapping[str, float]
-    """Seconds in which a lane had work."""
     lane_bytes: Mapping[str, int]
     """Bytes that crossed each link; exact on both sides."""
     num_ops: int
@@ -39,6 +38,8 @@ class StepFigures:
 class Prediction(StepFigures):
     """Made by `planning.simulate`."""
 
+    lane_busy_s: Mapping[str, float]
+    """Seconds in which a lane has work."""
     source: str
     """Whether the rates behind its times were assumed or measured."""
 
@@ -104,8 +105,27 @@ class PoolReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class StepTimes:
+    """Where a step's time went."""
+
+    lane_busy_s: Mapping[str, float]
+    """Seconds in which a lane had work."""
+    exposed_s: Mapping[str, float]
+    """Seconds of the step in which the compute lane was idle and waited for that lane, or for `dispatch` (`spec/trace.py`); with
+    `lane_busy_s["compute"]` they sum to `step_s`."""
+    floor: Floor | None
+    """None: nobody has asked the session for its rates yet."""
+    trace_s: float
+    """What it took to find this out, when it was asked for; not in `step_s`."""
+
+
+def _no_times() -> StepTimes:
+    return StepTimes(lane_busy_s={}, exposed_s={}, floor=None, trace_s=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class StepReport(StepFigures):
-    """Made by the executor."""
+    """Made by the executor. Where its time went is found out when it is first asked for (`times`)."""
 
     step: int
     """Optimizer step, from 1."""
@@ -134,13 +154,28 @@ class StepReport(StepFigures):
     ssd_life_written_bytes: int = 0
     """Everything overspill ever wrote in the SSD directory, this step included; 0 without one."""
 
-    exposed_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Seconds of the step in which the compute lane was idle and waited for that lane, or for `dispatch` (`spec/trace.py`); with
-    `lane_busy_s["compute"]` they sum to `step_s`."""
-    floor: Floor | None = None
-    """None: nobody has asked the session for its rates yet."""
-    trace_s: float = 0.0
-    """What it took after the step to find out what is said here of its time; not in `step_s`."""
+    read_times: Callable[[], StepTimes] = dataclasses.field(default=_no_times, repr=False, compare=False)
+    """Called once, when one of the times is first asked for: the figures of a step of 550 ops take milliseconds to put together."""
+
+    @functools.cached_property
+    def times(self) -> StepTimes:
+        return self.read_times()
+
+    @property
+    def lane_busy_s(self) -> Mapping[str, float]:
+        return self.times.lane_busy_s
+
+    @property
+    def exposed_s(self) -> Mapping[str, float]:
+        return self.times.exposed_s
+
+    @property
+    def floor(self) -> Floor | None:
+        return self.times.floor
+
+    @property
+    def trace_s(self) -> float:
+        return self.times.trace_s
 
     @property
     def floor_s(self) -> float | None:
