@@ -74,7 +74,7 @@ class Overspill:
         states = {"fp32": "fp32 master weights and moments", "bf16": "bf16 moments, no masters, stochastic rounding"}[request.state_format]
         self.precision = f"bf16 parameters, {states}"
         model = build_windowed_model(SHAPES[row.shape], dtype=dtype, max_positions=max(4096, row.seq_len))
-        self.session = overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=LEARNING_RATE))
+        self.session = overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=LEARNING_RATE), cuda_graphs=True)
         self.reports: list[overspill.StepReport] = []
         self.floor_error: str | None = None
 

@@ -63,7 +63,7 @@ class Executor:
         *,
         serial: bool = False,
         recorder: LaunchRecorder | None = None,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool = False,
     ) -> None:
         self.plan, self.residency = plan, residency
         self.model = model

@@ -76,7 +76,8 @@ class Session(Closing):
         serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
         compile: let `torch.compile` fuse the blocks' elementwise work, once a kind of block (tens of seconds at the first step). Other
             roundings than the model's own code, and forward and recomputation are compiled apart.
-        cuda_graphs: let blocks whose launches take longer than their work be launched as one; the same bits. No effect on the CPU.
+        cuda_graphs: let blocks whose launches take longer than their work be launched as one; the same bits. No effect on the CPU. Off by
+            default: the tests that hold it to the bit on a GPU have not all passed yet (docs/log.md).
         calls, space, num_threads: of the files on the SSD; threads for each place; tests give a `FaultInjector` (no effect with
             `open_store`).
         ssd_overwrite: block devices among the plan's places whose content may be lost.
@@ -105,7 +106,7 @@ class Session(Closing):
         num_threads: int = 4,
         serial: bool = False,
         compile: bool = False,
-        cuda_graphs: bool = True,
+        cuda_graphs: bool = False,
         ssd_overwrite: Sequence[str] = (),
     ) -> None:
         self.optimizer, self.seed = optimizer, seed
