@@ -1,0 +1,188 @@
+"""Finds races without a GPU and without luck: what touches a buffer must come after what touched it before, by waits alone.
+
+On the CPU compute is done when it is dispatched, so a wait that is missing changes nothing there; on a GPU the kernels run later and
+the bits are wrong, sometimes. `watch` therefore looks at waits instead of results. While a schedule is dispatched it writes down, op
+by op, which bytes each reads and writes (from `effects` and the residency's buffers) and what it waits for (the schedule's waits and
+those that came with buffers), as if nothing ever ended before the step does. Then two ops that touch the same bytes, one of them
+writing, must be ordered: by a chain of waits, or by a lane whose work ends in order (all but the SSD's, whose transfers overtake
+each other).
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import pytest
+
+import overspill
+from overspill.runtime import executor as executor_module
+from overspill.runtime.lanes import Completion
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Piece, Role, Update, effects
+from overspill.spec.tensors import Tier
+
+UNORDERED = (Lane.SSD_READ, Lane.SSD_WRITE)
+
+
+class SoFar:
+    """Stands for all compute that was dispatched until now, the op that is dispatched included."""
+
+    lane = Lane.COMPUTE
+    is_done = False
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def wait(self) -> None: ...
+
+    def wait_on(self, stream: object) -> None: ...
+
+    def settle(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    op: int
+    space: Hashable
+    """Memory, or one record on the SSD."""
+    start: int
+    end: int
+    writes: bool
+
+
+@dataclasses.dataclass
+class Races:
+    """What `watch` saw."""
+
+    found: list[str] = dataclasses.field(default_factory=list)
+    num_ops: int = 0
+    num_pairs: int = 0
+    """Of accesses that were held against each other."""
+
+
+@contextlib.contextmanager
+def watch(session: overspill.Session, monkeypatch: pytest.MonkeyPatch) -> Iterator[Races]:
+    """Look at every schedule that the session runs inside."""
+    races = Races()
+    steps: dict[int, _StepWatch] = {}
+    dispatch, dispatch_all = executor_module._Step._dispatch, executor_module._Step.dispatch_all
+
+    def watched(self: Any, item: Any) -> Completion:
+        return steps[id(self)].dispatch(dispatch, item)
+
+    def all_watched(self: Any) -> None:
+        steps[id(self)] = _StepWatch(self)
+        dispatch_all(self)
+        steps.pop(id(self)).judge(races)
+
+    with monkeypatch.context() as patch:
+        # Whatever has ended on this machine may be under way on another: no wait is left out because it is over.
+        patch.setattr(Completion, "is_done", property(lambda self: False))
+        patch.setattr(executor_module._Step, "_dispatch", watched)
+        patch.setattr(executor_module._Step, "dispatch_all", all_watched)
+        patch.setattr(session.residency, "device_work", lambda: (SoFar(_StepWatch.index),))
+        yield races
+
+
+class _StepWatch:
+    index = -1
+    """Of the op that is dispatched now; one step runs at a time."""
+
+    def __init__(self, step: Any) -> None:
+        self.step = step
+        self.accesses: list[Access] = []
+        self.alive: list[object] = []
+        """Every tensor that was seen: its address must not be used again for another one within the step."""
+        _StepWatch.index = -1
+
+    def dispatch(self, original: Any, item: Any) -> Completion:
+        _StepWatch.index += 1
+        op = item.op
+        effect = effects(op, self.step.plan)
+        if not isinstance(op, Free):
+            for piece, tier in effect.reads:
+                self.note(piece, tier, writes=(piece, tier) in effect.changes)
+            if isinstance(op, Update):
+                self.note(Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk), op.tier, writes=False)
+        existed = {key for key in ((piece, tier) for piece, tier, _ in effect.creates) if self.step.residency.has(*key)}
+        for piece, tier in existed if not isinstance(op, Free) else ():
+            self.note(piece, tier, writes=True)
+        completion = original(self.step, item)
+        for piece, tier, _ in effect.creates:
+            if (piece, tier) not in existed and not (isinstance(op, Compress) and op.is_in_place):
+                self.note(piece, tier, writes=True)
+        return completion
+
+    def note(self, piece: Piece, tier: Tier, *, writes: bool) -> None:
+        residency = self.step.residency
+        if tier is Tier.SSD:
+            store, name = residency.record_of(piece)
+            self.accesses.append(Access(_StepWatch.index, (id(store), name), 0, 1, writes))
+            return
+        tensor = residency.bytes_of(piece, tier)
+        self.alive.append(tensor)
+        self.accesses.append(Access(_StepWatch.index, "memory", tensor.data_ptr(), tensor.data_ptr() + tensor.numel(), writes))
+
+    def judge(self, races: Races) -> None:
+        before = self.ancestors()
+        ops = self.step.schedule.ops
+        races.num_ops += len(ops)
+        by_space: dict[Hashable, list[Access]] = {}
+        for access in self.accesses:
+            by_space.setdefault(access.space, []).append(access)
+        for accesses in by_space.values():
+            for one, other in _overlapping(accesses):
+                first, second = sorted((one, other), key=lambda access: access.op)
+                if first.op == second.op or not (first.writes or second.writes):
+                    continue
+                races.num_pairs += 1
+                if not before[second.op] >> first.op & 1:
+                    what = f"op {first.op} ({_name(ops[first.op])}) and op {second.op} ({_name(ops[second.op])})"
+                    races.found.append(f"{what} touch {second.space} {second.start:#x} and nothing orders them")
+
+    def ancestors(self) -> list[int]:
+        """For every op the set of ops that have ended when it begins, as bits."""
+        numbers = {id(completion): index for index, completion in enumerate(self.step.completions)}
+        before: list[int] = []
+        last_of_lane: dict[Lane, int] = {}
+        last_compute: list[int] = []
+        for index, item in enumerate(self.step.schedule.ops):
+            earlier = 0
+            for wait in self.step.recorder.waits[index]:
+                if isinstance(wait, SoFar):  # the last compute op up to it, and so all before that
+                    number = last_compute[bisect.bisect_right(last_compute, wait.index) - 1] if last_compute else None
+                else:
+                    number = numbers.get(id(wait))
+                if number is not None and number < index:
+                    earlier |= before[number] | 1 << number
+            if item.lane not in UNORDERED and not isinstance(item.op, Free):
+                if item.lane in last_of_lane:
+                    number = last_of_lane[item.lane]
+                    earlier |= before[number] | 1 << number
+                last_of_lane[item.lane] = index
+            before.append(earlier)
+            if item.lane is Lane.COMPUTE and not isinstance(item.op, Free):
+                last_compute.append(index)
+        return before
+
+
+def _overlapping(accesses: list[Access]) -> Iterator[tuple[Access, Access]]:
+    """Pairs that share a byte."""
+    open_now: list[Access] = []
+    for access in sorted(accesses, key=lambda item: (item.start, item.end)):
+        open_now = [other for other in open_now if other.end > access.start]
+        for other in open_now:
+            yield other, access
+        open_now.append(access)
+
+
+def _name(item: Any) -> str:
+    op = item.op
+    if isinstance(op, Fetch | Evict):
+        return f"{item.lane.value} {op.piece}"
+    if isinstance(op, Compute):
+        return f"{op.phase.value} {op.unit} {op.micro_batch}"
+    return f"{type(op).__name__.lower()} {getattr(op, 'bundle', '')}"

@@ -1,0 +1,101 @@
+"""No two ops touch the same bytes unless waits order them, on every placement; and the watch finds the races that once were."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+from happens_before import watch
+from tiny_models import tiny_model
+from training_loop import make_batches
+
+import overspill
+from overspill.runtime.residency import Residency
+from overspill.spec.schedule import Piece, Role
+from overspill.spec.tensors import Tier
+from overspill.tiers import FakeStore, SlotPool
+
+TIERS = ["device", "host", "ssd"]
+
+
+def open_session(dtype: str = "bfloat16", name: str = "llama", **fields: object) -> overspill.Session:
+    model = tiny_model(name).to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    defaults: dict[str, object] = {"seq_len": 12, "micro_batch": 2, "device": "cpu", "accumulate": 4, "ssd_dir": "fake"}
+    return overspill.Session(
+        model,
+        plan=overspill.PlanRequest(dtype=dtype, **{**defaults, **fields}),  # type: ignore[arg-type]
+        optimizer=overspill.AdamW(lr=1e-2),
+        chunk_bytes=32 * 1024,
+        open_store=lambda directory, capacity_bytes, is_scratch: FakeStore(capacity_bytes),
+    )
+
+
+def train(session: overspill.Session, *, num_steps: int = 2) -> None:
+    for step in range(num_steps):
+        session.step(make_batches(session.plan.accumulate, vocab_size=96, seed=step))
+    session.evaluate(make_batches(2, vocab_size=96, seed=9))
+    session.step(make_batches(session.plan.accumulate, vocab_size=96, seed=10))
+
+
+@pytest.mark.parametrize(("parameters", "states"), list(itertools.product(TIERS, TIERS)))
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
+def test_waits_order_everything_that_shares_bytes(
+    parameters: str, states: str, clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    position = TIERS.index(parameters) + 2 * TIERS.index(states) + (clip is not None)
+    fields = {"boundaries": TIERS[position % 3], "group_size": [4, 2, 1, 3][position % 4], "clip": clip}
+    dtype, name = [("bfloat16", "llama"), ("float32", "llama_tied")][position % 2]
+    with open_session(dtype, name, parameters=parameters, states=states, **fields) as session:
+        with watch(session, monkeypatch) as races:
+            train(session)
+        assert races.found == []
+        assert races.num_ops > 200 and races.num_pairs > 300, "the watch saw hardly anything"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_waits_order_everything_in_random_plans(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = random.Random(seed)
+    for _ in range(3):
+        fields: dict[str, object] = {
+            "parameters": choose.choice(TIERS), "states": choose.choice(TIERS), "boundaries": choose.choice(TIERS),
+            "clip": choose.choice([None, 1.0]), "group_size": choose.choice([1, 2, 3, 4]), "accumulate": choose.choice([1, 2, 4]),
+            "device_states_bytes": choose.choice([None, 0, 60_000, 200_000]),
+        }  # fmt: skip
+        with open_session(choose.choice(["bfloat16", "float32"]), choose.choice(["llama", "llama_tied", "gpt2"]), **fields) as session:
+            session.executor.graphs.is_wanted = choose.random() < 0.5  # a pool that keeps its slots in order
+            with watch(session, monkeypatch) as races:
+                train(session, num_steps=1)
+        assert races.found == [], fields
+
+
+def test_the_watch_finds_a_sum_given_back_before_it_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until 2026-11-22 `compress` dropped partial gradients without the cast that reads them."""
+    drop = Residency.drop
+
+    def forgetful(self: Residency, piece: Piece, tier: Tier, work: object = ()) -> None:
+        drop(self, piece, tier, () if piece.role is Role.PARTIAL_GRADIENT else work)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Residency, "drop", forgetful)
+    with open_session(parameters="host", states="host", boundaries="device") as session:
+        with watch(session, monkeypatch) as races:
+            train(session)
+        assert any("compress" in race and "h2d" in race for race in races.found)
+
+
+def test_the_watch_finds_slots_lent_without_the_work_that_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire = SlotPool.acquire
+
+    def forgetful(self: SlotPool, num_bytes: int):  # type: ignore[no-untyped-def]
+        slot = acquire(self, num_bytes)
+        if self.name == "device":  # compute is done when it is dispatched here: nothing is harmed
+            slot.after = ()
+        return slot
+
+    monkeypatch.setattr(SlotPool, "acquire", forgetful)
+    with open_session(parameters="host", states="host", boundaries="device") as session:
+        with watch(session, monkeypatch) as races:
+            train(session)
+        assert any("h2d" in race and "forward" in race for race in races.found)
