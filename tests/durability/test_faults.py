@@ -78,10 +78,12 @@ def test_a_fault_while_lanes_overlap_is_an_error_that_names_it_or_changes_nothin
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("serial", [True, False], ids=["serial", "overlapping"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_fault_at_every_call_is_an_error_that_names_it_or_changes_nothing(kind: FaultKind, tmp_path: Path, expected: Weights) -> None:
-    break_calls(kind, tmp_path, expected, num_calls=None)
-    break_calls(kind, tmp_path, expected, num_calls=None, serial=False)
+def test_a_fault_at_every_call_is_an_error_that_names_it_or_changes_nothing(
+    kind: FaultKind, serial: bool, tmp_path: Path, expected: Weights
+) -> None:
+    break_calls(kind, tmp_path, expected, num_calls=None, serial=serial)
 
 
 def break_calls(kind: FaultKind, tmp_path: Path, expected: Weights, *, num_calls: int | None, serial: bool = True) -> None:
