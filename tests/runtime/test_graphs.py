@@ -196,3 +196,44 @@ def test_blocks_are_recorded_once_a_settled_step_was_bound_by_launches() -> None
         for _ in range(4):
             without.judge(launch_s=1.0, device_s=1.0)
         assert not without.is_wanted
+
+
+@pytest.mark.parametrize("group_size", [4, 1])
+def test_memory_that_runs_out_around_a_replay_adds_no_gradient_twice(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The op is run again then, so a replay that has added to gradients must be the last thing that could fail."""
+    failures = []
+
+    class FullDevice(RepeatingRecorder):
+        """After some replays there is no memory, until that was noticed."""
+
+        num_replays, is_full = 0, False
+
+        def record(self, run: Callable[[], None]) -> graphs.Replay:
+            super().record(run)
+
+            def replay() -> None:
+                run()
+                self.num_replays += 1
+                self.is_full = self.num_replays % 7 == 0
+
+            return replay
+
+    recorder = FullDevice()
+
+    def failing(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate(*args: object, **kwargs: object) -> torch.Tensor:
+            if recorder.is_full:
+                recorder.is_full = False
+                failures.append(original)
+                raise torch.OutOfMemoryError("no memory left")
+            return original(*args, **kwargs)
+
+        return allocate
+
+    with open_session("llama", group_size=group_size) as session:
+        monkeypatch.setattr(graphs.torch, "empty_like", failing(torch.empty_like))
+        monkeypatch.setattr(torch.Tensor, "clone", failing(torch.Tensor.clone))
+        result = train(session, recorder)
+        monkeypatch.undo()
+    assert failures
+    assert_same(result, plain("llama", None))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from training_loop import make_batches
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import overspill
 from overspill.errors import StorageError
@@ -260,6 +261,31 @@ def test_an_exported_trace_has_a_slice_for_every_op_in_words_and_no_two_overlap_
     ends = {event["id"]: event for event in events if event["ph"] == "f"}
     assert starts and starts.keys() == ends.keys()
     assert all(starts[number]["ts"] <= ends[number]["ts"] for number in starts)
+
+
+def test_a_trace_has_tracks_for_as_many_transfers_as_were_under_way(tmp_path: Path) -> None:
+    """A unit of many chunks on the SSD is read ahead as a whole, however slow the drive is."""
+    config = LlamaConfig(vocab_size=96, hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=2)
+    plan = overspill.PlanRequest(
+        dtype="float32", seq_len=12, micro_batch=2, accumulate=2, device="cpu", parameters="ssd", states="ssd", ssd_dir="fake"
+    )
+    with overspill.Session(
+        LlamaForCausalLM(config),
+        plan=plan,
+        optimizer=overspill.AdamW(lr=1e-2),
+        chunk_bytes=4096,
+        open_store=lambda directory, capacity_bytes, is_scratch: FakeStore(capacity_bytes, delay_s=0.01),
+    ) as session:
+        session.step(batches())
+        assert len(session.plan.bundles["model.layers.0"].chunks) > 50
+        events = json.loads(session.export_trace(tmp_path / "trace.json").read_text())["traceEvents"]
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert sum(name.startswith("ssd_read") for name in tracks.values()) > 32
+    assert len(set(tracks.values())) == len(tracks)
+    lanes = {"read": "ssd_read", "fetch": "h2d", "write": "ssd_write", "update": "host_update"}
+    for event in events:
+        if event["ph"] == "X" and event["name"].split()[0] in lanes:
+            assert tracks[event["tid"]].split()[0] == lanes[event["name"].split()[0]], event
 
 
 # -- its cost --------------------------------------------------------------------------------------------------------

@@ -36,8 +36,9 @@ _VERBS = {
     (Tier.DEVICE, Tier.HOST): "evict",
     (Tier.HOST, Tier.SSD): "write",
 }
-_TRACKS_PER_LANE = 32
-"""Numbers of tracks: those of a lane lie together. More transfers than that are not under way at one time."""
+_TRACKS_PER_LANE = 1 << 20
+"""Numbers of tracks: those of a lane lie together. A unit of many chunks on the SSD has as many reads under way, and a lane fewer ops
+than this."""
 _IDLE_TRACK = 1
 
 

@@ -146,16 +146,19 @@ class UnitRunner:
         with torch.enable_grad():
             output = self.model.run_block(op.unit, hidden, micro_batch.arguments, side_inputs=side_inputs or None)
         outputs, grad_outputs = [output.hidden], [above]
-        for tensor, gradient in zip(output.side_outputs, micro_batch.side_output_gradients.pop(op.unit, ()), strict=True):
+        for tensor, gradient in zip(output.side_outputs, micro_batch.side_output_gradients.get(op.unit, ()), strict=True):
             if gradient is not None:
                 outputs.append(tensor)
                 grad_outputs.append(gradient)
         names = visit.trainable
         inputs = [hidden, *side_inputs, *(visit.parameters[name] for name in names)]
         results = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
-        hidden_gradient = results[0] if results[0] is not None else torch.zeros_like(hidden)
-        for index, gradient in enumerate(results[1 : 1 + len(side_inputs)]):
-            self._add_side_gradient(micro_batch, index, gradient)
+        hidden_gradient = results[0].contiguous() if results[0] is not None else torch.zeros_like(hidden)
+        # All at once and after all else that needs memory: an op that runs out of it before a contribution to a parameter is run again.
+        micro_batch.side_gradients = [
+            _sum(total, gradient) for total, gradient in zip(micro_batch.side_gradients, results[1 : 1 + len(side_inputs)], strict=True)
+        ]
+        micro_batch.side_output_gradients.pop(op.unit, None)
         self._add_all(op.unit, visit, gradients, names, results[1 + len(side_inputs) :])
         return hidden_gradient
 
@@ -210,15 +213,14 @@ class UnitRunner:
         micro_batch.side_output_gradients = dict(output.side_output_gradients)
         self.residency.put_boundary(self._boundary(op.unit, op, Role.BOUNDARY_GRADIENT), output.hidden_gradient)
 
-    def _add_side_gradient(self, micro_batch: MicroBatch, index: int, gradient: torch.Tensor | None) -> None:
-        if gradient is not None:
-            total = micro_batch.side_gradients[index]
-            micro_batch.side_gradients[index] = gradient if total is None else total + gradient
-
     def _add_all(self, unit: str, visit: Visit, gradients: Gradients, names: Sequence[str], results: Sequence[torch.Tensor | None]) -> None:
         for name, gradient in zip(names, results, strict=True):
             if gradient is not None:
                 gradients.add(visit.bundle_of[name], unit, name, gradient)
+
+
+def _sum(total: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    return total + gradient if total is not None and gradient is not None else gradient if total is None else total
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

@@ -17,8 +17,9 @@ Rules:
 2. Not recorded: blocks with side inputs or side outputs, and blocks that draw random numbers.
 3. A block is recorded at the earliest when it has run `RUNS_BEFORE` times with the same dependencies, and only after a step was
    measured to be bound by launches (`judge`).
-4. A recording that fails ends all recording in this session; nothing has run then, and the block runs as ever.
-5. Recordings share one memory pool: at a time one is replayed, and what it leaves in the pool nobody reads.
+4. A replay of a backward needs no memory after it has begun: it has added to gradients then, and cannot be done again.
+5. A recording that fails ends all recording in this session; nothing has run then, and the block runs as ever.
+6. Recordings share one memory pool: at a time one is replayed, and what it leaves in the pool nobody reads.
 
 Limits: at most `MOST_RECORDINGS`; the memory of one block's activations is held for good.
 """
@@ -234,11 +235,12 @@ class BlockGraphs:
         recording, static = self._find(key, unit, hidden, arguments, run)
         if recording is None or static is None:
             return None
+        result = torch.empty_like(static.output)  # before the replay: what runs out of memory after it would be added twice
         static.hidden.copy_(hidden)
         static.above.copy_(above)
         recording.replay()
         self.num_replays += 1
-        return static.output.clone(), tuple(recording.used)
+        return result.copy_(static.output), tuple(recording.used)
 
     @contextlib.contextmanager
     def watch(self, unit: str) -> Iterator[None]:
