@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import overspill
 from overspill.errors import BudgetError, NonFiniteError, StorageError
+from overspill.huggingface.tail import forward_replaced
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.visit import Visit
 from overspill.scheduling import render_timeline
@@ -514,3 +515,24 @@ def test_the_slot_of_a_summed_gradient_is_lent_with_the_work_that_reads_it() -> 
         session.residency.drop = watched  # type: ignore[method-assign,assignment]
         session.step(batches(0, 1))
         assert lent and all(lent), "partial gradients were given back without what reads them"
+
+
+def test_what_an_interrupted_run_has_bound_and_replaced_is_put_back_and_stays_so() -> None:
+    """Ctrl-C may leave context managers half-way; they are collected some time later, perhaps during another visit."""
+    with open_session(None, llama(tied=False), parameters="device", states="device") as session:
+        model = session.model
+        expected = session.evaluate(batches()).loss
+        visit = Visit(session.plan, model, session.residency, "embedding").__enter__()
+        outer = model.bound("model.layers.0", Visit(session.plan, model, session.residency, "model.layers.0").parameters)
+        outer.__enter__()
+        replaced = forward_replaced(model._tail.owner, lambda *args, **kwargs: None)
+        replaced.__enter__()
+        model.unbind()
+        with Visit(session.plan, model, session.residency, "model.layers.0") as current:
+            outer.__exit__(None, None, None)
+            visit.__exit__(None, None, None)
+            replaced.__exit__(None, None, None)
+            assert model._bound["model.layers.0"] is current.parameters
+            weight = model._blocks["model.layers.0"].self_attn.q_proj._parameters["weight"]
+            assert weight is current.parameters["model.layers.0.self_attn.q_proj.weight"]
+        assert session.evaluate(batches()).loss == expected

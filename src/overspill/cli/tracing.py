@@ -50,4 +50,6 @@ def export_if_chosen(
         text = f"trace of step {report.step}: {session.export_trace(options.trace)}; open it in ui.perfetto.dev"
     except StorageError as error:
         text = str(error)
+    except Exception as error:  # the model is not saved yet, and worth more than a picture
+        text = f"no trace of step {report.step}: {type(error).__name__}: {error}"
     console.print(text, soft_wrap=True, highlight=False)

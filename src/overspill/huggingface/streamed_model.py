@@ -224,9 +224,18 @@ class StreamedModel:
             try:
                 yield
             finally:
-                del self._bound[unit]
+                if self._bound.get(unit) is tensors:  # `unbind` may have been there first
+                    del self._bound[unit]
         if unit in self._blocks and [(id(buffer), buffer._version) for buffer in self._blocks[unit].buffers()] != before:
             self._stack.refuse(f"{unit} writes to a buffer")
+
+    def unbind(self) -> None:
+        """After an interruption, which may come between any two lines of `bound` or of a run: nothing is bound, every place holds its
+        placeholder, and the model's own code is entered by nobody. What was interrupted and is collected later changes nothing."""
+        for slots in (self._outer_slots, *self._block_slots.values()):
+            slots.empty()
+        self._bound.clear()
+        self._tail.leave()
 
     def embed(self, batch: Mapping[str, Tensor]) -> Embedded:
         """The micro-batch's way to the first block, and every block's arguments; inside `bound("embedding", ...)`.

@@ -165,6 +165,14 @@ class Tail:
         self.body_names = tuple(body_names)
         self.head_names = tuple(head_names)
         self.has_router_loss = has_router_loss
+        self._own_forward = owner.__dict__.get("forward")
+        """What `forward_replaced` puts back; nearly always None, the class's own."""
+
+    def leave(self) -> None:
+        """After an interruption of `run`: the owner has its own forward again."""
+        self.owner.__dict__.pop("forward", None)
+        if self._own_forward is not None:
+            self.owner.__dict__["forward"] = self._own_forward
 
     def run(
         self,
@@ -312,7 +320,9 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     try:
         yield
     finally:
-        if before is None:
+        if module.__dict__.get("forward") is not forward:
+            pass  # `Tail.leave` was there first
+        elif before is None:
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = before

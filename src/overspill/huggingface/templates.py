@@ -128,7 +128,14 @@ class ParameterSlots:
                 module._parameters[attribute] = tensor  # type: ignore[assignment]
             yield
         finally:
-            for module, attribute, _ in places:
+            for module, attribute, tensor in places:
+                if module._parameters[attribute] is tensor:  # else `empty` was there first, and another visit may be
+                    module._parameters[attribute] = self._placeholders[id(module), attribute]  # type: ignore[assignment]
+
+    def empty(self) -> None:
+        """Every place holds its placeholder, whatever fills it now."""
+        for places in self.places.values():
+            for module, attribute in places:
                 module._parameters[attribute] = self._placeholders[id(module), attribute]  # type: ignore[assignment]
 
 

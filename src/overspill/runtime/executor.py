@@ -157,6 +157,8 @@ class Executor:
                     self.lanes.has_failed = True
                     self.residency.interrupt()
                 self._leave_visit()
+                if failure is not None:
+                    self.model.unbind()
                 self.lanes.drain()
                 failures = [error for completion in completions if (error := completion.settle()) is not None]
             except Exception as error:  # of leaving the visit, which is left all the same

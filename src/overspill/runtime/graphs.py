@@ -347,4 +347,4 @@ def _static_copy(tensor: torch.Tensor) -> torch.Tensor:
 def _is_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     repeats = [stride == 0 and size > 1 for stride, size in zip(one.stride(), one.shape, strict=True)]
     others = [stride == 0 and size > 1 for stride, size in zip(other.stride(), other.shape, strict=True)]
-    return one.shape == other.shape and one.dtype == other.dtype and repeats == others
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device and repeats == others

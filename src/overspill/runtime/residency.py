@@ -332,7 +332,7 @@ class Residency:
             self._regions[key] = _Region(tensor=slot.tensor, slot=slot, pieces=set(), after=slot.after)  # type: ignore[arg-type]
         region = self._regions[key]
         region.pieces.add(piece)
-        return _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes], after=region.after)
+        return _Copy(num_bytes=num_bytes, tensor=region.tensor[offset : offset + num_bytes], after=[*region.after, *region.left])
 
     def _leave_region(self, piece: Piece, work: Work) -> None:
         key = (region_key(piece), Tier.DEVICE)
