@@ -7,28 +7,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from update_matrix import GRADIENTS, LAYOUTS, OPTIMIZERS, by_kind
 
 from overspill.optim import SEGMENT_DTYPE, Rounding, narrow, reference, update, update_chunk, update_reference
 from overspill.spec.state_formats import STATE_FORMATS, resolve_state_format
-from overspill.spec.update_rule import SGD, AdamW, Lion, Optimizer, round_fp32
+from overspill.spec.update_rule import AdamW, Lion, round_fp32
 
 native = pytest.importorskip("overspill.optim.native", reason="the native core is not built")
 core = native._native
 
-OPTIMIZERS: list[Optimizer] = [
-    AdamW(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
-    SGD(lr=1e-2, weight_decay=0.1),
-    SGD(lr=1e-2, momentum=0.9, weight_decay=0.1),
-    SGD(lr=1e-2, momentum=0.9, nesterov=True),
-    Lion(lr=1e-4, weight_decay=0.1),
-]
-LAYOUTS = [("fp32", torch.float16)] + [(name, dtype) for name in STATE_FORMATS for dtype in (torch.bfloat16, torch.float32)]
-GRADIENTS = [torch.bfloat16, torch.float16, torch.float32]
 LENGTHS = [1, 15, 255, 256, 257, 1003, 32768 + 517]
-
-
-def by_kind(optimizer: Optimizer) -> str:
-    return optimizer.kind
 
 
 @pytest.mark.parametrize("isa", core.supported_isas())

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from update_matrix import GRADIENTS, LAYOUTS, OPTIMIZERS, by_kind
 
 from overspill.optim import (
     SEGMENT_DTYPE,
@@ -34,26 +35,13 @@ from overspill.optim import (
 )
 from overspill.optim.segment import segment_table, validate_table
 from overspill.spec.state_formats import STATE_FORMATS, resolve_state_format
-from overspill.spec.update_rule import SGD, AdamW, Lion, Optimizer, UpdateScalars, round_fp32
+from overspill.spec.update_rule import SGD, Lion, UpdateScalars, round_fp32
 
 native = pytest.importorskip("overspill.optim.native", reason="the native core is not built")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-OPTIMIZERS: list[Optimizer] = [
-    AdamW(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1),
-    SGD(lr=1e-2, weight_decay=0.1),
-    SGD(lr=1e-2, momentum=0.9, weight_decay=0.1),
-    SGD(lr=1e-2, momentum=0.9, nesterov=True),
-    Lion(lr=1e-4, weight_decay=0.1),
-]
-LAYOUTS = [("fp32", torch.float16)] + [(name, dtype) for name in STATE_FORMATS for dtype in (torch.bfloat16, torch.float32)]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LENGTHS = [1, 255, 1003, 2305]
-
-
-def by_kind(optimizer: Optimizer) -> str:
-    return optimizer.kind
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -102,7 +90,7 @@ def assert_all_agree(scalars: UpdateScalars, segment, device: str) -> None:
 def test_every_rule_in_every_format_gives_the_bits_of_both_other_forms(build_segment, device, state_format, dtype, optimizer):
     scalars = optimizer.scalars(step=3, gradient_scale=round_fp32(1 / 3))
     for index, length in enumerate(LENGTHS if device == "cpu" else [*LENGTHS, 1_000_003]):
-        for gradient_dtype in DTYPES if length == 1003 or device == "cuda" else DTYPES[:1]:
+        for gradient_dtype in GRADIENTS if length == 1003 or device == "cuda" else GRADIENTS[:1]:
             segment = build_segment(
                 dtype, gradient_dtype, length, seed=length, extreme=index % 2 == 0, state_format=state_format, optimizer=optimizer.kind
             )
@@ -197,7 +185,7 @@ def test_stats_are_of_the_segments_alone(build_segment, device):
     assert stats.sum_of_squares == pytest.approx(segment.gradient[:356].double().square().sum().item(), rel=1e-12)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", GRADIENTS)
 def test_sums_of_squares_are_those_of_the_definition_for_all_tensors_at_once_and_for_each(device, dtype):
     from overspill.optim.fused_squares import sums_of_squares_fused
 

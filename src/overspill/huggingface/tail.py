@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overspill.huggingface.stand_ins import ReturnShape, StandInStack
+from overspill.tiers.cuda import cuda_index, to_device
 
 IGNORED_LABEL = -100
 """transformers' mark for a position without a target."""
@@ -88,7 +89,7 @@ def cross_entropy_chunks(
         parameters: leaves that the head reads; chunk by chunk each one's gradient goes to `accumulate`. None: no gradients at all.
     """
     device = last_hidden_BTH.device
-    rows_R, tokens_R = (_to_device(tensor, device) for tensor in (targets.rows, targets.tokens))
+    rows_R, tokens_R = (to_device(tensor, device) for tensor in (targets.rows, targets.tokens))
     flat_NH = last_hidden_BTH.detach().flatten(0, -2)
     total = torch.zeros((), dtype=torch.float32, device=device)
     gradient_NH = torch.zeros_like(flat_NH) if accumulate is not None else None
@@ -130,12 +131,7 @@ def _has_fused_loss(device: torch.device) -> bool:
         return False
     from overspill.huggingface.fused_loss import is_usable
 
-    return is_usable(torch.cuda.current_device() if device.index is None else device.index)
-
-
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Without a wait for what the device has to do before: from pageable memory there would be one."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return is_usable(cuda_index(device))
 
 
 class Tail:

@@ -12,13 +12,15 @@ import warnings
 
 import torch
 
+from overspill.tiers.cuda import cuda_index
+
 
 def is_fused(device: torch.device | str) -> bool:
     """Whether tensors on `device` are updated by the fused kernels. The first call for a CUDA device compiles and runs a small one."""
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         return False
-    return _works(device.index if device.index is not None else torch.cuda.current_device())
+    return _works(cuda_index(device))
 
 
 @functools.cache

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from overspill.optim.fused_kernels import EXACT, launching_on, stream_of, to_device, update_kernel
+from overspill.optim.fused_kernels import EXACT, launching_on, stream_of, update_kernel
 from overspill.optim.fused_squares import sums_of_squares_fused
 from overspill.optim.gradient_checks import count_non_finite
 from overspill.optim.segment import NO_STATS, SEGMENT_DTYPE, GradientStats, pack_scalars, validate_scalars, validate_segment, validate_table
 from overspill.spec.state_formats import StateFormat, exponents_of
 from overspill.spec.update_rule import UpdateScalars
+from overspill.tiers.cuda import to_device
 
 BLOCK_ELEMENTS = 1024
 """Elements a program updates: a multiple of 256, a power of two. Chosen, not tuned. Has no effect on the result."""

@@ -34,11 +34,6 @@ EXACT = {"enable_fp_fusion": False, "enable_reflect_ftz": False}
 """Options of every launch."""
 
 
-def to_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A small table where the kernels read it, in the order of the current stream; nobody waits."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table  # torch keeps what is under way
-
-
 def stream_of(device: torch.device) -> int:
     """The stream in which this thread's kernels on `device` run. A table is in order with those alone, so it is part of a cache's key:
     memory that a cache lets go of is reused in the order of the stream it was made on."""

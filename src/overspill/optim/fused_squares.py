@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from overspill.optim.fused_kernels import EXACT, launching_on, load, stream_of, to_device, widen
+from overspill.optim.fused_kernels import EXACT, launching_on, load, stream_of, widen
+from overspill.tiers.cuda import to_device
 
 SLICE_ELEMENTS = 4 * 1024 * 1024
 """As `gradient_checks.SLICE_ELEMENTS`, of the definition."""

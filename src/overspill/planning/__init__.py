@@ -2,7 +2,7 @@
 
 from overspill.planning.layout import build_layout
 from overspill.planning.place import build_plan, predict_step
-from overspill.planning.pools import PoolDemand, pool_demand, pool_events
+from overspill.planning.pools import pool_demand, pool_events
 from overspill.planning.simulate import simulate
 
-__all__ = ["PoolDemand", "build_layout", "build_plan", "pool_demand", "pool_events", "predict_step", "simulate"]
+__all__ = ["build_layout", "build_plan", "pool_demand", "pool_events", "predict_step", "simulate"]

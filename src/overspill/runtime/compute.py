@@ -24,6 +24,7 @@ from overspill.runtime.residency import Residency
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Compute, Phase, Piece, Role
+from overspill.tiers.cuda import cuda_index
 
 
 @dataclasses.dataclass
@@ -121,8 +122,10 @@ class UnitRunner:
     ) -> None:
         hidden = self.residency.boundary(self._boundary(op.unit, op)).detach()
         above = self.residency.boundary(self._boundary(self.names[position + 1], op, Role.BOUNDARY_GRADIENT))
-        targets = gradients.targets(op.unit, visit.bundle_of, visit.trainable)
-        replayed = self.graphs.backward(op.unit, visit, hidden, above, micro_batch.arguments, targets)
+        replayed = None
+        if self.graphs.recorder is not None:
+            targets = gradients.targets(op.unit, visit.bundle_of, visit.trainable)
+            replayed = self.graphs.backward(op.unit, visit, hidden, above, micro_batch.arguments, targets)
         if replayed is not None:
             hidden_gradient, used = replayed
             gradients.note(op.unit, used)
@@ -231,7 +234,7 @@ def seed_generators(seed: int, device: torch.device) -> None:
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
-        torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index].manual_seed(seed)
+        torch.cuda.default_generators[cuda_index(device)].manual_seed(seed)
 
 
 def check_losses(micro_batches: Sequence[MicroBatch], step: int) -> None:

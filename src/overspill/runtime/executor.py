@@ -31,7 +31,7 @@ import torch
 from overspill.huggingface import StreamedModel, share_equal_tensors
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
-from overspill.runtime.graphs import BlockGraphs, CudaRecorder, LaunchRecorder
+from overspill.runtime.graphs import BlockGraphs, CudaRecorder
 from overspill.runtime.lanes import Abandoned, Completion, Job, Lanes
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
@@ -51,8 +51,7 @@ class Executor:
 
     Args:
         serial: one op after the other (rule 2).
-        recorder: for blocks whose launches take longer than their work (`runtime/graphs`); None: that of the device, if it has one.
-        cuda_graphs: False: every kernel is launched by itself.
+        cuda_graphs: launch blocks as one whose launches take longer than their work (`runtime/graphs`); no effect on the CPU.
     """
 
     def __init__(
@@ -62,15 +61,13 @@ class Executor:
         residency: Residency,
         *,
         serial: bool = False,
-        recorder: LaunchRecorder | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         self.plan, self.residency = plan, residency
         self.model = model
         self.serial = serial
         self.device = torch.device(plan.device)
-        if recorder is None and cuda_graphs and self.device.type == "cuda":
-            recorder = CudaRecorder(self.device)
+        recorder = CudaRecorder(self.device) if cuda_graphs and self.device.type == "cuda" else None
         self.graphs = BlockGraphs(model, recorder, has_room=self._has_room)
         self.units = UnitRunner(plan, model, residency, self.graphs)
         self.updater = Updater(plan)

@@ -37,6 +37,7 @@ import torch
 from overspill.huggingface import StreamedModel
 from overspill.huggingface.stand_ins import BlockArguments, RecordedCall
 from overspill.runtime.visit import Visit
+from overspill.tiers.cuda import cuda_index
 
 RUNS_WATCHED = 4
 RUNS_BEFORE = 2
@@ -106,7 +107,7 @@ class CudaRecorder:
         end = getattr(torch._C, "_cuda_endAllocateToPool", None)
         if end is not None:
             with contextlib.suppress(RuntimeError):
-                end(torch.cuda.current_device() if self._device.index is None else self._device.index, self._pool)
+                end(cuda_index(self._device), self._pool)
 
 
 class _Static:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-from overspill.planning import PoolDemand, pool_demand, pool_events, simulate
+from overspill.planning import pool_demand, pool_events, simulate
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
@@ -20,8 +21,7 @@ class Programs:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._kept: dict[tuple[str, tuple[int, ...], bool], tuple[Schedule, PoolDemand]] = {}
-        """With each, what it asks of the device's pool."""
+        self._kept: dict[tuple[str, tuple[int, ...], bool], _Program] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -41,8 +41,8 @@ class Programs:
             validate(schedule, self.plan)
             if len(self._kept) >= MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = (schedule, pool_demand(pool_events(schedule, self.plan))[Tier.DEVICE])
-        return self._kept[key][0]
+            self._kept[key] = _Program(schedule, self.plan)
+        return self._kept[key].schedule
 
     def device_pool_bytes(self, schedule: Schedule, *, steady: bool) -> int:
         """How much the device's pool may hold while one of these programs runs: the least there is.
@@ -50,10 +50,21 @@ class Programs:
         Args:
             steady: as much as finds every slot of the step before in its place, as far as the device budget has room.
         """
-        demand = next(demand for kept, demand in self._kept.values() if kept is schedule)
-        if not steady:
-            return demand.least_bytes
-        if self.plan.device_budget_bytes is None:
-            return demand.steady_bytes
-        peak = simulate(schedule, self.plan, HardwareSpec()).device_resident_peak_bytes
-        return min(demand.steady_bytes, demand.least_bytes + max(0, self.plan.device_budget_bytes - peak))
+        program = next(program for program in self._kept.values() if program.schedule is schedule)
+        return program.steady_pool_bytes if steady else program.demand.least_bytes
+
+
+class _Program:
+    def __init__(self, schedule: Schedule, plan: Plan) -> None:
+        self.schedule, self.plan = schedule, plan
+        self.demand = pool_demand(pool_events(schedule, plan))[Tier.DEVICE]
+        """What it asks of the device's pool."""
+
+    @functools.cached_property
+    def steady_pool_bytes(self) -> int:
+        """Walks the program once, and not at every step."""
+        budget = self.plan.device_budget_bytes
+        if budget is None:
+            return self.demand.steady_bytes
+        peak = simulate(self.schedule, self.plan, HardwareSpec()).device_resident_peak_bytes
+        return min(self.demand.steady_bytes, self.demand.least_bytes + max(0, budget - peak))
