@@ -15,7 +15,7 @@ import overspill
 from overspill.runtime.residency import Residency
 from overspill.spec.schedule import Piece, Role
 from overspill.spec.tensors import Tier
-from overspill.tiers import FakeStore, SlotPool
+from overspill.tiers import Arena, FakeStore
 
 TIERS = ["device", "host", "ssd"]
 
@@ -55,6 +55,11 @@ def test_waits_order_everything_that_shares_bytes(
         assert races.num_ops > 200 and races.num_pairs > 300, "the watch saw hardly anything"
 
 
+def lend_by_size(session: overspill.Session) -> None:
+    """As where the device budget has no room for an arena."""
+    session.residency.device_pool.follow = lambda places, *, num_bytes: False  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_waits_order_everything_in_random_plans(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     choose = random.Random(seed)
@@ -65,7 +70,8 @@ def test_waits_order_everything_in_random_plans(seed: int, monkeypatch: pytest.M
             "device_states_bytes": choose.choice([None, 0, 60_000, 200_000]),
         }  # fmt: skip
         with open_session(choose.choice(["bfloat16", "float32"]), choose.choice(["llama", "llama_tied", "gpt2"]), **fields) as session:
-            session.executor.graphs.is_wanted = choose.random() < 0.5  # a pool that keeps its slots in order
+            if choose.random() < 0.5:
+                lend_by_size(session)
             with watch(session, monkeypatch) as races:
                 train(session, num_steps=1)
         assert races.found == [], fields
@@ -80,22 +86,25 @@ def test_the_watch_finds_a_sum_given_back_before_it_was_read(monkeypatch: pytest
 
     monkeypatch.setattr(Residency, "drop", forgetful)
     with open_session(parameters="host", states="host", boundaries="device") as session:
+        lend_by_size(session)  # the arena's places need not have a fetch where the sum was
         with watch(session, monkeypatch) as races:
             train(session)
         assert any("compress" in race and "h2d" in race for race in races.found)
 
 
-def test_the_watch_finds_slots_lent_without_the_work_that_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    acquire = SlotPool.acquire
+@pytest.mark.parametrize("by_size", [False, True])
+def test_the_watch_finds_slots_lent_without_the_work_that_uses_them(by_size: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    acquire = Arena.acquire
 
-    def forgetful(self: SlotPool, num_bytes: int):  # type: ignore[no-untyped-def]
+    def forgetful(self: Arena, num_bytes: int):  # type: ignore[no-untyped-def]
         slot = acquire(self, num_bytes)
-        if self.name == "device":  # compute is done when it is dispatched here: nothing is harmed
-            slot.after = ()
+        slot.after = ()  # compute is done when it is dispatched here: nothing is harmed
         return slot
 
-    monkeypatch.setattr(SlotPool, "acquire", forgetful)
+    monkeypatch.setattr(Arena, "acquire", forgetful)
     with open_session(parameters="host", states="host", boundaries="device") as session:
+        if by_size:
+            lend_by_size(session)
         with watch(session, monkeypatch) as races:
             train(session)
         assert any("h2d" in race and "forward" in race for race in races.found)

@@ -74,7 +74,7 @@ class FinetuneOptions:
     resume: bool = False
     discard_checkpoints: bool = False
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
     serial: bool = False
     trace: Path | None = None
     trace_step: int | None = None
@@ -180,7 +180,7 @@ def finetune(
     ] = False,
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="Launch small blocks as one; the same bits.", rich_help_panel=_TIMING)
-    ] = False,
+    ] = True,
     serial: Annotated[
         bool,
         typer.Option(

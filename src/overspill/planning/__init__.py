@@ -1,8 +1,9 @@
 """Which: from budgets and a model to a plan, and from a schedule to a prediction; pure."""
 
+from overspill.planning.arena import ArenaPlan, plan_arena
 from overspill.planning.layout import build_layout
 from overspill.planning.place import build_plan, predict_step
 from overspill.planning.pools import pool_demand, pool_events
 from overspill.planning.simulate import simulate
 
-__all__ = ["build_layout", "build_plan", "pool_demand", "pool_events", "predict_step", "simulate"]
+__all__ = ["ArenaPlan", "build_layout", "build_plan", "plan_arena", "pool_demand", "pool_events", "predict_step", "simulate"]

@@ -30,6 +30,10 @@ class PoolEvent:
     slot: int
     """Which one; numbers are not used again."""
     num_bytes: int
+    bundle: str = ""
+    """Whose slot it is, if it is borrowed for a role of a bundle on the device."""
+    is_waiting: bool = False
+    """A gradient that the program before has left for this one's updates, there before the first op."""
 
 
 def pool_events(schedule: Schedule, plan: Plan) -> Iterator[PoolEvent]:
@@ -38,7 +42,8 @@ def pool_events(schedule: Schedule, plan: Plan) -> Iterator[PoolEvent]:
     if schedule.starts_pending:
         for (piece, tier), size in initial_copies(plan, pending=True).items():
             if piece.role is Role.GRADIENT:
-                yield from books.create(piece, tier, size)
+                for event in books.create(piece, tier, size):
+                    yield dataclasses.replace(event, is_waiting=True)
     for item in schedule.ops:
         effect = effects(item.op, plan)
         if effect.in_place:
@@ -109,7 +114,8 @@ class _Books:
             self._regions[key] = (self._next_slot(), set())
             bundle = self._plan.bundles[piece.owner]
             per_element = size // bundle.chunks[piece.index].num_elements
-            yield PoolEvent(tier=tier, slot=self._regions[key][0], num_bytes=bundle.num_elements * per_element)
+            num_bytes = bundle.num_elements * per_element
+            yield PoolEvent(tier=tier, slot=self._regions[key][0], num_bytes=num_bytes, bundle=piece.owner)
         self._regions[key][1].add(piece)
 
     def drop(self, piece: Piece, tier: Tier) -> Iterator[PoolEvent]:

@@ -24,7 +24,7 @@ import contextlib
 import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -61,7 +61,7 @@ class Executor:
         residency: Residency,
         *,
         serial: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
     ) -> None:
         self.plan, self.residency = plan, residency
         self.model = model
@@ -118,7 +118,7 @@ class Executor:
         base, base_s = self._mark(), time.perf_counter()
         step = _Step(self, schedule, micro_batches, context, updates, Recorder(base, base_s))
         try:
-            with self._seeded_apart():
+            with self._seeded_apart(), _uncollected():
                 step.dispatch_all()
             self.while_waiting()
             failure = self._settle(schedule, step.completions, None)
@@ -378,6 +378,19 @@ class _Step:
         self.verdicts.check(op.bundle, self.executor.updated)
         self.executor.updated.append(op.bundle)  # before: Ctrl-C is told as soon as the native call has returned
         self.executor.updater.run(op, updates, copies)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Python's cycle collector rests inside: with all of torch and transformers to look at, one pass holds every lane up for tens of
+    milliseconds. What a step leaves behind is collected after it."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from overspill.planning import pool_demand, pool_events, simulate
+from overspill.planning import ArenaPlan, plan_arena, pool_events, simulate
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.plan import Plan
+from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.schedule import Schedule
-from overspill.spec.tensors import Tier
 
 MOST_KEPT = 3
 """A step, its twin that starts with pending updates, an evaluation; each can take megabytes, so many shapes must not pile up."""
@@ -44,27 +43,36 @@ class Programs:
             self._kept[key] = _Program(schedule, self.plan)
         return self._kept[key].schedule
 
-    def device_pool_bytes(self, schedule: Schedule, *, steady: bool) -> int:
-        """How much the device's pool may hold while one of these programs runs: the least there is.
+    def arena(self, schedule: Schedule) -> ArenaPlan | None:
+        """Where one of these programs has its slots on the device; None if the device budget has no room for the arena."""
+        return self._of(schedule).arena
 
-        Args:
-            steady: as much as finds every slot of the step before in its place, as far as the device budget has room.
-        """
-        program = next(program for program in self._kept.values() if program.schedule is schedule)
-        return program.steady_pool_bytes if steady else program.demand.least_bytes
+    @functools.cached_property
+    def largest_arena_bytes(self) -> int:
+        """Of the training step over all that the plan was made for: an arena of this size need not grow while gradients wait in it."""
+        tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
+        arena = self.arena(self.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING))
+        return arena.num_bytes if arena is not None else 0
+
+    def least_pool_bytes(self, schedule: Schedule) -> int:
+        """The least that the device's pool must hold while one of these programs runs without an arena."""
+        return self._of(schedule).arena_plan.least_bytes
+
+    def _of(self, schedule: Schedule) -> _Program:
+        return next(program for program in self._kept.values() if program.schedule is schedule)
 
 
 class _Program:
     def __init__(self, schedule: Schedule, plan: Plan) -> None:
         self.schedule, self.plan = schedule, plan
-        self.demand = pool_demand(pool_events(schedule, plan))[Tier.DEVICE]
-        """What it asks of the device's pool."""
+        self.arena_plan = plan_arena(pool_events(schedule, plan), plan)
 
     @functools.cached_property
-    def steady_pool_bytes(self) -> int:
+    def arena(self) -> ArenaPlan | None:
         """Walks the program once, and not at every step."""
-        budget = self.plan.device_budget_bytes
-        if budget is None:
-            return self.demand.steady_bytes
-        peak = simulate(self.schedule, self.plan, HardwareSpec()).device_resident_peak_bytes
-        return min(self.demand.steady_bytes, self.demand.least_bytes + max(0, budget - peak))
+        budget, extra_bytes = self.plan.device_budget_bytes, self.arena_plan.num_bytes - self.arena_plan.least_bytes
+        if budget is not None and extra_bytes:
+            peak = simulate(self.schedule, self.plan, HardwareSpec()).device_resident_peak_bytes
+            if peak + extra_bytes > budget:
+                return None
+        return self.arena_plan

@@ -38,7 +38,7 @@ from overspill.runtime.lanes import Completion
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, initial_copies, region_key
 from overspill.spec.tensors import Tier
-from overspill.tiers import DeviceMemory, HostMemory, RecordStore, Slot, SlotPool
+from overspill.tiers import Arena, DeviceMemory, HostMemory, RecordStore, Slot, SlotPool
 
 Work = Sequence[Completion]
 Release = Callable[[Work], None]
@@ -94,7 +94,7 @@ class Residency:
         self.device_work: Callable[[], Work] = tuple
         """The work that the device's own lane has now; set by the executor. A new allocation is zeroed there, and may be memory that
         it still uses."""
-        self.device_pool = SlotPool(device, "device", fresh_work=lambda: self.device_work())
+        self.device_pool = Arena(device, "device", fresh_work=lambda: self.device_work())
         self.host_pool = SlotPool(host, "host")
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
         self._regions: dict[tuple[RegionKey, Tier], _Region] = {}
@@ -204,7 +204,8 @@ class Residency:
             if copy.slot is None and copy.record is None:
                 self._regions[region_key(piece), tier].pieces.add(piece)
         self._regions = {key: region for key, region in self._regions.items() if region.slot is None or region.pieces}
-        for pool, tier in ((self.device_pool, Tier.DEVICE), (self.host_pool, Tier.HOST)):
+        pools: tuple[tuple[Arena | SlotPool, Tier], ...] = ((self.device_pool, Tier.DEVICE), (self.host_pool, Tier.HOST))
+        for pool, tier in pools:
             kept = [copy.slot for (_, at), copy in self._copies.items() if at is tier]
             kept += [region.slot for (_, at), region in self._regions.items() if at is tier]
             pool.recover(slot for slot in kept if slot is not None)
@@ -390,7 +391,7 @@ class Residency:
         return placement.parameters if role is Role.PARAMETER else placement.states
 
 
-def _borrow(pool: SlotPool, num_bytes: int) -> _Copy:
+def _borrow(pool: Arena | SlotPool, num_bytes: int) -> _Copy:
     slot = pool.acquire(num_bytes)
     return _Copy(num_bytes=num_bytes, tensor=slot.tensor, slot=slot, after=slot.after)  # type: ignore[arg-type]
 

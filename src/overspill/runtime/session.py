@@ -76,8 +76,7 @@ class Session(Closing):
         serial: one op after the other, nothing overlaps; the same bits, slower. For measurements and for finding faults.
         compile: let `torch.compile` fuse the blocks' elementwise work, once a kind of block (tens of seconds at the first step). Other
             roundings than the model's own code, and forward and recomputation are compiled apart.
-        cuda_graphs: let blocks whose launches take longer than their work be launched as one; the same bits. No effect on the CPU. Off by
-            default: the tests that hold it to the bit on a GPU have not all passed yet (docs/log.md).
+        cuda_graphs: let blocks whose launches take longer than their work be launched as one; the same bits. No effect on the CPU.
         calls, space, num_threads: of the files on the SSD; threads for each place; tests give a `FaultInjector` (no effect with
             `open_store`).
         ssd_overwrite: block devices among the plan's places whose content may be lost.
@@ -106,7 +105,7 @@ class Session(Closing):
         num_threads: int = 4,
         serial: bool = False,
         compile: bool = False,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
         ssd_overwrite: Sequence[str] = (),
     ) -> None:
         self.optimizer, self.seed = optimizer, seed
@@ -400,10 +399,7 @@ class Session(Closing):
     def _run(
         self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None
     ) -> tuple[StepFigures, Gradients]:
-        pool, steady = self.residency.device_pool, self.executor.graphs.is_wanted
-        pool.limit_bytes = self._programs.device_pool_bytes(schedule, steady=steady)
-        if steady:
-            pool.put_in_order()
+        self._place_slots(schedule)
         try:
             result = self.executor.run(schedule, prepared, context, updates=updates)
         except BaseException as error:
@@ -412,6 +408,15 @@ class Session(Closing):
         if schedule.starts_pending:
             self._pending = None
         return result
+
+    def _place_slots(self, schedule: Schedule) -> None:
+        """Give the schedule's slots on the device their places, or room to be lent by size if there is none for an arena."""
+        largest, arena, pool = self._programs.largest_arena_bytes, self._programs.arena(schedule), self.residency.device_pool
+        if arena is not None and pool.follow(arena.places, num_bytes=max(arena.num_bytes, largest)):
+            pool.unplanned.limit_bytes = None
+        else:
+            pool.leave()
+            pool.unplanned.limit_bytes = self._programs.least_pool_bytes(schedule)
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
         """After a schedule that stopped: go on if weights are all from before its updates, or all from after them; else rule 3."""

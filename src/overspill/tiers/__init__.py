@@ -6,6 +6,7 @@ replaced by another that meets its protocol.
 
 from __future__ import annotations
 
+from overspill.tiers.arena import Arena
 from overspill.tiers.fake import Failure, FailureRule, FakeStore
 from overspill.tiers.faults import Fault, FaultInjector, FaultKind
 from overspill.tiers.load import TransferSpan, load_profile, peak_to_mean
@@ -16,6 +17,7 @@ from overspill.tiers.records import RecordStore
 from overspill.tiers.ssd import SsdStore
 
 __all__ = [
+    "Arena",
     "CheckedTransfer",
     "DeviceMemory",
     "Failure",

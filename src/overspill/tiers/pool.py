@@ -58,11 +58,19 @@ class Pending(Protocol):
 Work = tuple[Pending, ...]
 
 
+class Lender(Protocol):
+    """Whoever lends slots."""
+
+    def take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None: ...
+
+
 class Slot:
     """A borrowed buffer (rule 1). Leaving a `with` block releases it."""
 
-    def __init__(self, pool: SlotPool, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
-        self._pool, self._block_name, self._block = pool, block_name, block
+    def __init__(self, pool: Lender, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
+        self._pool, self._block = pool, block
+        self.block_name = block_name
+        """The pool's name for it."""
         self._is_released = False
         self.after = after
         """What must have ended before the slot's memory is touched (rule 5)."""
@@ -72,14 +80,14 @@ class Slot:
     @property
     def tensor(self) -> torch.Tensor:
         """The slot's bytes, uint8 of shape [num_bytes], on the memory's device and with its alignment."""
-        assert not self._is_released, f"slot {self._block_name} is used after its release"
+        assert not self._is_released, f"slot {self.block_name} is used after its release"
         return self._block[: self.num_bytes]
 
     def release(self, after: Iterable[Pending] = ()) -> None:
         """Give the slot back; the bytes may be overwritten as soon as `after` has ended (rule 5)."""
-        assert not self._is_released, f"slot {self._block_name} is released twice"
+        assert not self._is_released, f"slot {self.block_name} is released twice"
         self._is_released = True
-        self._pool._take_back(self._block_name, self._block, self.num_bytes, _unfinished(after))
+        self._pool.take_back(self.block_name, self._block, self.num_bytes, unfinished(after))
 
     def __enter__(self) -> Self:
         return self
@@ -172,20 +180,14 @@ class SlotPool:
                 block_name, block = self._create(size)
                 after = tuple(self._fresh_work())
             self._note_lent(self._classes[size], size, num_bytes)
-        return Slot(self, block_name, block, num_bytes, _unfinished(after))
-
-    def put_in_order(self) -> None:
-        """Lend idle slots in the order of their creation from now on: the same program then gets the same slots in the same places."""
-        with self._lock:
-            for item in self._classes.values():
-                item.idle = collections.deque(sorted(item.idle, key=lambda entry: _number(entry[1])))
+        return Slot(self, block_name, block, num_bytes, unfinished(after))
 
     def recover(self, held: Iterable[Slot]) -> None:
         """Count the books anew after an interruption (rule 6): `held` are lent, all else is idle; done again, it does no harm.
 
         No work on any slot may be under way.
         """
-        lent = {slot._block_name: slot.num_bytes for slot in held}
+        lent = {slot.block_name: slot.num_bytes for slot in held}
         with self._lock:
             for item in self._classes.values():
                 item.idle.clear()
@@ -281,7 +283,8 @@ class SlotPool:
             self._memory.free(block_name)
         return freed
 
-    def _take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
+    def take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
+        """See `Slot.release`."""
         size = block.numel()
         with self._lock:
             item = self._classes[size]
@@ -295,10 +298,6 @@ class SlotPool:
             self._idle_bytes += size
 
 
-def _unfinished(work: Iterable[Pending]) -> Work:
+def unfinished(work: Iterable[Pending]) -> Work:
+    """What of it may still be under way."""
     return tuple(item for item in work if not item.is_done)
-
-
-def _number(block_name: str) -> int:
-    """When a slot was created, counted from 0."""
-    return int(block_name.rpartition("-")[2])

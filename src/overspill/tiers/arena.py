@@ -1,0 +1,220 @@
+"""A pool of slots whose places are known beforehand: one block of memory, in which each slot has its offset.
+
+The places come from `planning/arena.py`, in the order in which the program borrows. What has no place (no program is followed, or its
+arena finds no room) is lent by a `SlotPool` beside it.
+
+Rules:
+
+1. `follow` names the places of the slots that are borrowed next. Slots that are lent already stay where they are; nobody is given
+   bytes of theirs.
+2. A slot's content is undefined when it is acquired, and it is lent together with all unfinished work that was handed over with any of
+   its bytes (`Slot.after`): as in a `SlotPool`, whoever works on it next waits for that, and lending follows the program's order.
+3. A block that grows is moved, which only happens while nothing in it is lent. One that is new comes with the work of its allocation.
+4. Ctrl-C may come between any two lines here; `recover` counts everything anew from what the borrower says it has.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from overspill.errors import BudgetError
+from overspill.spec.report import PoolReport, SizeClassReport
+from overspill.tiers.pool import SLOT_ALIGNMENT_BYTES, Pending, Slot, SlotPool, Work, unfinished
+from overspill.tiers.protocol import Memory
+from overspill.units import align_up
+
+Place = tuple[int, int]
+"""(offset, bytes) of a slot in the arena."""
+
+
+class Arena:
+    """Slots of one memory by plan; thread-safe.
+
+    Args:
+        memory: where the block is allocated; its budget bounds it.
+        name: prefix of the allocations' names, for errors and reports.
+        fresh_work: called when memory was allocated: what must have ended before it is touched.
+    """
+
+    def __init__(self, memory: Memory, name: str, *, fresh_work: Callable[[], Iterable[Pending]] = tuple) -> None:
+        self.name = name
+        self.unplanned = SlotPool(memory, name, fresh_work=lambda: self._fresh_work())
+        """Lends what has no place."""
+        self._fresh_work = fresh_work
+        self._memory = memory
+        self._lock = threading.RLock()
+        self._numbers = itertools.count()
+        self._block_name = ""
+        self._block: torch.Tensor | None = None
+        self._places: Sequence[Place] = ()
+        self._next = 0
+        self._lent: dict[str, tuple[int, int, int]] = {}
+        """Slot -> offset, bytes held, bytes asked for."""
+        self._left: list[tuple[int, int, Work]] = []
+        """(start, end, work still under way) of bytes that nobody has; disjoint."""
+        self._peak_bytes = 0
+        self._peak_asked_bytes = 0
+        self._most_lent = 0
+        self._largest = 0
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of the slots lent now, rounded."""
+        return sum(size for _, size, _ in self._lent.values()) + self.unplanned.used_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory held now, lent or not."""
+        return self._block_bytes + self.unplanned.resident_bytes
+
+    @property
+    def _block_bytes(self) -> int:
+        return self._block.numel() if self._block is not None else 0
+
+    def follow(self, places: Sequence[Place], *, num_bytes: int) -> bool:
+        """Lend by these places from now on (rule 1); whether the block of `num_bytes` could be had. If not, slots are lent by size.
+
+        Raises:
+            torch.OutOfMemoryError: the device itself has no room.
+        """
+        with self._lock:
+            self._places, self._next = (), 0
+            if num_bytes > self._block_bytes and not self._grow(num_bytes):
+                return False
+            self._places = places
+            return True
+
+    def leave(self) -> None:
+        """Follow nothing: slots are lent by size."""
+        with self._lock:
+            self._places, self._next = (), 0
+
+    def acquire(self, num_bytes: int) -> Slot:
+        """Borrow the next slot, at least `num_bytes` bytes.
+
+        Raises:
+            BudgetError: it has no place, and the memory's budget has no room for it.
+        """
+        with self._lock:
+            if not self._places:
+                return self.unplanned.acquire(num_bytes)
+            assert self._next < len(self._places), f"{self.name}: the program borrows more than the {len(self._places)} slots of its plan"
+            offset, size = self._places[self._next]
+            assert size == align_up(num_bytes, SLOT_ALIGNMENT_BYTES), f"{self.name}: slot {self._next} has {size} B, asked {num_bytes} B"
+            return self._lend(offset, size, num_bytes)
+
+    def recover(self, held: Iterable[Slot]) -> None:
+        """Count the books anew after an interruption (rule 4): `held` are lent, all else is not; done again, it does no harm.
+
+        No work on any slot may be under way.
+        """
+        slots = list(held)
+        with self._lock:
+            self.leave()
+            blocks = self._memory.blocks(f"{self.name}/arena-")
+            if self._block_name not in blocks:
+                self._block_name, self._block = "", None
+            for name in blocks:
+                if name != self._block_name:  # it was allocated, and not taken
+                    self._memory.free(name)
+            kept = {slot.block_name: slot for slot in slots}
+            self._lent = {name: place for name, place in self._lent.items() if name in kept and self._block is not None}
+            self._left = []
+            self.unplanned.recover(slot for slot in slots if slot.block_name not in self._lent)
+
+    def trim(self) -> int:
+        """Free all that is not lent; its bytes."""
+        with self._lock:
+            freed = self.unplanned.trim()
+            if self._block is not None and not self._lent and not self._places:
+                freed += self._block_bytes
+                self._free_block()
+            return freed
+
+    def report(self) -> PoolReport:
+        """What the arena, and the pool beside it, hold now and have held at most."""
+        with self._lock:
+            beside = self.unplanned.report()
+            if not self._peak_bytes:
+                return beside
+            used = sum(size for _, size, _ in self._lent.values())
+            arena = SizeClassReport(
+                slot_bytes=self._largest,
+                used_bytes=used,
+                wasted_bytes=used - sum(asked for _, _, asked in self._lent.values()),
+                idle_bytes=self._block_bytes - used,
+                peak_bytes=self._peak_bytes,
+                most_in_flight=self._most_lent,
+            )
+            return PoolReport(
+                name=self.name,
+                classes=(arena, *beside.classes),
+                peak_bytes=self._peak_bytes + beside.peak_bytes,
+                peak_asked_bytes=self._peak_asked_bytes + beside.peak_asked_bytes,
+                most_in_flight=self._most_lent + beside.most_in_flight,
+                num_created=beside.num_created,
+                num_trimmed=beside.num_trimmed,
+            )
+
+    def _grow(self, num_bytes: int) -> bool:
+        """A larger block, if nothing in the old one is lent (rule 3) and the budget has room; slots lent by size make room for it."""
+        if self._lent:
+            return False
+        self._free_block()
+        self.unplanned.trim()
+        name = f"{self.name}/arena-{next(self._numbers)}"
+        try:
+            block = self._memory.allocate(name, num_bytes)
+        except BudgetError:
+            return False
+        self._block_name, self._block = name, block
+        self._left = [(0, num_bytes, unfinished(self._fresh_work()))]
+        self._peak_bytes = max(self._peak_bytes, num_bytes)
+        return True
+
+    def _free_block(self) -> None:
+        if self._block is None:
+            return
+        for _, _, work in self._left:
+            for item in work:
+                item.settle()  # Ctrl-C may end this: the block is there still
+        name, self._block_name, self._block, self._left = self._block_name, "", None, []
+        self._memory.free(name)
+
+    def _lend(self, offset: int, size: int, num_bytes: int) -> Slot:
+        assert self._block is not None
+        end = offset + size
+        for other, length, _ in self._lent.values():
+            assert other + length <= offset or end <= other, f"{self.name}: bytes {offset} to {end} are lent, {other} to {other + length}"
+        after: list[Pending] = []
+        rest: list[tuple[int, int, Work]] = []
+        for left_start, left_end, work in self._left:
+            if left_end <= offset or end <= left_start:
+                rest.append((left_start, left_end, work))
+                continue
+            after.extend(item for item in unfinished(work) if item not in after)
+            if left_start < offset:
+                rest.append((left_start, offset, work))
+            if end < left_end:
+                rest.append((end, left_end, work))
+        name = f"{self.name}/arena-slot-{next(self._numbers)}"
+        self._left = rest
+        self._lent[name] = (offset, size, num_bytes)
+        self._next += 1
+        self._most_lent, self._largest = max(self._most_lent, len(self._lent)), max(self._largest, size)
+        self._peak_asked_bytes = max(self._peak_asked_bytes, sum(asked for _, _, asked in self._lent.values()))
+        view = self._block[offset:end].data  # its own version counter: to write to one slot changes no other
+        return Slot(self, name, view, num_bytes, tuple(after))
+
+    def take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
+        """See `Slot.release`."""
+        torch.autograd.graph.increment_version(block)  # a graph that still reads the slot is refused by autograd
+        with self._lock:
+            offset, size, _ = self._lent.pop(block_name)
+            self._left = [item for item in self._left if unfinished(item[2])]
+            if after:
+                self._left.append((offset, offset + size, after))
