@@ -31,6 +31,8 @@ PLACEMENTS = {
     "overspill-ssd-states": {"parameters": "host", "states": "ssd"},
 }
 """What the plan's request fixes; hidden states between blocks (`boundaries`) rest on the device if there is room."""
+LARGE_SHARE = 0.07
+"""Of the states of 3.02B and larger, in place of a tenth: the embedding's and one block's, for a device peak below 12 GiB."""
 FIGURES = ("floor_s", "step_over_floor")
 """Of a report, for every counted step: their medians are the row's."""
 
@@ -48,6 +50,7 @@ def build_request(row: Row, *, dtype: torch.dtype, ssd_dir: str | None) -> overs
             raise ValueError(f"{row.system} needs PlanRequest.device_states_bytes, which this overspill does not have")
         options["states"] = "host"
     if (share := options.pop("device_states_share", None)) is not None:
+        share = LARGE_SHARE if SHAPES[row.shape].num_parameters > 2e9 else share
         options["device_states_bytes"] = int(share * SHAPES[row.shape].num_parameters * STATE_BYTES)
     if "ssd" in options.values():
         if ssd_dir is None:

@@ -536,3 +536,11 @@ def test_what_an_interrupted_run_has_bound_and_replaced_is_put_back_and_stays_so
             weight = model._blocks["model.layers.0"].self_attn.q_proj._parameters["weight"]
             assert weight is current.parameters["model.layers.0.self_attn.q_proj.weight"]
         assert session.evaluate(batches()).loss == expected
+
+
+def test_a_session_leaves_the_last_product_of_each_block_out_of_its_recomputations() -> None:
+    """That the gradients keep their bits is for test_exactness.py and test_architectures.py: it is so in every session there."""
+    with open_session(None, llama(tied=False), parameters="host", states="host") as session:
+        session.step(batches())
+        assert session.model.unneeded is not None
+        assert session.model.unneeded.left_out == {"model.layers.0": ("mlp.down_proj",)}

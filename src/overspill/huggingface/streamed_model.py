@@ -49,6 +49,7 @@ from overspill.huggingface.side_outputs import SideOutputTaps, has_router_loss
 from overspill.huggingface.stand_ins import AllRecorded, BlockArguments, CallRecorder, RecordingVisitor, StandInStack
 from overspill.huggingface.tail import Accumulate, Tail, TailOutput, last_hidden_state
 from overspill.huggingface.templates import ParameterSlots, move_buffers
+from overspill.huggingface.unneeded import UnneededProducts
 from overspill.spec.tensors import TensorSpec
 
 EMBEDDING = "embedding"
@@ -135,6 +136,8 @@ class StreamedModel:
         self.buffer_bytes = self.to(self.device)
         self._bound: dict[str, Mapping[str, Tensor]] = {}
         self._call: Callable[..., Any] = _call_block
+        self.unneeded: UnneededProducts | None = UnneededProducts(self._blocks, self.kinds)
+        """Products that recomputations leave out; None: nothing is (compiled code is one piece)."""
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -169,6 +172,7 @@ class StreamedModel:
         """
         if any(self.inspection.num_side_outputs.values()):
             self._stack.refuse("its blocks have router logits, which cannot be taken out of compiled blocks; leave --compile out")
+        self.unneeded = None
         self._call = torch.compile(_call_block, dynamic=False, backend=backend)
 
     def load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
@@ -236,6 +240,8 @@ class StreamedModel:
             slots.empty()
         self._bound.clear()
         self._tail.leave()
+        if self.unneeded is not None:
+            self.unneeded.reset()
 
     def embed(self, batch: Mapping[str, Tensor]) -> Embedded:
         """The micro-batch's way to the first block, and every block's arguments; inside `bound("embedding", ...)`.

@@ -10,7 +10,8 @@ micro-batch, unit), the same in forward and recomputation, so the order of ops d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,21 +131,36 @@ class UnitRunner:
             hidden_gradient, used = replayed
             gradients.note(op.unit, used)
         else:
+            differentiate = functools.partial(self._differentiate_block, op, visit, micro_batch, hidden.requires_grad_(), above)
+            self._decide_unneeded(op, context, differentiate)
             self._seed(op, context)
             with self.graphs.watch(op.unit):
-                hidden_gradient = self._differentiate_block(op, visit, micro_batch, gradients, hidden.requires_grad_(), above)
+                results = differentiate()
+            hidden_gradient = self._take_gradients(op, visit, micro_batch, gradients, hidden, results)
         self.residency.put_boundary(self._boundary(op.unit, op, Role.BOUNDARY_GRADIENT), hidden_gradient)
+
+    def _decide_unneeded(self, op: Compute, context: StepContext, differentiate: Callable[[], Sequence[torch.Tensor | None]]) -> None:
+        """At the first backward of a kind of block: what its recomputation can leave out."""
+        unneeded = self.model.unneeded
+        if unneeded is None or unneeded.is_decided(op.unit):
+            return
+
+        def seeded() -> Sequence[torch.Tensor | None]:
+            self._seed(op, context)
+            return differentiate()
+
+        unneeded.decide(op.unit, seeded)
 
     def _differentiate_block(
         self,
         op: Compute,
         visit: Visit,
         micro_batch: MicroBatch,
-        gradients: Gradients,
         hidden: torch.Tensor,
         above: torch.Tensor,
-    ) -> torch.Tensor:
-        """Add up the gradients of all that the block reads; that of the hidden states, which is for the unit before."""
+    ) -> tuple[torch.Tensor | None, ...]:
+        """The block once more, and back: gradients of the hidden states, of each side input, and of each trainable parameter. Nothing else
+        is changed by it."""
         side_inputs = tuple(tensor.detach().requires_grad_() for tensor in micro_batch.side_inputs)
         with torch.enable_grad():
             output = self.model.run_block(op.unit, hidden, micro_batch.arguments, side_inputs=side_inputs or None)
@@ -153,16 +169,27 @@ class UnitRunner:
             if gradient is not None:
                 outputs.append(tensor)
                 grad_outputs.append(gradient)
-        names = visit.trainable
-        inputs = [hidden, *side_inputs, *(visit.parameters[name] for name in names)]
-        results = torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
+        inputs = [hidden, *side_inputs, *(visit.parameters[name] for name in visit.trainable)]
+        return torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True)
+
+    def _take_gradients(
+        self,
+        op: Compute,
+        visit: Visit,
+        micro_batch: MicroBatch,
+        gradients: Gradients,
+        hidden: torch.Tensor,
+        results: Sequence[torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Add up what `_differentiate_block` has found; the gradient of the hidden states, which is for the unit before."""
+        num_side = len(micro_batch.side_inputs)
         hidden_gradient = results[0].contiguous() if results[0] is not None else torch.zeros_like(hidden)
         # All at once and after all else that needs memory: an op that runs out of it before a contribution to a parameter is run again.
         micro_batch.side_gradients = [
-            _sum(total, gradient) for total, gradient in zip(micro_batch.side_gradients, results[1 : 1 + len(side_inputs)], strict=True)
+            _sum(total, gradient) for total, gradient in zip(micro_batch.side_gradients, results[1 : 1 + num_side], strict=True)
         ]
         micro_batch.side_output_gradients.pop(op.unit, None)
-        self._add_all(op.unit, visit, gradients, names, results[1 + len(side_inputs) :])
+        self._add_all(op.unit, visit, gradients, visit.trainable, results[1 + num_side :])
         return hidden_gradient
 
     def _run_embedding_backward(

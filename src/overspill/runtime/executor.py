@@ -121,6 +121,7 @@ class Executor:
             with self._seeded_apart(), _uncollected():
                 step.dispatch_all()
             self.while_waiting()
+            _collect_young()
             failure = self._settle(schedule, step.completions, None)
         except BaseException as error:  # also Ctrl-C on the way into settling
             failure = self._settle(schedule, step.completions, error)
@@ -196,7 +197,7 @@ class Executor:
 
     def _judge_launches(self, schedule: Schedule, completions: Sequence[Completion], base: torch.cuda.Event | None, base_s: float) -> None:
         """Tell `graphs` what bounded the blocks of the last schedule, until it knows enough."""
-        if self.graphs.recorder is None or self.graphs.is_wanted:
+        if not self.graphs.wants_judgement():
             return
         blocks = {unit.name for unit in self.plan.units[1:-1]}
         ran = [completions[index] for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]
@@ -391,6 +392,12 @@ def _uncollected() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def _collect_young() -> None:
+    """What `_uncollected` left for later, of this step alone and while its last work is under way."""
+    if gc.isenabled():
+        gc.collect(0)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:

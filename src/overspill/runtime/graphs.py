@@ -47,6 +47,8 @@ MOST_SHAPES = 4
 """Shapes of hidden states with recordings; chosen: a batch of samples of many lengths is not worth their memory."""
 STEPS_UNJUDGED = 2
 """The first ones load code and choose kernels, which looks like launching."""
+STEPS_JUDGED = 8
+"""After these, one in `STEPS_JUDGED` is: batches may become smaller."""
 LAUNCH_BOUND = 0.8
 """Share of the device's time that launching must take to be what bounds it. Chosen."""
 
@@ -151,7 +153,7 @@ class BlockGraphs:
         self.is_wanted = False
         """Whether launches bind (rule 3)."""
         self.num_replays = 0
-        self._num_judged = 0
+        self._num_steps = self._num_judged = 0
         self._runs: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, _Recording | None] = {}
         """None: this one cannot be replayed as it was asked for."""
@@ -164,6 +166,13 @@ class BlockGraphs:
 
     def __len__(self) -> int:
         return sum(recording is not None for recording in self._recordings.values())
+
+    def wants_judgement(self) -> bool:
+        """Whether the step that has ended is one that `judge` shall be told about; asked once a step."""
+        if self.recorder is None or self.is_wanted:
+            return False
+        self._num_steps += 1
+        return self._num_steps <= STEPS_JUDGED or self._num_steps % STEPS_JUDGED == 0
 
     def judge(self, *, launch_s: float, device_s: float) -> None:
         """After a step: how long the host launched blocks, and how long the device had them under way."""
