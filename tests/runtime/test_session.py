@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import re
@@ -18,6 +19,7 @@ import overspill
 from overspill.errors import BudgetError, NonFiniteError, StorageError
 from overspill.huggingface.tail import forward_replaced
 from overspill.runtime.compute import UnitRunner
+from overspill.runtime.gradients import Gradients
 from overspill.runtime.visit import Visit
 from overspill.scheduling import render_timeline
 from overspill.spec.schedule import Lane, Phase, Piece, Role
@@ -544,3 +546,43 @@ def test_a_session_leaves_the_last_product_of_each_block_out_of_its_recomputatio
         session.step(batches())
         assert session.model.unneeded is not None
         assert session.model.unneeded.left_out == {"model.layers.0": ("mlp.down_proj",)}
+
+
+@pytest.mark.parametrize("device_states_bytes", [0, 10**9], ids=["host", "device"])
+def test_a_bad_loss_changes_no_weight_wherever_states_are_and_the_session_goes_on(
+    device_states_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_session(None, llama(tied=False), parameters="host", states="host", device_states_bytes=device_states_bytes) as session:
+        before = {name: session.homes.read(name) for name in session.homes.names}
+        run_tail = session.model.run_tail
+
+        def spoilt(*args: object, **kwargs: object) -> object:
+            output = run_tail(*args, **kwargs)  # type: ignore[arg-type]
+            return dataclasses.replace(output, loss=output.loss * float("nan"))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session.model, "run_tail", spoilt)
+            with pytest.raises(NonFiniteError, match="no weight was changed"):
+                session.step(batches())
+        assert session.executor.updated == []
+        assert all(torch.equal(session.homes.read(name), value) for name, value in before.items())
+        session.step(batches())
+        assert any(not torch.equal(session.homes.read(name), value) for name, value in before.items())
+
+
+def test_a_gradient_that_is_not_finite_stops_its_update_on_the_device_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(None, llama(tied=False), parameters="host", states="host", device_states_bytes=10**9) as session:
+        assert session.plan.placements["model.layers.0"].update_tier is Tier.DEVICE
+        add = Gradients.add
+
+        def spoilt(self: Gradients, bundle: str, reader: str, name: str, gradient: torch.Tensor) -> None:
+            add(self, bundle, reader, name, gradient * float("inf") if name == "model.layers.0.mlp.up_proj.weight" else gradient)
+
+        before = session.homes.read("model.layers.0.mlp.up_proj.weight")
+        monkeypatch.setattr(Gradients, "add", spoilt)
+        with pytest.raises(NonFiniteError, match=r"gradient of model.layers.0.mlp.up_proj.weight is not finite .*already updated.*tail"):
+            session.step(batches())
+        assert torch.equal(session.homes.read("model.layers.0.mlp.up_proj.weight"), before)
+        assert "model.layers.0" not in session.executor.updated and "tail" in session.executor.updated
+        with pytest.raises(RuntimeError, match="half-way through an update"):
+            session.step(batches())

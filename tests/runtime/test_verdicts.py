@@ -55,3 +55,17 @@ def test_a_loss_that_becomes_known_later_decides_on_the_bundles_from_then_on(dev
     with pytest.raises(NonFiniteError, match="loss of step 4, micro-batch 2 is inf; no weight was changed"):
         verdicts.check("block", [])
     verdicts.check("unknown", [])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gates_are_the_losses_and_the_sums_where_they_were_computed(device: str) -> None:
+    verdicts = Verdicts(PLAN, SimpleNamespace(step=4), VerdictMemory(PLAN))  # type: ignore[arg-type]
+    losses: list[torch.Tensor | None] = [torch.tensor(3.0, device=device), None]
+    assert verdicts.gates("tail") is None
+    verdicts.start("tail", sums(1.0, math.inf, device=device), losses)
+    losses[1] = torch.tensor([7.0], device=device)
+    verdicts.start("block", sums(4.0, 5.0, 6.0, device=device), losses)
+    tail, block = verdicts.gates("tail"), verdicts.gates("block")
+    assert tail is not None and block is not None and tail.device.type == block.device.type == device
+    assert block.tolist() == [4.0, 5.0, 6.0, 3.0, 7.0] and math.isinf(tail.sum().item())
+    assert verdicts.find_refusal("block", []) is None and verdicts.find_refusal("tail", []) is not None

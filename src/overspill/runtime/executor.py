@@ -10,7 +10,8 @@ Rules:
 1. The executor takes no decisions: what moves, when and where to is in the schedule.
 2. With `serial` every op is complete before the next begins. The results are the same bits; tests hold the two together.
 3. An `Update` first looks at its gradient's verdict: all losses of the step and this bundle's gradient must be finite. The verdict
-   is computed on the device by `Compress` and travels with the gradient, so no lane but the updating one waits for it.
+   is computed on the device by `Compress` and travels with the gradient, so no lane but the updating one waits for it. An update on the
+   device looks at it there; whether it did anything is read when the step is over.
 4. After a failure nothing more is begun, all that was begun is waited for, and the failure that comes first in the program is
    raised.
 
@@ -125,6 +126,8 @@ class Executor:
             failure = self._settle(schedule, step.completions, None)
         except BaseException as error:  # also Ctrl-C on the way into settling
             failure = self._settle(schedule, step.completions, error)
+        refusal = step.judge_gated()
+        failure = failure if failure is not None else refusal
         if failure is not None:
             raise failure
         check_losses(micro_batches, context.step)
@@ -270,6 +273,8 @@ class _Step:
         self.verdicts = Verdicts(self.plan, context, executor.verdict_memory)
         self.completions: list[Completion] = []
         """Of the ops dispatched so far; those of a `Free` are done at once."""
+        self.gated: list[str] = []
+        """Bundles with an update on the device, which their verdict may have stopped there."""
 
     def dispatch_all(self) -> None:
         """Go through the program."""
@@ -376,9 +381,21 @@ class _Step:
 
     def _run_update(self, op: Update, updates: UpdateContext, copies: dict[Role, torch.Tensor]) -> None:
         """On the lane that updates."""
-        self.verdicts.check(op.bundle, self.executor.updated)
+        gates = None
+        if op.tier is Tier.DEVICE:
+            self.gated.append(op.bundle)
+            gates = self.verdicts.gates(op.bundle)
+        else:
+            self.verdicts.check(op.bundle, self.executor.updated)
         self.executor.updated.append(op.bundle)  # before: Ctrl-C is told as soon as the native call has returned
-        self.executor.updater.run(op, updates, copies)
+        self.executor.updater.run(op, updates, copies, gates=gates)
+
+    def judge_gated(self) -> BaseException | None:
+        """When all has settled: take updates on the device that were stopped there off the list of those made; why the first one was."""
+        stopped = [bundle for bundle in dict.fromkeys(self.gated) if self.verdicts.find_refusal(bundle, ()) is not None]
+        updated = [bundle for bundle in self.executor.updated if bundle not in stopped]
+        self.executor.updated = updated
+        return self.verdicts.find_refusal(stopped[0], updated) if stopped else None
 
 
 @contextlib.contextmanager

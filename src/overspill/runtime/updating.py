@@ -67,10 +67,13 @@ class Updater:
         self._fields: dict[tuple[str, int], dict[str, tuple[int, int, torch.dtype]]] = {}
         """(bundle, chunk) -> each state field's bytes [start, end) in the record, and its dtype."""
 
-    def run(self, op: Update, context: UpdateContext, copies: Mapping[Role, torch.Tensor]) -> GradientStats:
+    def run(
+        self, op: Update, context: UpdateContext, copies: Mapping[Role, torch.Tensor], *, gates: torch.Tensor | None = None
+    ) -> GradientStats:
         """Update one chunk.
 
         Args:
+            gates: unless all of it is finite, nothing is changed.
             copies: parameter, gradient and, if there is any, state record of the chunk, uint8, where the update runs; parameter and
                 state are overwritten.
         """
@@ -90,6 +93,7 @@ class Updater:
             states=states,
             num_threads=self.num_threads,
             with_stats=False,
+            gates=gates,
         )
 
     def _segments(self, bundle: str, chunk: int, context: UpdateContext | None) -> np.ndarray:

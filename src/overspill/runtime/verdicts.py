@@ -1,8 +1,9 @@
-"""May this gradient be applied? What an update on the host is told about the step before it changes anything.
+"""May this gradient be applied? What an update is told about the step before it changes anything.
 
 A verdict is a few numbers that are finite or not: each loss of the step, and the sum of squares of each tensor's gradient, which is
 finite exactly when the gradient is. They are copied to the host in the compute lane's order, before the gradient's own copy starts, so
-an update that has its gradient has its verdict, and nobody waits for the device to get one.
+an update on the host that has its gradient has its verdict, and nobody waits for the device to get one. An update on the device is given
+the same numbers there (`gates`) and does nothing unless all are finite; the host looks at their copies when the step is over.
 
 Cost: where there is CUDA, one copy a bundle and one small kernel and a copy a step for the losses, into pinned memory that is reused in
 every step.
@@ -59,6 +60,9 @@ class Verdicts:
         """Bundle -> how many of `_started` it has to look at."""
         self._started: list[tuple[int, torch.Tensor]] = []
         """Each loss whose copy has been started, in that order: micro-batch, and the number where it lands."""
+        self._values: list[torch.Tensor] = []
+        """The losses of `_started` where they were computed, float64."""
+        self._sums_there: dict[str, torch.Tensor] = {}
         self._passed: set[str] = set()
         """Bundles that `check` has found good; their other chunks need no second look."""
 
@@ -70,6 +74,7 @@ class Verdicts:
             losses: one a micro-batch, scalars; None where it is not known yet. One that was given once stays what it is.
         """
         self._start_losses(losses, sums_of_squares.device)
+        self._sums_there[bundle] = sums_of_squares
         if sums_of_squares.device.type == "cuda":
             target = self._memory.of_bundle(bundle)
             target.copy_(sums_of_squares, non_blocking=True)
@@ -85,15 +90,21 @@ class Verdicts:
         if not new:
             return
         values = torch.stack([loss.detach().reshape(()).to(device) for loss in new.values()]).double()
+        self._values.append(values)
         if device.type == "cuda":
             target = self._memory.of_losses(len(losses))[len(started) : len(started) + len(new)]
             target.copy_(values, non_blocking=True)
             values = target
         self._started.extend(zip(new, values.unbind(), strict=True))
 
+    def gates(self, bundle: str) -> torch.Tensor | None:
+        """On the compute lane: what must be finite for the bundle to be updated, float64 [losses and tensors], where it was computed."""
+        if bundle not in self._sums_there:
+            return None
+        return torch.cat([self._sums_there[bundle], *self._values])
+
     def check(self, bundle: str, updated: Sequence[str]) -> None:
-        """On the lane that updates, when the gradient is there: the verdict then is on the host. On the compute lane, whose order says
-        nothing about what the device has done, this waits for it.
+        """On a lane that updates on the host, when the gradient is there: the verdict then is on the host, too.
 
         Args:
             updated: bundles that this step has updated already, for the message.
@@ -101,19 +112,25 @@ class Verdicts:
         Raises:
             NonFiniteError: a loss or this bundle's gradient is not finite; nothing of the bundle was changed.
         """
+        refusal = self.find_refusal(bundle, updated)
+        if refusal is not None:
+            raise refusal
+
+    def find_refusal(self, bundle: str, updated: Sequence[str]) -> NonFiniteError | None:
+        """What `check` raises; waits for the verdict if it has not landed yet."""
         if bundle not in self._sums or bundle in self._passed:
-            return
+            return None
         if bundle in self._landed:
             self._landed[bundle].synchronize()
         for index, loss in self._started[: self._num_losses[bundle]]:
             if not math.isfinite(loss.item()):
-                raise describe_loss(loss, index, self.context.step)
+                return describe_loss(loss, index, self.context.step)
         sums = dict(zip(self._names(bundle), self._sums[bundle].tolist(), strict=True))
         name = next((name for name, value in sums.items() if not math.isfinite(value)), None)
         if name is None:
             self._passed.add(bundle)
-            return
-        raise NonFiniteError(
+            return None
+        return NonFiniteError(
             f"gradient of {name} is not finite in step {self.context.step}; already updated in this step: "
             f"{', '.join(dict.fromkeys(updated)) or 'none'}. "
             "Set --clip (updates then wait until all gradients are known finite), or lower --lr"
