@@ -117,7 +117,7 @@ def test_reads_run_under_the_compute_of_the_unit_before(monkeypatch: pytest.Monk
     for serial in (True, False):
         with open_session(serial=serial, delay_s=0.004, accumulate=1, parameters="ssd", states="host", boundaries="device") as session:
             session.step(make_batches(1, vocab_size=96, seed=0))
-            seconds[serial] = session.step(make_batches(1, vocab_size=96, seed=1)).step_s
+            seconds[serial] = min(session.step(make_batches(1, vocab_size=96, seed=seed)).step_s for seed in (1, 2))
             shared = overlap_s(session.executor.spans, Lane.COMPUTE, Lane.SSD_READ)
             assert (shared == 0) == serial
     assert seconds[False] < 0.75 * seconds[True], seconds
