@@ -19,6 +19,7 @@ from typer.testing import Result
 from overspill.cli import training_run
 from overspill.cli.failures import ExitCode, exit_code_of
 from overspill.errors import NonFiniteError, StorageError
+from overspill.spec.hardware import HardwareSpec
 from overspill.spec.report import EvaluationReport, StepReport
 from overspill.tiers.wear import COUNTER_NAME
 
@@ -77,6 +78,7 @@ class ScriptedSession:
     memory_warning: str | None = None
     wear: None = None
     rates = types.SimpleNamespace(notes=())
+    hardware = HardwareSpec()
 
     def __init__(self, model: Path, *, plan: Any, **settings: Any) -> None:
         self.plan = types.SimpleNamespace(

@@ -220,15 +220,15 @@ def test_a_refused_reservation_is_reported_and_leaves_no_file(tmp_path: Path, mo
 
 
 def test_a_directory_in_ram_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extent_file_module, "_filesystem_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(extent_file_module, "filesystem_of", lambda folder: "tmpfs")
     with pytest.warns(RuntimeWarning, match=r"is in RAM \(tmpfs\).*--ssd-dir on a drive"):
         SsdStore(tmp_path, capacity_bytes=MIB).close()
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs at /dev/shm")
 def test_the_file_system_is_recognised() -> None:
-    assert extent_file_module._filesystem_of(Path("/dev/shm")) == "tmpfs"
-    assert extent_file_module._filesystem_of(Path("/proc")) == "proc"
+    assert extent_file_module.filesystem_of(Path("/dev/shm")) == "tmpfs"
+    assert extent_file_module.filesystem_of(Path("/proc")) == "proc"
 
 
 def test_useless_sizes_are_refused(tmp_path: Path) -> None:
