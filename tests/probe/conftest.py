@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from overspill.probe import machine
@@ -55,9 +53,7 @@ def rate(median: float) -> MeasuredRate:
 @pytest.fixture
 def machine_file() -> MachineFile:
     """An H100 as it might have been measured: 50 GB/s each way, 45 in duplex; a drive that shares 2 GB/s between both directions."""
-    link = [
-        LinkFigures(unit_bytes=unit * MIB, is_pinned=True, h2d=rate(50e9), d2h=rate(50e9), duplex=rate(45e9)) for unit in (128, 32)
-    ]
+    link = [LinkFigures(unit_bytes=unit * MIB, is_pinned=True, h2d=rate(50e9), d2h=rate(50e9), duplex=rate(45e9)) for unit in (128, 32)]
     drive = DriveFigures(
         unit_bytes=32 * MIB, in_flight=4, is_direct=True, read=rate(2e9), write=rate(2e9), mixed_read=rate(1e9), mixed_write=rate(1e9)
     )

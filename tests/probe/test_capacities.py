@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 def make_root(folder: Path, *, total: int = 64 * GIB, available: int = 40 * GIB, cgroup: str = "") -> Path:
     (folder / "proc/self").mkdir(parents=True, exist_ok=True)
-    (folder / "proc/meminfo").write_text(f"MemTotal: {total // 1024} kB\nMemFree: 1 kB\nMemAvailable: {available // 1024} kB\nHugePages: 0\n")
+    (folder / "proc/meminfo").write_text(
+        f"MemTotal: {total // 1024} kB\nMemFree: 1 kB\nMemAvailable: {available // 1024} kB\nHugePages: 0\n"
+    )
     (folder / "proc/self/cgroup").write_text(cgroup)
     return folder
 
@@ -72,7 +74,9 @@ def test_a_group_that_is_over_its_limit_leaves_nothing_and_not_less(tmp_path: Pa
 
 def test_memory_that_grows_between_two_looks_is_not_steady(tmp_path: Path) -> None:
     found = read_capacities(CPU, [], root=make_root(tmp_path, total=8 * GIB, available=4 * GIB))
-    assert found.is_memory_steady and found.host_usable_bytes == 4 * GIB and found.ssd_free_bytes is None and found.device_free_bytes is None
+    assert (
+        found.is_memory_steady and found.host_usable_bytes == 4 * GIB and found.ssd_free_bytes is None and found.device_free_bytes is None
+    )
     assert look_again(found, tmp_path).is_memory_steady
     grown = look_again(found, make_root(tmp_path, total=9 * GIB))
     assert not grown.is_memory_steady and grown.host_usable_bytes is None

@@ -55,6 +55,18 @@ def test_an_unlinked_store_has_no_name_and_shares_its_directory(tmp_path: Path) 
         assert not buffer.any()
 
 
+def test_a_scratch_file_never_has_a_name_unless_the_file_system_wants_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    inner = extent_file_module._open_locked
+    monkeypatch.setattr(extent_file_module, "_open_locked", lambda path, **how: opened.append(path) or inner(path, **how))
+    with SsdStore(tmp_path, capacity_bytes=MIB, unlink=True) as scratch:
+        assert opened == [] and list(tmp_path.iterdir()) == []
+        assert scratch.path.startswith(f"{tmp_path}/overspill.scratch-"), "messages still say where it is"
+    monkeypatch.setattr(extent_file_module, "_open_unnamed", lambda folder: None)
+    with SsdStore(tmp_path, capacity_bytes=MIB, unlink=True):
+        assert len(opened) == 1 and list(tmp_path.iterdir()) == [], "its name is gone at once"
+
+
 def test_a_file_in_use_is_refused_and_one_left_behind_is_discarded(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"\xff" * 9000)
     with SsdStore(tmp_path, capacity_bytes=MIB) as store:

@@ -53,7 +53,7 @@ def probe(
         if not json:
             from overspill.report.machine import describe_bound
 
-            Console().print(describe_bound(file), soft_wrap=True, highlight=False)
+            Console().print(describe_bound(file), soft_wrap=True, highlight=False, markup=False)
 
 
 def _find_or_measure(
@@ -66,7 +66,7 @@ def _find_or_measure(
     if cached is not None:
         return cached, True
     if device.type != "cuda":
-        errors.print("· no GPU is used: link and compute are those of the cpu device", highlight=False)
+        errors.print("· no GPU is used: link and compute are those of the cpu device", highlight=False, markup=False)
     with errors.status("measuring") as status:
         file = probe_machine(device, places, host_budget_bytes=host_budget_bytes, progress=lambda what: status.update(f"measuring {what}"))
     return file, False
@@ -107,11 +107,11 @@ def _show(file: MachineFile, is_cached: bool, console: Console, *, as_json: bool
 
     console.print(machine_table(file))
     for note in file.notes:
-        console.print(f"· {note}", soft_wrap=True, highlight=False)
+        console.print(f"· {note}", soft_wrap=True, highlight=False, markup=False)
     text = f"measured {file.measured_at} in {format_seconds(file.took_s)}"
     if file.ssd_written_bytes:
         text += f"; {format_bytes(file.ssd_written_bytes)} were written to the drive, and nothing of it is left"
-    console.print(text + ("; from the cache, --renew measures again" if is_cached else ""), soft_wrap=True, highlight=False)
+    console.print(text + ("; from the cache, --renew measures again" if is_cached else ""), soft_wrap=True, highlight=False, markup=False)
 
 
 def _keep(file: MachineFile, is_cached: bool, out: Path | None, errors: Console) -> None:
@@ -121,15 +121,15 @@ def _keep(file: MachineFile, is_cached: bool, out: Path | None, errors: Console)
 
     if out is not None:
         write_machine_file(out, file)
-        errors.print(f"written to {out}", soft_wrap=True, highlight=False)
+        errors.print(f"written to {out}", soft_wrap=True, highlight=False, markup=False)
     elif not is_cached:
         try:
             path = cache_path(file.identity)
             write_machine_file(path, file)
-            errors.print(f"kept in {path}", soft_wrap=True, highlight=False)
+            errors.print(f"kept in {path}", soft_wrap=True, highlight=False, markup=False)
         except StorageError as error:
             _warn(errors, f"the figures are not kept: {error}")
 
 
 def _warn(errors: Console, text: str) -> None:
-    errors.print(f"warning: {text}", style="yellow", soft_wrap=True, highlight=False)
+    errors.print(f"warning: {text}", style="yellow", soft_wrap=True, highlight=False, markup=False)

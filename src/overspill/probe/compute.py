@@ -23,6 +23,9 @@ from overspill.spec.machine_file import ComputeFigures
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.units import format_bytes
 
+LEAST_TOKENS = 512
+"""Chosen: fewer would not fill a large GPU."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MatrixShape:
@@ -42,6 +45,13 @@ class MatrixShape:
     def num_bytes(self) -> int:
         return (self.m * self.k + self.k * self.n + self.m * self.n) * DTYPE_BYTES[self.dtype]
 
+    def within(self, room_bytes: int) -> MatrixShape:
+        """The same with so few tokens that it fits, `LEAST_TOKENS` at least."""
+        m = self.m
+        while m > LEAST_TOKENS and dataclasses.replace(self, m=m).num_bytes > room_bytes:
+            m //= 2
+        return dataclasses.replace(self, m=m)
+
     def __str__(self) -> str:
         return f"[{self.m}, {self.k}] @ [{self.k}, {self.n}] in {self.dtype}"
 
@@ -58,12 +68,14 @@ def measure_compute(
     """The product alone, and with `link` both beside each other.
 
     Args:
+        shape: cut down to fewer tokens where the room is small.
         room_bytes: of the device.
         until_s: of `time.perf_counter`, shared by all parts.
 
     Raises:
         BudgetError: the matrices are larger than the room.
     """
+    shape = shape.within(room_bytes)
     if shape.num_bytes > room_bytes:
         raise BudgetError(
             f"a product of {shape} needs {format_bytes(shape.num_bytes)} of the device, {format_bytes(room_bytes)} may be taken"
@@ -91,7 +103,8 @@ def _open_product(device: torch.device, shape: MatrixShape) -> Iterator[Run]:
     """The product, so many times, on a stream of its own; the device's memory is given back."""
     dtype = getattr(torch, shape.dtype)
     try:
-        rows, weight = (torch.full(size, 0.5, dtype=dtype, device=device) for size in ((shape.m, shape.k), (shape.k, shape.n)))
+        # Random: equal numbers switch fewer transistors, and a GPU that is bound by its power would show too high a rate.
+        rows, weight = (torch.randn(size, dtype=dtype, device=device) for size in ((shape.m, shape.k), (shape.k, shape.n)))
         out = torch.empty(shape.m, shape.n, dtype=dtype, device=device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -112,4 +125,6 @@ def _open_product(device: torch.device, shape: MatrixShape) -> Iterator[Run]:
     finally:
         rows = weight = out = torch.empty(0)
         if device.type == "cuda":
+            with contextlib.suppress(AttributeError):  # a torch without it keeps some workspaces of tens of MiB
+                torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()

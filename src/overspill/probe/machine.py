@@ -168,9 +168,7 @@ class _Probe:
         settings, room = self.settings, self.host_room_bytes
         buffer = min(settings.copy_bytes, room // 2 // 4096 * 4096)
         link = self._each("the link to the device", settings.link_units, self._link)
-        copy = self._attempt(
-            "a copy in host memory", lambda end: measure_copy(buffer, settings.sampling, room_bytes=room, until_s=end)
-        )
+        copy = self._attempt("a copy in host memory", lambda end: measure_copy(buffer, settings.sampling, room_bytes=room, until_s=end))
         place = self._attempt(
             "an update in place of host memory",
             lambda end: measure_in_place(2 * buffer, settings.sampling, room_bytes=room, until_s=end),
