@@ -66,6 +66,13 @@ def test_what_is_no_machine_file_is_refused_with_the_reason_and_the_cure(text: s
         parse_machine_file(text, "there")
 
 
+def test_a_rate_that_cannot_have_been_measured_is_refused(machine_file: MachineFile) -> None:
+    for wrong in ("0.0", "-1.0", "Infinity", "NaN", '"fast"'):
+        text = machine_file.to_json().replace('"median_per_s": 89000000000.0', f'"median_per_s": {wrong}')
+        with pytest.raises(ValueError, match="damaged machine file"):
+            parse_machine_file(text, "there")
+
+
 def test_reading_a_machine_file_needs_no_torch() -> None:
     code = "import sys; import overspill.spec.machine_file, overspill.report.machine; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

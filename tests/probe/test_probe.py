@@ -152,6 +152,25 @@ def test_a_slow_drive_does_not_hold_the_probe_up(
     assert len(notes) == 2 - len(measured) and all("would take" in note and "are left" in note for note in notes), notes
 
 
+def test_a_drive_that_becomes_slow_after_its_trial_is_given_up(small: ProbeSettings, only_the_drive: None) -> None:
+    """Twenty writes at 1 GB/s, then 4 MB/s: the pass under way is waited for, and no other begins."""
+    stores: list[FakeStore] = []
+
+    def open_store(capacity: int) -> FakeStore:
+        stores.append(FakeStore(capacity, bytes_per_s=1e9, failures=slow_down))
+        return stores[-1]
+
+    def slow_down(operation: str, index: int, name: str) -> None:
+        if operation == "write" and index >= 20:
+            stores[-1]._bytes_per_s = 4e6
+
+    settings = dataclasses.replace(small, most_s=2.0, drive_units=(MIB,), drive_bytes=16 * MIB)
+    begin_s = time.perf_counter()
+    file = probe_machine(CPU, [], settings=settings, open_store=open_store)
+    assert time.perf_counter() - begin_s < 4.0 and file.rates.ssd == ()
+    assert "the drive became slow: its time was over after" in notes_of_the_drive(file)[0], file.notes
+
+
 def test_when_its_time_is_over_what_is_left_is_noted_and_not_measured(small: ProbeSettings) -> None:
     file = probe_machine(CPU, [], settings=dataclasses.replace(small, most_s=0.0))
     assert all_rates_missing(file) and all("the probe's 0 s are over" in note for note in file.notes[:-1])

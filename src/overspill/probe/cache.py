@@ -127,6 +127,9 @@ def load_hardware(
     else:
         try:
             path = cache_path(here)
+        except StorageError:
+            return capacities  # no home: nothing can have been kept
+        try:
             if not path.exists():
                 return capacities
             file = read_machine_file(path)

@@ -7,6 +7,8 @@ Rules:
 3. A slow drive costs no more time than it is given. A pass starts no transfer after its end, but waits for those under way, so
    `choose_depth` asks a trial of `TRIALS_BYTES` how many may be; where not even one unit fits, that size is not measured.
 
+4. A drive that becomes slow after its trial costs one pass more than its time at most: none begins when that is over.
+
 Limits: a drive that is fast only while its cache lasts shows its cache's speed. One that hangs (a network file system whose server is
 gone) hangs the probe, because the kernel gives a transfer back only when it has ended.
 """
@@ -81,11 +83,11 @@ def measure_drive(
         num_units: of the file, at least 2.
         written: a list of one number, to which the bytes written are added, also if this fails.
         room_bytes: of host memory for the buffers.
-        until_s: of `time.perf_counter`; at least one pass of each kind is made.
+        until_s: of `time.perf_counter`; no pass begins later.
 
     Raises:
         BudgetError: no room for the file or the buffers.
-        StorageError: a transfer failed.
+        StorageError: a transfer failed, or there was not time for a pass of each kind.
     """
     host, store = HostMemory(pin=False, budget_bytes=room_bytes), open_store(num_units * unit_bytes)
     try:
@@ -119,14 +121,22 @@ def measure_drive(
         there = names[: store.written_bytes // unit_bytes]  # a slow drive did not get to the end of them
         half = len(there) // 2
         samples = DriveSamples(read=[], write=[], mixed_read=[], mixed_write=[])
-        for number in range(passes.num_passes):
-            if number and time.perf_counter() >= until_s:
+        kinds = (
+            ((_write, there, buffers[1]),),
+            ((_read, there, buffers[0]),),
+            ((_read, there[:half], buffers[0]), (_write, there[half:], buffers[1])),
+        )
+        fields = ((samples.write,), (samples.read,), (samples.mixed_read, samples.mixed_write))
+        for _, (ways, lists) in itertools.product(range(passes.num_passes), zip(kinds, fields, strict=True)):
+            if time.perf_counter() >= until_s:
                 break
-            samples.write.extend(run((_write, there, buffers[1])))
-            samples.read.extend(run((_read, there, buffers[0])))
-            up, down = run((_read, there[:half], buffers[0]), (_write, there[half:], buffers[1]))
-            samples.mixed_read.append(up)
-            samples.mixed_write.append(down)
+            for found, rate in zip(lists, run(*ways), strict=True):
+                found.append(rate)
+        if not samples.mixed_read:
+            raise StorageError(
+                f"the drive became slow: its time was over after {format_bytes(store.written_bytes)} were written and "
+                f"{format_bytes(store.read_bytes)} read"
+            )
         return samples
     finally:
         buffers = []

@@ -55,7 +55,7 @@ def open_link(device: torch.device, size: int, *, room_bytes: int, num_slots: in
     is_cuda = device.type == "cuda"
     host = HostMemory(pin=is_cuda, budget_bytes=room_bytes, numa_node=node_of_device(device))
     with contextlib.ExitStack() as opened:
-        opened.callback(_give_back, host, is_cuda)
+        opened.callback(_give_back, host, device)
         copies: list[list[_Copy]] = [[], []]
         for direction, slot in itertools.product(BOTH, range(num_slots)):
             here = host.allocate(f"{direction}[{slot}]", size).fill_(1)
@@ -107,7 +107,10 @@ def _on_threads(copies: Sequence[Sequence[_Copy]], pool: ThreadPoolExecutor) -> 
     return run
 
 
-def _give_back(host: HostMemory, is_cuda: bool) -> None:
-    host.close()
-    if is_cuda:
-        torch.cuda.empty_cache()  # so that a step's device peak does not count these buffers
+def _give_back(host: HostMemory, device: torch.device) -> None:
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # after Ctrl-C copies may be under way, and what they read must stay pinned
+            torch.cuda.empty_cache()  # so that a step's device peak does not count these buffers
+    finally:
+        host.close()

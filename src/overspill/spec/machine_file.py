@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -47,6 +48,10 @@ class MeasuredRate:
     num_samples: int
     size: int
     """Of one repetition, in what the rate counts."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_per_s <= self.median_per_s <= self.max_per_s < math.inf:
+            raise ValueError(f"a rate of {self.median_per_s} between {self.min_per_s} and {self.max_per_s} cannot have been measured")
 
     @property
     def spread_fraction(self) -> float:
