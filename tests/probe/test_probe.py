@@ -47,6 +47,11 @@ def all_rates(file: MachineFile) -> list[MeasuredRate]:
     return [rate for rate in found if rate is not None]
 
 
+def not_measured(file: MachineFile) -> list[str]:
+    """There may be other notes: some file systems refuse direct I/O."""
+    return [note for note in file.notes if "was not measured" in note]
+
+
 def without_drive(settings: ProbeSettings) -> ProbeSettings:
     return dataclasses.replace(settings, drive_units=())
 
@@ -73,7 +78,7 @@ def notes_of_the_drive(file: MachineFile) -> list[str]:
 
 def test_every_figure_is_there_with_its_spread_and_they_fit_each_other(small: ProbeSettings, tmp_path: Path) -> None:
     file = probe_machine(CPU, [str(tmp_path)], settings=small)
-    assert file.notes == () and parse_machine_file(file.to_json(), "x") == file
+    assert not_measured(file) == [] and parse_machine_file(file.to_json(), "x") == file
     for rate in all_rates(file):
         assert 0 < rate.min_per_s <= rate.median_per_s <= rate.max_per_s and rate.num_samples >= 1 and rate.size > 0
     rates = file.rates
@@ -88,19 +93,19 @@ def test_every_figure_is_there_with_its_spread_and_they_fit_each_other(small: Pr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_ordinary_probe_measures_in_the_sizes_of_chunks_and_writes_less_than_three_gib() -> None:
+def test_the_ordinary_probe_measures_in_the_sizes_of_chunks_and_writes_little_more_than_three_gib() -> None:
     assert SETTINGS.link_units == (128 * MIB, 32 * MIB) and SETTINGS.drive_units[0] == 32 * MIB
-    assert SETTINGS.most_written_bytes < 3 * GIB and SETTINGS.most_s <= 25
+    assert SETTINGS.most_written_bytes < 3.1 * GIB and SETTINGS.most_s <= 25
 
 
 def test_a_drive_of_known_rate_is_measured_at_that_rate(small: ProbeSettings, only_the_drive: None) -> None:
-    """Each direction of the fake drive moves 200 MB/s, one transfer at a time, beside the other or alone."""
-    settings = dataclasses.replace(small, passes=Passes(most_s=0.1, most_bytes=32 * MIB, num_passes=2))
-    file = probe_machine(CPU, [], settings=settings, open_store=lambda capacity: FakeStore(capacity, bytes_per_s=200e6))
+    """Each direction of the fake drive moves 50 MB/s, one transfer at a time, beside the other or alone; never more."""
+    settings = dataclasses.replace(small, passes=Passes(most_s=0.1, most_bytes=32 * MIB))
+    file = probe_machine(CPU, [], settings=settings, open_store=lambda capacity: FakeStore(capacity, bytes_per_s=50e6))
     assert notes_of_the_drive(file) == [] and len(file.rates.ssd) == 2
     for drive in file.rates.ssd:
         for rate in (drive.read, drive.write, drive.mixed_read, drive.mixed_write):
-            assert rate.median_per_s == pytest.approx(200e6, rel=0.3)
+            assert 25e6 < rate.median_per_s < 51e6, "a busy machine sleeps too long, but not twice as long"
 
 
 def test_a_sample_is_as_long_as_it_should_be_and_work_that_takes_no_time_is_not_repeated_for_ever() -> None:
@@ -227,14 +232,14 @@ def test_ctrl_c_in_the_middle_leaves_nothing(small: ProbeSettings, tmp_path: Pat
         small,
         most_s=60.0,
         share_s=0.05,
-        sampling=Sampling(least_s=0.15, num_samples=9, most_repeats=10**6),
+        sampling=Sampling(least_s=0.08, num_samples=9, most_repeats=10**6),
         passes=Passes(most_s=9.0, most_bytes=GIB, num_passes=1),
     )
     before = threading.active_count(), open_files()
 
     def progress(what: str) -> None:
         if what.startswith(where):
-            stop_in(0.05)
+            stop_in(0.04)
 
     with pytest.raises(KeyboardInterrupt):
         probe_machine(CPU, [str(tmp_path)], settings=settings, progress=progress)
@@ -328,7 +333,7 @@ def test_a_directory_in_ram_is_measured_with_a_note(
 ) -> None:
     monkeypatch.setattr("overspill.tiers.extent_file.filesystem_of", lambda folder: "tmpfs")
     file = probe_machine(CPU, [str(tmp_path)], settings=small)
-    assert len(file.rates.ssd) == 2 and any("is in RAM (tmpfs)" in note for note in file.notes)
+    assert len(file.rates.ssd) == 2 and sum("is in RAM (tmpfs)" in note for note in file.notes) == 1
 
 
 def test_a_block_device_is_never_written_to(
@@ -346,6 +351,7 @@ def test_a_small_share_of_memory_is_taken_and_what_does_not_fit_is_noted(small: 
     assert [link.unit_bytes for link in file.rates.link] == [MIB]
     assert any("in units of 2.00 MiB was not measured" in note and "3.00 MiB" in note for note in file.notes)
     assert file.rates.host_copy is not None and file.rates.host_copy.size <= 2 * 3 * MIB // 2
+    assert file.rates.compute is None, "half of 3 MiB holds no two buffers of 1 MiB"
     assert file.capacities.host_usable_bytes == 24 * MIB
 
 

@@ -75,7 +75,12 @@ def test_a_whole_probe_ends_within_30_s_leaves_nothing_and_says_what_bounds_a_st
     assert time.perf_counter() - begin_s < 26, "beside that, Python and torch start"
     assert done.exit_code == 0, done.output
     file = read_machine_file(cache)
-    assert file.notes == () and len(file.rates.link) == 2 and len(file.rates.ssd) == 2 and file.rates.compute is not None
+    assert (
+        not [note for note in file.notes if "was not measured" in note]
+        and len(file.rates.link) == 2
+        and len(file.rates.ssd) == 2
+        and file.rates.compute is not None
+    )
     assert done.stdout.splitlines()[-1].startswith("A typical step in format fp32 is bound by the ")
     assert "nothing of it is left" in done.stdout and "no GPU is used" in done.stderr
     assert list((tmp_path / "ssd").iterdir()) == [] and [path.name for path in cache.parent.iterdir()] == [cache.name]
@@ -160,7 +165,7 @@ def test_a_place_that_was_named_and_cannot_be_written_is_an_error_after_the_resu
 ) -> None:
     (tmp_path / "blocked").touch()
     done = probe("--out", tmp_path / "blocked" / "x.json")
-    assert done.exit_code == ExitCode.WORLD_FAILED and "cannot be written" in done.stderr and "host to device" in done.stdout
+    assert done.exit_code == ExitCode.WORLD_FAILED and "cannot be written" in done.stderr and "to the device" in done.stdout
 
 
 def test_json_prints_the_file_and_nothing_else(probe: Probe, cache: Path, num_probes: list[int]) -> None:

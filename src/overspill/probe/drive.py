@@ -50,6 +50,8 @@ class Passes:
     most_units: int = 64
     """The same, if that is less."""
     num_passes: int = 1
+    mixed_factor: int = 1
+    """How many times as long, and of as many bytes, a pass of both directions is: their shares are told apart by whole units only."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,9 @@ def measure_drive(
 
         def run(*ways: tuple[_Start, Sequence[str], Sequence[torch.Tensor]], once: bool = False) -> list[float]:
             stop, begin_s = threading.Event(), time.perf_counter()
-            most = num_units if once else max(2, min(passes.most_bytes // unit_bytes, passes.most_units))
+            factor = passes.mixed_factor if len(ways) > 1 else 1
+            most = num_units if once else factor * max(2, min(passes.most_bytes // unit_bytes, passes.most_units))
+            end_s = begin_s + factor * passes.most_s
 
             def names_of(chosen: Sequence[str]) -> Iterator[str]:
                 return itertools.islice(itertools.cycle(chosen), most)
@@ -108,9 +112,7 @@ def measure_drive(
             with ThreadPoolExecutor(len(ways), thread_name_prefix="overspill-probe") as pool:
                 jobs = [
                     # No name twice at a time: two writes of the same bytes have no order.
-                    functools.partial(
-                        _stream, store, start, names_of(chosen), lent[: len(chosen)], stop=stop, until_s=begin_s + passes.most_s
-                    )
+                    functools.partial(_stream, store, start, names_of(chosen), lent[: len(chosen)], stop=stop, until_s=end_s)
                     for start, chosen, lent in ways
                 ]
                 moved = _run_all(pool, jobs, stop)
@@ -181,7 +183,7 @@ def choose_depth(unit_bytes: int, trial_bytes_per_s: float, passes: Passes, *, l
         StorageError: not even one; with both times.
     """
     for depth in (IN_FLIGHT, IN_FLIGHT // 2, 1):
-        needed_s = 4 * passes.most_s + (2 + 1 + 1 + 2) * max(depth, 2) * unit_bytes / trial_bytes_per_s
+        needed_s = (3 + passes.mixed_factor) * passes.most_s + (2 + 1 + 1 + 2) * max(depth, 2) * unit_bytes / trial_bytes_per_s
         if needed_s <= left_s and 2 * depth * unit_bytes <= room_bytes:
             return depth
     raise StorageError(

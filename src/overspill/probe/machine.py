@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -78,15 +79,15 @@ class ProbeSettings:
     """A chunk of states, and about what its parameters are."""
     drive_bytes: int = 256 * MIB
     """Of the file, unless the drive needs longer than a second for it."""
-    passes: Passes = Passes(most_bytes=256 * MIB, most_units=32, num_passes=3)
+    passes: Passes = Passes(most_bytes=192 * MIB, most_units=24, num_passes=3, mixed_factor=2)
 
     @property
     def most_written_bytes(self) -> int:
         """On a drive that is quick enough for every pass."""
-        return sum(
-            self.drive_bytes + 2 * self.passes.num_passes * min(self.passes.most_bytes, self.passes.most_units * unit)
-            for unit in self.drive_units
-        ) + sum(TRIALS_BYTES)
+        passes = self.passes
+        pass_bytes = [min(passes.most_bytes, passes.most_units * unit) for unit in self.drive_units]
+        each = passes.num_passes * (1 + passes.mixed_factor)
+        return sum(self.drive_bytes + each * size for size in pass_bytes) + sum(TRIALS_BYTES)
 
 
 SETTINGS = ProbeSettings()
@@ -188,19 +189,19 @@ class _Probe:
     # -- one measurement each ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _open_link(self, unit_bytes: int) -> Iterator[Link]:
+    def _open_link(self, unit_bytes: int, device_room_bytes: int) -> Iterator[Link]:
         """As many buffers as the largest unit takes, or as there is room for."""
-        slots = max(self.settings.link_units) // unit_bytes
-        slots = max(1, min(slots, self.host_room_bytes // (2 * unit_bytes), self.device_room_bytes // (2 * unit_bytes)))
-        if 2 * unit_bytes > self.device_room_bytes:
+        needed = 2 * unit_bytes
+        if needed > device_room_bytes:
             raise BudgetError(
-                f"two copies of {format_bytes(unit_bytes)} are needed on the device, {format_bytes(self.device_room_bytes)} may be taken"
+                f"two copies of {format_bytes(unit_bytes)} are needed on the device, {format_bytes(device_room_bytes)} may be taken"
             )
-        with open_link(self.device, unit_bytes, room_bytes=self.host_room_bytes, num_slots=slots) as link:
+        slots = min(max(self.settings.link_units) // unit_bytes, self.host_room_bytes // needed, device_room_bytes // needed)
+        with open_link(self.device, unit_bytes, room_bytes=self.host_room_bytes, num_slots=max(1, slots)) as link:
             yield link
 
     def _link(self, unit_bytes: int, end_s: float) -> LinkFigures:
-        with self._open_link(unit_bytes) as link:
+        with self._open_link(unit_bytes, self.device_room_bytes) as link:
             return measure_link(link, self.settings.sampling, until_s=end_s)
 
     def _update(self, state_format: str, parameter_dtype: str) -> Callable[[float], MeasuredRate]:
@@ -216,10 +217,10 @@ class _Probe:
         )
 
     def _compute(self, end_s: float) -> ComputeFigures:
-        settings = self.settings
+        """Half of the device's room for the matrices, half for the copies."""
+        settings, room = self.settings, self.device_room_bytes // 2
         shape = settings.block_on_gpu if self.device.type == "cuda" else settings.block_on_cpu
-        with self._open_link(min(settings.link_units)) as link:
-            room = self.device_room_bytes - 2 * max(settings.link_units)
+        with self._open_link(min(settings.link_units), room) as link:
             return measure_compute(self.device, shape, link, settings.sampling, room_bytes=room, until_s=end_s)
 
     def _drive(self, open_store: OpenStore | None) -> tuple[DriveFigures, ...]:
@@ -314,8 +315,19 @@ class _Probe:
                 self.notes.append(f"{what} was not measured: {error}")
                 return None
             finally:
-                said = [str(warning.message) for warning in heard if issubclass(warning.category, RuntimeWarning)]
-                self.notes += [text for text in dict.fromkeys(said) if text not in self.notes]
+                for warning in heard:
+                    if issubclass(warning.category, RuntimeWarning):
+                        self._note_once(str(warning.message))
+
+    def _note_once(self, text: str) -> None:
+        """The same about files of several sizes is said once."""
+        known = {_without_sizes(note) for note in self.notes}
+        if _without_sizes(text) not in known:
+            self.notes.append(text)
+
+
+def _without_sizes(text: str) -> str:
+    return re.sub(r"[0-9.]+ ([KMGT]i)?B", "", text)
 
 
 def _existing(place: Path) -> Path:

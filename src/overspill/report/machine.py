@@ -12,7 +12,7 @@ from rich.table import Table
 from overspill.spec.machine_file import BLOCK_FRACTION, MachineFile, MeasuredRate
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import DTYPE_BYTES
-from overspill.units import format_bytes, format_seconds
+from overspill.units import MIB, format_bytes, format_seconds
 
 FLOPS_PER_PARAMETER_AND_TOKEN = 8
 """2 forward, 2 recomputed, 4 backward."""
@@ -24,16 +24,14 @@ def machine_table(file: MachineFile) -> Table:
     device = "CPU only" if where.device == "cpu" else f"{where.device}, driver {where.driver}"
     table = Table(title=f"{where.cpu_model}, {where.num_cpus} cores · {device} · torch {where.torch}", title_justify="left")
     table.add_column("")
-    for name in ("median", "smallest – largest", "samples of"):
-        table.add_column(name, justify="right")
+    table.add_column("median", justify="right")
+    table.add_column("smallest – largest", justify="right")
     for what, text in _capacity_rows(file):
-        table.add_row(what, text, "", "")
+        table.add_row(what, text, "")
     table.add_section()
     for what, rate, unit in _rate_rows(file):
         factor, name = _UNITS[unit]
-        spread = f"{rate.min_per_s / factor:.2f} – {rate.max_per_s / factor:.2f}"
-        size = format_bytes(rate.size) if unit == "bytes" else f"{rate.size / 1e9:.3g} G"
-        table.add_row(what, f"{rate.median_per_s / factor:.2f} {name}", spread, f"{rate.num_samples} × {size}")
+        table.add_row(what, f"{rate.median_per_s / factor:.2f} {name}", f"{rate.min_per_s / factor:.2f} – {rate.max_per_s / factor:.2f}")
     return table
 
 
@@ -84,20 +82,21 @@ def _rounded(value: float) -> int:
     return int(float(f"{value:.1e}"))
 
 
-_UNITS = {"bytes": (1e9, "GB/s"), "parameters": (1e9, "G parameters/s"), "flops": (1e12, "TFLOP/s")}
+_UNITS = {"bytes": (1e9, "GB/s"), "parameters": (1e9, "G/s"), "flops": (1e12, "TFLOP/s")}
 
 
 def _capacity_rows(file: MachineFile) -> list[tuple[str, str]]:
     found = file.capacities
     usable = found.host_usable_bytes
-    host = "unknown: it changes" if usable is None else format_bytes(usable)
-    rows = [("host memory that may be used", host + (" (--host-budget)" if found.host_budget_bytes is not None else ""))]
+    what = "host memory to use" + (" (--host-budget)" if found.host_budget_bytes is not None else "")
+    rows = [(what, "unknown: it changes" if usable is None else format_bytes(usable))]
     rows.append(("host memory in all", format_bytes(found.memory_total_bytes)))
     if found.cgroup_limit_bytes is not None:
         rows.append(("limit of the control group", format_bytes(found.cgroup_limit_bytes)))
     rows.append(("lockable (ulimit -l)", "unlimited" if found.memlock_bytes is None else format_bytes(found.memlock_bytes)))
     if found.device_free_bytes is not None and found.device_total_bytes is not None:
-        rows.append(("device memory free", f"{format_bytes(found.device_free_bytes)} of {format_bytes(found.device_total_bytes)}"))
+        rows.append(("device memory free", format_bytes(found.device_free_bytes)))
+        rows.append(("device memory in all", format_bytes(found.device_total_bytes)))
     rows.append(("SSD free", "no --ssd-dir" if found.ssd_free_bytes is None else format_bytes(found.ssd_free_bytes)))
     return rows
 
@@ -107,23 +106,23 @@ def _rate_rows(file: MachineFile) -> list[tuple[str, MeasuredRate, str]]:
     rates = file.rates
     rows: list[tuple[str, MeasuredRate, str]] = []
     for link in rates.link:
-        kind = f"in {format_bytes(link.unit_bytes)}{', pinned' if link.is_pinned else ''}"
-        rows.append((f"host to device {kind}", link.h2d, "bytes"))
-        rows.append((f"device to host {kind}", link.d2h, "bytes"))
-        rows.append((f"each way, both at once ({link.duplex_factor:.2f} of their sum)", link.duplex, "bytes"))
-    named = [("host memory, copy (read and written)", rates.host_copy), ("host memory, in place (read and written)", rates.host_in_place)]
+        kind = f"{link.unit_bytes / MIB:g} MiB{', pinned' if link.is_pinned else ''}"
+        rows.append((f"to the device, {kind}", link.h2d, "bytes"))
+        rows.append((f"from the device, {kind}", link.d2h, "bytes"))
+        rows.append((f"  each way at once ({link.duplex_factor:.2f} of sum)", link.duplex, "bytes"))
+    named = [("host copy, read + written", rates.host_copy), ("host in place, read + written", rates.host_in_place)]
     rows += [(what, rate, "bytes") for what, rate in named if rate is not None]
-    rows += [(f"AdamW on the host, {name}, {rates.update_parameter_dtype}", rate, "parameters") for name, rate in rates.update.items()]
+    rows += [(f"AdamW on the host, {name}, parameters", rate, "parameters") for name, rate in rates.update.items()]
     compute = rates.compute
     if compute is not None:
         rows.append((compute.what, compute.alone, "flops"))
         if compute.beside_copies is not None and compute.copies_beside is not None:
-            rows.append((f"  beside copies ({compute.compute_slowdown:.2f} times as long)", compute.beside_copies, "flops"))
-            rows.append((f"  copies each way beside it ({compute.copies_slowdown:.2f} times as long)", compute.copies_beside, "bytes"))
+            rows.append((f"  beside copies ({compute.compute_slowdown:.2f} of time)", compute.beside_copies, "flops"))
+            rows.append((f"  copies beside it ({compute.copies_slowdown:.2f} of time)", compute.copies_beside, "bytes"))
     for drive in rates.ssd:
-        kind = f"in {format_bytes(drive.unit_bytes)}, {drive.in_flight} at a time{'' if drive.is_direct else ', page cache'}"
-        rows.append((f"SSD read {kind}", drive.read, "bytes"))
-        rows.append((f"SSD write {kind}", drive.write, "bytes"))
-        rows.append(("  read while it is written", drive.mixed_read, "bytes"))
-        rows.append(("  written while it is read", drive.mixed_write, "bytes"))
+        kind = f"{drive.unit_bytes / MIB:g} MiB, {drive.in_flight} at a time{'' if drive.is_direct else ', page cache'}"
+        rows.append((f"SSD read, {kind}", drive.read, "bytes"))
+        rows.append((f"SSD write, {kind}", drive.write, "bytes"))
+        rows.append(("  read while written", drive.mixed_read, "bytes"))
+        rows.append(("  written while read", drive.mixed_write, "bytes"))
     return rows
