@@ -86,8 +86,10 @@ def test_every_figure_is_there_with_its_spread_and_they_fit_each_other(small: Pr
     assert set(rates.update) == {"fp32", "bf16", "int8"} and rates.update_parameter_dtype == "float32"
     for link in rates.link:
         assert not link.is_pinned
-        assert link.duplex_factor < 1.5, "two directions together are no faster than apart; with grace for a busy machine"
-    assert rates.compute is not None and rates.compute.compute_slowdown is not None and rates.compute.compute_slowdown > 0.5
+        # The best alone beside the worst together, since other programs come and go: neither is quicker for the other's company.
+        assert 2 * link.duplex.min_per_s < 1.2 * (link.h2d.max_per_s + link.d2h.max_per_s)
+    compute = rates.compute
+    assert compute is not None and compute.beside_copies is not None and compute.beside_copies.min_per_s < 1.2 * compute.alone.max_per_s
     assert file.identity.ssd and file.capacities.ssd_free_bytes
     assert 0 < file.ssd_written_bytes <= small.most_written_bytes
     assert list(tmp_path.iterdir()) == []
@@ -99,13 +101,13 @@ def test_the_ordinary_probe_measures_in_the_sizes_of_chunks_and_writes_little_mo
 
 
 def test_a_drive_of_known_rate_is_measured_at_that_rate(small: ProbeSettings, only_the_drive: None) -> None:
-    """Each direction of the fake drive moves 50 MB/s, one transfer at a time, beside the other or alone; never more."""
-    settings = dataclasses.replace(small, passes=Passes(most_s=0.1, most_bytes=32 * MIB))
-    file = probe_machine(CPU, [], settings=settings, open_store=lambda capacity: FakeStore(capacity, bytes_per_s=50e6))
+    """Each direction of the fake drive moves 20 MB/s, one transfer at a time, beside the other or alone; never more."""
+    settings = dataclasses.replace(small, passes=Passes(most_s=0.05, most_bytes=32 * MIB))
+    file = probe_machine(CPU, [], settings=settings, open_store=lambda capacity: FakeStore(capacity, bytes_per_s=20e6))
     assert notes_of_the_drive(file) == [] and len(file.rates.ssd) == 2
     for drive in file.rates.ssd:
         for rate in (drive.read, drive.write, drive.mixed_read, drive.mixed_write):
-            assert 25e6 < rate.median_per_s < 51e6, "a busy machine sleeps too long, but not twice as long"
+            assert 7e6 < rate.median_per_s < 20.5e6, "a busy machine sleeps too long, but not three times as long"
 
 
 def test_a_sample_is_as_long_as_it_should_be_and_work_that_takes_no_time_is_not_repeated_for_ever() -> None:
@@ -158,7 +160,7 @@ def test_a_slow_drive_does_not_hold_the_probe_up(
 
 
 def test_a_drive_that_becomes_slow_after_its_trial_is_given_up(small: ProbeSettings, only_the_drive: None) -> None:
-    """Twenty writes at 1 GB/s, then 4 MB/s: the pass under way is waited for, and no other begins."""
+    """The file is written at 1 GB/s, all later writes at 2 MB/s: the pass under way is waited for, and no other begins."""
     stores: list[FakeStore] = []
 
     def open_store(capacity: int) -> FakeStore:
@@ -166,13 +168,14 @@ def test_a_drive_that_becomes_slow_after_its_trial_is_given_up(small: ProbeSetti
         return stores[-1]
 
     def slow_down(operation: str, index: int, name: str) -> None:
-        if operation == "write" and index >= 20:
-            stores[-1]._bytes_per_s = 4e6
+        if operation == "write" and index >= 16:
+            stores[-1]._bytes_per_s = 2e6
 
-    settings = dataclasses.replace(small, most_s=2.0, drive_units=(MIB,), drive_bytes=16 * MIB)
+    passes = Passes(most_s=0.3, most_bytes=8 * MIB, num_passes=2)
+    settings = dataclasses.replace(small, most_s=2.2, drive_units=(MIB,), drive_bytes=16 * MIB, passes=passes)
     begin_s = time.perf_counter()
     file = probe_machine(CPU, [], settings=settings, open_store=open_store)
-    assert time.perf_counter() - begin_s < 4.0 and file.rates.ssd == ()
+    assert time.perf_counter() - begin_s < 4.5 and file.rates.ssd == ()
     assert "the drive became slow: its time was over after" in notes_of_the_drive(file)[0], file.notes
 
 
@@ -246,6 +249,24 @@ def test_ctrl_c_in_the_middle_leaves_nothing(small: ProbeSettings, tmp_path: Pat
         time.sleep(1)
     assert wait_until(lambda: (threading.active_count(), open_files()) == before)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_is_told_also_when_the_drive_fails_behind_it(small: ProbeSettings, only_the_drive: None) -> None:
+    """Of four writes under way two fail after the interruption; nobody waits for the last of them."""
+
+    def fail(operation: str, index: int, name: str) -> int | None:
+        return errno.EIO if index >= 2 and "rate" in name else None
+
+    def open_store(capacity: int) -> FakeStore:
+        return FakeStore(capacity, delay_s=0.05, failures=fail)
+
+    def progress(what: str) -> None:
+        if what.startswith("the SSD in units"):
+            stop_in(0.02)
+
+    with pytest.raises(KeyboardInterrupt):
+        probe_machine(CPU, [], settings=dataclasses.replace(small, most_s=60.0), open_store=open_store, progress=progress)
+        time.sleep(1)
 
 
 def wait_until(is_so: Callable[[], bool]) -> bool:
@@ -392,4 +413,4 @@ def test_a_product_has_fewer_tokens_where_the_device_is_small() -> None:
 def test_a_trial_of_a_real_drive_writes_little(tmp_path: Path) -> None:
     written = [0]
     rate = measure_trial(lambda capacity: SsdStore(tmp_path, capacity_bytes=capacity, unlink=True), written=written)
-    assert rate > 0 and 256 * KIB <= written[0] <= 5 * MIB and list(tmp_path.iterdir()) == []
+    assert rate > 0 and 512 * KIB <= written[0] <= 9 * MIB and list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ gone) hangs the probe, because the kernel gives a transfer back only when it has
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -91,8 +92,7 @@ def measure_drive(
         BudgetError: no room for the file or the buffers.
         StorageError: a transfer failed, or there was not time for a pass of each kind.
     """
-    host, store = HostMemory(pin=False, budget_bytes=room_bytes), open_store(num_units * unit_bytes)
-    try:
+    with _opened(open_store, num_units * unit_bytes, room_bytes=room_bytes, written=written) as (store, host):
         names = [f"rate[{index}]" for index in range(num_units)]
         for name in names:
             store.allocate(name, unit_bytes)
@@ -140,40 +140,47 @@ def measure_drive(
                 f"{format_bytes(store.read_bytes)} read"
             )
         return samples
-    finally:
-        buffers = []
-        written[0] += store.written_bytes
-        store.close()
-        host.close()
 
 
 def measure_trial(open_store: OpenStore, *, written: list[int]) -> float:
-    """Bytes a second of a small write, its blocks' first, and of reading it again; the slower of the two.
+    """Bytes a second of a small write (its blocks' second, rule 2) and of reading it again; the slower of the two.
 
     Raises:
         BudgetError, StorageError: the directory cannot be used.
     """
     rate = 0.0
     for size in TRIALS_BYTES:
-        if rate and size / rate > TRIAL_S:
+        if rate and 2 * size / rate > TRIAL_S:
             break
-        host, store = HostMemory(pin=False, budget_bytes=None), open_store(size)
-        try:
+        with _opened(open_store, size, room_bytes=None, written=written) as (store, host):
             store.allocate("trial", size)
             buffer = host.allocate("trial", size)
             torch.arange(size // 8, out=buffer.view(torch.int64))
             took_s = []
-            for start in (_write, _read):
+            for start in (_write, _write, _read):
                 begin_s = time.perf_counter()
                 start(store, "trial", buffer).wait()
                 took_s.append(time.perf_counter() - begin_s)
-            rate = size / max(*took_s, 1e-9)
-        finally:
-            buffer = torch.empty(0)
-            written[0] += store.written_bytes
-            store.close()
-            host.close()
+            rate = size / max(*took_s[1:], 1e-9)
+            if took_s[0] > TRIAL_S:
+                break
     return rate
+
+
+@contextlib.contextmanager
+def _opened(
+    open_store: OpenStore, capacity_bytes: int, *, room_bytes: int | None, written: list[int]
+) -> Iterator[tuple[Store, HostMemory]]:
+    """A store, and memory for its buffers; both are closed, and what was written is added up, however it ends."""
+    host = HostMemory(pin=False, budget_bytes=room_bytes)
+    try:
+        with open_store(capacity_bytes) as store:  # closing may raise a failure; after Ctrl-C that is only a note
+            try:
+                yield store, host
+            finally:
+                written[0] += store.written_bytes
+    finally:
+        host.close()
 
 
 def choose_depth(unit_bytes: int, trial_bytes_per_s: float, passes: Passes, *, left_s: float, room_bytes: int) -> int:

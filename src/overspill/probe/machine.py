@@ -87,7 +87,7 @@ class ProbeSettings:
         passes = self.passes
         pass_bytes = [min(passes.most_bytes, passes.most_units * unit) for unit in self.drive_units]
         each = passes.num_passes * (1 + passes.mixed_factor)
-        return sum(self.drive_bytes + each * size for size in pass_bytes) + sum(TRIALS_BYTES)
+        return sum(self.drive_bytes + each * size for size in pass_bytes) + 2 * sum(TRIALS_BYTES)
 
 
 SETTINGS = ProbeSettings()
@@ -252,10 +252,11 @@ class _Probe:
                     left_s = (self.begin_s + settings.most_s - now_s) / left
                     room = self.host_room_bytes
                     depth = choose_depth(unit, trial, settings.passes, left_s=left_s, room_bytes=room)
+                    num_units = min(settings.drive_bytes, int(trial * TRIAL_S)) // unit
                     samples = measure_drive(
                         open_any,
                         unit,
-                        max(2, min(settings.drive_bytes, int(trial * TRIAL_S)) // unit),
+                        max(2 * depth, num_units),  # each direction has its half while both are under way
                         settings.passes,
                         written=self.written,
                         room_bytes=room,
