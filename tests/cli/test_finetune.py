@@ -19,6 +19,8 @@ from typer.testing import Result
 from overspill.cli import training_run
 from overspill.cli.failures import ExitCode, exit_code_of
 from overspill.errors import NonFiniteError, StorageError
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.machine_file import MachineCapacities, MachineFile, MachineIdentity, MachineRates
 from overspill.spec.report import EvaluationReport, StepReport
 from overspill.tiers.wear import COUNTER_NAME
 
@@ -77,6 +79,7 @@ class ScriptedSession:
     memory_warning: str | None = None
     wear: None = None
     rates = types.SimpleNamespace(notes=())
+    hardware = HardwareSpec()
 
     def __init__(self, model: Path, *, plan: Any, **settings: Any) -> None:
         self.plan = types.SimpleNamespace(
@@ -321,3 +324,17 @@ def test_a_run_on_the_ssd_says_what_it_does_to_the_drive(run: Run, tmp_path: Pat
 def test_a_size_that_is_none_is_refused_with_its_flag(run: Run, flag: str, text: str) -> None:
     result = run("--steps", 1, flag, text)
     assert result.exit_code == ExitCode.WRONG_INPUT and f"{flag}: '{text}' is not a size" in " ".join(result.output.split())
+
+
+@pytest.mark.filterwarnings("ignore:rates are those of:RuntimeWarning")
+def test_a_machine_file_lets_a_run_say_how_long_a_step_is_predicted_to_take(run: Run, tmp_path: Path) -> None:
+    identity = MachineIdentity(cpu_model="x", num_cpus=1, memory_class_bytes=1, device="cpu", torch="x", overspill="x")
+    capacities = MachineCapacities(memory_total_bytes=1, memory_total_after_bytes=1, host_available_bytes=1)
+    file = MachineFile(identity=identity, measured_at="2026-11-22T10:00:00+00:00", took_s=1.0, capacities=capacities, rates=MachineRates())
+    (tmp_path / "machine.json").write_text(file.to_json())
+    done = run("--steps", 1, "--machine", tmp_path / "machine.json")
+    assert done.exit_code == 0, done.output
+    assert "· predicted: " in done.stdout and "measured (machine.json, 2026-11-22); link, SSD, update, compute assumed" in done.stdout
+    refused = run("--steps", 1, "--machine", tmp_path / "nowhere.json")
+    assert refused.exit_code == ExitCode.WRONG_INPUT and "there is no machine file" in refused.stderr
+    assert "predicted" not in run("--steps", 1).stdout, "assumed rates are no prediction"

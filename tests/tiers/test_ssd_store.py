@@ -55,6 +55,18 @@ def test_an_unlinked_store_has_no_name_and_shares_its_directory(tmp_path: Path) 
         assert not buffer.any()
 
 
+def test_a_scratch_file_never_has_a_name_unless_the_file_system_wants_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Path] = []
+    inner = extent_file_module._open_locked
+    monkeypatch.setattr(extent_file_module, "_open_locked", lambda path, **how: opened.append(path) or inner(path, **how))
+    with SsdStore(tmp_path, capacity_bytes=MIB, unlink=True) as scratch:
+        assert opened == [] and list(tmp_path.iterdir()) == []
+        assert scratch.path.startswith(f"{tmp_path}/overspill.scratch-"), "messages still say where it is"
+    monkeypatch.setattr(extent_file_module, "_open_unnamed", lambda folder: None)
+    with SsdStore(tmp_path, capacity_bytes=MIB, unlink=True):
+        assert len(opened) == 1 and list(tmp_path.iterdir()) == [], "its name is gone at once"
+
+
 def test_a_file_in_use_is_refused_and_one_left_behind_is_discarded(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).write_bytes(b"\xff" * 9000)
     with SsdStore(tmp_path, capacity_bytes=MIB) as store:
@@ -220,15 +232,15 @@ def test_a_refused_reservation_is_reported_and_leaves_no_file(tmp_path: Path, mo
 
 
 def test_a_directory_in_ram_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extent_file_module, "_filesystem_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(extent_file_module, "filesystem_of", lambda folder: "tmpfs")
     with pytest.warns(RuntimeWarning, match=r"is in RAM \(tmpfs\).*--ssd-dir on a drive"):
         SsdStore(tmp_path, capacity_bytes=MIB).close()
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs at /dev/shm")
 def test_the_file_system_is_recognised() -> None:
-    assert extent_file_module._filesystem_of(Path("/dev/shm")) == "tmpfs"
-    assert extent_file_module._filesystem_of(Path("/proc")) == "proc"
+    assert extent_file_module.filesystem_of(Path("/dev/shm")) == "tmpfs"
+    assert extent_file_module.filesystem_of(Path("/proc")) == "proc"
 
 
 def test_useless_sizes_are_refused(tmp_path: Path) -> None:

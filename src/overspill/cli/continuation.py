@@ -68,6 +68,7 @@ def with_absolute_paths(options: FinetuneOptions) -> FinetuneOptions:
         data=_absolute_if_here(options.data),
         out=options.out.absolute(),
         trace=options.trace.absolute() if options.trace is not None else None,
+        machine=options.machine.absolute() if options.machine is not None else None,
         ssd_dir=[place.absolute() for place in options.ssd_dir] if options.ssd_dir else None,
     )
 

@@ -78,12 +78,13 @@ class FinetuneOptions:
     serial: bool = False
     trace: Path | None = None
     trace_step: int | None = None
+    machine: Path | None = None
 
 
 _DATA, _TRAINING, _PLACEMENT, _CHECKPOINTS, _TIMING = "Data", "Training", "Placement", "Checkpoints", "Timing"
 
 
-def _place(text: str) -> Path:
+def parse_place(text: str) -> Path:
     """A path that was really given: `--out "$UNSET"` must not mean the folder that the command runs in."""
     if not text:
         raise typer.BadParameter("an empty name, ''; name a folder, or leave the flag out")
@@ -96,7 +97,7 @@ def finetune(
         str, typer.Argument(help="JSONL, JSON, CSV, text or Parquet; a folder of one kind; or a hub name.", show_default=False)
     ],
     out: Annotated[
-        Path, typer.Option(parser=_place, metavar="PATH", help="Folder for model/, plan.json and metrics.jsonl.", show_default=False)
+        Path, typer.Option(parser=parse_place, metavar="PATH", help="Folder for model/, plan.json and metrics.jsonl.", show_default=False)
     ],
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps; instead of --epochs.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data; 1 if neither is given.")] = None,
@@ -134,7 +135,7 @@ def finetune(
     ssd_dir: Annotated[
         list[Path] | None,
         typer.Option(
-            parser=_place,
+            parser=parse_place,
             metavar="PATH",
             help="Folder on a local drive, or a block device, for the SSD tier; repeatable.",
             rich_help_panel=_PLACEMENT,
@@ -191,6 +192,15 @@ def finetune(
         Path | None, typer.Option(help="File for what ran when in one step, for ui.perfetto.dev.", rich_help_panel=_TIMING)
     ] = None,
     trace_step: Annotated[int | None, typer.Option(min=1, help="Which step; the last.", rich_help_panel=_TIMING)] = None,
+    machine: Annotated[
+        Path | None,
+        typer.Option(
+            parser=parse_place,
+            metavar="FILE",
+            help="Predict from this file of `overspill probe`, not from the cache's.",
+            rich_help_panel=_TIMING,
+        ),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with any of these; the command line wins.", is_eager=True, callback=use_config_file),

@@ -38,6 +38,7 @@ from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, 
 from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
+from overspill.planning import predict_step
 from overspill.report.lanes import describe_step_time, lane_table
 from overspill.report.memory import host_peak_bytes, reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile, replace_text
@@ -45,6 +46,7 @@ from overspill.report.tables import describe_pools, placement_table
 from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
 from overspill.spec.checkpoint import Manifest
+from overspill.spec.hardware import ASSUMED
 from overspill.spec.plan import Plan, PlanRequest, validate_clip
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
@@ -79,6 +81,11 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     pause = PauseUntilStopped(stop)
     with build_session(options, folder, data.seq_len, num_steps, source, space=pause.policy) as session:
         _announce(options, console, session.plan, data, num_steps)
+        if session.hardware.source != ASSUMED:
+            predicted_s = predict_step(session.plan, session.hardware).step_s
+            console.print(
+                f"· predicted: {format_seconds(predicted_s)} a step if nothing overlaps; {session.hardware.source}", highlight=False
+            )
         for sentence in session.wear.announce(num_steps) if session.wear is not None else ():
             console.print(f"· {sentence}", highlight=False)
         for sentence in session.rates.notes:  # measured here, so that every step has its floor
@@ -204,7 +211,12 @@ def build_session(
         device=options.device,
     )
     overwrite = [str(device) for device in options.ssd_overwrite or ()]
-    how: dict[str, Any] = {"serial": options.serial, "compile": options.compile, "cuda_graphs": options.cuda_graphs}
+    how: dict[str, Any] = {
+        "serial": options.serial,
+        "compile": options.compile,
+        "cuda_graphs": options.cuda_graphs,
+        "machine": options.machine,
+    }
     if source is not None:
         return resume(
             source[0],

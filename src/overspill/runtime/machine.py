@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from overspill.probe.capacities import host_available_bytes, places_room_bytes
 from overspill.report.memory import host_resident_bytes
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO
-from overspill.tiers.block_device import device_room_bytes, is_block_device
-from overspill.tiers.extent_file import FILE_NAME
 
 PROCESS_GROWTH_BYTES = 96 * 1024 * 1024
 """Assumed: what the process itself grows by while it trains (threads, kernels, schedules); 50-60 MiB seen on two cores."""
@@ -57,83 +54,13 @@ def read_hardware(device: torch.device, ssd_places: Sequence[str]) -> HardwareSp
     else:
         # Host memory too; the planner holds both together against the host's budget.
         device_capacity, context = host, 0
-    ssd = min((_room_bytes(Path(place)) for place in ssd_places), default=0) * len(ssd_places)  # stripes are equally long
     return HardwareSpec(
         device_capacity_bytes=device_capacity,
         host_capacity_bytes=host,
-        ssd_capacity_bytes=ssd,
+        ssd_capacity_bytes=places_room_bytes(ssd_places),
         process_bytes=host_resident_bytes() + PROCESS_GROWTH_BYTES,
         device_context_bytes=context,
     )
-
-
-def _room_bytes(place: Path) -> int:
-    if is_block_device(place):
-        return device_room_bytes(place)
-    existing = next((path for path in (place, *place.absolute().parents) if path.exists()), None)
-    if existing is None:
-        return 0
-    stats, kept = os.statvfs(existing), place / FILE_NAME
-    return stats.f_bavail * stats.f_frsize + (kept.stat().st_blocks * 512 if kept.is_file() else 0)
-
-
-def host_available_bytes() -> int:
-    """Host memory that this process may still take: MemAvailable, or what its control group leaves if that is less."""
-    fields = _read_fields(Path("/proc/meminfo"))
-    available = fields.get("MemAvailable", 0) * 1024
-    for limit_path, usage_path in _cgroup_paths():
-        try:
-            limit = limit_path.read_text().strip()
-            usage = int(usage_path.read_text()) - _reclaimable_bytes(limit_path.parent)
-        except (OSError, ValueError):
-            continue
-        if limit.isdigit():
-            available = min(available, max(0, int(limit) - usage))
-    return available
-
-
-def _reclaimable_bytes(folder: Path) -> int:
-    """File cache that a control group counts as used, but that the kernel drops when somebody asks for memory."""
-    try:
-        lines = (folder / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
-    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
-
-
-def _cgroup_paths() -> list[tuple[Path, Path]]:
-    """(limit, usage) files of this process's memory control group and its parents, versions 2 and 1."""
-    pairs = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            root, names = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-        elif "memory" in controllers.split(","):
-            root, names = Path("/sys/fs/cgroup/memory"), ("memory.limit_in_bytes", "memory.usage_in_bytes")
-        else:
-            continue
-        folder = root / path.lstrip("/")
-        while True:
-            pairs.append((folder / names[0], folder / names[1]))
-            if folder == root or root not in folder.parents:
-                break
-            folder = folder.parent
-    return pairs
-
-
-def _read_fields(path: Path) -> dict[str, int]:
-    fields = {}
-    for line in path.read_text().splitlines():
-        name, _, rest = line.partition(":")
-        parts = rest.split()
-        if parts and parts[0].isdigit():
-            fields[name] = int(parts[0])
-    return fields
 
 
 MALLOC_MAP_BYTES = 128 * 1024

@@ -1,7 +1,7 @@
 """Host memory watched while a step runs, so that a run ends by its own decision and not by the kernel's.
 
 The kernel ends a process without a word when a control group's limit or the machine's memory is used up. The guard looks at
-what is left (`machine.host_available_bytes`: MemAvailable, and the limits of all control groups of versions 1 and 2) between
+what is left (`probe.capacities.host_available_bytes`: MemAvailable, and the limits of all control groups of versions 1 and 2) between
 the ops of a step, at most every `INTERVAL_S`:
 
 1. Less than the margin: the step is finished; whoever drives the session then makes a checkpoint and stops.
@@ -18,8 +18,8 @@ import time
 from collections.abc import Callable
 
 from overspill.errors import HostMemoryError
+from overspill.probe.capacities import host_available_bytes
 from overspill.report.memory import host_resident_bytes
-from overspill.runtime.machine import host_available_bytes
 from overspill.runtime.residency import Residency
 from overspill.units import MIB, format_bytes
 

@@ -3,7 +3,7 @@
 What is measured is what a step does, in the portions in which it does it (a chunk), but alone: copies over the link from and to pinned
 memory, the optimizer's own update of chunks in host memory, reads and writes of a file without a name in the run's SSD directory.
 Each for some tens of milliseconds (the SSD a fifth of a second a direction, at most), so a figure is good to a few per cent; both
-directions of a link are measured alone and together (`spec/rates.py`).
+directions of a link are measured alone and together (`spec/rates.py`). `overspill.probe` measures; this file says what a session has.
 
 Rules:
 
@@ -16,19 +16,18 @@ Limits: a drive that is fast only while its cache lasts shows its cache's speed 
 
 from __future__ import annotations
 
-import collections
 import functools
-import itertools
-import threading
-import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from overspill.errors import OverspillError
+from overspill.probe.drive import Passes, measure_drive
+from overspill.probe.host_memory import measure_update
+from overspill.probe.link import measure_link, open_link
+from overspill.probe.sampling import Sampling
 from overspill.runtime.opening import Files
 from overspill.runtime.updating import UpdateContext, Updater
 from overspill.spec.plan import Plan
@@ -36,9 +35,7 @@ from overspill.spec.rates import LaneRates, LinkRates
 from overspill.spec.schedule import Role, Update
 from overspill.spec.tensors import Tier
 from overspill.spec.update_rule import Optimizer
-from overspill.tiers import HostMemory, Store
 from overspill.tiers.block_device import is_block_device
-from overspill.tiers.mapped import node_of_device
 from overspill.units import MIB, align_up
 
 COPY_BYTES = 32 * MIB
@@ -46,13 +43,9 @@ COPY_BYTES = 32 * MIB
 UPDATED_BYTES = 128 * MIB
 """Of all arrays that are updated in turn: more than a large last-level cache. Chosen."""
 SSD_BYTES = 96 * MIB
-"""Of the file, which is written two and a half times: 240 MiB. Chosen."""
-SSD_IN_FLIGHT = 4
-"""Transfers of a direction; the step's pipeline has as many (`scheduling.build.UPDATED_CHUNKS`)."""
-LEAST_S, MOST_REPEATS = 0.03, 64
-"""How long something is repeated, or how often: a tiny model's chunks take no time. Chosen."""
-MOST_SSD_S = 0.2
-"""How long the SSD is asked to do one thing; what is under way then is waited for. Chosen."""
+"""Of the file, which is written three times: 288 MiB. Chosen."""
+SAMPLING = Sampling(least_s=0.03)
+"""How long something is repeated: a tiny model's chunks take no time. Chosen."""
 
 _Result = TypeVar("_Result")
 
@@ -82,72 +75,11 @@ def measure_rates(plan: Plan, optimizer: Optimizer, files: Files, *, room_bytes:
     return LaneRates(link=rates.link, ssd=rates.ssd, update_parameters_per_s=rates.update_parameters_per_s, notes=tuple(notes)), written[0]
 
 
-# -- the link --------------------------------------------------------------------------------------------------------
-
-
 def _measure_link(plan: Plan, room_bytes: int) -> LinkRates:
     """Copies between host and device of the size of the largest chunk of parameters."""
-    device = torch.device(plan.device)
-    is_cuda = device.type == "cuda"
     largest = max(bundle.chunks[0].num_elements * bundle.element_bytes for bundle in plan.bundles.values())
-    size = min(COPY_BYTES, align_up(largest, 4096))
-    host = HostMemory(pin=is_cuda, budget_bytes=room_bytes, numa_node=node_of_device(device))
-    try:
-        here = [host.allocate(name, size).fill_(1) for name in ("up", "down")]
-        there = [torch.ones(size, dtype=torch.uint8, device=device) for _ in here]
-        copies = ((there[0], here[0]), (here[1], there[1]))
-        if is_cuda:
-            streams = [torch.cuda.Stream(device) for _ in copies]
-            torch.cuda.synchronize(device)
-
-            def run(directions: Sequence[int], times: int) -> None:
-                for _, direction in itertools.product(range(times), directions):
-                    target, source = copies[direction]
-                    with torch.cuda.stream(streams[direction]):
-                        target.copy_(source, non_blocking=True)
-                for direction in directions:
-                    streams[direction].synchronize()
-
-            return _link_rates(run, size)
-        with ThreadPoolExecutor(max_workers=2) as pool:
-
-            def copy(direction: int, times: int) -> None:
-                target, source = copies[direction]
-                for _ in range(times):
-                    target.copy_(source)
-
-            return _link_rates(lambda chosen, times: _all(pool, [functools.partial(copy, one, times) for one in chosen]), size)
-    finally:
-        here = there = copies = streams = ()  # type: ignore[assignment]  # before the host's pages go
-        host.close()
-        if is_cuda:
-            torch.cuda.empty_cache()  # so that a step's device peak does not count these buffers
-
-
-def _link_rates(run: Callable[[Sequence[int], int], object], size: int) -> LinkRates:
-    up_s, down_s, both_s = (_seconds_each(functools.partial(run, chosen)) for chosen in ((0,), (1,), (0, 1)))
-    return LinkRates(
-        up_bytes_per_s=size / up_s,
-        down_bytes_per_s=size / down_s,
-        up_duplex_bytes_per_s=size / both_s,
-        down_duplex_bytes_per_s=size / both_s,
-    )
-
-
-def _seconds_each(run: Callable[[int], object]) -> float:
-    """Seconds of one of many repetitions; `run` is given how many."""
-    run(1)
-    times = 1
-    while True:
-        begin_s = time.perf_counter()
-        run(times)
-        took_s = time.perf_counter() - begin_s
-        if took_s >= LEAST_S or times >= MOST_REPEATS:
-            return took_s / times
-        times = min(MOST_REPEATS, 4 * times)
-
-
-# -- the update ------------------------------------------------------------------------------------------------------
+    with open_link(torch.device(plan.device), min(COPY_BYTES, align_up(largest, 4096)), room_bytes=room_bytes) as link:
+        return measure_link(link, SAMPLING).rates
 
 
 def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int) -> float | None:
@@ -161,67 +93,34 @@ def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int) -> float 
     sizes = {role: num_elements * bundle.element_bytes for role in (Role.PARAMETER, Role.GRADIENT)}
     if plan.has_state(name):
         sizes[Role.STATE] = plan.state_record_bytes(name, 0)
-    num_sets = max(1, min(UPDATED_BYTES, room_bytes) // (sum(sizes.values()) + len(sizes) * 4096))  # each is rounded up to a page
-    host = HostMemory(pin=False, budget_bytes=room_bytes)
-    try:
-        # Filled, because a page that was only read is everybody's one page of zeros, and sits in a cache.
-        sets = [
-            {role: host.allocate(f"{role}[{number}]", size).fill_(0) for role, size in sizes.items()} for number in range(min(num_sets, 8))
-        ]
-        updater, turns = Updater(plan), itertools.cycle(range(len(sets)))
-        context = UpdateContext(optimizer, seed=0, step=1, lr=0.0, gradient_scale=1.0)
-        op = Update(bundle=name, chunk=0, tier=Tier.HOST, num_elements=num_elements, num_bytes=sizes[Role.GRADIENT])
-
-        def run(times: int) -> None:
-            for _ in range(times):
-                updater.run(op, context, sets[next(turns)])
-
-        return num_elements / _seconds_each(run)
-    finally:
-        sets = []
-        host.close()
-
-
-# -- the SSD ---------------------------------------------------------------------------------------------------------
+    updater, context = Updater(plan), UpdateContext(optimizer, seed=0, step=1, lr=0.0, gradient_scale=1.0)
+    op = Update(bundle=name, chunk=0, tier=Tier.HOST, num_elements=num_elements, num_bytes=sizes[Role.GRADIENT])
+    update = functools.partial(updater.run, op, context)
+    return measure_update(num_elements, sizes, update, SAMPLING, updated_bytes=UPDATED_BYTES, room_bytes=room_bytes).median_per_s
 
 
 def _measure_ssd(plan: Plan, files: Files, written: list[int], room_bytes: int) -> LinkRates | None:
-    """Whole chunks to and from a scratch file: all are written, twice, for a block's first write costs the file system more; then all
-    read; then one half is read while the other is written."""
+    """Whole chunks to and from a scratch file."""
     size = _ssd_chunk_bytes(plan)
     if size is None:
         return None
     if any(is_block_device(Path(place)) for place in plan.ssd_places):
         raise ValueError("a raw block device can have one store only, which is the run's own")
-    count = max(2, min(SSD_BYTES // size, MOST_REPEATS))
-    host, store = HostMemory(pin=False, budget_bytes=room_bytes), files.open(plan.ssd_places, count * size, True).store
-    try:
-        names = [f"rate[{index}]" for index in range(count)]
-        for name in names:
-            store.allocate(name, size)
-        buffers = [[host.allocate(f"{way}[{slot}]", size) for slot in range(SSD_IN_FLIGHT)] for way in ("read", "write")]
-        for buffer in itertools.chain(*buffers):
-            torch.arange(size // 8, out=buffer.view(torch.int64))  # no zeros, which some drives do not write
-
-        def run(*ways: tuple[Callable[[Store, str, torch.Tensor], object], Sequence[str], Sequence[torch.Tensor]]) -> list[float]:
-            stop = threading.Event()
-            begin_s = time.perf_counter()
-            with ThreadPoolExecutor(max_workers=len(ways)) as pool:
-                moved = _all(pool, [functools.partial(_stream, store, *way, stop=stop, until_s=begin_s + MOST_SSD_S) for way in ways])
-            took_s = time.perf_counter() - begin_s
-            return [number * size / took_s for number in moved]
-
-        run((_write, names, buffers[1]))
-        there = names[: store.written_bytes // size]  # a slow drive did not get to the end of them
-        (down,) = run((_write, there, buffers[1]))
-        (up,) = run((_read, there, buffers[0]))
-        half = len(there) // 2
-        up_both, down_both = run((_read, there[:half], buffers[0]), (_write, there[half:], buffers[1]))
-        return LinkRates(up_bytes_per_s=up, down_bytes_per_s=down, up_duplex_bytes_per_s=up_both, down_duplex_bytes_per_s=down_both)
-    finally:
-        written[0] = store.written_bytes
-        store.close()
-        host.close()
+    count = max(2, min(SSD_BYTES // size, SAMPLING.most_repeats))
+    samples = measure_drive(
+        lambda capacity_bytes: files.open(plan.ssd_places, capacity_bytes, True).store,
+        size,
+        count,
+        Passes(most_bytes=count * size),
+        written=written,
+        room_bytes=room_bytes,
+    )
+    return LinkRates(
+        up_bytes_per_s=samples.read[0],
+        down_bytes_per_s=samples.write[0],
+        up_duplex_bytes_per_s=samples.mixed_read[0],
+        down_duplex_bytes_per_s=samples.mixed_write[0],
+    )
 
 
 def _ssd_chunk_bytes(plan: Plan) -> int | None:
@@ -235,44 +134,3 @@ def _ssd_chunk_bytes(plan: Plan) -> int | None:
             sizes.append(plan.state_record_bytes(name, 0))
     largest = min(max(sizes, default=0), SSD_BYTES // 4)
     return align_up(largest, 4096) if largest else None
-
-
-def _stream(
-    store: Store,
-    start: Callable[[Store, str, torch.Tensor], object],
-    names: Sequence[str],
-    buffers: Sequence[torch.Tensor],
-    *,
-    stop: threading.Event,
-    until_s: float,
-) -> int:
-    """Go through `names` with all `buffers` under way; how many were moved. Whoever ends first stops the others."""
-    under_way: collections.deque = collections.deque()
-    num_moved = 0
-    try:
-        for index, name in enumerate(names):
-            if len(under_way) == len(buffers):
-                under_way.popleft().wait()
-            if index >= 2 and (stop.is_set() or time.perf_counter() > until_s):
-                break
-            under_way.append(start(store, name, buffers[index % len(buffers)]))
-            num_moved += 1
-    finally:
-        stop.set()
-        for transfer in under_way:
-            transfer.wait()
-    return num_moved
-
-
-def _read(store: Store, name: str, buffer: torch.Tensor) -> object:
-    return store.start_read(name, 0, buffer)
-
-
-def _write(store: Store, name: str, buffer: torch.Tensor) -> object:
-    return store.start_write(name, 0, buffer, with_checksums=True)
-
-
-def _all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], _Result]]) -> list[_Result]:
-    """Run side by side; the results, or the first failure when all have ended."""
-    futures = [pool.submit(job) for job in jobs]
-    return [future.result() for future in futures]

@@ -26,6 +26,8 @@ from overspill.errors import NonFiniteError
 from overspill.huggingface import StreamedModel, write_model_folder
 from overspill.optim import global_norm
 from overspill.planning import simulate
+from overspill.probe.cache import load_hardware
+from overspill.probe.capacities import host_available_bytes
 from overspill.report.memory import host_peak_bytes
 from overspill.report.perfetto import write_trace
 from overspill.runtime.batches import count_targets, prepare_batch, token_count, token_counts
@@ -41,7 +43,7 @@ from overspill.runtime.executor import Executor
 from overspill.runtime.generation import generate_greedily, validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
-from overspill.runtime.machine import host_available_bytes, read_hardware, resolve_device, return_freed_memory
+from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
 from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, make_plan, plan_for_optimizer, restore
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates
@@ -80,6 +82,8 @@ class Session(Closing):
         calls, space, num_threads: of the files on the SSD; threads for each place; tests give a `FaultInjector` (no effect with
             `open_store`).
         ssd_overwrite: block devices among the plan's places whose content may be lost.
+        machine: a machine file of `overspill probe` whose rates `predict` takes, also another machine's; None: this machine's in the cache,
+            if there is one that holds, else assumed rates.
 
     Raises:
         BudgetError: the plan does not fit; nothing was allocated.
@@ -107,6 +111,7 @@ class Session(Closing):
         compile: bool = False,
         cuda_graphs: bool = True,
         ssd_overwrite: Sequence[str] = (),
+        machine: str | Path | None = None,
     ) -> None:
         self.optimizer, self.seed = optimizer, seed
         plan = plan_for_optimizer(plan, optimizer)
@@ -122,7 +127,8 @@ class Session(Closing):
         self.model = StreamedModel(source.built)
         if compile:
             self.model.compile()
-        self.hardware = read_hardware(self.device, plan.ssd_places)
+        capacities = read_hardware(self.device, plan.ssd_places)
+        self.hardware = load_hardware(capacities, self.device, plan.ssd_places, state_format=plan.state_format, machine=machine)
         self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
         if checkpoints is not None:
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, describe_room(checkpoints, self.plan)))

@@ -1,19 +1,23 @@
 """What the machine can hold and how fast its lanes are.
 
-Until a probe has measured them, rates are assumed, and `source` says so: byte counts and peaks do not depend on them.
+Until `overspill probe` has measured them (`machine_file`), rates are assumed, and `source` says so: byte counts and peaks do not depend
+on them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
+ASSUMED = "assumed"
+"""The `source` of rates that nobody measured."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HardwareSpec:
     """Rates of one machine's lanes and capacities of its tiers."""
 
-    source: str = "assumed"
-    """`assumed` or `measured`; printed beside every time that is predicted from it."""
+    source: str = ASSUMED
+    """`assumed`, or `measured` with the file, its date and what is assumed all the same; printed beside every time predicted from it."""
     h2d_bytes_per_s: float = 20e9
     """Host to device. Assumed: PCIe 4.0 x16 with pinned memory."""
     d2h_bytes_per_s: float = 20e9

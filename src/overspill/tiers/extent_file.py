@@ -48,8 +48,8 @@ class ExtentFile:
     Args:
         directory: made if it is missing (its parent is not).
         capacity_bytes: size of the file, a multiple of 4096; of an existing file the least size, which it grows to.
-        unlink: give the file a random name and remove that at once; the blocks are free again when the process ends, even
-            when it is killed.
+        unlink: the file never has a name (`O_TMPFILE`); where the file system does not know that, it gets a random one that is removed at
+            once. The blocks are free again when the process ends, even when it is killed.
         existing: open the file that is there and keep its content.
         read_only: change nothing in the directory; the lock is shared with others that only read.
         before_discarding: called when the lock is held and nothing is changed yet; may refuse by raising.
@@ -75,9 +75,9 @@ class ExtentFile:
         assert capacity_bytes % EXTENT_ALIGNMENT_BYTES == 0, capacity_bytes
         folder = Path(directory)
         _make_directory(folder)
-        if _filesystem_of(folder) in ("tmpfs", "ramfs"):
+        if filesystem_of(folder) in ("tmpfs", "ramfs"):
             warnings.warn(
-                f"the SSD directory {folder} is in RAM ({_filesystem_of(folder)}): its {format_bytes(capacity_bytes)} take host memory "
+                f"the SSD directory {folder} is in RAM ({filesystem_of(folder)}): its {format_bytes(capacity_bytes)} take host memory "
                 "that no budget counts; give an --ssd-dir on a drive",
                 RuntimeWarning,
                 stacklevel=3,
@@ -88,9 +88,10 @@ class ExtentFile:
         self.base_bytes = 0
         """Offset in the file of the first byte that can be used."""
         self.is_fresh_zero = True
-        self.fd = _open_locked(self.path, read_only=read_only)
+        unnamed = _open_unnamed(folder) if unlink else None
+        self.fd = _open_locked(self.path, read_only=read_only) if unnamed is None else unnamed
         self.calls = calls
-        self._is_named = True
+        self._is_named = unnamed is None
         self._note: RunNote | None = None
         self.keeps_content = existing or (not unlink and before_discarding is not None and os.fstat(self.fd).st_size > 0)
         """Whether closing leaves the file where it is; also what a refusal finds there."""
@@ -177,7 +178,7 @@ def _make_directory(folder: Path) -> None:
         raise StorageError(f"the SSD directory {folder} cannot be used ({_reason(error)}); give another --ssd-dir") from error
 
 
-def _filesystem_of(folder: Path) -> str:
+def filesystem_of(folder: Path) -> str:
     """Type of the file system that holds `folder`, such as `ext4`; empty if unknown."""
     device = os.stat(folder).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
@@ -190,6 +191,14 @@ def _filesystem_of(folder: Path) -> str:
         if mount.split()[2] == wanted:
             return source.split()[0]
     return ""
+
+
+def _open_unnamed(folder: Path) -> int | None:
+    """A file that no name leads to, so there is nothing to lock and nothing to leave behind; None where that is not known."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None  # also of a folder that cannot be written: opening a name says why
 
 
 def _open_locked(path: Path, *, read_only: bool) -> int:

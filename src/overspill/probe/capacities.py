@@ -1,0 +1,151 @@
+"""What this machine has free and what limits this process, read from the kernel and the driver. Nothing is measured here.
+
+Control groups: a process's memory is bounded by the limit of its own group and of each group above it. Version 2 keeps them under
+`/sys/fs/cgroup`, version 1 under `/sys/fs/cgroup/memory`; in a container the path in `/proc/self/cgroup` may not exist, and then the
+limit that holds is the one at the root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from overspill.spec.machine_file import MachineCapacities
+from overspill.tiers.block_device import device_room_bytes, is_block_device
+from overspill.tiers.extent_file import FILE_NAME
+
+ROOT = Path("/")
+_V1_NO_LIMIT_BYTES = 1 << 62
+"""Version 1 says "no limit" with the largest multiple of a page below 2**63."""
+
+
+def host_available_bytes(root: Path = ROOT) -> int:
+    """Host memory that this process may still take: MemAvailable, or what its control groups leave if that is less.
+
+    Args:
+        root: of `/proc` and `/sys`; tests give their own.
+    """
+    available = _meminfo_bytes("MemAvailable", root)
+    for limit, folder, usage_name in _cgroup_limits(root):
+        try:
+            usage = int((folder / usage_name).read_text()) - _reclaimable_bytes(folder)
+        except (OSError, ValueError):
+            continue
+        available = min(available, max(0, limit - usage))
+    return available
+
+
+def host_total_bytes(root: Path = ROOT) -> int:
+    """MemTotal; in a virtual machine whose memory is lent by a balloon it changes."""
+    return _meminfo_bytes("MemTotal", root)
+
+
+def cgroup_limit_bytes(root: Path = ROOT) -> int | None:
+    """The smallest memory limit of this process's control groups; None: no limit."""
+    return min((limit for limit, _, _ in _cgroup_limits(root)), default=None)
+
+
+def memlock_bytes() -> int | None:
+    """Most bytes that this process may lock; None: no limit."""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def place_room_bytes(place: Path) -> int:
+    """Room for overspill's data in a directory, which may not exist yet, or on a block device. A data file that is there is used again, or
+    discarded, so its room counts as free."""
+    if is_block_device(place):
+        return device_room_bytes(place)
+    existing = next((path for path in (place, *place.absolute().parents) if path.exists()), None)
+    if existing is None:
+        return 0
+    stats, kept = os.statvfs(existing), place / FILE_NAME
+    return stats.f_bavail * stats.f_frsize + (kept.stat().st_blocks * 512 if kept.is_file() else 0)
+
+
+def places_room_bytes(places: Sequence[str]) -> int:
+    """Room of all places together; stripes are equally long, so the fullest decides."""
+    return min((place_room_bytes(Path(place)) for place in places), default=0) * len(places)
+
+
+def read_capacities(
+    device: torch.device, ssd_places: Sequence[str], *, host_budget_bytes: int | None = None, root: Path = ROOT
+) -> MachineCapacities:
+    """What there is now. Total memory counts as steady until `look_again` says otherwise."""
+    total = host_total_bytes(root)
+    free, whole = torch.cuda.mem_get_info(device) if device.type == "cuda" else (None, None)
+    return MachineCapacities(
+        memory_total_bytes=total,
+        memory_total_after_bytes=total,
+        host_available_bytes=host_available_bytes(root),
+        host_budget_bytes=host_budget_bytes,
+        cgroup_limit_bytes=cgroup_limit_bytes(root),
+        memlock_bytes=memlock_bytes(),
+        ssd_free_bytes=places_room_bytes(ssd_places) if ssd_places else None,
+        device_total_bytes=whole,
+        device_free_bytes=free,
+        gpus=tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) if device.type == "cuda" else (),
+    )
+
+
+def look_again(capacities: MachineCapacities, root: Path = ROOT) -> MachineCapacities:
+    """The same with the total memory of now beside that of then."""
+    return dataclasses.replace(capacities, memory_total_after_bytes=host_total_bytes(root))
+
+
+def _cgroup_limits(root: Path) -> list[tuple[int, Path, str]]:
+    """(limit, folder, name of the file with the usage) of each limited control group of this process, versions 2 and 1."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, limit_name, usage_name = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            top, limit_name, usage_name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        while True:
+            limit = _read_limit(folder / limit_name)
+            if limit is not None:
+                found.append((limit, folder, usage_name))
+            if folder == top or top not in folder.parents:
+                break
+            folder = folder.parent
+    return found
+
+
+def _read_limit(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() and int(text) < _V1_NO_LIMIT_BYTES else None
+
+
+def _reclaimable_bytes(folder: Path) -> int:
+    """File cache that a control group counts as used, but that the kernel drops when somebody asks for memory."""
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    fields = dict(line.split(maxsplit=1) for line in lines if " " in line)
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+
+
+def _meminfo_bytes(field: str, root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        parts = rest.split()
+        if name == field and parts and parts[0].isdigit():
+            return int(parts[0]) * 1024
+    return 0

@@ -1,0 +1,347 @@
+"""What `overspill probe` found on one machine: a frozen document, and the `HardwareSpec` that predictions take from it.
+
+Words:
+
+* **rate**: so much a second: the median of several samples, and the smallest and largest of them.
+* **unit**: the bytes of one transfer; a rate is measured at the sizes in which a session moves (`spec.tensors`).
+* **machine**: CPU, cores of this process, memory class, and the device that computes. **Software**: driver, torch, overspill.
+
+Rules:
+
+1. What could not be measured is None, or missing from its list, and `notes` says why. Nothing in a machine file is assumed.
+2. A file holds for the machine that its `identity` names. Another machine's, or one of other software, is not used unless the user names
+   it; a drive's figures hold for that drive only (`identity.ssd`).
+3. The file has a version. A reader refuses any version but its own, because a figure that changed its meaning is worse than none.
+
+Limits: the compute rate is that of one matrix product. How much of it a block reaches depends on the model, so a prediction from a machine
+file alone takes `BLOCK_FRACTION` of it, and says so. Collectives between GPUs have a place here (`collectives`) and are not measured yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+from overspill.spec.documents import from_plain, to_json
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.rates import LinkRates
+from overspill.spec.tensors import CHUNK_BYTES
+from overspill.units import format_bytes
+
+FORMAT_VERSION = 1
+BLOCK_FRACTION = 0.5
+"""Of the rate of a matrix product that a block reaches. Assumed: two Llama shapes reached 0.50 and 0.53 on one H100."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeasuredRate:
+    """One rate with its spread. What is counted (bytes, parameters, floating-point operations) is said where it stands."""
+
+    median_per_s: float
+    min_per_s: float
+    max_per_s: float
+    num_samples: int
+    size: int
+    """Of one repetition, in what the rate counts."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_per_s <= self.median_per_s <= self.max_per_s < math.inf:
+            raise ValueError(f"a rate of {self.median_per_s} between {self.min_per_s} and {self.max_per_s} cannot have been measured")
+
+    @property
+    def spread_fraction(self) -> float:
+        """Largest minus smallest, over the median."""
+        return (self.max_per_s - self.min_per_s) / self.median_per_s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineIdentity:
+    """What must be the same for figures to hold."""
+
+    cpu_model: str
+    num_cpus: int
+    """That this process may use."""
+    memory_class_bytes: int
+    """Physical memory, rounded to a power of two; not compared where it grows."""
+    device: str
+    """`cpu`, or the GPU's name."""
+    device_uuid: str = ""
+    """Of a GPU."""
+    driver: str = ""
+    """Of a GPU."""
+    torch: str
+    overspill: str
+    ssd: tuple[str, ...] = ()
+    """File systems of the SSD directories, type and id; empty: none was given."""
+
+    @property
+    def key(self) -> str:
+        """Names the file in the cache: the same for all software, drives and memory sizes of one machine and device."""
+        text = json.dumps([self.cpu_model, self.num_cpus, self.device, self.device_uuid])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+_MACHINE_FIELDS = {
+    "cpu_model": "the CPU",
+    "num_cpus": "the number of cores",
+    "memory_class_bytes": "the memory class",
+    "device": "the device",
+    "device_uuid": "the GPU's id",
+}
+_SOFTWARE_FIELDS = {"driver": "the driver", "torch": "torch", "overspill": "overspill"}
+"""Field -> how messages call it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineCapacities:
+    """What the machine's tiers could hold when it was probed. A run asks again what is free when it starts."""
+
+    memory_total_bytes: int
+    memory_total_after_bytes: int
+    """The same at the end of the probe; memory that comes and goes (a virtual machine's balloon) shows here."""
+    host_available_bytes: int
+    """MemAvailable, or what the control groups leave if that is less."""
+    host_budget_bytes: int | None = None
+    """What the user gave; it wins over everything that was found."""
+    cgroup_limit_bytes: int | None = None
+    """The smallest limit of this process's memory control groups, versions 1 and 2; None: no limit."""
+    memlock_bytes: int | None = None
+    """Most bytes that this process may lock (`ulimit -l`); None: no limit."""
+    ssd_free_bytes: int | None = None
+    """Of the SSD directories' file systems, the fullest times their number; None: no directory was given."""
+    device_total_bytes: int | None = None
+    """None: the device is the CPU, whose memory is the host's."""
+    device_free_bytes: int | None = None
+    gpus: tuple[str, ...] = ()
+    """Names of all GPUs that this process sees."""
+
+    @property
+    def is_memory_steady(self) -> bool:
+        return self.memory_total_bytes == self.memory_total_after_bytes
+
+    @property
+    def host_usable_bytes(self) -> int | None:
+        """The user's budget; else what is available; None: unknown, for the machine's memory changes while one looks."""
+        if self.host_budget_bytes is not None:
+            return self.host_budget_bytes
+        return self.host_available_bytes if self.is_memory_steady else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinkFigures:
+    """Copies between host and device in units of `unit_bytes`, in bytes a second."""
+
+    unit_bytes: int
+    is_pinned: bool
+    """False on a CPU, and where pinning was refused."""
+    h2d: MeasuredRate
+    d2h: MeasuredRate
+    duplex: MeasuredRate
+    """Each direction, while both move the same."""
+
+    @property
+    def duplex_factor(self) -> float:
+        """Both directions together over the sum of what they reach alone: 1 if they do not disturb each other, 0.5 if they take turns."""
+        return 2 * self.duplex.median_per_s / (self.h2d.median_per_s + self.d2h.median_per_s)
+
+    @property
+    def rates(self) -> LinkRates:
+        both = self.duplex.median_per_s
+        return LinkRates(
+            up_bytes_per_s=self.h2d.median_per_s,
+            down_bytes_per_s=self.d2h.median_per_s,
+            up_duplex_bytes_per_s=both,
+            down_duplex_bytes_per_s=both,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DriveFigures:
+    """Transfers of the SSD tier in units of `unit_bytes`, checksums included, in bytes a second of all directories together."""
+
+    unit_bytes: int
+    in_flight: int
+    """Transfers of a direction under way at a time."""
+    is_direct: bool
+    """False: through the page cache, because the file system refuses direct I/O."""
+    read: MeasuredRate
+    write: MeasuredRate
+    mixed_read: MeasuredRate
+    """While writes are under way."""
+    mixed_write: MeasuredRate
+
+    @property
+    def rates(self) -> LinkRates:
+        return LinkRates(
+            up_bytes_per_s=self.read.median_per_s,
+            down_bytes_per_s=self.write.median_per_s,
+            up_duplex_bytes_per_s=self.mixed_read.median_per_s,
+            down_duplex_bytes_per_s=self.mixed_write.median_per_s,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeFigures:
+    """A matrix product of a block's size on the device, alone and beside copies over the link in both directions."""
+
+    what: str
+    """Its shapes and dtype."""
+    alone: MeasuredRate
+    """Floating-point operations a second."""
+    beside_copies: MeasuredRate | None
+    """The same while both directions of the link are busy; None: not measured."""
+    copies_unit_bytes: int = 0
+    copies_alone: MeasuredRate | None = None
+    """Bytes a second of each direction, both busy, nothing computed."""
+    copies_beside: MeasuredRate | None = None
+    """The same while the product runs."""
+
+    @property
+    def compute_slowdown(self) -> float | None:
+        """How many times longer the product takes beside copies."""
+        return None if self.beside_copies is None else self.alone.median_per_s / self.beside_copies.median_per_s
+
+    @property
+    def copies_slowdown(self) -> float | None:
+        if self.copies_alone is None or self.copies_beside is None:
+            return None
+        return self.copies_alone.median_per_s / self.copies_beside.median_per_s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineRates:
+    """How fast the lanes are."""
+
+    link: tuple[LinkFigures, ...] = ()
+    """A row for each unit size."""
+    host_copy: MeasuredRate | None = None
+    """Bytes read and written a second of a copy from host memory to host memory, all cores."""
+    host_in_place: MeasuredRate | None = None
+    """Bytes read and written a second of x = a * x + b in host memory: what bounds any update in place."""
+    update: Mapping[str, MeasuredRate] = dataclasses.field(default_factory=dict)
+    """State format -> parameters a second of AdamW's update in host memory."""
+    update_parameter_dtype: str = "bfloat16"
+    """Of the parameters and gradients in `update`."""
+    compute: ComputeFigures | None = None
+    ssd: tuple[DriveFigures, ...] = ()
+    """A row for each unit size."""
+    collectives: Mapping[str, MeasuredRate] = dataclasses.field(default_factory=dict)
+    """Name (`all_gather`, `reduce_scatter`, `all_reduce`) -> bytes a second between all GPUs. Empty: not measured yet."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MachineFile:
+    """One probe of one machine."""
+
+    format_version: int = FORMAT_VERSION
+    identity: MachineIdentity
+    measured_at: str
+    """UTC, ISO 8601."""
+    took_s: float
+    capacities: MachineCapacities
+    rates: MachineRates
+    ssd_written_bytes: int = 0
+    """What the probe wrote to the drive and removed."""
+    notes: tuple[str, ...] = ()
+    """What could not be measured, and why."""
+
+    def to_json(self) -> str:
+        return to_json(self)
+
+
+def parse_machine_file(text: str, where: str | Path) -> MachineFile:
+    """A machine file from its JSON.
+
+    Args:
+        where: its path, for messages.
+
+    Raises:
+        ValueError: it is no machine file, or of another format version.
+    """
+    cure = "measure again with `overspill probe --renew`"
+    try:
+        plain = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is no machine file: it is not JSON ({error}); {cure}") from error
+    version = plain.get("format_version") if isinstance(plain, dict) else None
+    if version is None:
+        raise ValueError(f"{where} is no machine file: it has no format_version; {cure}")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{where} is a machine file of format version {version!r}, this overspill reads version {FORMAT_VERSION}; {cure}")
+    try:
+        return from_plain(MachineFile, plain)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} is a damaged machine file: {error}; {cure}") from error
+
+
+def machine_differences(file: MachineFile, here: MachineIdentity) -> tuple[str, ...]:
+    """In what `here` is another machine than the file's, in words; empty: the same."""
+    is_comparable = file.capacities.is_memory_steady
+    fields = {name: text for name, text in _MACHINE_FIELDS.items() if name != "memory_class_bytes" or is_comparable}
+    return _differences(file.identity, here, fields)
+
+
+def software_differences(file: MachineFile, here: MachineIdentity) -> tuple[str, ...]:
+    """In what the software of `here` is not the file's, in words."""
+    return _differences(file.identity, here, _SOFTWARE_FIELDS)
+
+
+def _differences(then: MachineIdentity, now: MachineIdentity, fields: Mapping[str, str]) -> tuple[str, ...]:
+    def shown(name: str, value: object) -> object:
+        return format_bytes(value) if name.endswith("_bytes") and isinstance(value, int) else value or "none"
+
+    pairs = [(name, getattr(then, name), getattr(now, name)) for name in fields]
+    return tuple(f"{fields[name]} was {shown(name, old)}, is {shown(name, new)}" for name, old, new in pairs if old != new)
+
+
+def hardware_from(
+    file: MachineFile, capacities: HardwareSpec, *, name: str, state_format: str = "fp32", ssd: tuple[str, ...] = ()
+) -> HardwareSpec:
+    """`capacities` with the file's rates in place of the assumed ones, and `source` saying which are which.
+
+    Args:
+        capacities: what is free now. Host capacity becomes the budget that was given to the probe; else 0, unknown, on a machine whose
+            memory changes while one looks.
+        name: of the file, for `source`.
+        ssd: file systems of the directories that will be used; the file's drive figures hold only for the same ones.
+    """
+    rates, changes, assumed = file.rates, dict[str, float](), []
+    if rates.link:
+        link = _nearest(rates.link)
+        changes |= {"h2d_bytes_per_s": link.h2d.median_per_s, "d2h_bytes_per_s": link.d2h.median_per_s}
+    else:
+        assumed.append("link")
+    if rates.ssd and ssd in ((), file.identity.ssd):
+        drive = _nearest(rates.ssd)
+        changes |= {"ssd_read_bytes_per_s": drive.read.median_per_s, "ssd_write_bytes_per_s": drive.write.median_per_s}
+    else:
+        assumed.append("SSD")
+    if state_format in rates.update:
+        changes["host_update_parameters_per_s"] = rates.update[state_format].median_per_s
+    else:
+        assumed.append("update")
+    if rates.compute is not None:
+        changes["device_flops"] = BLOCK_FRACTION * rates.compute.alone.median_per_s
+    else:
+        assumed.append("compute")
+    how = f"measured ({name}, {file.measured_at[:10]})"
+    if rates.compute is not None:
+        how += f"; blocks assumed at {BLOCK_FRACTION:g} of a matrix product"
+    if assumed:
+        how += f"; {', '.join(assumed)} assumed"
+    if not file.capacities.is_memory_steady or file.capacities.host_budget_bytes is not None:
+        capacities = dataclasses.replace(capacities, host_capacity_bytes=file.capacities.host_usable_bytes or 0)
+    return dataclasses.replace(capacities, source=how, **changes)  # type: ignore[arg-type]
+
+
+_Figures = TypeVar("_Figures", LinkFigures, DriveFigures)
+
+
+def _nearest(rows: tuple[_Figures, ...]) -> _Figures:
+    """The row whose unit is nearest to a chunk's size."""
+    return min(rows, key=lambda row: abs(row.unit_bytes - CHUNK_BYTES))
