@@ -13,6 +13,9 @@ Rules:
    is computed on the device by `Compress` and travels with the gradient, so no lane but the updating one waits for it.
 4. After a failure nothing more is begun, all that was begun is waited for, and the failure that comes first in the program is
    raised.
+5. A training step with immediate updates returns when compute has ended and every loss and gradient is known to be finite. What other
+   lanes have left to do lands under the next schedule (`runtime/landing`); `finish` waits for it. With `serial`, where gradients wait
+   for the next step, and where something has failed or is not finite, nothing is left under way.
 
 One retry: when the device is out of memory, an op that has not yet added to a gradient is run again after idle buffers were freed
 (its inputs are still held), never the whole step.
@@ -23,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -32,6 +36,7 @@ from overspill.huggingface import StreamedModel, share_equal_tensors
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs, CudaRecorder
+from overspill.runtime.landing import Landing, find_late, have_homes_landed
 from overspill.runtime.lanes import Abandoned, Completion, Job, Lanes
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
@@ -41,7 +46,7 @@ from overspill.runtime.verdicts import VerdictMemory, Verdicts
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan
 from overspill.spec.report import LINK_LANES, StepFigures
-from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Phase, Piece, Role, Schedule, ScheduledOp, Update
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Piece, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
 from overspill.spec.trace import Span, StepTrace
 
@@ -72,14 +77,18 @@ class Executor:
         self.units = UnitRunner(plan, model, residency, self.graphs)
         self.updater = Updater(plan)
         self.lanes = Lanes(self.device)
-        residency.device_work = self.lanes.compute_so_far
+        residency.device_work, residency.before_home_access = self.lanes.compute_so_far, self.finish
         self.verdict_memory = VerdictMemory(plan)
         self._visit: Visit | None = None
         self.guard = HostMemoryGuard(residency)
         self.updated: list[str] = []
-        """Bundles of which the step that runs has begun to update a chunk, for the error that stops it half-way."""
+        """Bundles of which the last schedule has begun to update a chunk, for the error that stops it half-way."""
         self.has_landed = False
-        """Whether all updates of the last schedule, and all that they wrote back to homes, are complete, however it ended."""
+        """Whether all updates of the last schedule, and all that they wrote back to homes, were complete when it ended, however it did."""
+        self.landing: Landing | None = None
+        """What the last step that returned has left under way; None: nothing (rule 5)."""
+        self.landing_failure: BaseException | None = None
+        """What a landing failed with: its step's updates are home in part."""
         self.while_waiting: Callable[[], None] = lambda: None
         """Called in every schedule when all its ops are under way."""
         self.lazy_trace: LazyTrace | None = None
@@ -103,7 +112,7 @@ class Executor:
         *,
         updates: UpdateContext | None = None,
     ) -> tuple[StepFigures, Gradients]:
-        """Execute all ops; when it returns, all are complete.
+        """Execute all ops; when it returns, all are complete, but for those that land later (rule 5).
 
         Args:
             updates: for the updates in this schedule: of the step's own gradients (immediate timing) or of the step before
@@ -111,31 +120,62 @@ class Executor:
 
         Raises:
             NonFiniteError: a loss or a gradient is not finite; the message says which weights were updated.
-            StorageError: a transfer failed.
+            StorageError: a transfer failed, of this step or of the landing of the one before.
         """
-        self.updated, self.has_landed = [], False
+        self.forget_step()
         self.residency.reset_peaks()
         base, base_s = self._mark(), time.perf_counter()
-        step = _Step(self, schedule, micro_batches, context, updates, Recorder(base, base_s))
+        step = _Step(self, schedule, micro_batches, context, updates, Recorder(base, base_s, self.landing))
+        self.updated = step.updated
         try:
             with self._seeded_apart(), _uncollected():
                 step.dispatch_all()
             self.while_waiting()
-            failure = self._settle(schedule, step.completions, None)
+            lands_later = self._leave_under_way(step)
+            failure = None if lands_later else self._settle(schedule, step.completions, None)
         except BaseException as error:  # also Ctrl-C on the way into settling
             failure = self._settle(schedule, step.completions, error)
         if failure is not None:
             raise failure
-        check_losses(micro_batches, context.step)
+        if not lands_later:
+            check_losses(micro_batches, context.step)
         step_s = time.perf_counter() - base_s
-        self.lazy_trace = LazyTrace(step.recorder, schedule, step.completions, step_s)
+        self.lazy_trace = LazyTrace(step.recorder, schedule, step.completions, step_s, landing=self.landing)
         self._judge_launches(schedule, step.completions, base, base_s)
         return self._figures(schedule, step_s), step.gradients
 
+    def forget_step(self) -> None:
+        """No schedule that was run before has to do with what comes now."""
+        self.updated, self.has_landed = [], False
+
+    def finish(self) -> None:
+        """Wait until the last step has landed; does nothing where it has.
+
+        Raises:
+            BaseException: what its landing failed with, once; homes are half-way through its updates then.
+            KeyboardInterrupt: it may not have landed; nothing is lost.
+        """
+        failed_before = self.landing_failure
+        self._end_landing()
+        if self.landing_failure is not failed_before and self.landing_failure is not None:
+            raise self.landing_failure
+
     def close(self) -> None:
-        """End the lanes and drop the recordings."""
+        """Land, end the lanes and drop the recordings.
+
+        Raises:
+            BaseException: what the landing failed with, or Ctrl-C meanwhile; all is ended nevertheless.
+        """
+        failure: BaseException | None = None
+        while self.landing is not None:
+            try:
+                self.finish()
+            except BaseException as error:
+                failure = error
         self.lanes.close()
         self.graphs.close()
+        if failure is not None:
+            raise failure
 
     def wait_on_device(self, work: Work) -> None:
         """Let the compute lane wait for `work`."""
@@ -145,49 +185,72 @@ class Executor:
 
     # -- ends --------------------------------------------------------------------------------------------------------
 
+    def _leave_under_way(self, step: _Step) -> bool:
+        """Rule 5: end the step when its compute has ended, if the rest may land later; else nothing is done."""
+        schedule, group = step.schedule, self.lanes.group
+        if self.serial or schedule.name != "train" or schedule.starts_pending or schedule.ends_pending:
+            return False
+        self._leave_visit()
+        self._wait_for_compute()
+        if group.has_failed or not math.isfinite(step.gradients.norm):
+            return False
+        if not all(batch.loss is None or math.isfinite(float(batch.loss)) for batch in step.micro_batches):
+            return False
+        late = find_late(schedule, step.completions)
+        if late is None or group.has_failed:
+            return False
+        base, base_s = step.recorder.base, step.recorder.base_s
+        self.landing = Landing(self.plan, schedule, late, step=step.context.step, group=group, base=base, base_s=base_s)
+        self.lanes.begin()
+        return True
+
+    def _end_landing(self) -> None:
+        """Wait for the end of what the last step that returned has left, whatever it is, and note a failure."""
+        landing = self.landing
+        if landing is None:
+            return
+        failure = landing.settle()
+        if failure is not None and landing.group is not self.lanes.group:  # else it is this schedule's own, which tells it
+            self.landing_failure = failure
+        self.landing = None
+        landing.group.taken.clear()
+
     def _settle(self, schedule: Schedule, completions: Sequence[Completion], failure: BaseException | None) -> BaseException | None:
         """Rule 4: nothing is under way when this returns; the failure to tell. Ctrl-C is told after that, however often it comes."""
         failures: list[BaseException] | None = None
         while failures is None:
             try:
                 if failure is not None:
-                    self.lanes.has_failed = True
+                    self.lanes.group.has_failed = True
                     self.residency.interrupt()
                 self._leave_visit()
                 if failure is not None:
                     self.model.unbind()
                 self.lanes.drain()
+                self._end_landing()
                 failures = [error for completion in completions if (error := completion.settle()) is not None]
             except Exception as error:  # of leaving the visit, which is left all the same
                 failure = failure or error
             except BaseException as error:
                 failure = error
-        if self.device.type == "cuda":
-            try:
+        try:
+            if failure is None:
+                self._wait_for_compute()
+            elif self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            except RuntimeError as error:
-                failures.append(error)
+        except RuntimeError as error:
+            failures.append(error)
         self.lanes.reset()
         self.residency.proceed()
         causes = [error for error in failures if not isinstance(error, Abandoned)]
-        self.has_landed = failure is None and not causes or self._have_landed(schedule, completions)
+        self.has_landed = failure is None and not causes or have_homes_landed(schedule, completions, self.plan)
+        if self.landing_failure is not None:  # of the step before: whatever this one met may come from it
+            if failure is None or isinstance(failure, Exception):
+                return self.landing_failure
+            failure.add_note(str(self.landing_failure))
         if failure is not None and (not isinstance(failure, Exception) or not causes):
             return failure  # Ctrl-C, or what this thread itself met
         return causes[0] if causes else None
-
-    def _have_landed(self, schedule: Schedule, completions: Sequence[Completion]) -> bool:
-        """Whether every op that changes a parameter or a state, or copies one home, has ended well; all have settled."""
-        for index, item in enumerate(schedule.ops):
-            match item.op:
-                case Update():
-                    changes = True
-                case Fetch(piece=piece, target=target) | Evict(piece=piece, target=target):
-                    changes = piece.role in (Role.PARAMETER, Role.STATE) and self.residency.home_tier(piece.owner, piece.role) is target
-                case _:
-                    changes = False
-            if changes and (index >= len(completions) or completions[index].settle() is not None):
-                return False
-        return True
 
     def _has_room(self) -> bool:
         """Whether the device can hold the activations of one block beside all else."""
@@ -217,11 +280,17 @@ class Executor:
             ssd_resident_peak_bytes=self.residency.peak_bytes[Tier.SSD],
         )
 
+    def _wait_for_compute(self) -> None:
+        """Other lanes may go on: a landing is not waited for."""
+        stream = self.lanes.stream(Lane.COMPUTE)
+        if stream is not None:
+            stream.synchronize()
+
     def _mark(self) -> torch.cuda.Event | None:
-        """A point in the device's time."""
+        """A point in the time of the device, whose compute has ended."""
         if self.device.type != "cuda":
             return None
-        torch.cuda.synchronize(self.device)
+        self._wait_for_compute()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -269,6 +338,8 @@ class _Step:
         self.verdicts = Verdicts(self.plan, context, executor.verdict_memory)
         self.completions: list[Completion] = []
         """Of the ops dispatched so far; those of a `Free` are done at once."""
+        self.updated: list[str] = []
+        """Bundles of which a chunk's update has begun."""
 
     def dispatch_all(self) -> None:
         """Go through the program."""
@@ -279,8 +350,9 @@ class _Step:
             self.completions.append(completion)
             if self.executor.serial:
                 completion.wait()
-            if self.lanes.has_failed:
+            if self.lanes.group.has_failed:
                 raise Abandoned("another op of the step failed")
+        self.executor.finish()
 
     def _waits(self, item: ScheduledOp) -> list[Completion]:
         return [self.completions[wait] for wait in item.waits]
@@ -288,6 +360,9 @@ class _Step:
     def _dispatch(self, item: ScheduledOp) -> Completion:
         op, waits = item.op, self._waits(item)
         self.recorder.waits.append(waits)
+        landing = self.executor.landing
+        if landing is not None:
+            self._keep_clear(landing, op, waits)
         match op:
             case Fetch() | Evict():
                 return self._move(op, item.lane, waits)
@@ -303,6 +378,16 @@ class _Step:
                 return self.lanes.run_here(functools.partial(self._compress, op), waits)
             case Update():
                 return self._update(op, item.lane, waits)
+
+    def _keep_clear(self, landing: Landing, op: Op, waits: list[Completion]) -> None:
+        """Of what the step before has left under way (`runtime/landing`, rules 1 and 2)."""
+        if isinstance(op, Compress | Update):
+            waits.extend(completion for completion in landing.late if not completion.is_done)
+            self.executor.finish()
+        elif landing.is_over:
+            self.executor.finish()
+        else:
+            waits.extend(landing.before(op))
 
     def _wait_in_job(self, work: Work) -> None:
         """Let the compute lane wait for `work`, as a part of the op that is dispatched now."""
@@ -375,8 +460,8 @@ class _Step:
 
     def _run_update(self, op: Update, updates: UpdateContext, copies: dict[Role, torch.Tensor]) -> None:
         """On the lane that updates."""
-        self.verdicts.check(op.bundle, self.executor.updated)
-        self.executor.updated.append(op.bundle)  # before: Ctrl-C is told as soon as the native call has returned
+        self.verdicts.check(op.bundle, self.updated)
+        self.updated.append(op.bundle)  # before: Ctrl-C is told as soon as the native call has returned
         self.executor.updater.run(op, updates, copies)
 
 
