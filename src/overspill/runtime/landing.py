@@ -118,13 +118,15 @@ class Landing:
         return self._failure
 
     def spans(self, base_s: float) -> Iterator[tuple[Span, Completion]]:
-        """When its ops ran, in seconds after `base_s`, numbered below -1; all have ended."""
+        """Those of its ops that were under way at `base_s`, in seconds after it, numbered below -1; all have ended."""
         shift_s, behind = self._base_s - base_s, len(self.schedule.ops) + 1
         numbers = {index for index, _ in self._late}
         for index, completion in self._late:
             item = self.schedule.ops[index]
             begin_s, end_s = completion.span_s(self._base, self._base_s)
             begin_s, end_s = begin_s + shift_s, end_s + shift_s
+            if end_s <= 0:
+                continue
             num_bytes = item.op.num_bytes if isinstance(item.op, Fetch | Evict) else 0
             waits = tuple(wait - behind for wait in item.waits if wait in numbers)
             yield Span(index - behind, item.lane, begin_s, end_s, begin_s, begin_s, num_bytes, waits), completion
