@@ -192,9 +192,8 @@ class Executor:
             return False
         self._leave_visit()
         self._wait_for_compute()
-        if group.has_failed or not math.isfinite(step.gradients.norm):
-            return False
-        if not all(batch.loss is None or math.isfinite(float(batch.loss)) for batch in step.micro_batches):
+        losses = [float(batch.loss) for batch in step.micro_batches if batch.loss is not None]
+        if group.has_failed or not all(map(math.isfinite, [*losses, *step.gradients.land_sums()])):
             return False
         late = find_late(schedule, step.completions)
         if late is None or group.has_failed:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from overspill.optim import global_norm, sums_of_squares
+from overspill.optim import sums_of_squares
 from overspill.runtime.residency import Residency, Work
 from overspill.runtime.visit import TORCH_DTYPES, tensor_views
 from overspill.spec.plan import Plan
@@ -41,7 +41,7 @@ class Gradients:
         """The regions that the views are of."""
         self.sums_of_squares: dict[str, torch.Tensor] = {}
         """Bundle -> float64 [its tensors], of finished gradients."""
-        self._norm: float | None = None
+        self._landed: list[float] = []
 
     def add(self, bundle: str, reader: str, name: str, gradient: torch.Tensor) -> None:
         """Add one contribution of unit `reader` to tensor `name` (rules 1, 2)."""
@@ -53,13 +53,11 @@ class Gradients:
             self._begun.add((name, reader))
             target.copy_(gradient)
 
-    @property
-    def norm(self) -> float:
-        """The global 2-norm, loss scale included, when all gradients are finished; NaN if one of them is not finite. Waits for compute
-        the first time."""
-        if self._norm is None:
-            self._norm = global_norm(self.sums_of_squares.values())
-        return self._norm
+    def land_sums(self) -> list[float]:
+        """`sums_of_squares` on the host, one a tensor, when all gradients are finished. The first time it waits for compute."""
+        if not self._landed and self.sums_of_squares:
+            self._landed = torch.cat(list(self.sums_of_squares.values())).tolist()
+        return self._landed
 
     def targets(self, reader: str, bundle_of: Mapping[str, str], names: Sequence[str]) -> dict[str, tuple[torch.Tensor, bool]]:
         """Tensor -> its partial gradient, and whether that has a contribution already; for who adds by himself (rule 1) and says so by

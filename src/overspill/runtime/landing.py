@@ -170,8 +170,9 @@ def have_homes_landed(schedule: Schedule, completions: Sequence[Completion], pla
 
 def _is_home(piece: Piece, tier: Tier, plan: Plan) -> bool:
     """Of a parameter or a state: what is at home between steps."""
-    placement = plan.placements[piece.owner]
-    return (piece.role is Role.PARAMETER and placement.parameters is tier) or (piece.role is Role.STATE and placement.states is tier)
+    if piece.role is Role.PARAMETER:
+        return plan.placements[piece.owner].parameters is tier
+    return piece.role is Role.STATE and plan.placements[piece.owner].states is tier
 
 
 def as_of_step(error: BaseException, step: int) -> BaseException:

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from overspill.errors import NonFiniteError
 from overspill.huggingface import StreamedModel, write_model_folder
+from overspill.optim import global_norm
 from overspill.planning import simulate
 from overspill.report.memory import host_peak_bytes
 from overspill.report.perfetto import write_trace
@@ -195,7 +196,7 @@ class Session(Closing):
             torch.cuda.reset_peak_memory_stats(self.device)
         figures, gradients = self._run(schedule, prepared, context, updates)
         try:
-            norm = gradients.norm / scale
+            norm = global_norm(gradients.land_sums()) / scale
             skipped = self._finish_step(number, lr, norm, scale) if waits else False
             if not skipped:
                 self.step_number = number
