@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 
 import overspill
-from overspill.runtime import executor as executor_module
 from overspill.runtime.executor import Executor
 from overspill.runtime.lanes import Completion
+from overspill.runtime.step import RunningStep
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Piece, Role, Update, effects
 from overspill.spec.tensors import Tier
 
@@ -75,7 +75,7 @@ def watch(session: overspill.Session, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Look at every schedule that the session runs inside."""
     races = Races()
     steps: dict[int, _StepWatch] = {}
-    dispatch, dispatch_all, finish = executor_module._Step._dispatch, executor_module._Step.dispatch_all, Executor.finish
+    dispatch, dispatch_all, finish = RunningStep._dispatch, RunningStep.dispatch_all, Executor.finish
     last: list[_StepWatch] = []
 
     def watched(self: Any, item: Any) -> Completion:
@@ -100,8 +100,8 @@ def watch(session: overspill.Session, monkeypatch: pytest.MonkeyPatch) -> Iterat
     with monkeypatch.context() as patch:
         # Whatever has ended on this machine may be under way on another: no wait is left out because it is over.
         patch.setattr(Completion, "is_done", property(lambda self: False))
-        patch.setattr(executor_module._Step, "_dispatch", watched)
-        patch.setattr(executor_module._Step, "dispatch_all", all_watched)
+        patch.setattr(RunningStep, "_dispatch", watched)
+        patch.setattr(RunningStep, "dispatch_all", all_watched)
         patch.setattr(Executor, "finish", finish_watched)
         patch.setattr(session.residency, "before_home_access", session.executor.finish)
         patch.setattr(session.residency, "device_work", lambda: (SoFar(_StepWatch.index),))

@@ -425,7 +425,7 @@ def test_ctrl_c_in_a_forward_while_the_landing_fails_stays_ctrl_c_with_a_note_an
             gate.open_soon()
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("overspill.runtime.executor._Step._dispatch", stop)
+        monkeypatch.setattr("overspill.runtime.step.RunningStep._dispatch", stop)
         with pytest.raises(KeyboardInterrupt) as stopped:
             session.step(batches(1))
         assert "step 1 had returned" in " ".join(stopped.value.__notes__)
@@ -435,7 +435,6 @@ def test_ctrl_c_in_a_forward_while_the_landing_fails_stays_ctrl_c_with_a_note_an
 
 def interrupt_second_steps(stride: int, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> int:
     """Interrupt the second step at every `stride`-th place, go on, and compare; how often that was possible."""
-    files = STEP | {str(landing_module.__file__)}
     expected = outcome(open_session(serial=True, **fields), 3)
     delay_updates(monkeypatch, 0.0005)
     num_survived, place = 0, stride // 2
@@ -443,7 +442,7 @@ def interrupt_second_steps(stride: int, monkeypatch: pytest.MonkeyPatch, **field
         with open_session(**fields) as session:
             seen = [session.step(batches(0))]
             rest = lent_bytes(session)
-            if not interrupted_at(place, files, functools.partial(session.step, batches(1))):
+            if not interrupted_at(place, STEP, functools.partial(session.step, batches(1))):
                 return num_survived
             try:
                 seen += [session.step(batches(step)) for step in (1, 2)]

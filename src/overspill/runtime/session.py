@@ -164,7 +164,7 @@ class Session(Closing):
     # -- work --------------------------------------------------------------------------------------------------------
 
     def step(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> StepReport:
-        """One optimizer step.
+        """One optimizer step. Without clip its last updates may be under way when it returns (rule 3).
 
         Args:
             micro_batches: CPU tensors: `input_ids` [B, T], `labels` [B, T] (-100 where nothing is learnt; the model shifts),
@@ -174,6 +174,7 @@ class Session(Closing):
         Raises:
             ValueError: batches that do not fit the plan, or without a target.
             NonFiniteError: a loss or gradient is not finite; the message says what was changed.
+            StorageError: a transfer failed, of this step or, as the message then says, of the last updates of the one before.
         """
         self._check_usable()
         if len(micro_batches) > self.plan.accumulate:
