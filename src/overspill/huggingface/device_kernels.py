@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 _HALVES = (torch.float16, torch.bfloat16)
 _MASK_ALIGNMENT = 16
@@ -133,15 +134,13 @@ def _ask_device(
 def _ask_device_once(
     described: tuple[tuple[int, int, torch.dtype, bool], ...], mask_dtype: torch.dtype | None, dropout: float, causal: bool, gqa: bool
 ) -> SDPBackend:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-    with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
+    with _disable_current_modes():
         real = [
             torch.zeros(1, heads, _PROBE_TOKENS, size, dtype=dtype, device="cuda", requires_grad=grad)
             for heads, size, dtype, grad in described
         ]
         mask = None if mask_dtype is None else torch.zeros(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, dtype=mask_dtype, device="cuda")
-        return SDPBackend(torch._fused_sdp_choice(*real, mask, dropout, causal, enable_gqa=gqa))
+        return SDPBackend(torch.ops.aten._fused_sdp_choice.default(*real, mask, dropout, causal, enable_gqa=gqa))
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
@@ -161,9 +160,7 @@ def _efficient(
         if tokens % _MASK_ALIGNMENT:
             mask = F.pad(mask, (0, -tokens % _MASK_ALIGNMENT))[..., :tokens]
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], tokens)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, mask, needs_lse, dropout, is_causal, scale=scale
-    )[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, mask, needs_lse, dropout, is_causal, scale=scale)[0]
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:

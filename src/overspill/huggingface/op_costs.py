@@ -138,7 +138,10 @@ _FORMULAS: dict[str, Callable[[tuple[Any, ...], Any], int]] = {
     "convolution": lambda args, out: _convolution(args[0], args[1], out, args[6]),
     "convolution_backward": _convolution_backward,
     **dict.fromkeys(
-        (f"_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")),
+        (
+            f"_scaled_dot_product_{kind}"
+            for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+        ),
         _attention,
     ),
     **dict.fromkeys(

@@ -128,9 +128,7 @@ class OpTrace(TorchDispatchMode):
 
     def _remember(self, tensor: Tensor, given_as: str | None) -> _Storage:
         memory = tensor.untyped_storage()
-        storage = _Storage(
-            number=len(self._storages), reference=StorageWeakRef(memory), num_bytes=memory.nbytes(), given_as=given_as
-        )
+        storage = _Storage(number=len(self._storages), reference=StorageWeakRef(memory), num_bytes=memory.nbytes(), given_as=given_as)
         self._storages.append(storage)
         self._known[memory._cdata] = storage
         return storage
@@ -149,10 +147,10 @@ class OpTrace(TorchDispatchMode):
         if not isinstance(func, torch._ops.OpOverload):
             return func(*args, **kwargs)
         self._bury()
-        read = {}
+        read: dict[int, _Storage] = {}
         for tensor in tensors_in(args, kwargs):
-            storage = self._storage_of(tensor) or self._remember(tensor, "input:")
-            read[storage.number] = storage
+            known = self._storage_of(tensor) or self._remember(tensor, "input:")
+            read[known.number] = known
         if func is torch.ops.aten._local_scalar_dense.default and self._has_values(args[0]):
             with _disable_current_modes():
                 return _values_of(args[0]).item()

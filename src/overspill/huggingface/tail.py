@@ -116,12 +116,10 @@ def cross_entropy_chunks(
     return total, None if gradient_NH is None else gradient_NH.view_as(last_hidden_BTH)
 
 
-def cross_entropy_of_chunk(
-    logits_rV: Tensor, tokens_r: Tensor, factor: float, with_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_of_chunk(logits_rV: Tensor, tokens_r: Tensor, factor: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the cross entropies of rows of logits (fp32, 0-d), and the gradient of factor x it by the logits, in their dtype."""
     values_rV = logits_rV.detach()
-    if has_fused_loss(values_rV.device) and values_rV.dtype in (torch.bfloat16, torch.float16, torch.float32):
+    if _has_fused_loss(values_rV.device) and values_rV.dtype in (torch.bfloat16, torch.float16, torch.float32):
         from overspill.huggingface.fused_loss import cross_entropy_fused
 
         losses_r, gradient_rV = cross_entropy_fused(values_rV.contiguous(), tokens_r, factor=factor, with_gradient=with_gradient)
@@ -133,8 +131,7 @@ def cross_entropy_of_chunk(
 
 
 @functools.cache
-def has_fused_loss(device: torch.device) -> bool:
-    """Whether the loss is one kernel on `device`."""
+def _has_fused_loss(device: torch.device) -> bool:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return False
     from overspill.huggingface.fused_loss import is_usable

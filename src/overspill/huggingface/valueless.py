@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -27,9 +27,10 @@ from overspill.huggingface.streamed_model import EMBEDDING, StreamedModel
 from overspill.huggingface.templates import lazy_zeros
 
 
-def build_batch(num_samples: int, num_tokens: int, *, is_masked: bool) -> dict[str, Tensor]:
-    """A micro-batch; with `is_masked` the last token of every sample is padding."""
-    ids = torch.zeros((num_samples, num_tokens), dtype=torch.int64)
+def build_batch(streamed: StreamedModel, num_samples: int, num_tokens: int, *, is_masked: bool) -> dict[str, Tensor]:
+    """A micro-batch of one token that is not padding; with `is_masked` the last of every sample is."""
+    token = 1 if streamed.config.get_text_config().pad_token_id == 0 else 0
+    ids = torch.full((num_samples, num_tokens), token, dtype=torch.int64)
     if not is_masked:
         return {"input_ids": ids}
     mask = (torch.arange(num_tokens) < num_tokens - 1).to(torch.int64).unsqueeze(0).expand(num_samples, num_tokens)
@@ -44,10 +45,10 @@ def described_arguments(streamed: StreamedModel, *, is_masked: bool) -> object:
         if name in streamed.unit_parameters[EMBEDDING]
     }
     with torch.no_grad(), streamed.bound(EMBEDDING, zeros):
-        return shapes_of(streamed.embed(build_batch(1, NUM_TOKENS, is_masked=is_masked)).arguments)
+        return shapes_of(streamed.embed(build_batch(streamed, 1, NUM_TOKENS, is_masked=is_masked)).arguments)
 
 
-def shapes_of(arguments: BlockArguments) -> object:
+def shapes_of(arguments: BlockArguments) -> Mapping[str, object]:
     """Every block's arguments with shape and dtype in place of each tensor."""
     hidden = torch.empty(0)
 

@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ from overspill.huggingface.inspection import NUM_TOKENS
 from overspill.huggingface.meta_model import build_meta_model
 from overspill.huggingface.op_trace import OpTrace
 from overspill.huggingface.skeleton import copy_without_weights
+from overspill.huggingface.stand_ins import BlockArguments
 from overspill.huggingface.streamed_model import EMBEDDING, TAIL, Embedded, StreamedModel
-from overspill.huggingface.tail import has_fused_loss
 from overspill.huggingface.tail_trace import TailTrace
 from overspill.huggingface.valueless import build_batch, described_arguments, shapes_of, without_values
 from overspill.huggingface.weights import open_checkpoint
@@ -102,6 +103,25 @@ def build_streamed(model: str | Path | PreTrainedConfig | PreTrainedModel, dtype
     return StreamedModel(build_meta_model(config, dtype=kind))
 
 
+def find_classes(streamed: StreamedModel, arguments: BlockArguments | None) -> Mapping[str, tuple[str, ...]]:
+    """First block of every class -> all its blocks: of one kind, reading hidden states of one dtype, called with arguments of the same
+    shapes (a mask or none).
+
+    Args:
+        arguments: None: they are not known, and not compared.
+    """
+    shapes: Mapping[str, Any] = shapes_of(arguments) if arguments is not None else {}
+    found: list[tuple[Any, list[str]]] = []
+    for before, unit in zip(streamed.unit_names, streamed.block_names, strict=False):
+        key = (streamed.kinds[unit], streamed.hidden_dtypes[before], shapes.get(unit))
+        same = next((units for known, units in found if known == key), None)
+        if same is None:
+            found.append((key, [unit]))
+        else:
+            same.append(unit)
+    return {units[0]: tuple(units) for _, units in found}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Traced:
     """One unit's passes and what its backward keeps."""
@@ -127,19 +147,16 @@ class _Tracer:
 
     def trace(self, dtype: str, chunk_rows: int) -> WorkloadSpec:
         streamed = self.streamed
-        classes: dict[str, list[str]] = {EMBEDDING: [EMBEDDING]}
-        for unit in streamed.block_names:
-            classes.setdefault(streamed.kinds[unit], []).append(unit)
-        classes[TAIL] = [TAIL]
-        described, loss = [], None
-        self._note_assumptions()
+        self._note_other_packages()
         expected = described_arguments(streamed, is_masked=self.is_masked)
         with without_values(streamed, self.notes):
             self._refuse_other_arguments(expected)
-            for first, units in classes.items():
-                traced, notes = self._try(first, chunk_rows)
-                described.append(self._describe(first, units, traced, notes))
-                loss = traced.loss if traced is not None and first == TAIL else loss
+            outcomes = {EMBEDDING: self._try(EMBEDDING, chunk_rows)}
+            classes = find_classes(streamed, self.embedded.arguments if self.embedded is not None else None)
+            outcomes |= {first: self._try(first, chunk_rows) for first in (*classes, TAIL)}
+            units = {EMBEDDING: (EMBEDDING,), **classes, TAIL: (TAIL,)}
+            described = tuple(self._describe(first, units[first], *outcomes[first]) for first in units)
+        tail, _ = outcomes[TAIL]
         config = streamed.config.get_text_config()
         return WorkloadSpec(
             model=type(streamed.model).__name__,
@@ -151,8 +168,8 @@ class _Tracer:
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
             argument_bytes=self._argument_bytes(),
-            classes=tuple(described),
-            loss=loss,
+            classes=described,
+            loss=tail.loss if tail is not None else None,
             attention_kernels=tuple(self.kernels.attention) if self.kernels is not None else (),
             notes=tuple([*self.notes, *self._attention_notes()]),
         )
@@ -188,7 +205,7 @@ class _Tracer:
         trace = self._new_trace()
         try:
             with trace, self._bound(trace, EMBEDDING), torch.no_grad():
-                found = shapes_of(self.streamed.embed(build_batch(1, NUM_TOKENS, is_masked=self.is_masked)).arguments)
+                found = shapes_of(self.streamed.embed(build_batch(self.streamed, 1, NUM_TOKENS, is_masked=self.is_masked)).arguments)
         except Exception as error:
             self.refusal = f"the model does not run on tensors without values: {_first_line(error)}"
             return
@@ -272,10 +289,8 @@ class _Tracer:
         )
 
     def _has_fused_loss(self) -> bool:
-        """As the runtime would have it; a CUDA device that is not here is assumed to have Triton."""
-        if not self.is_cuda:
-            return False
-        return has_fused_loss(torch.device("cuda")) if torch.cuda.is_available() else True
+        """Assumed where Triton is; a CUDA device that is not here is assumed to have it."""
+        return self.is_cuda and (not torch.cuda.is_available() or importlib.util.find_spec("triton") is not None)
 
     # -- around it ----------------------------------------------------------------------------------------------------
 
@@ -285,7 +300,7 @@ class _Tracer:
         return torch.empty(self.micro_batch, self.seq_len, streamed.config.get_text_config().hidden_size, dtype=dtype)
 
     def _batch(self) -> dict[str, Tensor]:
-        return build_batch(self.micro_batch, self.seq_len, is_masked=self.is_masked)
+        return build_batch(self.streamed, self.micro_batch, self.seq_len, is_masked=self.is_masked)
 
     @contextlib.contextmanager
     def _bound(self, trace: OpTrace, unit: str) -> Iterator[list[Tensor]]:
@@ -309,7 +324,7 @@ class _Tracer:
 
     # -- the document -------------------------------------------------------------------------------------------------
 
-    def _describe(self, first: str, units: list[str], traced: _Traced | None, notes: tuple[str, ...]) -> UnitWork:
+    def _describe(self, first: str, units: tuple[str, ...], traced: _Traced | None, notes: tuple[str, ...]) -> UnitWork:
         streamed = self.streamed
         specs = [streamed.parameters[name] for name in streamed.unit_parameters[first]]
         returned = streamed.hidden_dtypes.get(first)
@@ -317,7 +332,7 @@ class _Tracer:
         hidden_size = streamed.config.get_text_config().hidden_size
         return UnitWork(
             name=first,
-            units=tuple(units),
+            units=units,
             num_parameters=sum(spec.num_elements for spec in specs),
             parameter_bytes=sum(spec.num_bytes for spec in specs),
             trainable_bytes=sum(spec.num_bytes for spec in specs if spec.trainable),
@@ -365,13 +380,12 @@ class _Tracer:
                 found.append(Routing(module=path, num_experts=count, experts_per_token=each, expected_tokens_per_expert=tokens))
         return tuple(found)
 
-    def _note_assumptions(self) -> None:
-        if self.is_cuda and not any(self._is_plain(unit) for unit in dict.fromkeys(self.streamed.kinds.values())):
-            self.notes.append("kernels of packages beside torch, if they are installed on the device, are not counted")
-
-    def _is_plain(self, unit: str) -> bool:
-        """Whether the block's code has no second path with kernels of other packages."""
-        return not hasattr(sys.modules.get(type(self.streamed.block(unit)).__module__), "is_fast_path_available")
+    def _note_other_packages(self) -> None:
+        """Some blocks' code takes kernels of other packages where they are installed, and plain torch elsewhere."""
+        codes = {type(self.streamed.block(unit)).__module__ for unit in self.streamed.block_names}
+        names = ("use_kernel_func_from_hub_with_fallback", "is_fast_path_available")
+        if self.is_cuda and any(hasattr(sys.modules.get(code), name) for code in codes for name in names):
+            self.notes.append("kernels that other packages have for these blocks are not described: where they are installed, costs differ")
 
     def _attention_notes(self) -> list[str]:
         if self.kernels is None or not self.kernels.attention or self.kernels.asks_device:
@@ -380,8 +394,8 @@ class _Tracer:
         notes = [f"attention kernels are assumed to be those of an NVIDIA GPU of compute capability 8.0 or later: {names}"]
         if self.kernels.has_doubt:
             notes.append(
-                "key heads are broadcast where flash attention cannot run: whether another fused kernel takes them depends on the version of "
-                "torch; math, which keeps T x T, is assumed"
+                "key heads are broadcast where flash attention cannot run: whether another fused kernel takes them depends on the "
+                "version of torch; math, which keeps T x T, is assumed"
             )
         return notes
 
