@@ -9,9 +9,10 @@ device and saves the same tensors; what is not is listed here, and a trace for `
    capability 8.0. What surrounds the kernel in torch (padding of heads, masks made additive) is done here too; the kernel itself is
    called by its own name, so what autograd saves is torch's own formula.
 2. Dropout is one kernel with a mask of a byte an element; on the CPU it is a product with a mask of the tensor's dtype.
-3. Layer norm keeps mean and deviation in fp32; on the CPU in the dtype of its input. (Seen by `op_trace`, below autograd.)
+3. Layer norm keeps mean and deviation in fp32; on the CPU in the dtype of its input.
+4. The rows of a grouped product's result start at multiples of 16 bytes. Everywhere, fake tensors know it for bf16 alone.
 
-A trace for `cpu` needs none of it: fake tensors take the CPU's paths themselves.
+Rules 3 and 4 are seen below autograd, by `op_trace`. A trace for `cpu` needs nothing else: fake tensors take the CPU's paths themselves.
 
 Tests hold this to what a GPU saves for real (`tests/workload/test_gpu_workload.py`).
 """
@@ -34,6 +35,8 @@ _MASK_ALIGNMENT = 16
 """Elements to which memory-efficient attention pads an additive mask's rows (torch, `pad_bias`)."""
 _FLASH_HEAD_ALIGNMENT = 8
 """Elements to which flash attention pads heads (torch, `pad_last_dim`)."""
+_ROW_ALIGNMENT_BYTES = 16
+"""Of a grouped product's result on CUDA (torch, `create_grouped_gemm_output_tensor`)."""
 _PROBE_TOKENS = 16
 """Of the tensors with which torch is asked for its choice: any number above one gives the same."""
 
@@ -119,6 +122,31 @@ def choose_attention(
     if not is_grouped and is_aligned and query.dtype in (*_HALVES, torch.float32):
         return SDPBackend.EFFICIENT_ATTENTION
     return SDPBackend.MATH
+
+
+def keep_statistics(out: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rule 3: the result of `native_layer_norm` as on CUDA."""
+    result, mean, deviation = out
+    return (result, mean.float(), deviation.float()) if result.dtype in _HALVES else out
+
+
+def multiply_groups(left: Tensor, right: Tensor, offsets: Tensor | None, dtype: torch.dtype | None, *, is_cuda: bool) -> Tensor:
+    """Rule 4: an empty tensor in place of the result of `_grouped_mm`."""
+    columns = right.shape[-1]
+    match left.dim(), right.dim():
+        case (2, 2):
+            assert offsets is not None
+            size: tuple[int, ...] = (offsets.shape[0], left.shape[0], columns)
+        case (2, 3):
+            size = (left.shape[0], columns)
+        case (3, 2):
+            size = (left.shape[1], columns)
+        case _:
+            size = (left.shape[0], left.shape[1], columns)
+    dtype = dtype or left.dtype
+    alignment = _ROW_ALIGNMENT_BYTES // dtype.itemsize if is_cuda else 1
+    row = columns + -columns % alignment
+    return torch.empty_strided(size, (row, 1) if len(size) == 2 else (size[1] * row, row, 1), dtype=dtype)
 
 
 def _ask_device(

@@ -35,10 +35,11 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from overspill.huggingface.device_kernels import keep_statistics, multiply_groups
 from overspill.huggingface.op_costs import cost_of, has_unknown_cost, is_allocation, is_random, tensors_in
 from overspill.spec.workload import Alias, Pass, SavedTensor, Work
 
-_HALVES = (torch.float16, torch.bfloat16)
+_GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
 _VALUES = "_overspill_values"
 """Attribute of a fake tensor that holds its values (rule 6)."""
 
@@ -81,7 +82,7 @@ class OpTrace(TorchDispatchMode):
         """
         Args:
             most_values: elements of a tensor whose values are computed (rule 6).
-            is_cuda: results have the dtypes that they have on CUDA (`device_kernels`, rule 3).
+            is_cuda: results have the dtypes and strides that they have on CUDA (`device_kernels`, rules 3 and 4).
         """
         super().__init__()
         self.is_cuda, self.most_values = is_cuda, most_values
@@ -154,7 +155,7 @@ class OpTrace(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and self._has_values(args[0]):
             with _disable_current_modes():
                 return _values_of(args[0]).item()
-        out = self._as_on_device(func, func(*args, **kwargs))
+        out = self._run(func, args, kwargs)
         self._compute_values(func, args, kwargs, out)
         made = [tensor for tensor in tensors_in(out) if self._storage_of(tensor) is None]
         written = [storage for tensor in _written(func, args, kwargs) if (storage := self._storage_of(tensor)) is not None]
@@ -218,10 +219,12 @@ class OpTrace(TorchDispatchMode):
         is_known = not isinstance(tensor, FakeTensor) or hasattr(tensor, _VALUES)
         return is_known and (storage is None or storage.number not in self._without_values)
 
-    def _as_on_device(self, func: Any, out: Any) -> Any:
-        if self.is_cuda and func is torch.ops.aten.native_layer_norm.default and out[0].dtype in _HALVES:
-            return (out[0], out[1].float(), out[2].float())
-        return out
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation, without values; `device_kernels` has the exceptions."""
+        if func is _GROUPED_PRODUCT:
+            return multiply_groups(args[0], args[1], *_grouped_options(*args[2:], **kwargs), is_cuda=self.is_cuda)
+        out = func(*args, **kwargs)
+        return keep_statistics(out) if self.is_cuda and func is torch.ops.aten.native_layer_norm.default else out
 
     def pass_of(self, *, is_gradient: bool, start: int = 0) -> Pass:
         """Work of the operations from number `start` on (rule 3), and the peak since `forget_peak`."""
@@ -357,6 +360,13 @@ class OpTrace(TorchDispatchMode):
             recompute_reads=tuple(sorted(read)),
             is_random=any(self.ops[op].is_random for op in ops),
         )
+
+
+def _grouped_options(
+    offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> tuple[Tensor | None, torch.dtype | None]:
+    """What of `_grouped_mm`'s further arguments its result's sizes depend on."""
+    return offs, out_dtype
 
 
 def _values_of(tensor: Tensor) -> Tensor:

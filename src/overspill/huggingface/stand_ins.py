@@ -332,9 +332,8 @@ class CallRecorder:
     def _tensor_place(self, unit: str, path: str, tensor: Tensor) -> TensorPlace | SideInputPlace:
         # The recorder holds every tensor that it has seen, so an address is not used twice while it lives.
         is_side = self.is_side_input(unit, path, tensor)
-        memory = tensor.untyped_storage()
-        storage = memory.data_ptr() or f"without memory, at {memory._cdata}"  # meta and fake tensors have no address
-        key = (is_side, storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        # The storage's own address, which tensors without memory have too.
+        key = (is_side, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._places:
             if is_side:
                 self._places[key] = SideInputPlace(len(self.side_inputs))
