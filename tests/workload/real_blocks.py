@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from overspill.huggingface import StreamedModel
 
@@ -26,6 +27,18 @@ class RealBlock:
     forward_flops: int
     backward_flops: int
     """Of the gradients, without the forward."""
+
+
+class _Counter(TorchDispatchMode):
+    """torch's formulas without its bookkeeping of modules, which `autograd.grad` by a leaf stops."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class _Packed:
@@ -44,9 +57,7 @@ def random_leaves(streamed: StreamedModel, unit: str, device: str = "cpu") -> di
     }
 
 
-def run_blocks(
-    streamed: StreamedModel, units: tuple[str, ...], batch: Mapping[str, Tensor], device: str = "cpu"
-) -> dict[str, RealBlock]:
+def run_blocks(streamed: StreamedModel, units: tuple[str, ...], batch: Mapping[str, Tensor], device: str = "cpu") -> dict[str, RealBlock]:
     """Each of `units`, run as the runtime runs it."""
     torch.manual_seed(0)
     streamed.to(device)
@@ -66,6 +77,30 @@ def run_blocks(
                 )
         hidden = output.hidden
     return found
+
+
+def count_tail(streamed: StreamedModel, batch: Mapping[str, Tensor], *, chunk_rows: int, is_training: bool) -> int:
+    """FLOPs of the tail over all targets of `batch`, forward and (in training) backward, as torch counts them."""
+    samples, tokens = batch["input_ids"].shape
+    dtype = streamed.hidden_dtypes[streamed.block_names[-1]]
+    hidden = torch.randn(samples, tokens, streamed.config.get_text_config().hidden_size).to(dtype)
+    leaves = random_leaves(streamed, "tail")
+    experts = getattr(streamed.config, "num_experts", getattr(streamed.config, "num_local_experts", 0))
+    sides = {
+        unit: tuple(torch.randn(samples * tokens, experts).to(dtype) for _ in range(count))
+        for unit, count in streamed.inspection.num_side_outputs.items()
+    }
+    with streamed.bound("tail", leaves), _Counter() as counted:
+        streamed.run_tail(
+            batch,
+            hidden.requires_grad_(is_training),
+            side_outputs=sides,
+            parameters=leaves,
+            num_targets=samples * (tokens - 1),
+            chunk_rows=chunk_rows,
+            accumulate=(lambda name, gradient: None) if is_training else None,
+        )
+    return counted.flops
 
 
 def _differentiate(streamed: StreamedModel, unit: str, hidden: Tensor, arguments: Any, leaves: Mapping[str, Tensor]) -> RealBlock:

@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from real_blocks import run_blocks
+from real_blocks import count_tail, run_blocks
 from tiny_models import NAMES, SEQUENCE, tiny_batch, tiny_config
 
-from overspill import UnsupportedModelError, describe_workload
+from overspill import describe_workload
 from overspill.huggingface import StreamedModel, build_meta_model
 from overspill.spec.workload import Alias, WorkloadSpec
 
@@ -37,9 +37,8 @@ def test_saved_bytes_and_flops_are_those_of_the_same_block_with_values(name: str
     batch = tiny_batch(0, num_sequences=SAMPLES, padding=1 if is_masked else 0)
     if is_masked:
         batch["attention_mask"][:, -1] = 0
-    del batch["labels"]
     blocks = spec.classes[1:-1]
-    real = run_blocks(streamed, tuple(item.name for item in blocks), batch)
+    real = run_blocks(streamed, tuple(item.name for item in blocks), {key: batch[key] for key in batch if key != "labels"})
     for item in blocks:
         assert item.forward is not None and item.recompute is not None and item.backward is not None
         kept = sorted(tensor.kept_bytes for tensor in item.saved if tensor.alias is Alias.OWN)
@@ -48,3 +47,66 @@ def test_saved_bytes_and_flops_are_those_of_the_same_block_with_values(name: str
         assert item.forward.work.flops == real[item.name].forward_flops
         assert item.recompute.work.flops == real[item.name].forward_flops
         assert item.backward.work.flops == real[item.name].backward_flops
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "gemma3", "opt", "cohere2", "mixtral", "gpt2"])
+def test_flops_of_the_tail_are_those_with_values(name: str) -> None:
+    check_tail(name, described(name, "float32"), 5)
+
+
+@pytest.mark.parametrize("chunk_rows", [11, 22, 64])
+def test_flops_of_the_tail_do_not_depend_on_how_it_is_cut(chunk_rows: int) -> None:
+    """22 targets: two full chunks, one, less than one; above: a shorter last one."""
+    sizes = dict(seq_len=SEQUENCE, micro_batch=SAMPLES, dtype="float32", device="cpu", loss_chunk_rows=chunk_rows)
+    check_tail("llama", describe_workload(tiny_config("llama"), **sizes), chunk_rows)
+
+
+def check_tail(name: str, spec: WorkloadSpec, chunk_rows: int) -> None:
+    streamed = StreamedModel(build_meta_model(tiny_config(name), dtype=torch.float32)).train()
+    batch = tiny_batch(0, num_sequences=SAMPLES)
+    tail = spec.class_of("tail")
+    assert tail.forward is not None and tail.recompute is not None and tail.backward is not None and spec.loss is not None
+    assert spec.loss.num_targets == 22 and spec.loss.num_chunks == -(-22 // chunk_rows)
+    assert tail.forward.work.flops == count_tail(streamed, batch, chunk_rows=chunk_rows, is_training=False)
+    trained = tail.recompute.work.flops + tail.backward.work.flops
+    assert trained == count_tail(streamed, batch, chunk_rows=chunk_rows, is_training=True)
+
+
+def test_without_values_means_without_numbers_and_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.models.llama.modeling_llama as llama
+
+    def clamped(self: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 0.5 if hidden.abs().max() > 1e4 else hidden  # what a block does depends on values
+
+    monkeypatch.setattr(llama.LlamaMLP, "forward", clamped)
+    spec = describe_workload(tiny_config("llama"), seq_len=SEQUENCE, micro_batch=SAMPLES, dtype="float32", device="cpu")
+    assert not spec.is_complete
+    block = spec.class_of("model.layers.1")
+    assert (block.forward, block.recompute, block.backward, block.saved) == (None, None, None, ())
+    assert "could not be traced without values" in block.notes[0]
+    assert block.parameter_bytes > 0 and block.boundary_bytes == SAMPLES * SEQUENCE * 32 * 4
+    assert spec.class_of("tail").backward is not None
+
+
+def test_an_operation_of_unknown_cost_leaves_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers.models.llama.modeling_llama as llama
+
+    @torch.library.custom_op("overspill_tests::doubled", mutates_args=())
+    def doubled(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 2
+
+    doubled.register_fake(torch.empty_like)
+    doubled.register_autograd(lambda ctx, gradient: gradient * 2)
+    monkeypatch.setattr(llama.LlamaMLP, "forward", lambda self, hidden: torch.ops.overspill_tests.doubled(hidden))
+    spec = describe_workload(tiny_config("llama"), seq_len=SEQUENCE, micro_batch=SAMPLES, dtype="float32", device="cpu")
+    assert spec.class_of("model.layers.0").notes == ("the cost of overspill_tests.doubled.default is not known",)
+    assert spec.class_of("model.layers.0").forward is None
+
+
+def test_a_model_that_makes_other_arguments_without_values_is_not_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    from overspill.huggingface import valueless
+
+    monkeypatch.setattr(valueless, "_IS_FAKE", "no such name")  # transformers sees fake tensors, and makes a mask that it else leaves out
+    spec = describe_workload(tiny_config("llama"), seq_len=SEQUENCE, micro_batch=SAMPLES, dtype="float32", device="cpu")
+    assert not spec.is_complete
+    assert all("other arguments" in item.notes[0] for item in spec.classes)

@@ -209,7 +209,9 @@ class Tail:
         side_gradients: dict[str, tuple[Tensor, ...]] = {}
         if self.has_router_loss:
             weight = float(self.model.config.router_aux_loss_coef) * (targets.num_targets / num_targets)
-            router_loss, side_gradients = self._router_loss(inputs, output, last_hidden_BTH, side_outputs, weight * loss_scale, is_training)
+            router_loss, side_gradients = self.run_router_loss(
+                inputs, output, last_hidden_BTH, side_outputs, weight * loss_scale, is_training
+            )
             loss = loss + weight * router_loss
         if accumulate is None:
             return TailOutput(loss=loss, num_targets=targets.num_targets, hidden_gradient=None, side_output_gradients={})
@@ -243,7 +245,7 @@ class Tail:
         with forward_replaced(self.owner, lambda *args, **kwargs: _with_last_hidden_state(output, rows_1rH)):
             return self.model(**{**inputs, **extra}, return_dict=True)
 
-    def _router_loss(
+    def run_router_loss(
         self,
         inputs: Mapping[str, Any],
         output: Any,

@@ -50,14 +50,23 @@ class TailTrace:
     saved: tuple[SavedTensor, ...]
 
     def __init__(
-        self, trace: OpTrace, tail: Tail, inputs: Mapping[str, Any], leaves: Mapping[str, Tensor], *, is_fused: bool, is_training: bool
+        self,
+        trace: OpTrace,
+        tail: Tail,
+        inputs: Mapping[str, Any],
+        leaves: Mapping[str, Tensor],
+        side_outputs: Mapping[str, tuple[Tensor, ...]],
+        *,
+        is_fused: bool,
+        is_training: bool,
     ) -> None:
         """
         Args:
             inputs: keyword arguments of the model's forward, fake.
             leaves: the parameters that the tail is bound to, fake.
+            side_outputs: unit -> its router logits, fake.
         """
-        self.trace, self.tail, self.inputs, self.leaves = trace, tail, inputs, leaves
+        self.trace, self.tail, self.inputs, self.leaves, self.side_outputs = trace, tail, inputs, leaves, side_outputs
         self.is_fused, self.is_training = is_fused, is_training
         self._head, self._loss = Work(), Work()
         self._logits_bytes = 0
@@ -82,6 +91,8 @@ class TailTrace:
         rows = min(chunk_rows, num_targets)
         chunks, chunk_peak_bytes, gradient = self._all_chunks(output, last, num_targets, rows)
         start = len(trace.ops)
+        if self.tail.has_router_loss:
+            self.tail.run_router_loss(self.inputs, output, last, self.side_outputs, 1.0, self.is_training)
         if outputs:
             trainable = [self.leaves[name] for name in self.tail.body_names if self.leaves[name].requires_grad]
             results = torch.autograd.grad(outputs, [leaf, *trainable], [gradient], allow_unused=True)

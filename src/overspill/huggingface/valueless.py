@@ -26,6 +26,9 @@ from overspill.huggingface.stand_ins import BlockArguments
 from overspill.huggingface.streamed_model import EMBEDDING, StreamedModel
 from overspill.huggingface.templates import lazy_zeros
 
+_IS_FAKE = "is_fake_tensor"
+"""What transformers asks before it looks at a tensor (rule 2)."""
+
 
 def build_batch(streamed: StreamedModel, num_samples: int, num_tokens: int, *, is_masked: bool) -> dict[str, Tensor]:
     """A micro-batch of one token that is not padding; with `is_masked` the last of every sample is."""
@@ -77,7 +80,7 @@ def without_values(streamed: StreamedModel, notes: list[str]) -> Iterator[None]:
         with (
             _replaced_setting([module for module in modules if _has_experts(module)], "_experts_implementation", _grouped, notes),
             _replaced_setting(modules, "_attn_implementation", _own_attention, notes),
-            mock.patch.object(import_utils, "is_fake_tensor", lambda tensor: False, create=True),
+            mock.patch.object(import_utils, _IS_FAKE, lambda tensor: False, create=True),
             fake,
         ):
             yield

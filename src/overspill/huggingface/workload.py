@@ -14,7 +14,6 @@ Limits:
    they have one. A class that cannot be traced has no passes, and its note says why: there is never a guess in place of a number.
 2. A loss chunk is traced for one and two chunks of rows; the rest is multiplication.
 3. Nothing inside a kernel is seen: neither its scratch memory nor what libraries keep.
-4. The router loss of mixture-of-experts models, a few operations on router logits, is left out.
 
 Shapes: B sequences of T tokens, H hidden, R rows with a target, V vocabulary.
 """
@@ -130,7 +129,7 @@ class _Traced:
     recompute: Pass
     backward: Pass
     saved: tuple[SavedTensor, ...]
-    side_output_bytes: int = 0
+    side_outputs: tuple[Tensor, ...] = ()
     loss: LossWork | None = None
 
 
@@ -142,6 +141,7 @@ class _Tracer:
         self.kernels = DeviceKernels() if is_cuda else None
         self.notes: list[str] = []
         self.embedded: Embedded | None = None
+        self.side_outputs: dict[str, tuple[Tensor, ...]] = {}
         self.refusal = ""
         """Why nothing of the model can be traced."""
 
@@ -153,7 +153,11 @@ class _Tracer:
             self._refuse_other_arguments(expected)
             outcomes = {EMBEDDING: self._try(EMBEDDING, chunk_rows)}
             classes = find_classes(streamed, self.embedded.arguments if self.embedded is not None else None)
-            outcomes |= {first: self._try(first, chunk_rows) for first in (*classes, TAIL)}
+            outcomes |= {first: self._try(first, chunk_rows) for first in classes}
+            for first, names in classes.items():
+                block, _ = outcomes[first]
+                self.side_outputs |= dict.fromkeys(names, block.side_outputs if block is not None else ())
+            outcomes[TAIL] = self._try(TAIL, chunk_rows)
             units = {EMBEDDING: (EMBEDDING,), **classes, TAIL: (TAIL,)}
             described = tuple(self._describe(first, units[first], *outcomes[first]) for first in units)
         tail, _ = outcomes[TAIL]
@@ -249,13 +253,13 @@ class _Tracer:
             sides = [tensor.detach().requires_grad_() for tensor in arguments.side_inputs]
             with torch.enable_grad(), trace.saving():
                 output = self.streamed.run_block(unit, boundary, arguments, side_inputs=sides or None)
-            side_output_bytes = sum(tensor.untyped_storage().nbytes() for tensor in output.side_outputs)
+            side_outputs = tuple(tensor.detach() for tensor in output.side_outputs)
             outputs = [tensor for tensor in (output.hidden, *output.side_outputs) if tensor.requires_grad]
             wanted = [boundary, *sides, *(leaf for leaf in leaves if leaf.requires_grad)]
             hidden = output.hidden
             del output
             traced = self._differentiate(trace, start, forward, outputs, wanted, hidden)
-        return dataclasses.replace(traced, side_output_bytes=side_output_bytes)
+        return dataclasses.replace(traced, side_outputs=side_outputs)
 
     def _differentiate(
         self, trace: OpTrace, start: int, forward: Pass, outputs: list[Tensor], wanted: Sequence[Tensor], hidden: Tensor
@@ -277,10 +281,14 @@ class _Tracer:
         inputs = self.streamed.inputs(self._batch())
         rows = self.micro_batch * (self.seq_len - 1)
         is_fused = self._has_fused_loss()
+        sides = {
+            unit: tuple(torch.empty_like(tensor, requires_grad=False) for tensor in tensors) for unit, tensors in self.side_outputs.items()
+        }
+        trace.give("input", {f"router logits {unit}": tensor for unit, tensors in sides.items() for tensor in tensors})
         passes = []
         with self._bound(trace, TAIL), trace.inside(self.streamed.model):
             for is_training in (False, True):
-                tail = TailTrace(trace, self.streamed.tail, inputs, self.leaves, is_fused=is_fused, is_training=is_training)
+                tail = TailTrace(trace, self.streamed.tail, inputs, self.leaves, sides, is_fused=is_fused, is_training=is_training)
                 tail.run(self._tail_hidden(), rows, chunk_rows)
                 passes.append(tail)
         evaluation, training = passes
@@ -343,7 +351,7 @@ class _Tracer:
             backward=traced.backward if traced is not None else None,
             saved=traced.saved if traced is not None else (),
             side_input_bytes=self._side_input_bytes(first),
-            side_output_bytes=traced.side_output_bytes if traced is not None else 0,
+            side_output_bytes=sum(tensor.nbytes for tensor in traced.side_outputs) if traced is not None else 0,
             routing=routing,
             notes=notes,
         )
