@@ -6,6 +6,7 @@ import typer
 
 from overspill.cli.checkpoint import checkpoint
 from overspill.cli.finetune import finetune
+from overspill.cli.inspect import inspect
 
 app = typer.Typer(
     name="overspill",
@@ -15,6 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(finetune)
+app.command()(inspect)
 app.add_typer(checkpoint)
 
 

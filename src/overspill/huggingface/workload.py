@@ -41,7 +41,7 @@ from overspill.huggingface.stand_ins import BlockArguments
 from overspill.huggingface.streamed_model import EMBEDDING, TAIL, Embedded, StreamedModel
 from overspill.huggingface.tail_trace import TailTrace
 from overspill.huggingface.valueless import build_batch, described_arguments, shapes_of, without_values
-from overspill.huggingface.weights import open_checkpoint
+from overspill.huggingface.weights import open_config
 from overspill.spec.plan import DTYPES
 from overspill.spec.workload import LossWork, Pass, Routing, SavedTensor, UnitWork, WorkloadSpec, default_loss_chunk_rows
 
@@ -98,7 +98,7 @@ def build_streamed(model: str | Path | PreTrainedConfig | PreTrainedModel, dtype
     kind = getattr(torch, dtype)
     if isinstance(model, PreTrainedModel):
         return StreamedModel(copy_without_weights(model, dtype=kind))
-    config = model if isinstance(model, PreTrainedConfig) else open_checkpoint(model).config
+    config = model if isinstance(model, PreTrainedConfig) else open_config(model)
     return StreamedModel(build_meta_model(config, dtype=kind))
 
 

@@ -282,7 +282,7 @@ class UnitTimes:
     forward: Timing | None
     """Without a graph. None for the tail, which runs forward and backward at once, and where nothing could be measured."""
     backward: Timing | None
-    """Recomputation and gradients, as the runtime runs them. None: `note` says why."""
+    """Recomputation, gradients, and their addition to fp32 sums, as the runtime does them. None: `note` says why."""
     note: str = ""
 
     @property
