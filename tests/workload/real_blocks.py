@@ -129,11 +129,10 @@ def _differentiate(streamed: StreamedModel, unit: str, hidden: Tensor, arguments
 
 def _counter() -> FlopCounterMode:
     """torch's own counter, told of what it does not know (`op_costs` lists it)."""
-    pairs: dict[Any, Callable[..., int]] = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-        aten.convolution_backward: _convolution_backward,
-    }
+    pairs: dict[Any, Callable[..., int]] = {aten.convolution_backward: _convolution_backward}
+    for kind in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+        pairs[getattr(aten, f"_scaled_dot_product_{kind}")] = _attention
+        pairs[getattr(aten, f"_scaled_dot_product_{kind}_backward")] = _attention_backward
     if hasattr(aten, "_grouped_mm"):
         pairs[aten._grouped_mm] = _grouped
     return FlopCounterMode(display=False, custom_mapping=pairs)

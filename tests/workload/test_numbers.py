@@ -7,13 +7,15 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_models import NAMES, tiny_config
+from tiny_models import tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config
 
 from overspill import PlanRequest, UnsupportedModelError, WorkloadSpec, describe_workload
+from overspill.huggingface import StreamedModel
 from overspill.huggingface.workload import build_streamed
 from overspill.runtime.opening import make_plan
 from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import Plan
 from overspill.spec.tensors import Tier
 from overspill.spec.workload import Alias
 
@@ -101,14 +103,17 @@ def test_the_loss_is_counted_row_by_row(spec: WorkloadSpec) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral", "mamba2", "opt"])
-@pytest.mark.parametrize("placement", [tier.value for tier in Tier])
-def test_bytes_of_parameters_and_boundaries_are_those_of_every_plan(name: str, placement: str, tmp_path: object) -> None:
+def test_bytes_of_parameters_and_boundaries_are_those_of_every_plan(name: str, tmp_path: object) -> None:
     described = describe_workload(tiny_config(name), seq_len=12, micro_batch=2)
     streamed = build_streamed(tiny_config(name), "bfloat16")
-    request = PlanRequest(
-        parameters=placement, states=placement, boundaries=placement, ssd_dir=str(tmp_path), seq_len=12, micro_batch=2, device="cpu"
-    )
-    plan = make_plan(request, streamed, HardwareSpec(), device="cpu", chunk_bytes=None)
+    for tier in Tier:
+        request = PlanRequest(
+            parameters=tier.value, states=tier.value, boundaries=tier.value, ssd_dir=str(tmp_path), seq_len=12, micro_batch=2, device="cpu"
+        )
+        check_plan(described, streamed, make_plan(request, streamed, HardwareSpec(), device="cpu", chunk_bytes=None))
+
+
+def check_plan(described: WorkloadSpec, streamed: StreamedModel, plan: Plan) -> None:
     assert [unit.name for unit in plan.units] == ["embedding", *streamed.block_names, "tail"]
     for unit in plan.units:
         item = described.class_of(unit.name)
@@ -167,20 +172,14 @@ def test_frozen_parameters_have_no_gradients() -> None:
     assert not any(parameter.is_meta for parameter in model.parameters())  # the model object is as it was
 
 
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_document_is_the_same_after_json(name: str) -> None:
-    described = describe_workload(tiny_config(name), seq_len=12, micro_batch=2)
+def test_a_document_is_the_same_after_json() -> None:
+    described = describe_workload(tiny_config("mixtral"), seq_len=12, micro_batch=2)
     assert WorkloadSpec.from_json(described.to_json()) == described
     with pytest.raises(ValueError, match="unknown field"):
         WorkloadSpec.from_json(json.dumps(json.loads(described.to_json()) | {"colour": 1}))
 
 
-def test_every_architecture_is_described_for_a_gpu() -> None:
-    for name in NAMES[::5]:
-        assert describe_workload(tiny_config(name), seq_len=12, micro_batch=1).is_complete, name
-
-
-def test_wrong_sizes_are_refused_with_both_numbers() -> None:
+def test_wrong_input_is_refused_with_both_numbers(spec: WorkloadSpec) -> None:
     with pytest.raises(ValueError, match="40 tokens were asked for, but GPT2LMHeadModel has learned positions for 32"):
         describe_workload(tiny_config("gpt2"), seq_len=40, micro_batch=1)
     with pytest.raises(ValueError, match="micro_batch must be at least 1, got 0"):
@@ -189,8 +188,8 @@ def test_wrong_sizes_are_refused_with_both_numbers() -> None:
         describe_workload(tiny_config("llama"), seq_len=4, micro_batch=1, dtype="int8")
     with pytest.raises(ValueError, match="not for 'tpu'"):
         describe_workload(tiny_config("llama"), seq_len=4, micro_batch=1, device="tpu")
-    with pytest.raises(ValueError, match="has no unit model.layers.9"):
-        describe_workload(tiny_config("llama"), seq_len=4, micro_batch=1).class_of("model.layers.9")
+    with pytest.raises(ValueError, match="has no unit model.layers.99"):
+        spec.class_of("model.layers.99")
     from transformers import T5Config
 
     with pytest.raises((UnsupportedModelError, ValueError)):

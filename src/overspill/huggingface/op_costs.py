@@ -12,19 +12,24 @@ Moved bytes count a dimension of stride 0 (an expanded tensor) once, because it 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from overspill.spec.workload import Work
 
 _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 _RANDOM = frozenset({"native_dropout", "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "normal_", "uniform_"})
 _LOOKS_LIKE_PRODUCTS = re.compile(r"attention|mm|conv(?!ert)|matmul|gemm|linear|lstm|gru|einsum|_scan")
+
+
+def name_of(func: Any) -> str:
+    """As people write it: `aten.mm`."""
+    return f"{func.namespace}.{_name(func)}"
 
 
 def is_allocation(func: Any) -> bool:
@@ -52,9 +57,13 @@ def touched_bytes(tensor: Tensor) -> int:
 
 def tensors_in(*values: Any) -> Iterator[Tensor]:
     """Every tensor in nested lists, tuples and dictionaries."""
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor):
-            yield leaf
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(*value)
+        elif isinstance(value, dict):
+            yield from tensors_in(*value.values())
 
 
 def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Work:
@@ -73,18 +82,24 @@ def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
     )
 
 
+@functools.cache
 def _name(func: Any) -> str:
     return func.overloadpacket.__name__
 
 
 def _argument(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """The value that an operation was given for its parameter `name`; its default; None if it has no such parameter."""
+    position, default = _parameter(func, name)
+    return kwargs.get(name, args[position] if position is not None and position < len(args) else default)
+
+
+@functools.cache
+def _parameter(func: Any, name: str) -> tuple[int | None, Any]:
+    """Position and default of a parameter."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.name == name:
-            if name in kwargs:
-                return kwargs[name]
-            return args[position] if position < len(args) else argument.default_value if argument.has_default_value() else None
-    return None
+            return position, argument.default_value if argument.has_default_value() else None
+    return None, None
 
 
 def _product(left: Tensor, right: Tensor) -> int:

@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 from overspill.huggingface.device_kernels import keep_statistics, multiply_groups
-from overspill.huggingface.op_costs import cost_of, has_unknown_cost, is_allocation, is_random, tensors_in
+from overspill.huggingface.op_costs import cost_of, has_unknown_cost, is_allocation, is_random, name_of, tensors_in
 from overspill.spec.workload import Alias, Pass, SavedTensor, Work
 
 _GROUPED_PRODUCT = torch.ops.aten._grouped_mm.default
@@ -187,7 +187,7 @@ class OpTrace(TorchDispatchMode):
             self.unknown.append(str(func))
         self.ops.append(
             TracedOp(
-                name=str(func.overloadpacket),
+                name=name_of(func),
                 module=self._modules[-1],
                 is_gradient=torch._C._current_autograd_node() is not None,
                 cost=cost_of(func, args, kwargs, out) if is_kernel else Work(),
