@@ -47,7 +47,7 @@ from overspill.spec.workload import LossWork, Pass, Routing, SavedTensor, UnitWo
 
 DEVICES = ("cuda", "cpu")
 _VALUES_PER_TOKEN, _LEAST_VALUES = 4, 4096
-"""Bounds on the integers that are computed beside a trace: those of a few rows of positions, no mask of T x T. Chosen, not tuned."""
+"""Bounds on what is computed beside a trace: a few numbers a token, no mask of T x T. Chosen, not tuned."""
 
 
 def describe_workload(
@@ -149,7 +149,7 @@ class _Tracer:
         streamed = self.streamed
         self._note_other_packages()
         expected = described_arguments(streamed, is_masked=self.is_masked)
-        with without_values(streamed, self.notes):
+        with torch.random.fork_rng(devices=[]), without_values(streamed, self.notes):
             self._refuse_other_arguments(expected)
             outcomes = {EMBEDDING: self._try(EMBEDDING, chunk_rows)}
             classes = find_classes(streamed, self.embedded.arguments if self.embedded is not None else None)
