@@ -14,6 +14,8 @@ Limits:
    they have one. A class that cannot be traced has no passes, and its note says why: there is never a guess in place of a number.
 2. A loss chunk is traced for one and two chunks of rows; the rest is multiplication.
 3. Nothing inside a kernel is seen: neither its scratch memory nor what libraries keep.
+4. Adding gradients up (`runtime/gradients.py`) is not part of a unit's work.
+5. One thread at a time: transformers is told something else meanwhile (`valueless`).
 
 Shapes: B sequences of T tokens, H hidden, R rows with a target, V vocabulary.
 """
@@ -46,8 +48,8 @@ from overspill.spec.plan import DTYPES
 from overspill.spec.workload import LossWork, Pass, Routing, SavedTensor, UnitWork, WorkloadSpec, default_loss_chunk_rows
 
 DEVICES = ("cuda", "cpu")
-_VALUES_PER_TOKEN, _LEAST_VALUES = 4, 4096
-"""Bounds on what is computed beside a trace: a few numbers a token, no mask of T x T. Chosen, not tuned."""
+_VALUES_PER_TOKEN, _LEAST_VALUES, _MOST_VALUES = 4, 4096, 1 << 23
+"""Bounds on what is computed beside a trace: a few numbers a token, no mask of T x T, at most 64 MiB a tensor. Chosen, not tuned."""
 
 
 def describe_workload(
@@ -193,7 +195,7 @@ class _Tracer:
                     traced = self._trace_tail(trace, chunk_rows)
                 else:
                     traced = self._trace_block(trace, unit)
-        except (KeyboardInterrupt, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:  # whatever a model's code does on tensors without values
             return None, (f"could not be traced without values: {_first_line(error)}",)
@@ -202,7 +204,8 @@ class _Tracer:
         return traced, ()
 
     def _new_trace(self) -> OpTrace:
-        return OpTrace(is_cuda=self.is_cuda, most_values=max(_LEAST_VALUES, _VALUES_PER_TOKEN * self.micro_batch * self.seq_len))
+        wanted = _VALUES_PER_TOKEN * self.micro_batch * self.seq_len
+        return OpTrace(is_cuda=self.is_cuda, most_values=min(max(_LEAST_VALUES, wanted), _MOST_VALUES))
 
     def _refuse_other_arguments(self, expected: object) -> None:
         """Rule 4 of `valueless`."""
