@@ -220,14 +220,14 @@ def test_describing_billions_of_parameters_takes_a_second_and_little_memory(shap
     assert seconds < 3 and num_bytes < 200e6, (seconds, num_bytes)
 
 
-def test_a_micro_batch_of_any_size_costs_nothing_to_describe() -> None:
+def test_a_large_micro_batch_costs_no_more_to_describe() -> None:
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_bytes()
-    described = describe_workload(SHAPES["8B"], seq_len=1 << 18, micro_batch=64)
-    assert described.is_complete and described.num_tokens == 1 << 24
+    described = describe_workload(SHAPES["8B"], seq_len=1 << 18, micro_batch=8)
+    assert described.is_complete and described.num_tokens == 1 << 21
     block = described.class_of("model.layers.0").forward
-    assert block is not None and block.work.attention_flops == 4 * 64 * 32 * (1 << 18) ** 2 * 128
-    assert peak_bytes() - before < 400e6
+    assert block is not None and block.work.attention_flops == 4 * 8 * 32 * (1 << 18) ** 2 * 128
+    assert peak_bytes() - before < 200e6
 
 
 def peak_bytes() -> int:
