@@ -26,7 +26,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,9 @@ from overspill.huggingface.inspection import NUM_TOKENS
 from overspill.huggingface.meta_model import build_meta_model
 from overspill.huggingface.op_trace import OpTrace
 from overspill.huggingface.skeleton import copy_without_weights
-from overspill.huggingface.stand_ins import BlockArguments
 from overspill.huggingface.streamed_model import EMBEDDING, TAIL, Embedded, StreamedModel
 from overspill.huggingface.tail_trace import TailTrace
-from overspill.huggingface.valueless import build_batch, described_arguments, shapes_of, without_values
+from overspill.huggingface.valueless import build_batch, described_arguments, find_classes, shapes_of, without_values
 from overspill.huggingface.weights import open_config
 from overspill.spec.plan import DTYPES
 from overspill.spec.workload import LossWork, Pass, Routing, SavedTensor, UnitWork, WorkloadSpec, default_loss_chunk_rows
@@ -102,25 +101,6 @@ def build_streamed(model: str | Path | PreTrainedConfig | PreTrainedModel, dtype
         return StreamedModel(copy_without_weights(model, dtype=kind))
     config = model if isinstance(model, PreTrainedConfig) else open_config(model)
     return StreamedModel(build_meta_model(config, dtype=kind))
-
-
-def find_classes(streamed: StreamedModel, arguments: BlockArguments | None) -> Mapping[str, tuple[str, ...]]:
-    """First block of every class -> all its blocks: of one kind, reading hidden states of one dtype, called with arguments of the same
-    shapes (a mask or none).
-
-    Args:
-        arguments: None: they are not known, and not compared.
-    """
-    shapes: Mapping[str, Any] = shapes_of(arguments) if arguments is not None else {}
-    found: list[tuple[Any, list[str]]] = []
-    for before, unit in zip(streamed.unit_names, streamed.block_names, strict=False):
-        key = (streamed.kinds[unit], streamed.hidden_dtypes[before], shapes.get(unit))
-        same = next((units for known, units in found if known == key), None)
-        if same is None:
-            found.append((key, [unit]))
-        else:
-            same.append(unit)
-    return {units[0]: tuple(units) for _, units in found}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
