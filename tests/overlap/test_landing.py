@@ -29,6 +29,7 @@ from overspill.runtime.lanes import Completion, JobGroup, Lanes
 from overspill.runtime.updating import Updater
 from overspill.spec.schedule import Compress, Lane, Update
 from overspill.spec.tensors import Tier
+from overspill.spec.trace import busy_s
 from overspill.tiers import FakeStore
 from overspill.tiers.calls import SpacePolicy
 from overspill.tiers.fake import FailureRule
@@ -146,41 +147,43 @@ def slow_forward(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    # Embedding and first block, which are needed first, are updated on the device: the second block's update hides under their forward.
-    "updates": {"parameters": "host", "states": "host", "device_states_bytes": 100_000},
-    # States are not needed before the next backward: their last writes hide under the whole forward.
-    "writes": {"parameters": "host", "states": "ssd", "delay_s": 0.04},
+    # Embedding and first block, which are needed first, are updated on the device: the second block's update hides under their forward,
+    # and where states rest on a drive (of 60 ms a transfer) so do its reads and writes.
+    "host": {"states": "host", "device_states_bytes": 100_000},
+    "ssd": {"states": "ssd", "device_states_bytes": 100_000, "delay_s": 0.06},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_step_leaves_lands_under_the_next_forward(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the same steps when each is waited for to the end; in the program's order on every lane."""
+    """Waited for at a step's end it costs its whole time; the next step waits for less than half of that."""
     slow_forward(monkeypatch, 0.03)
-    if case == "updates":
+    if case == "host":
         delay_updates(monkeypatch, 0.06)
-    seconds, num_steps = {}, 4
-    for is_drained in (True, False):
-        with open_session(boundaries="device", accumulate=1, **CASES[case]) as session:
-            session.step(make_batches(1, vocab_size=96, seed=9))
+    with open_session(parameters="host", boundaries="device", accumulate=1, **CASES[case]) as session:
+        session.step(make_batches(1, vocab_size=96, seed=9))
+        landing_s = []
+        for step in range(3):
             session.flush()
-            begun_s, reports = time.perf_counter(), []
-            for step in range(num_steps):
-                reports.append(session.step(make_batches(1, vocab_size=96, seed=step)))
-                if is_drained:
-                    session.flush()
+            session.step(make_batches(1, vocab_size=96, seed=step))
+            begun_s = time.perf_counter()
             session.flush()
-            seconds[is_drained] = time.perf_counter() - begun_s
-            if not is_drained:
-                assert session.executor.trace is not None and session.executor.trace.earlier
-                first = next(item for item in session.executor.trace.spans if item.lane is Lane.COMPUTE)
-                assert any(item.end_s > first.start_s + 0.02 for item in session.executor.trace.earlier), "under the first unit's compute"
-                spent_s = sum(report.step_s for report in reports)
-                last_s = max(item.end_s for item in session.executor.spans) - reports[-1].step_s
-                assert seconds[False] == pytest.approx(spent_s + last_s, rel=0.1), "a loop takes the sum of its steps, and the last flush"
-    saved_s = (seconds[True] - seconds[False]) / (num_steps - 1)
-    print(f"{case}: {seconds[True] / num_steps * 1e3:.0f} ms a step when drained, {seconds[False] / num_steps * 1e3:.0f} ms overlapped")
-    assert saved_s > 0.015, seconds
+            landing_s.append(time.perf_counter() - begun_s)
+        drained_s = min(landing_s)
+        assert drained_s > 0.02
+        begun_s = time.perf_counter()
+        reports = []
+        for step in range(3):
+            reports.append(session.step(make_batches(1, vocab_size=96, seed=step)))
+        between_s = time.perf_counter() - begun_s - sum(report.step_s for report in reports)
+        assert between_s < 0.1 * reports[0].step_s, "a loop takes the sum of its steps"
+        trace = session.executor.trace
+        assert trace is not None and trace.earlier
+        waited_s = sum(part.end_s - part.start_s for part in trace.idle() if part.op < -1)
+        compute = [item for item in trace.spans if item.lane is Lane.COMPUTE]
+        under_s = busy_s(compute, Lane.COMPUTE) + busy_s(trace.earlier, *Lane) - busy_s([*compute, *trace.earlier], *Lane)
+    print(f"{case}: drained {drained_s * 1e3:.0f} ms a step, overlapped {waited_s * 1e3:.0f} ms; {under_s * 1e3:.0f} ms under compute")
+    assert waited_s < 0.5 * drained_s and under_s > 0.5 * drained_s, (waited_s, under_s, drained_s)
 
 
 def test_lanes_go_on_in_the_programs_order_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,7 +468,7 @@ def test_ctrl_c_at_any_place_of_the_next_step_loses_no_update(monkeypatch: pytes
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 def test_ctrl_c_at_many_places_of_the_next_step_loses_no_update(placement: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert interrupt_second_steps(331, monkeypatch, **placement) > 20
+    assert interrupt_second_steps(151, monkeypatch, **placement) > 10
 
 
 # -- nothing is kept -------------------------------------------------------------------------------------------------
