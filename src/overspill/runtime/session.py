@@ -418,10 +418,11 @@ class Session(Closing):
     def _place_slots(self, schedule: Schedule) -> None:
         """Give the schedule's slots on the device their places, or room to be lent by size if there is none for an arena."""
         largest, arena, pool = self._programs.largest_arena_bytes, self._programs.arena(schedule), self.residency.device_pool
-        if arena is not None and pool.follow(arena.places, num_bytes=max(arena.num_bytes, largest)):
+        if largest is not None and arena is not None and pool.follow(arena.places, num_bytes=max(arena.num_bytes, largest)):
             pool.unplanned.limit_bytes = None
         else:
             pool.leave()
+            pool.free_block()
             pool.unplanned.limit_bytes = self._programs.least_pool_bytes(schedule)
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
