@@ -129,3 +129,86 @@ def test_an_interrupted_trial_leaves_nothing_on_the_block_and_too_little_memory_
     runs = 0
     unneeded.decide("a", lambda: fail(torch.OutOfMemoryError("none")))
     assert unneeded.left_out == {"a": ()} and "forward" not in vars(block.down)
+
+
+class Experts(nn.Module):
+    """A router, and a loop over experts that also runs those without tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Parameter(torch.randn(2, 8))
+        self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(2))
+
+    def chosen(self, rows: Tensor) -> Tensor:
+        return (rows @ self.router.T).argmax(-1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, 8)
+        weights, chosen = (rows @ self.router.T).softmax(-1), self.chosen(rows)
+        out = rows
+        for index, expert in enumerate(self.experts):
+            mine = torch.where(chosen == index)[0]
+            out = out.index_add(0, mine, expert(rows[mine]) * weights[mine, index, None])
+        return out.reshape(hidden.shape)
+
+
+def test_an_expert_that_had_no_tokens_in_the_trial_is_made_when_it_has_some() -> None:
+    block = Experts()
+    rows = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    only_first = rows[block.chosen(rows) == 0][None]
+    expected = differentiate(block, rows[None])
+    unneeded = UnneededProducts({"a": block}, {"a": "a"})
+    unneeded.decide("a", lambda: differentiate(block, only_first))
+    assert unneeded.left_out == {"a": ()}
+    for one, other in zip(expected, differentiate(block, rows[None]), strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("last", "shift"),
+    [
+        pytest.param(torch.relu, 10.0, id="a rectifier that lets all pass, and would let no zero pass"),
+        pytest.param(lambda x: torch.maximum(x, torch.tensor(0.5)), 10.0, id="a floor that nothing reaches"),
+        pytest.param(lambda x: torch.where(x > 3.0, 2 * x, x), 0.0, id="a threshold that nothing reaches"),
+    ],
+)
+def test_a_comparison_that_shows_nothing_in_the_trials_batch_is_seen(last: Callable[[Tensor], Tensor], shift: float) -> None:
+    block = Mlp(last, bias=True)
+    with torch.no_grad():
+        block.down.bias.add_(shift)
+    unneeded, hidden = decide(block)
+    assert unneeded.left_out == {"a": ()}
+
+
+@pytest.mark.parametrize("last", [torch.relu, lambda x: 0.01 * torch.relu(x), lambda x: x.sort(-1).values], ids=["mask", "weak mask", "order"])
+def test_a_gradient_that_changes_its_direction_and_not_its_size_is_seen(last: Callable[[Tensor], Tensor]) -> None:
+    """Where only adapters elsewhere are trained the gradient of the hidden states is all there is, and the residual stream is most of it."""
+    block = Mlp(last).requires_grad_(False)
+    hidden = torch.randn(64, 16, 8, generator=torch.Generator().manual_seed(1))
+    expected = differentiate_by_hidden(block, hidden)
+    unneeded = UnneededProducts({"a": block}, {"a": "a"})
+    unneeded.decide("a", lambda: differentiate_by_hidden(block, hidden))
+    assert unneeded.left_out == {"a": ()}
+    assert torch.equal(expected[0], differentiate_by_hidden(block, hidden)[0])
+
+
+def differentiate_by_hidden(block: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
+    leaf = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        output = block(leaf)
+    return torch.autograd.grad([output], [leaf], [torch.linspace(0.1, 1.0, output.numel()).view(output.shape)])
+
+
+def test_a_block_that_never_gives_the_same_bits_twice_is_held_to_a_tolerance() -> None:
+    block = Mlp(nn.Identity())
+    noise = torch.Generator().manual_seed(2)
+    hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+
+    def noisy() -> Sequence[Tensor | None]:
+        found = differentiate(block, hidden)
+        return [None if item is None else item * (1 + 1e-3 * torch.randn(item.shape, generator=noise)) for item in found]
+
+    unneeded = UnneededProducts({"a": block}, {"a": "a"})
+    unneeded.decide("a", noisy)
+    assert unneeded.left_out == {"a": ("down",)}

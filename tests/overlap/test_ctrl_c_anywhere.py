@@ -127,3 +127,22 @@ def test_the_first_step_interrupted_while_it_makes_its_slots_and_records_can_be_
             else:
                 assert not any(lent_bytes(fresh).values()), place
     assert place > 2000
+
+
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["immediate", "pending"])
+def test_a_step_that_was_made_but_not_counted_is_not_made_again(clip: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the line between: the weights (or the gradients that wait) are the new ones, the number is the old one."""
+    with open_session(serial=False, parameters="host", states="host", device_states_bytes=200_000, group_size=1, clip=clip) as opened:
+        opened.step(BATCHES)
+        run = opened._run
+
+        def interrupted(*args: Any, **kwargs: Any) -> None:
+            run(*args, **kwargs)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(opened, "_run", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                opened.step(BATCHES)
+        with pytest.raises(RuntimeError, match="step 2 was made but not counted"):
+            opened.step(BATCHES)

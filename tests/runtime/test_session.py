@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import overspill
 from overspill.errors import BudgetError, NonFiniteError, StorageError
 from overspill.huggingface.tail import forward_replaced
+from overspill.planning.place import predict_step
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.visit import Visit
 from overspill.scheduling import render_timeline
+from overspill.spec.hardware import HardwareSpec
 from overspill.spec.schedule import Lane, Phase, Piece, Role
 from overspill.spec.tensors import Tier
 from overspill.tiers import FakeStore
@@ -586,3 +588,27 @@ def test_a_gradient_that_is_not_finite_stops_its_update_on_the_device_and_is_nam
         assert "model.layers.0" not in session.executor.updated and "tail" in session.executor.updated
         with pytest.raises(RuntimeError, match="half-way through an update"):
             session.step(batches())
+
+
+def test_a_step_runs_whatever_was_predicted_before_it() -> None:
+    """Few programs are kept; the one that runs is among them."""
+    with open_session(None, llama(tied=False), parameters="host", states="host") as session:
+        shorter = [[{key: value[:, :length] for key, value in batch.items()} for batch in batches()] for length in (9, 8, 7)]
+        for batch in shorter:
+            session.predict(batch)
+        assert session.step(shorter[0]).loss > 0
+
+
+@pytest.mark.parametrize("slack_bytes", range(0, 20_001, 4000))
+def test_a_device_budget_that_just_fits_holds_all_shapes_in_any_order(slack_bytes: int) -> None:
+    """Whether the arena of a full step fits decides for all steps: gradients wait for the next one where the last one put them."""
+    fields: dict[str, object] = {"parameters": "host", "states": "device", "boundaries": "device", "clip": 1.0, "accumulate": 1}
+    whole = batches()[:1]
+    short = [{key: value[:, :4] for key, value in batch.items()} for batch in whole]
+    with open_session(None, llama(tied=False), **fields) as session:
+        plan, expected = session.plan, [session.step(batch).loss for batch in (short, whole, short)]
+    budget = predict_step(plan, HardwareSpec()).device_resident_peak_bytes + slack_bytes
+    plan = dataclasses.replace(plan, device_budget_bytes=budget)
+    with overspill.Session(llama(tied=False), plan=plan, optimizer=OPTIMIZER) as session:
+        assert [session.step(batch).loss for batch in (short, whole, short)] == expected
+        assert session.residency.device.peak_bytes <= budget

@@ -7,18 +7,26 @@ are computed as ever, and so are their bits.
 
 Rules:
 
-1. Whether a product is needed is found out, not assumed: at the first backward of a kind of block (`templates`) it is done once as ever and
-   once with NaN in place of the product's result. A gradient that depends on the result is NaN then or, if it depends by comparison,
-   of another size. Only if every gradient is finite and as large as before (`TOLERANCE`: attention's backward need not give the same
-   bits twice) the product is left out from then on, in all blocks of that kind.
+1. Whether a product is needed is found out, not assumed: at the first backward of a kind of block (`templates`) it is done twice as ever
+   and then with each of `FILLS` in place of the product's result. A gradient that depends on the result by arithmetic is NaN with NaN
+   there; one that depends on it by comparison (a rectifier, a mask, an order) is another one with some of them. Only if every gradient is
+   what it was with all of them the product is left out from then on, in all blocks of that kind. "What it was" are the same bits if the
+   two first runs gave the same, else (attention's backward need not) `TOLERANCE`; held by the norm and a sample of the elements. A product
+   that did not run with anything in it (an expert without tokens, another kernel) has not been tried and is made.
 2. Candidates are the last `MOST_LEFT_OUT` linear modules that ran: what a block does before, something later reads.
 3. Nothing is left out where no graph is built: a forward's result is needed.
 4. In place of the result there are zeros, so that code that looks at it (a check for infinity) always does the same.
+
+Limit: code that reads the product for some batches and not for others, and decides that by something else than the product (the length
+of the batch), is seen as the first batch shows it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +37,12 @@ from transformers.pytorch_utils import Conv1D
 
 MOST_LEFT_OUT = 2
 """Parallel attention and MLP (GPT-NeoX, Phi) both end in a sum."""
+FILLS = (float("nan"), 0.0, float("inf"), float("-inf"))
+"""Tried in place of a product's result: what later stands there, what arithmetic passes on, and what is above and below every threshold."""
 TOLERANCE = 0.01
-"""Relative, of a gradient's norm."""
+"""Relative, of a gradient's norm and of its sample's difference, where a block's backward does not give the same bits twice."""
+MOST_SAMPLED = 4096
+"""Elements of each gradient that are compared one by one."""
 
 Differentiate = Callable[[], Sequence[Tensor | None]]
 """A block's backward: its gradients, in a fixed order. Done again it gives the same."""
@@ -59,14 +71,14 @@ class UnneededProducts:
         kind, block = self._kinds[unit], self._blocks[unit]
         try:
             with _listening(block) as ran:
-                before = _norms(differentiate())
-            if not any(before) or not all(norm is None or 0.0 <= norm < float("inf") for norm in before):
+                before = [_Seen.of(gradient) for gradient in differentiate()]
+            if not any(seen.norm for seen in before) or not all(math.isfinite(seen.norm) for seen in before):
                 return
+            again = [_Seen.of(gradient) for gradient in differentiate()]
+            tolerance = 0.0 if _agree(before, again, 0.0) else TOLERANCE
             chosen: list[str] = []
             for path in list(dict.fromkeys(reversed(ran)))[:MOST_LEFT_OUT]:
-                with self._trying(block, [*chosen, path]):
-                    after = _norms(differentiate())
-                if all(_agree(one, other) for one, other in zip(before, after, strict=True)):
+                if all(self._is_unread(block, [*chosen, path], fill, differentiate, before, tolerance) for fill in FILLS):
                     chosen.append(path)
         except torch.OutOfMemoryError:  # there is no room to find out
             chosen = []
@@ -82,38 +94,54 @@ class UnneededProducts:
             vars(module).pop("forward", None)
         self._on_trial = []
 
-    @contextlib.contextmanager
-    def _trying(self, block: nn.Module, paths: Sequence[str]) -> Iterator[None]:
+    def _is_unread(
+        self,
+        block: nn.Module,
+        paths: Sequence[str],
+        fill: float,
+        differentiate: Differentiate,
+        before: Sequence[_Seen],
+        tolerance: float,
+    ) -> bool:
+        """Whether all gradients are what they were with `fill` in place of the products, and each of these ran."""
         self._on_trial = [block.get_submodule(path) for path in paths]
+        filled = [0] * len(paths)
+
+        def note(index: int, num_elements: int) -> None:
+            filled[index] += num_elements
+
         try:
-            for module in self._on_trial:
-                _leave_out(module, fill=float("nan"))
-            yield
+            for index, module in enumerate(self._on_trial):
+                _leave_out(module, fill=fill, note=functools.partial(note, index))
+            after = [_Seen.of(gradient) for gradient in differentiate()]
         finally:
             self.reset()
+        return all(filled) and _agree(before, after, tolerance)
 
 
 class _NoProduct(TorchDispatchMode):
-    """Matrix products inside give `fill`; autograd, above this, sees products."""
+    """Matrix products inside give `fill`; autograd, above this, sees products. `note` is told the elements of each."""
 
-    def __init__(self, fill: float) -> None:
+    def __init__(self, fill: float, note: Callable[[int], None] | None) -> None:
         super().__init__()
-        self._fill = fill
+        self._fill, self._note = fill, note
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.mm.default or func is torch.ops.aten.addmm.default:
             left, right = args[-2:]
+            if self._note is not None:
+                self._note(left.shape[0] * right.shape[1])
             return left.new_full((left.shape[0], right.shape[1]), self._fill)
         return func(*args, **(kwargs or {}))
 
 
-def _leave_out(module: nn.Module, *, fill: float) -> None:
+def _leave_out(module: nn.Module, *, fill: float, note: Callable[[int], None] | None = None) -> None:
     forward = type(module).forward.__get__(module)
 
     def without_product(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():  # rule 3
             return forward(*args, **kwargs)
-        with _NoProduct(fill):
+        with _NoProduct(fill, note):
             return forward(*args, **kwargs)
 
     vars(module)["forward"] = without_product
@@ -134,12 +162,33 @@ def _listening(block: nn.Module) -> Iterator[list[str]]:
             hook.remove()
 
 
-def _norms(gradients: Sequence[Tensor | None]) -> list[float | None]:
-    norms = [None if gradient is None else torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
-    return [None if norm is None else float(norm) for norm in norms]
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What is kept of a gradient to compare it with another."""
+
+    norm: float
+    """0 if there is no gradient."""
+    sample: Tensor | None
+    """fp32, on the CPU; None if there is no gradient."""
+
+    @staticmethod
+    def of(gradient: Tensor | None) -> _Seen:
+        if gradient is None:
+            return _Seen(0.0, None)
+        flat = gradient.reshape(-1)
+        sample = flat[:: max(1, flat.numel() // MOST_SAMPLED) | 1]  # odd: not one column of a matrix
+        return _Seen(float(torch.linalg.vector_norm(gradient, dtype=torch.float32)), sample.to("cpu", torch.float32, copy=True))
+
+    def agrees(self, other: _Seen, tolerance: float) -> bool:
+        """NaN agrees with nothing."""
+        if self.sample is None or other.sample is None:
+            return self.sample is other.sample
+        if tolerance == 0.0:
+            return self.norm == other.norm and torch.equal(self.sample, other.sample)
+        difference = float(torch.linalg.vector_norm(self.sample - other.sample))
+        size = float(torch.linalg.vector_norm(self.sample))
+        return abs(self.norm - other.norm) <= tolerance * self.norm and difference <= tolerance * size
 
 
-def _agree(one: float | None, other: float | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return abs(one - other) <= TOLERANCE * one  # NaN agrees with nothing
+def _agree(one: Sequence[_Seen], other: Sequence[_Seen], tolerance: float) -> bool:
+    return all(a.agrees(b, tolerance) for a, b in zip(one, other, strict=True))

@@ -41,6 +41,7 @@ class Programs:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = _Program(schedule, self.plan)
+        self._kept[key] = self._kept.pop(key)  # the one used last goes last: what runs now is not dropped for `largest_arena_bytes`
         return self._kept[key].schedule
 
     def arena(self, schedule: Schedule) -> ArenaPlan | None:
@@ -48,11 +49,12 @@ class Programs:
         return self._of(schedule).arena
 
     @functools.cached_property
-    def largest_arena_bytes(self) -> int:
-        """Of the training step over all that the plan was made for: an arena of this size need not grow while gradients wait in it."""
+    def largest_arena_bytes(self) -> int | None:
+        """Of the training step over all that the plan was made for: an arena of this size need not grow while gradients wait in it. None if
+        the budget has no room for it: then no program has an arena, for gradients that wait in one would keep it from the next program."""
         tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
         arena = self.arena(self.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING))
-        return arena.num_bytes if arena is not None else 0
+        return arena.num_bytes if arena is not None else None
 
     def least_pool_bytes(self, schedule: Schedule) -> int:
         """The least that the device's pool must hold while one of these programs runs without an arena."""

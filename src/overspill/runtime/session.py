@@ -201,14 +201,16 @@ class Session(Closing):
         schedule = self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        figures, gradients = self._run(schedule, prepared, context, updates)
+        figures, gradients = self._run(schedule, prepared, context, updates, number=number)
         try:
             norm = global_norm(gradients.land_sums()) / scale
             skipped = self._finish_step(number, lr, norm, scale) if waits else False
             if not skipped:
                 self.step_number = number
+            self._failure = None
         except NonFiniteError:
-            raise  # no weight was changed, and none waits
+            self._failure = None  # no weight was changed, and none waits
+            raise
         except BaseException as error:
             self._failure = f"step {number} was made but not counted: {type(error).__name__}: {error}"
             raise
@@ -414,26 +416,40 @@ class Session(Closing):
         return rates
 
     def _run(
-        self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None
+        self,
+        schedule: Schedule,
+        prepared: Sequence[MicroBatch],
+        context: StepContext,
+        updates: UpdateContext | None,
+        *,
+        number: int | None = None,
     ) -> tuple[StepFigures, Gradients]:
+        """Execute a program.
+
+        Args:
+            number: of the step that it makes: the session is unusable from here until the caller has counted it, as Ctrl-C may come first.
+        """
         self._place_slots(schedule)
         self.executor.forget_step()
         try:
             result = self.executor.run(schedule, prepared, context, updates=updates)
+            if schedule.starts_pending:
+                self._pending = None
+            if number is not None:
+                self._failure = f"step {number} was made but not counted"
         except BaseException as error:
             self._recover(schedule, error)
             raise
-        if schedule.starts_pending:
-            self._pending = None
         return result
 
     def _place_slots(self, schedule: Schedule) -> None:
         """Give the schedule's slots on the device their places, or room to be lent by size if there is none for an arena."""
         largest, arena, pool = self._programs.largest_arena_bytes, self._programs.arena(schedule), self.residency.device_pool
-        if arena is not None and pool.follow(arena.places, num_bytes=max(arena.num_bytes, largest)):
+        if largest is not None and arena is not None and pool.follow(arena.places, num_bytes=max(arena.num_bytes, largest)):
             pool.unplanned.limit_bytes = None
         else:
             pool.leave()
+            pool.free_block()
             pool.unplanned.limit_bytes = self._programs.least_pool_bytes(schedule)
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:

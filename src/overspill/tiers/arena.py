@@ -93,6 +93,12 @@ class Arena:
         with self._lock:
             self._places, self._next = (), 0
 
+    def free_block(self) -> None:
+        """Free the block, for slots lent by size, if no program is followed and nothing in it is lent."""
+        with self._lock:
+            if not self._lent and not self._places:
+                self._free_block()
+
     def acquire(self, num_bytes: int) -> Slot:
         """Borrow the next slot, at least `num_bytes` bytes.
 
