@@ -105,7 +105,7 @@ def test_200_rounds_of_random_delays_change_no_bit(monkeypatch: pytest.MonkeyPat
 
 
 def test_reads_run_under_the_compute_of_the_unit_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units take 20 ms, a drive about as long for a unit's chunks: overlapped is quicker by more than a quarter."""
+    """Units take 20 ms, a drive about as long for a unit's chunks: more than half of what it reads is read while a unit computes."""
     run = UnitRunner.run
 
     def slow(self, op, visit, micro_batch, context, gradients):  # type: ignore[no-untyped-def]
@@ -113,14 +113,12 @@ def test_reads_run_under_the_compute_of_the_unit_before(monkeypatch: pytest.Monk
         run(self, op, visit, micro_batch, context, gradients)
 
     monkeypatch.setattr(UnitRunner, "run", slow)
-    seconds = {}
     for serial in (True, False):
         with open_session(serial=serial, delay_s=0.004, accumulate=1, parameters="ssd", states="host", boundaries="device") as session:
-            session.step(make_batches(1, vocab_size=96, seed=0))
-            seconds[serial] = min(session.step(make_batches(1, vocab_size=96, seed=seed)).step_s for seed in (1, 2))
+            for seed in range(2):
+                session.step(make_batches(1, vocab_size=96, seed=seed))
             shared = overlap_s(session.executor.spans, Lane.COMPUTE, Lane.SSD_READ)
-            assert (shared == 0) == serial
-    assert seconds[False] < 0.75 * seconds[True], seconds
+            assert shared == 0 if serial else shared > 0.5 * busy_s(session.executor.spans, Lane.SSD_READ)
 
 
 def test_states_are_read_updated_and_written_back_side_by_side() -> None:
