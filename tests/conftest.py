@@ -3,5 +3,5 @@
 import sys
 from pathlib import Path
 
-for folder in (".", "runtime", "architectures", "durability", "overlap", "optim"):
+for folder in (".", "runtime", "architectures", "durability", "overlap", "optim", "activations"):
     sys.path.insert(0, str(Path(__file__).parent / folder))

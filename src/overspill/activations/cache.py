@@ -24,11 +24,10 @@ from __future__ import annotations
 import collections
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
-from overspill.activations.amounts import Amount, Profile, Room, Target, decide_targets
+from overspill.activations.amounts import Target
 from overspill.activations.forms import Form
 from overspill.activations.identity import (
     ALIGNMENT_BYTES,
@@ -41,24 +40,10 @@ from overspill.activations.identity import (
 )
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
-from overspill.activations.tally import Tally
-from overspill.activations.timeline import Timeline, is_watched
-from overspill.spec.activations import ActivationRates
+from overspill.activations.rounds import Rounds
 
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
-
-
-class Space(Protocol):
-    """Knows how much room there is."""
-
-    def look(self) -> Room:
-        """The room now."""
-        ...
-
-    def has_shrunk(self) -> bool:
-        """Whether there is less than at the last look."""
-        ...
 
 
 class SavedAlone:
@@ -102,22 +87,11 @@ class TensorCache:
     Args:
         min_bytes: smaller saved tensors are left alone.
         form: how records are stored; None: as they are.
-        before: an earlier cache of the same model, whose counts and decisions are gone on with.
     """
 
-    def __init__(
-        self,
-        mover: Mover,
-        parameters: ParameterStorages,
-        *,
-        amount: Amount,
-        space: Space,
-        min_bytes: int,
-        form: Form | None,
-        before: TensorCache | None = None,
-    ) -> None:
-        self.mover, self.parameters, self.amount = mover, parameters, amount
-        self._space, self._min_bytes, self._form = space, min_bytes, form
+    def __init__(self, mover: Mover, parameters: ParameterStorages, rounds: Rounds, *, min_bytes: int, form: Form | None) -> None:
+        self.mover, self.parameters, self.rounds = mover, parameters, rounds
+        self._min_bytes, self._form = min_bytes, form
         self._device = mover.device
         self._lock = threading.Lock()
         self._dead: collections.deque[Record] = collections.deque()
@@ -131,14 +105,6 @@ class TensorCache:
         """What was fetched and is alive, for the end of a backward that keeps its graph."""
         self._backward_id = -1
         self.num_live = 0
-        self.tally: Tally = before.tally if before is not None else Tally()
-        self.tally.mover = mover
-        self.rates: ActivationRates = before.rates if before is not None else ActivationRates()
-        self._profile: Profile | None = before._profile if before is not None else None
-        self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
-        self._keep_bytes: int | None = before._keep_bytes if before is not None else None
-        self._timeline: Timeline | None = None
-        self._unread: Timeline | None = None
         self.num_packed = 0
         """Records of this micro-batch so far."""
         self._when_empty: Callable[[], None] | None = None
@@ -159,7 +125,7 @@ class TensorCache:
         with torch.no_grad():
             reason, storage = self._reason_to_leave(tensor)
             if reason is not None:
-                self.tally.left_alone[reason] += 1
+                self.rounds.tally.left_alone[reason] += 1
                 restore = self.parameters.restorer(storage) if storage is not None else None
                 return SavedAlone(tensor, restore)
             assert storage is not None
@@ -190,8 +156,8 @@ class TensorCache:
             with self._lock:
                 self._look_around()
                 record.watch.check(record.name)
-                if self._timeline is not None:
-                    self._timeline.need(record)
+                if self.rounds.timeline is not None:
+                    self.rounds.timeline.need(record)
                 span = self._on_device(record)
                 self._prefetch(record.position)
                 return geometry.view(span)
@@ -259,7 +225,7 @@ class TensorCache:
         self._send(record, storage)
         self._by_storage.setdefault(record.cdata, []).append(record)
         self.num_live += 1
-        self.tally.note_packed(record)
+        self.rounds.tally.note_packed(record)
         return record
 
     def _form_of(self, tensor: torch.Tensor, span_bytes: int) -> Form | None:
@@ -270,27 +236,18 @@ class TensorCache:
 
     def _send(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Keep it, or start its way out."""
-        target = Target.HOST
-        if self._targets is not None:
-            target = self._targets[record.index] if record.index < len(self._targets) else Target.KEEP
-        elif not self.amount.leaves_unmeasured:
-            target = Target.KEEP
-        timeline = self._timeline
+        target, timeline = self.rounds.target(record.index), self.rounds.timeline
         if target is Target.KEEP:
             record.form = None
             self.mover.keep(record, storage)
         else:
-            may_wait = self._targets is None or not self.amount.needs_profile or self._has_too_much(record.num_bytes)
+            may_wait = self.rounds.may_wait(record)
             self.mover.leave(record, storage, target, may_wait=may_wait, is_timed=timeline is not None)
         if record.target is not Target.KEEP:
             self._moved.append(record)
         self._ends[self._micro_batch] = len(self._moved)
         if timeline is not None:
             timeline.pack(record)
-
-    def _has_too_much(self, num_bytes: int) -> bool:
-        """Whether the device may not keep so much more."""
-        return self._keep_bytes is not None and self.mover.device_bytes + num_bytes > self._keep_bytes
 
     # -- unpacking ---------------------------------------------------------------------------------------------------
 
@@ -302,7 +259,7 @@ class TensorCache:
             if alive is not None:
                 return alive
             self._note_backward()
-            self.mover.fetch(record, must=True, is_timed=self._timeline is not None)
+            self.mover.fetch(record, must=True, is_timed=self.rounds.timeline is not None)
             self._fetched[record] = None
         if record.is_ahead:
             record.is_ahead = False
@@ -331,7 +288,7 @@ class TensorCache:
                 return
             if not record.weak.expired():
                 continue
-            if not mover.fetch(record, must=False, is_timed=self._timeline is not None):
+            if not mover.fetch(record, must=False, is_timed=self.rounds.timeline is not None):
                 return
             record.is_ahead = True
             mover.ahead_bytes += record.stored_bytes
@@ -396,7 +353,7 @@ class TensorCache:
         self.mover.release(record)
         self.num_live -= 1
         if self.num_live == 0:
-            self._end_round()
+            self.rounds.end()
 
     def _compact(self) -> None:
         """Forget the dead of a round that does not end, as when somebody holds a graph for ever."""
@@ -411,37 +368,10 @@ class TensorCache:
     # -- rounds ------------------------------------------------------------------------------------------------------
 
     def _begin_round(self) -> None:
-        """The first record of a round is being made."""
         self._moved.clear()
         self._ends.clear()
         self.num_packed = 0
-        self._plan()
-        number = self.tally.begin(is_planned=self._targets is not None)
-        if self.amount.needs_profile and is_watched(number):
-            self._timeline = Timeline(self.mover.link)
-            self.mover.holds = self._timeline.holds
-            if self.mover.ssd is not None:
-                self.mover.ssd.clear_spans()
-
-    def _end_round(self) -> None:
-        self.tally.end()
-        if self._timeline is not None:
-            self._timeline.finish(self.mover)
-            self._unread, self._timeline, self.mover.holds = self._timeline, None, None
-
-    def _plan(self) -> None:
-        """Decide where records go, once the device has passed the last watched round, and again if there is less room than then."""
-        watched = self._unread
-        if watched is not None and watched.is_readable():
-            self._unread = None
-            self.rates = watched.rates(self.mover, self.rates)
-            self._profile = watched.profile() or self._profile
-        elif self._profile is None or not self._space.has_shrunk():
-            return
-        if self._profile is not None:
-            room = self._space.look()
-            self._keep_bytes = room.keep_bytes
-            self._targets = decide_targets(self.amount, self._profile, self.rates, room)
+        self.rounds.begin()
 
     def close_when_empty(self, close: Callable[[], None]) -> None:
         """Call `close` as soon as no record is alive: now, or when the last one dies."""

@@ -25,7 +25,6 @@ Limits: Linux, CUDA and CPU. One device. torch.func's transforms refuse hooks. A
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -35,24 +34,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from overspill.activations.amounts import Amount, Room
-from overspill.activations.arena import HostArena
+from overspill.activations.amounts import Amount
 from overspill.activations.cache import TensorCache
 from overspill.activations.forms import Form
-from overspill.activations.identity import ParameterStorages
-from overspill.activations.links import open_link
-from overspill.activations.mover import Mover
+from overspill.activations.opened import OpenTiers
 from overspill.activations.settings import MIN_BYTES, WINDOW_BYTES, Settings, Size, build_settings, device_of, refuse_what_cannot_work
-from overspill.activations.ssd_lane import SsdLane
-from overspill.errors import StorageError
 from overspill.spec.activations import ActivationRates, ActivationReport
-from overspill.tiers import HostMemory, SsdStore, Store
+from overspill.tiers import Store
 from overspill.tiers.closing import close_after
-from overspill.tiers.mapped import node_of_device
-
-HEADROOM_FRACTION = 0.8
-"""Of the device memory that was free at the fullest moment, how much may be filled with saved tensors that stay. The rest is for the
-allocator's fragments. Chosen."""
 
 
 def offload_activations(
@@ -106,7 +95,7 @@ class OffloadActivations:
         self._model, self._settings = model, settings
         self._device = device_of(model)
         self._foreign: list[tuple[torch.Tensor, Callable[[], torch.Tensor] | None]] = []
-        self._tiers: _Tiers | None = None
+        self._tiers: OpenTiers | None = None
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._handles: list[Any] = []
         self._depth = 0
@@ -197,7 +186,7 @@ class OffloadActivations:
                 device_peak_bytes=0, host_peak_bytes=0, pinned_bytes=0, ssd_peak_bytes=0, rates=ActivationRates(), rounds=(),
                 gradient_error=self._gradient_error,
             )  # fmt: skip
-        tally, ssd = tiers.cache.tally, tiers.ssd
+        tally, ssd = tiers.cache.rounds.tally, tiers.ssd
         return ActivationReport(
             num_rounds=tally.num_ended,
             packed_bytes=tally.totals["packed"],
@@ -217,7 +206,7 @@ class OffloadActivations:
             host_peak_bytes=tiers.memory.peak_bytes,
             pinned_bytes=tiers.memory.pinned_bytes,
             ssd_peak_bytes=ssd.peak_bytes if ssd is not None else 0,
-            rates=tiers.cache.rates,
+            rates=tiers.cache.rounds.rates,
             rounds=tuple(tally.rounds),
             gradient_error=self._gradient_error,
         )
@@ -256,7 +245,7 @@ class OffloadActivations:
         return self._tiers.cache
 
     def _open(self) -> None:
-        self._tiers = _Tiers(self._model, self._device, self._settings, self._tiers)
+        self._tiers = OpenTiers(self._model, self._device, self._settings, self._tiers)
         for tensor, restore in self._foreign:
             self._tiers.parameters.add(tensor, restore)
 
@@ -266,7 +255,8 @@ class OffloadActivations:
 
     def _push(self) -> None:
         cache = self._cache()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(cache.pack, cache.unpack)
+        # Compiled blocks call hooks as well; without this dynamo would compile what they do, for each shape.
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(*map(torch.compiler.disable, (cache.pack, cache.unpack)))
         self._hooks.__enter__()
 
     def _pop(self) -> None:
@@ -294,93 +284,6 @@ class OffloadActivations:
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
             self._pop()
-
-
-class _Tiers:
-    """All memory of one entering."""
-
-    def __init__(self, model: nn.Module, device: torch.device, settings: Settings, before: _Tiers | None) -> None:
-        self.is_open = True
-        self.memory = HostMemory(pin=device.type == "cuda", budget_bytes=settings.host_budget_bytes, numa_node=node_of_device(device))
-        self.host = HostArena(self.memory, "saved-tensors", limit_bytes=settings.resting_bytes)
-        self.staging: HostArena | None = None
-        self.ssd: SsdLane | None = None
-        if settings.ssd_budget_bytes:
-            self.staging = HostArena(self.memory, "saved-tensors-staging", limit_bytes=settings.staging_bytes)
-            self.ssd = SsdLane(_open_store(settings), settings.ssd_budget_bytes // 4096 * 4096, self.staging)
-        self.parameters = ParameterStorages()
-        self.parameters.add_model(model)
-        mover = Mover(device, open_link(device), self.host, self.ssd, window_bytes=settings.window_bytes)
-        self.space = _DeviceSpace(device, settings, mover)
-        self.cache: TensorCache = TensorCache(
-            mover, self.parameters, amount=settings.amount, space=self.space, min_bytes=settings.min_bytes, form=settings.form,
-            before=before.cache if before is not None else None,
-        )  # fmt: skip
-        self.space.cache = self.cache
-
-    def shut(self) -> None:
-        """Close once nothing is alive (rule 2 of this file).
-
-        Raises:
-            StorageError: a write failed, and no hook has said so yet.
-        """
-        if not self.is_open:
-            return
-        self.is_open = False
-        self.cache.close_when_empty(self._close)
-        failure = self.ssd.failure if self.ssd is not None else None
-        if isinstance(failure, StorageError) and not self.cache.has_told_failure:
-            raise failure
-
-    def _close(self) -> None:
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.memory.close)
-            stack.callback(self.host.close)
-            if self.staging is not None:
-                stack.callback(self.staging.close)
-            stack.callback(self.cache.mover.close)
-
-
-class _DeviceSpace:
-    """The room of one entering. Meets the protocol `Space`."""
-
-    def __init__(self, device: torch.device, settings: Settings, mover: Mover) -> None:
-        self._device, self._settings, self._mover = device, settings, mover
-        self.cache: TensorCache | None = None
-        self._allocated_bytes = 0
-        """On the device, at the last look, with nothing saved."""
-        self._keep_bytes: int | None = None
-
-    def look(self) -> Room:
-        settings = self._settings
-        keep_bytes = settings.device_budget_bytes
-        if keep_bytes is None and self._device.type == "cuda":
-            free_bytes, _ = torch.cuda.mem_get_info(self._device)
-            headroom = free_bytes + torch.cuda.memory_reserved(self._device) - torch.cuda.max_memory_allocated(self._device)
-            assert self.cache is not None
-            kept_bytes = self.cache.tally.rounds[-1].kept_bytes if self.cache.tally.rounds else 0
-            keep_bytes = kept_bytes + int(HEADROOM_FRACTION * max(0, headroom))
-            self._allocated_bytes, self._keep_bytes = torch.cuda.memory_allocated(self._device), keep_bytes
-        return Room(
-            host_bytes=settings.resting_bytes,
-            ssd_bytes=settings.ssd_budget_bytes,
-            staging_bytes=settings.staging_bytes,
-            window_bytes=self._mover.window_bytes,
-            keep_bytes=keep_bytes,
-        )
-
-    def has_shrunk(self) -> bool:
-        """Such as when the optimizer made its states after the last look."""
-        if self._keep_bytes is None:
-            return False
-        return torch.cuda.memory_allocated(self._device) - self._allocated_bytes > self._keep_bytes // 16
-
-
-def _open_store(settings: Settings) -> Store:
-    num_bytes = settings.ssd_budget_bytes // 4096 * 4096
-    if settings.open_store is not None:
-        return settings.open_store(num_bytes)
-    return SsdStore(list(settings.ssd_places), capacity_bytes=num_bytes, unlink=True)
 
 
 def _gradients_of(step: Callable[[], object], parameters: Sequence[nn.Parameter], seed: int) -> list[torch.Tensor]:

@@ -40,6 +40,7 @@ _CASTS_AND_VIEWS = frozenset(
     )
 ) | {"SqueezeBackward1", "SqueezeBackward2", "MtBackward0"}
 """Autograd nodes after which a parameter is still the same values."""
+_CAST_TO = (torch.bfloat16, torch.float16)
 _MOST_NODES = 8
 """How far a chain of them is followed. Chosen: autocast's cast and a transposition are two."""
 
@@ -116,7 +117,8 @@ class ParameterStorages:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, Callable[[], torch.Tensor] | None]] = {}
-        self._shapes: set[tuple[int, ...]] = set()
+        self._dtypes: dict[tuple[int, ...], set[torch.dtype]] = {}
+        """Of the matrices, by their sorted sizes."""
 
     def add_model(self, model: nn.Module) -> None:
         """All parameters and buffers, and forget what is dead."""
@@ -137,7 +139,7 @@ class ParameterStorages:
         """
         local = getattr(tensor, "_local_tensor", tensor)  # a DTensor's own part
         if local.dim() >= 2:
-            self._shapes.add(tuple(sorted(local.shape)))
+            self._dtypes.setdefault(tuple(sorted(local.shape)), set()).add(local.dtype)
         try:
             storage = local.untyped_storage()
         except (NotImplementedError, RuntimeError):  # a tensor subclass without one storage
@@ -162,19 +164,16 @@ class ParameterStorages:
     def is_cast(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter in another dtype, or a view or copy of that.
 
-        Autocast makes such casts. With a gradient, autograd's graph says so. Of a frozen parameter it does not; under autocast a tensor
-        without history, in the shape of one of the parameters or its transposition, is taken for one.
+        Autocast makes such casts. With a gradient, autograd's graph says so. Of a frozen parameter it does not: a tensor without history, in
+        the shape of one of the parameters or its transposition and in a 16-bit dtype that this has not, is taken for one. (Whether
+        autocast is on cannot be asked in a hook: it switches itself off while it calls an op.)
         """
         base = tensor._base if tensor._is_view() else tensor
         assert base is not None
         node = base.grad_fn
         if node is None:
-            return (
-                not base.requires_grad
-                and torch.is_autocast_enabled(tensor.device.type)
-                and tensor.dtype == torch.get_autocast_dtype(tensor.device.type)
-                and tuple(sorted(base.shape)) in self._shapes
-            )
+            dtypes = self._dtypes.get(tuple(sorted(base.shape)))
+            return dtypes is not None and not base.requires_grad and tensor.dtype in _CAST_TO and tensor.dtype not in dtypes
         for _ in range(_MOST_NODES):
             if node is None:
                 return False
