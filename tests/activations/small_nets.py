@@ -59,9 +59,7 @@ def build(name: str) -> tuple[nn.Module, Step]:
         model: nn.Module = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=32, **sizes))
     elif name == "llama":
         model = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes
-            )
+            LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, **sizes)
         )
     elif name == "bert":
         model = BertForMaskedLM(BertConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, **sizes))
@@ -102,4 +100,3 @@ def offload(model: nn.Module, **settings: Any) -> OffloadActivations:
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-

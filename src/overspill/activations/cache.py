@@ -109,8 +109,6 @@ class TensorCache:
         """Records of this micro-batch so far."""
         self._when_empty: Callable[[], None] | None = None
         """Called once the last record has died, if set."""
-        self.has_told_failure = False
-        """Whether a hook has raised a write's failure."""
 
     # -- the hooks ---------------------------------------------------------------------------------------------------
 
@@ -171,9 +169,7 @@ class TensorCache:
 
     def _look_around(self) -> None:
         """What every hook does first."""
-        if self.mover.ssd is not None and self.mover.ssd.failure is not None:
-            self.has_told_failure = True
-            raise self.mover.ssd.failure
+        self.mover.raise_failure()
         self.mover.reap()
 
     # -- packing -----------------------------------------------------------------------------------------------------

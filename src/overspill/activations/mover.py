@@ -28,7 +28,7 @@ from overspill.activations.arena import HostArena, Range
 from overspill.activations.identity import bytes_of
 from overspill.activations.links import End, Link, Mark
 from overspill.activations.records import Record
-from overspill.activations.ssd_lane import SsdCopy, SsdLane
+from overspill.activations.ssd_lane import SsdCopy, SsdLane, again
 
 
 class Mover:
@@ -55,6 +55,7 @@ class Mover:
         self.device_bytes = 0
         """Of records on the device now."""
         self.device_peak_bytes = 0
+        self.has_told_failure = False
         self.num_waits, self.wait_s = 0, 0.0
         self.forwarded_bytes = self.cancelled_bytes = 0
         self.timed_out: list[End] = []
@@ -189,6 +190,7 @@ class Mover:
             if staging is not None or not must:
                 return staging
             self._forget_ended()
+            self.raise_failure()  # a write that failed keeps its staging
             assert self._under_way, f"staging of {ssd.staging.limit_bytes} B has no room for {num_bytes} B, and nothing is under way"
             self._wait(self._under_way[0].settle)
 
@@ -259,6 +261,16 @@ class Mover:
             else:
                 self._release(record)
 
+    def raise_failure(self) -> None:
+        """Raise a write's failure, once there is one, in every hook.
+
+        Raises:
+            StorageError: there is.
+        """
+        if self.ssd is not None and self.ssd.failure is not None:
+            self.has_told_failure = True
+            raise again(self.ssd.failure)
+
     def close(self) -> None:
         """All records are released; wait for what is under way."""
         self.reap(wait=True)
@@ -274,6 +286,8 @@ class Mover:
         """Wait for the thread that reads it."""
         assert record.ssd is not None and record.ssd.reading is not None and record.coming is not None
         self._wait(record.ssd.reading.result)
+        if record.ssd.failure is not None:
+            raise again(record.ssd.failure)
         record.payload, record.coming = record.coming, None
         record.ssd.reading = None
         if self.holds is not None and record.arriving is not None:

@@ -16,7 +16,6 @@ from overspill.activations.mover import Mover
 from overspill.activations.rounds import Rounds
 from overspill.activations.settings import Settings
 from overspill.activations.ssd_lane import SsdLane
-from overspill.errors import StorageError
 from overspill.tiers import HostMemory, SsdStore, Store
 from overspill.tiers.mapped import node_of_device
 
@@ -54,9 +53,8 @@ class OpenTiers:
             return
         self.is_open = False
         self.cache.close_when_empty(self._close)
-        failure = self.ssd.failure if self.ssd is not None else None
-        if isinstance(failure, StorageError) and not self.cache.has_told_failure:
-            raise failure
+        if not self.cache.mover.has_told_failure:
+            self.cache.mover.raise_failure()
 
     def _close(self) -> None:
         with contextlib.ExitStack() as stack:

@@ -10,7 +10,9 @@ Rules:
    given from there (`SsdCopy.lend`), and the range goes back with the copy that reads it. So staging never waits for backward.
 2. A write that no thread has begun can be cancelled; one that has begun goes to its end, and the file's range is in use until then.
 3. What is written is summed, what is read is compared: a flipped bit is an error and no gradient.
-4. The first failure of a write is kept in `failure` and raised by the next hook. The lane does not try again.
+4. The first failure of a write is kept in `failure` and raised by the next hook; that of a read is its copy's. The lane does not try
+   again. A failure is raised as a new error each time (`again`): one that is kept would collect the frames that it passed, and with them the
+   graph whose death everything here waits for.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 
 from overspill.activations.arena import HostArena, Range
 from overspill.activations.links import End
-from overspill.errors import BudgetError
+from overspill.errors import BudgetError, OverspillError, StorageError
 from overspill.tiers import Store
 from overspill.tiers.extents import ExtentTable
 from overspill.units import align_up
@@ -36,10 +38,19 @@ MOST_SPANS = 4096
 EXTENT = "saved-tensors"
 
 
+def again(failure: BaseException) -> BaseException:
+    """The failure as a new error (rule 4)."""
+    if not isinstance(failure, OverspillError):
+        return failure.with_traceback(None)
+    error = StorageError(str(failure))
+    error.__cause__ = failure.__cause__
+    return error
+
+
 class SsdCopy:
     """A record's bytes on the SSD, or on the way there."""
 
-    __slots__ = ("_lent", "_lock", "_staging", "checksums", "name", "num_bytes", "offset", "reading", "writing")
+    __slots__ = ("_lent", "_lock", "_staging", "checksums", "failure", "name", "num_bytes", "offset", "reading", "writing")
 
     def __init__(self, name: str, offset: int, staging: Range) -> None:
         self.name, self.offset, self.num_bytes = name, offset, staging.tensor.numel()
@@ -49,6 +60,8 @@ class SsdCopy:
         self.checksums: tuple[int, ...] = ()
         self.writing: Future[None] | None = None
         self.reading: Future[None] | None = None
+        self.failure: BaseException | None = None
+        """Of reading it."""
 
     @property
     def arrival(self) -> torch.Tensor:
@@ -85,7 +98,7 @@ class SsdCopy:
         """Wait until it is not."""
         for job in (self.writing, self.reading):
             if job is not None and not job.cancelled():
-                job.exception()
+                job.result()
 
 
 class SsdLane:
@@ -180,9 +193,9 @@ class SsdLane:
             transfer.wait()
             copy.checksums = transfer.checksums
             self._note("write", begin_s, copy.num_bytes)
-        except BaseException as error:
-            self.failure = self.failure or error
-            raise
+        except BaseException as error:  # it belongs to the next hook, not to this thread
+            self.failure = self.failure or error.with_traceback(None)
+            return
         self._give_staging(copy)
 
     def _read(self, copy: SsdCopy, staging: Range, then: Callable[[torch.Tensor], End]) -> None:
@@ -194,6 +207,8 @@ class SsdLane:
             self.store.start_read(EXTENT, copy.offset, staging.tensor, expected=copy.checksums).wait()
             self._note("read", begin_s, copy.num_bytes)
             ends = (then(staging.tensor),)
+        except BaseException as error:  # it belongs to whoever wants the record
+            copy.failure = error.with_traceback(None)
         finally:
             self.staging.give(staging, ends)
 
