@@ -1,4 +1,4 @@
-"""Gradients with saved tensors moved are those of plain PyTorch, to the bit: every kind of model, every tier, autocast, every way to run."""
+"""Gradients with saved tensors moved are those of plain PyTorch, to the bit: every kind of model, tier and way to run."""
 
 from __future__ import annotations
 

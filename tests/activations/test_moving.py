@@ -1,4 +1,4 @@
-"""How records move: forwarding and cancelling, prefetch in backward's order, bounded memory, several micro-batches, failures, nothing left."""
+"""How records move: forwarding, cancelling, prefetch in backward's order, bounded memory, micro-batches, failures, nothing left."""
 
 from __future__ import annotations
 

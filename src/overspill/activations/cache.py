@@ -182,7 +182,7 @@ class TensorCache:
         storage = tensor.untyped_storage()
         if self.parameters.holds(tensor, storage):
             return "parameter", storage
-        if tensor.numel() == 0 or tensor.numel() * tensor.itemsize < self._min_bytes:
+        if tensor.numel() == 0 or min(tensor.numel() * tensor.itemsize, storage.nbytes()) < self._min_bytes:
             return "small", storage
         if self.parameters.is_cast(tensor):
             return "cast_of_parameter", storage

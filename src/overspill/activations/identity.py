@@ -164,8 +164,8 @@ class ParameterStorages:
     def is_cast(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter in another dtype, or a view or copy of that.
 
-        Autocast makes such casts. With a gradient, autograd's graph says so. Of a frozen parameter it does not: a tensor without history, in
-        the shape of one of the parameters or its transposition and in a 16-bit dtype that this has not, is taken for one. (Whether
+        Autocast makes such casts. With a gradient, autograd's graph says so. Of a frozen parameter it does not: a tensor without history,
+        in the shape of one of the parameters or its transposition and in a 16-bit dtype that this has not, is taken for one. (Whether
         autocast is on cannot be asked in a hook: it switches itself off while it calls an op.)
         """
         base = tensor._base if tensor._is_view() else tensor

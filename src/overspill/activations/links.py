@@ -163,7 +163,7 @@ class CudaLink:
             else:
                 end.wait()  # the drive's work, which no stream can wait for; only on the SSD's threads
         begin = None
-        end_event = torch.cuda.Event(enable_timing=is_timed)
+        end_event = torch.cuda.Event(enable_timing=is_timed, blocking=True)  # the SSD's threads wait for it, and shall not spin
         with torch.cuda.stream(stream):
             if is_timed:
                 begin = torch.cuda.Event(enable_timing=True)

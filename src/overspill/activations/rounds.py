@@ -47,7 +47,7 @@ class Rounds:
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
         self.timeline: Timeline | None = None
         """Of the round that runs, if it is watched."""
-        self._unread: Timeline | None = None
+        self._unread: Timeline | None = before._unread if before is not None else None
 
     def begin(self) -> None:
         """The first record of a round is being made."""

@@ -11,8 +11,8 @@ Rules:
 2. A write that no thread has begun can be cancelled; one that has begun goes to its end, and the file's range is in use until then.
 3. What is written is summed, what is read is compared: a flipped bit is an error and no gradient.
 4. The first failure of a write is kept in `failure` and raised by the next hook; that of a read is its copy's. The lane does not try
-   again. A failure is raised as a new error each time (`again`): one that is kept would collect the frames that it passed, and with them the
-   graph whose death everything here waits for.
+   again. A failure is raised as a new error each time (`again`): one that is kept would collect the frames that it passed, and with them
+   the graph whose death everything here waits for.
 """
 
 from __future__ import annotations
