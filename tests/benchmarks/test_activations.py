@@ -16,7 +16,8 @@ def test_every_mode_writes_a_line_and_the_bound_is_a_share(tmp_path: Path) -> No
     done = subprocess.run(
         [
             sys.executable, "benchmarks/activations/run.py", "--hidden", "64", "--layers", "2", "--rows", "2", "--length", "16",
-            "--steps", "2", "--dtype", "float32", "--min-bytes", "1KiB", "--window", "16KiB", "--host-budget", "16MiB", "--ssd-host-budget", "256KiB",
+            "--steps", "2", "--dtype", "float32", "--min-bytes", "1KiB", "--window", "16KiB",
+            "--host-budget", "16MiB", "--ssd-host-budget", "256KiB",
             "--ssd-dir", str(tmp_path / "ssd"), "--ssd-budget", "16MiB", "--out", str(out),
         ],
         capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
