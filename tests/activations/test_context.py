@@ -41,7 +41,7 @@ Usage = collections.namedtuple("Usage", ["total", "used", "free"])
         ({"ssd_dir": 5}, ValueError, "ssd_dir is a directory, or a list of directories, got 5"),
         ({"amount": "most"}, ValueError, "amount='most' is not known; choose one of 'adaptive', 'everything', 'ssdtrain', 'nothing'"),
         ({"storage": "fp4"}, ValueError, "storage='fp4' is not known; choose one of 'as_is', 'bf16', 'int8'"),
-        ({"recompute": "norms"}, ValueError, "recompute='norms' is not supported: saved tensors are kept or moved, never rebuilt"),
+        ({"recompute": "norms"}, ValueError, "recompute='norms' is not known; choose one of 'none', 'cheap'"),
         ({"open_store": FakeStore}, ValueError, "open_store needs ssd_budget"),
     ],
 )
@@ -131,7 +131,16 @@ def test_a_report_is_a_document_that_adds_up() -> None:
     report = active.report()
     assert from_json(overspill.ActivationReport, to_json(report)) == report
     assert report.num_rounds == 5 and [item.round for item in report.rounds] == [1, 2, 3, 4, 5]
-    for name in ("packed_bytes", "kept_bytes", "host_bytes", "ssd_bytes", "stored_bytes", "forwarded_bytes", "cancelled_bytes"):
+    for name in (
+        "packed_bytes",
+        "kept_bytes",
+        "host_bytes",
+        "ssd_bytes",
+        "stored_bytes",
+        "rebuilt_bytes",
+        "forwarded_bytes",
+        "cancelled_bytes",
+    ):
         assert getattr(report, name) == sum(getattr(item, name) for item in report.rounds), name
     assert report.packed_bytes == report.kept_bytes + report.host_bytes + report.ssd_bytes
     assert report.rates.d2h_bytes_per_s is not None and report.rates.d2h_bytes_per_s > 0

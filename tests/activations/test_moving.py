@@ -16,9 +16,9 @@ from small_nets import assert_same_gradients, build, offload, run_step
 from torch import nn
 
 from overspill.activations.amounts import Target
-from overspill.activations.cache import SavedView
 from overspill.activations.links import ThreadLink
 from overspill.activations.records import Where
+from overspill.activations.saved import SavedView
 from overspill.activations.ssd_lane import SsdLane
 from overspill.errors import StorageError
 from overspill.tiers import Failure, FakeStore, Fault, FaultInjector, FaultKind, SsdStore

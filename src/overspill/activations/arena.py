@@ -83,8 +83,7 @@ class HostArena:
             self.used_bytes -= item.num_bytes
 
     def close(self) -> None:
-        """Free all; nothing may be lent."""
-        assert self.used_bytes == 0, f"{self._name} is closed with {self.used_bytes} B lent"
+        """Free all. Nothing is lent, unless Ctrl-C came between a range and its record; no copy may be under way."""
         with self._lock:
             for segment in self._segments:
                 self._drop(segment)

@@ -36,49 +36,16 @@ from overspill.activations.identity import (
     VersionWatch,
     byte_span,
     bytes_of,
-    changed_in_place,
 )
+from overspill.activations.links import THREAD_PREFIX
 from overspill.activations.mover import Mover
+from overspill.activations.rebuild import Rebuilder, SavedRebuilt
 from overspill.activations.records import Record
 from overspill.activations.rounds import Rounds
+from overspill.activations.saved import SavedAlone, SavedView, words
 
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
-
-
-class SavedAlone:
-    """A saved tensor that stays as it is: a detached alias of it, and its version."""
-
-    __slots__ = ("_alias", "_restore", "_version")
-
-    def __init__(self, tensor: torch.Tensor, restore: Callable[[], torch.Tensor] | None) -> None:
-        self._alias, self._version, self._restore = tensor.detach(), tensor._version, restore
-
-    def unpack(self) -> torch.Tensor:
-        alias = self._alias
-        if self._restore is not None:  # its owner answers for versions
-            refilled = self._restore().untyped_storage()
-            return torch.empty(0, dtype=alias.dtype, device=refilled.device).set_(
-                refilled, alias.storage_offset(), alias.size(), alias.stride()
-            )
-        if alias._version != self._version:
-            raise changed_in_place(f"a saved tensor ({_words(alias)})", self._version, alias._version)
-        return alias
-
-
-class SavedView:
-    """A saved tensor that is a view of a record."""
-
-    __slots__ = ("_cache", "geometry", "record")
-
-    def __init__(self, cache: TensorCache, record: Record, geometry: Geometry) -> None:
-        self._cache, self.record, self.geometry = cache, record, geometry
-
-    def unpack(self) -> torch.Tensor:
-        return self._cache.bring(self.record, self.geometry)
-
-    def __del__(self) -> None:
-        self._cache.bury(self.record)
 
 
 class TensorCache:
@@ -87,12 +54,22 @@ class TensorCache:
     Args:
         min_bytes: smaller saved tensors are left alone.
         form: how records are stored; None: as they are.
+        rebuilder: None: nothing is rebuilt.
     """
 
-    def __init__(self, mover: Mover, parameters: ParameterStorages, rounds: Rounds, *, min_bytes: int, form: Form | None) -> None:
-        self.mover, self.parameters, self.rounds = mover, parameters, rounds
+    def __init__(
+        self,
+        mover: Mover,
+        parameters: ParameterStorages,
+        rounds: Rounds,
+        *,
+        min_bytes: int,
+        form: Form | None,
+        rebuilder: Rebuilder | None = None,
+    ) -> None:
+        self.mover, self.parameters, self.rounds, self.rebuilder = mover, parameters, rounds, rebuilder
         self._min_bytes, self._form = min_bytes, form
-        self._device = mover.device
+        self.device = mover.device
         self._lock = threading.Lock()
         self._dead: collections.deque[Record] = collections.deque()
         self._by_storage: dict[int, list[Record]] = {}
@@ -112,7 +89,7 @@ class TensorCache:
 
     # -- the hooks ---------------------------------------------------------------------------------------------------
 
-    def pack(self, tensor: torch.Tensor) -> SavedAlone | SavedView | torch.Tensor:
+    def pack(self, tensor: torch.Tensor) -> SavedAlone | SavedView | SavedRebuilt | torch.Tensor:
         """Autograd's pack hook.
 
         Raises:
@@ -127,6 +104,12 @@ class TensorCache:
                 restore = self.parameters.restorer(storage) if storage is not None else None
                 return SavedAlone(tensor, restore)
             assert storage is not None
+            if self.rebuilder is not None and not self._is_stored(tensor, storage):
+                rebuilt = self.rebuilder.pack(tensor, storage)
+                if rebuilt is not None:
+                    if rebuilt[1]:
+                        self.rounds.tally.note_rebuilt(rebuilt[0].rebuild.num_bytes)
+                    return rebuilt[0]
             try:
                 with self._lock:
                     self._look_around()
@@ -138,13 +121,15 @@ class TensorCache:
             finally:
                 self._burial()
 
-    def unpack(self, saved: SavedAlone | SavedView | torch.Tensor) -> torch.Tensor:
+    def unpack(self, saved: SavedAlone | SavedView | SavedRebuilt | torch.Tensor) -> torch.Tensor:
         """Autograd's unpack hook.
 
         Raises:
             RuntimeError: the tensor was changed in place after it was packed.
             StorageError: it cannot be read, or a write to the SSD has failed.
         """
+        if self.rebuilder is not None and (stand_in := self.rebuilder.seen(saved)) is not None:
+            return stand_in
         with torch.no_grad():
             return saved if isinstance(saved, torch.Tensor) else saved.unpack()
 
@@ -165,7 +150,8 @@ class TensorCache:
     def bury(self, record: Record) -> None:
         """A view of a record has died (rule 7); from any thread, at any time."""
         self._dead.append(record)
-        self._burial()
+        if not threading.current_thread().name.startswith(THREAD_PREFIX):  # which would wait for itself
+            self._burial()
 
     def _look_around(self) -> None:
         """What every hook does first."""
@@ -177,7 +163,7 @@ class TensorCache:
     def _reason_to_leave(self, tensor: torch.Tensor) -> tuple[str | None, torch.UntypedStorage | None]:
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
             return "unsupported", None
-        if tensor.device != self._device:
+        if tensor.device != self.device:
             return "other_device", None
         storage = tensor.untyped_storage()
         if self.parameters.holds(tensor, storage):
@@ -190,7 +176,7 @@ class TensorCache:
             return "in_backward", storage
         if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or tensor.is_inference():
             return "unsupported", storage
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "capturing", storage
         return None, storage
 
@@ -201,6 +187,10 @@ class TensorCache:
             if record.covers(start, stop, tensor.dtype) and record.watch.version == record.watch.now == tensor._version:
                 return record
         return None
+
+    def _is_stored(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+        with self._lock:
+            return self._find(tensor, storage) is not None
 
     def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Record:
         if self.num_live == 0:
@@ -216,9 +206,13 @@ class TensorCache:
         index, self.num_packed = self.num_packed, self.num_packed + 1
         record = Record(
             index=index, position=len(self._moved), storage=storage, start=start, stop=stop, dtype=tensor.dtype, form=form,
-            watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({_words(tensor)})",
+            watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
         )  # fmt: skip
-        self._send(record, storage)
+        try:
+            self._send(record, storage)
+        except BaseException:  # Ctrl-C, or no memory: nobody will have a view of it
+            self.mover.release(record)
+            raise
         self._by_storage.setdefault(record.cdata, []).append(record)
         self.num_live += 1
         self.rounds.tally.note_packed(record)
@@ -311,6 +305,8 @@ class TensorCache:
         torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
     def _end_backward(self) -> None:
+        if self.rebuilder is not None:
+            self.rebuilder.forget_results()
         with self._lock:
             self._backward_id = -1
             for record in self._fetched:
@@ -385,7 +381,3 @@ class TensorCache:
         with self._lock:
             self._micro_batch = number if number is not None else self._micro_batch + 1
             self.num_packed = 0
-
-
-def _words(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"

@@ -70,7 +70,8 @@ def offload_activations(
         amount: how much leaves: `adaptive` (as much as costs no time, from measured times and rates, from the fourth round on; until then
             everything), `everything`, `ssdtrain` (the published rule), `nothing`, or an `Amount` (`amounts.py`).
         storage: `as_is`, `bf16` (of fp32) or `int8` (in groups); the last two change gradients (`forms.py`).
-        recompute: only `none`.
+        recompute: `none`, or `cheap`: products, SiLU, GELU and layer norms are not stored but rebuilt in backward, to the bit
+            (`rebuild.py`).
         min_bytes: smaller saved tensors are left alone.
         window: device memory that may be on its way out, and as much that may have come back early; at least two of the largest tensor.
         open_store: opens something else than files in `ssd_dir`, such as a `FakeStore`, for so many bytes.
@@ -181,7 +182,7 @@ class OffloadActivations:
         tiers = self._tiers
         if tiers is None:
             return ActivationReport(
-                num_rounds=0, packed_bytes=0, kept_bytes=0, host_bytes=0, ssd_bytes=0, stored_bytes=0, forwarded_bytes=0,
+                num_rounds=0, packed_bytes=0, kept_bytes=0, host_bytes=0, ssd_bytes=0, stored_bytes=0, rebuilt_bytes=0, forwarded_bytes=0,
                 cancelled_bytes=0, num_waits=0, wait_s=0.0, left_alone={}, num_live=0, host_used_bytes=0, ssd_used_bytes=0,
                 device_peak_bytes=0, host_peak_bytes=0, pinned_bytes=0, ssd_peak_bytes=0, rates=ActivationRates(), rounds=(),
                 gradient_error=self._gradient_error,
@@ -194,6 +195,7 @@ class OffloadActivations:
             host_bytes=tally.totals["host"],
             ssd_bytes=tally.totals["ssd"],
             stored_bytes=tally.totals["stored"],
+            rebuilt_bytes=tally.totals["rebuilt"],
             forwarded_bytes=tally.totals["forwarded"],
             cancelled_bytes=tally.totals["cancelled"],
             num_waits=tally.num_waits,

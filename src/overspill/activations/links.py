@@ -32,6 +32,10 @@ Mark = Any
 """A point in compute's time: a CUDA event, or seconds."""
 
 
+THREAD_PREFIX = "overspill-saved"
+"""Of the names of all threads in this package."""
+
+
 class End(Protocol):
     """The end of one copy. Also what a slot pool calls `Pending`."""
 
@@ -150,7 +154,9 @@ class CudaLink:
         end.owner.wait_event(end.event)
 
     def close(self) -> None:
-        """Nothing: streams belong to torch."""
+        """Wait for the copies; the streams belong to torch."""
+        self._out.synchronize()
+        self._in.synchronize()
 
     def _start(
         self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, mark: Mark, after: Sequence[End], is_timed: bool
@@ -207,7 +213,7 @@ class ThreadLink:
     """A link of the CPU with itself. Meets the protocol `Link`."""
 
     def __init__(self) -> None:
-        self._out, self._in = (ThreadPoolExecutor(1, f"overspill-{way}") for way in ("saved-out", "saved-in"))
+        self._out, self._in = (ThreadPoolExecutor(1, f"{THREAD_PREFIX}-{way}") for way in ("out", "in"))
 
     def start_out(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[End], *, is_timed: bool) -> End:
         return self._start(self._out, target, source, after)

@@ -305,15 +305,15 @@ class Mover:
             self.host.give(record.host, ends)
             record.host = None
         if record.ssd is not None:
-            assert self.ssd is not None and record.leaving is not None
+            assert self.ssd is not None
             self.ssd.free(record.ssd, record.leaving)
             record.ssd = None
 
     def _cancel(self, record: Record) -> None:
         """Take the write to the SSD back if it has not begun; the device then has the one copy."""
-        if record.ssd is None:
+        if record.ssd is None or record.leaving is None:
             return
-        assert self.ssd is not None and record.leaving is not None
+        assert self.ssd is not None
         if self.ssd.cancel(record.ssd, record.leaving):
             record.is_only_here = True
             self.cancelled_bytes += record.stored_bytes

@@ -13,6 +13,7 @@ from overspill.activations.cache import TensorCache
 from overspill.activations.identity import ParameterStorages
 from overspill.activations.links import open_link
 from overspill.activations.mover import Mover
+from overspill.activations.rebuild import Rebuilder
 from overspill.activations.rounds import Rounds
 from overspill.activations.settings import Settings
 from overspill.activations.ssd_lane import SsdLane
@@ -41,7 +42,10 @@ class OpenTiers:
         mover = Mover(device, open_link(device), self.host, self.ssd, window_bytes=settings.window_bytes)
         earlier = before.cache.rounds if before is not None else None
         rounds = Rounds(mover, settings.amount, DeviceSpace(device, settings, mover), earlier)
-        self.cache: TensorCache = TensorCache(mover, self.parameters, rounds, min_bytes=settings.min_bytes, form=settings.form)
+        rebuilder = Rebuilder(model) if settings.is_rebuilding else None
+        self.cache: TensorCache = TensorCache(
+            mover, self.parameters, rounds, min_bytes=settings.min_bytes, form=settings.form, rebuilder=rebuilder
+        )
 
     def shut(self) -> None:
         """Close once nothing is alive (`context.py`, rule 2).

@@ -15,6 +15,7 @@ from torch import nn
 
 from overspill.activations.amounts import Adaptive, Amount, Everything, Nothing, SsdTrain
 from overspill.activations.forms import FORMS, AsIs, Form
+from overspill.activations.rebuild import RECOMPUTE
 from overspill.errors import BudgetError, UnsupportedModelError
 from overspill.tiers import Store
 from overspill.tiers.block_device import is_block_device
@@ -53,6 +54,7 @@ class Settings:
     amount: Amount
     form: Form | None
     """None: as they are."""
+    is_rebuilding: bool
     min_bytes: int
     window_bytes: int
     open_store: Callable[[int], Store] | None
@@ -82,10 +84,10 @@ def build_settings(
         ValueError: a word is not known, or a size is none.
         BudgetError: a budget is zero, or more than the machine has.
     """
-    if recompute != "none":
+    if recompute not in RECOMPUTE:
         raise ValueError(
-            f"recompute={recompute!r} is not supported: saved tensors are kept or moved, never rebuilt. Leave it at 'none', and put "
-            "torch.utils.checkpoint around the segments to rebuild (its inputs are then moved like other saved tensors)"
+            f"recompute={recompute!r} is not known; choose one of {', '.join(map(repr, RECOMPUTE))}. For whole segments put "
+            "torch.utils.checkpoint around them (its inputs are then moved like other saved tensors)"
         )
     host_bytes = parse_bytes(host_budget)
     places = _places(ssd_dir)
@@ -113,6 +115,7 @@ def build_settings(
         device_budget_bytes=None if device_budget is None else parse_bytes(device_budget),
         amount=_named("amount", amount, AMOUNTS),
         form=None if isinstance(form := _named("storage", storage, FORMS), AsIs) else form,
+        is_rebuilding=recompute == "cheap",
         min_bytes=parse_bytes(min_bytes),
         window_bytes=parse_bytes(window),
         open_store=open_store,

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from overspill.activations.arena import HostArena, Range
-from overspill.activations.links import End
+from overspill.activations.links import THREAD_PREFIX, End
 from overspill.errors import BudgetError, OverspillError, StorageError
 from overspill.tiers import Store
 from overspill.tiers.extents import ExtentTable
@@ -113,7 +113,7 @@ class SsdLane:
         self.store, self.staging = store, staging
         store.allocate(EXTENT, capacity_bytes)
         self._table = ExtentTable(capacity_bytes)
-        self._writers, self._readers = (ThreadPoolExecutor(IN_FLIGHT, f"overspill-saved-{way}") for way in ("write", "read"))
+        self._writers, self._readers = (ThreadPoolExecutor(IN_FLIGHT, f"{THREAD_PREFIX}-{way}") for way in ("write", "read"))
         self._numbers = 0
         self.failure: BaseException | None = None
         self.peak_bytes = 0
@@ -155,10 +155,10 @@ class SsdLane:
         self._give_staging(copy, arrived)
         return True
 
-    def free(self, copy: SsdCopy, arrived: End) -> None:
+    def free(self, copy: SsdCopy, arrived: End | None) -> None:
         """Give the file's range back; the copy is not busy."""
         assert not copy.is_busy(), f"record {copy.name} is freed while a thread moves it"
-        self._give_staging(copy, arrived)  # there still if the write failed
+        self._give_staging(copy, *([arrived] if arrived is not None else []))  # there still if the write failed
         self._table.free(copy.name)
 
     def _give_staging(self, copy: SsdCopy, *ends: End) -> None:

@@ -46,6 +46,11 @@ class Tally:
             self._round["stored"] += record.stored_bytes
             self.totals["stored"] += record.stored_bytes
 
+    def note_rebuilt(self, num_bytes: int) -> None:
+        """A tensor will be rebuilt; by the time of its round's first record it may be of the round before."""
+        self._round["rebuilt"] += num_bytes
+        self.totals["rebuilt"] += num_bytes
+
     def end(self) -> None:
         """The round has ended."""
         self.num_ended += 1
@@ -66,6 +71,7 @@ class Tally:
                 host_bytes=self._round[Target.HOST.value],
                 ssd_bytes=self._round[Target.SSD.value],
                 stored_bytes=self._round["stored"],
+                rebuilt_bytes=self._round["rebuilt"],
                 forwarded_bytes=mover.forwarded_bytes - forwarded_bytes,
                 cancelled_bytes=mover.cancelled_bytes - cancelled_bytes,
                 wait_s=mover.wait_s - wait_s,

@@ -8,6 +8,7 @@ Words:
   micro-batches that a pipeline schedule has under way together.
 * **kept**: stays on the device. **moved**: copied to host memory or to the SSD. **forwarded**: moved, but wanted before the device's copy
   was gone, so that nothing had to come back. **cancelled**: forwarded so early that its write to the SSD never began.
+* **rebuilt**: dropped, and recomputed in backward from records.
 * **left alone**: a saved tensor that is no candidate at all, with the reason.
 """
 
@@ -34,6 +35,8 @@ class RoundAmounts:
     ssd_bytes: int
     stored_bytes: int
     """What host and SSD took for `host_bytes + ssd_bytes`; less with a storage form that compresses."""
+    rebuilt_bytes: int
+    """Stored nowhere, because backward rebuilds them from records."""
     forwarded_bytes: int
     cancelled_bytes: int
     wait_s: float
@@ -63,6 +66,7 @@ class ActivationReport:
     host_bytes: int
     ssd_bytes: int
     stored_bytes: int
+    rebuilt_bytes: int
     forwarded_bytes: int
     cancelled_bytes: int
     num_waits: int
