@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -29,8 +30,10 @@ from overspill.tiers import Memory
 from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES, ExtentTable
 from overspill.units import MIB, align_up
 
-SEGMENT_BYTES = 256 * MIB
-"""Grown by this much at a time: 0.1 s of pinning. Chosen."""
+LEAST_SEGMENT_BYTES = 256 * MIB
+"""Grown by at least this much at a time: 0.1 s of pinning. Chosen."""
+MOST_SEGMENTS = 16
+"""Of which an arena of its full size consists, so that large tensors find room beside small ones. Chosen."""
 
 
 class _Segment:
@@ -52,11 +55,16 @@ class Range:
 
 
 class HostArena:
-    """Ranges in at most `limit_bytes` of one memory."""
+    """Ranges in at most `limit_bytes` of one memory.
 
-    def __init__(self, memory: Memory, name: str, *, limit_bytes: int, segment_bytes: int = SEGMENT_BYTES) -> None:
+    Args:
+        segment_bytes: None: what the limit suggests.
+    """
+
+    def __init__(self, memory: Memory, name: str, *, limit_bytes: int, segment_bytes: int | None = None) -> None:
         self._memory, self._name, self.limit_bytes = memory, name, limit_bytes // EXTENT_ALIGNMENT_BYTES * EXTENT_ALIGNMENT_BYTES
-        self._segment_bytes = segment_bytes
+        self._segment_bytes = align_up(segment_bytes or max(LEAST_SEGMENT_BYTES, limit_bytes // MOST_SEGMENTS), EXTENT_ALIGNMENT_BYTES)
+        self._is_refused = False
         self._segments: list[_Segment] = []
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -116,7 +124,15 @@ class HostArena:
             else:
                 return None
         name = f"{self._name}[{next(self._numbers)}]"
-        tensor = self._memory.allocate(name, min(max(self._segment_bytes, num_bytes), self.limit_bytes - held))
+        try:
+            tensor = self._memory.allocate(name, min(max(self._segment_bytes, num_bytes), self.limit_bytes - held))
+        except BudgetError as error:  # of the system: our own limit was looked at
+            if not self._is_refused:
+                self._is_refused = True
+                warnings.warn(
+                    f"saved tensors stay on the device, or go to the SSD, for want of host memory: {error}", RuntimeWarning, stacklevel=2
+                )
+            return None
         self._segments.append(_Segment(name, tensor))
         return self._segments[-1]
 

@@ -13,7 +13,7 @@ Rules:
    is saved first covers at least half of it, for nothing is freed while another view holds the rest; else its span alone.
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
-6. Unpacking a record fetches those that were packed before it, nearest first, until a window's bytes have come ahead of their use.
+6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach.
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
 
 Based on SSDTrain's tensor cache (Wu et al., arXiv:2408.10013).
@@ -46,6 +46,10 @@ from overspill.activations.saved import SavedAlone, SavedView, words
 
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
+
+
+MOST_DEAD_PASSED = 64
+"""Places of dead records that a look ahead passes, before it takes them for the end of a micro-batch. Chosen."""
 
 
 class TensorCache:
@@ -128,8 +132,6 @@ class TensorCache:
             RuntimeError: the tensor was changed in place after it was packed.
             StorageError: it cannot be read, or a write to the SSD has failed.
         """
-        if self.rebuilder is not None and (stand_in := self.rebuilder.seen(saved)) is not None:
-            return stand_in
         with torch.no_grad():
             return saved if isinstance(saved, torch.Tensor) else saved.unpack()
 
@@ -269,15 +271,21 @@ class TensorCache:
         """Rule 6, for the records before `position`."""
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
-        mover = self.mover
+        mover, passed_bytes, num_dead = self.mover, 0, 0
         for index in range(min(position, len(self._moved)) - 1, -1, -1):
             record = self._moved[index]
-            if record is None or record.payload is not None or record.coming is not None or not record.num_users:
+            if record is None:
+                num_dead += 1
+                if num_dead > MOST_DEAD_PASSED:
+                    return
+                continue
+            if passed_bytes and passed_bytes + record.stored_bytes > mover.window_bytes:
+                return
+            passed_bytes += record.stored_bytes
+            if record.payload is not None or record.coming is not None or not record.weak.expired():
                 continue
             if mover.ahead_bytes and mover.ahead_bytes + record.stored_bytes > mover.window_bytes:
                 return
-            if not record.weak.expired():
-                continue
             if not mover.fetch(record, must=False, is_timed=self.rounds.timeline is not None):
                 return
             record.is_ahead = True

@@ -247,6 +247,7 @@ class OffloadActivations:
         return self._tiers.cache
 
     def _open(self) -> None:
+        self._device = device_of(self._model)  # it may have been moved since
         self._tiers = OpenTiers(self._model, self._device, self._settings, self._tiers)
         for tensor, restore in self._foreign:
             self._tiers.parameters.add(tensor, restore)

@@ -35,7 +35,8 @@ class OpenTiers:
         self.staging: HostArena | None = None
         self.ssd: SsdLane | None = None
         if settings.ssd_budget_bytes:
-            self.staging = HostArena(self.memory, "saved-tensors-staging", limit_bytes=settings.staging_bytes)
+            size = settings.staging_bytes
+            self.staging = HostArena(self.memory, "saved-tensors-staging", limit_bytes=size, segment_bytes=size)
             self.ssd = SsdLane(open_store(settings), settings.ssd_budget_bytes // 4096 * 4096, self.staging)
         self.parameters = ParameterStorages()
         self.parameters.add_model(model)

@@ -18,16 +18,15 @@ Rules:
    strides are restored, because kernels choose by them. Versions are checked, of the result and of the inputs.
 5. Where a tensor is stored already, or its op lacks an input (that of a frozen factor is not saved), it is packed like any other.
 
-How the inputs are found: `grad_fn._saved_self` makes autograd call the unpack hook, which during such a look (`looking`) gives its saved
-object away instead of the tensor.
+How the inputs are found: `grad_fn._raw_saved_self.data` is what pack returned for it, read without unpacking. What other hooks packed
+(`torch.utils.checkpoint` inside) is none of our objects, and such an op has no recipe.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,10 +34,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from overspill.activations.identity import Geometry, VersionWatch, bytes_of
-
-Saved = Any
-"""What pack returned: `SavedAlone`, `SavedView` or `SavedRebuilt`."""
-Recipe = tuple[Callable[..., torch.Tensor], tuple[Saved | None, ...]]
+from overspill.activations.saved import SavedAlone, SavedView
 
 
 class Rebuild:
@@ -114,6 +110,11 @@ class SavedRebuilt:
         return self.geometry.view(self.rebuild.span())
 
 
+Saved = SavedAlone | SavedView | SavedRebuilt
+"""What pack returned."""
+Recipe = tuple[Callable[..., torch.Tensor], tuple[Saved | None, ...]]
+
+
 class Rebuilder:
     """Finds recipes (rules 1 and 5).
 
@@ -129,7 +130,7 @@ class Rebuilder:
                 known = self._epsilons.setdefault(identity, module.eps)
                 if known != module.eps:
                     self._epsilons[identity] = None  # one weight, two norms
-        self._look = threading.local()
+        self._kinds = (SavedAlone, SavedView, SavedRebuilt)
         self._known: weakref.WeakValueDictionary[int, Rebuild] = weakref.WeakValueDictionary()
 
     def pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[SavedRebuilt, bool] | None:
@@ -148,14 +149,6 @@ class Rebuilder:
         name = f"a rebuilt tensor ({node.name()}, {base.dtype} of shape {tuple(base.shape)})"
         rebuild = self._known[storage._cdata] = Rebuild(base, recipe, name)
         return SavedRebuilt(rebuild, Geometry.of(tensor, 0)), True
-
-    def seen(self, saved: Saved) -> torch.Tensor | None:
-        """To be asked by the unpack hook: during a look, note the saved object and give a stand-in; else None."""
-        found = getattr(self._look, "found", None)
-        if found is None:
-            return None
-        found.append(saved)
-        return torch.empty(0)
 
     def forget_results(self) -> None:
         """At the end of a backward that may have kept its graph (rule 3)."""
@@ -189,11 +182,12 @@ class Rebuilder:
         return None
 
     def _layer_norm(self, node: Any) -> Recipe | None:
-        sources, bias = self._sources(node, "input", "weight"), self._sources(node, "bias")
-        if not sources:
+        sources = self._sources(node, "input", "weight")
+        bias = node._raw_saved_bias.data
+        if not sources or not (bias is None or isinstance(bias, self._kinds)):
             return None
-        alias = getattr(sources[1], "alias", None)
-        epsilon = self._epsilons.get(alias.untyped_storage()._cdata) if alias is not None else None
+        weight = sources[1]
+        epsilon = self._epsilons.get(weight.alias.untyped_storage()._cdata) if isinstance(weight, SavedAlone) else None
         if epsilon is None:
             return None
         shape = tuple(node._saved_normalized_shape)
@@ -201,27 +195,17 @@ class Rebuilder:
         def run(tensor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return nn.functional.layer_norm(tensor, shape, weight, bias, epsilon)
 
-        return run, (*sources, bias[0] if bias else None)
+        return run, (*sources, bias)
 
     def _sources(self, node: Any, *names: str) -> tuple[Saved, ...]:
-        """The saved objects of a node's inputs; none at all if one of them was not saved through the hooks."""
-        sources: list[Saved] = []
-        for name in names:
-            with self._looking() as found:
-                getattr(node, f"_saved_{name}")
-            if len(found) != 1:
-                return ()
-            sources += found
-        return tuple(sources)
+        """The saved objects of a node's inputs; none at all if one of them is not ours."""
+        sources = tuple(getattr(node, f"_raw_saved_{name}").data for name in names)
+        return sources if all(isinstance(source, self._kinds) for source in sources) else ()
 
-    @contextlib.contextmanager
-    def _looking(self) -> Iterator[list[Saved]]:
-        found: list[Saved] = []
-        self._look.found = found
-        try:
-            yield found
-        finally:
-            self._look.found = None
+
+def can_read_saved() -> bool:
+    """Whether this torch says what pack returned."""
+    return hasattr(torch._C._autograd.SavedTensor, "data")
 
 
 RECOMPUTE = ("none", "cheap")

@@ -15,7 +15,7 @@ from torch import nn
 
 from overspill.activations.amounts import Adaptive, Amount, Everything, Nothing, SsdTrain
 from overspill.activations.forms import FORMS, AsIs, Form
-from overspill.activations.rebuild import RECOMPUTE
+from overspill.activations.rebuild import RECOMPUTE, can_read_saved
 from overspill.errors import BudgetError, UnsupportedModelError
 from overspill.tiers import Store
 from overspill.tiers.block_device import is_block_device
@@ -89,6 +89,8 @@ def build_settings(
             f"recompute={recompute!r} is not known; choose one of {', '.join(map(repr, RECOMPUTE))}. For whole segments put "
             "torch.utils.checkpoint around them (its inputs are then moved like other saved tensors)"
         )
+    if recompute != "none" and not can_read_saved():
+        raise ValueError(f"recompute={recompute!r} needs a newer torch than {torch.__version__}: this one hides what a hook has packed")
     host_bytes = parse_bytes(host_budget)
     places = _places(ssd_dir)
     total = psutil.virtual_memory().total
