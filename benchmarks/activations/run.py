@@ -35,7 +35,20 @@ from overspill.units import format_bytes
 
 HEAD_SIZE = 128
 """As in SSDTrain's models."""
-MODES = ("keep", "host", "host-everything", "ssd", "ssd-everything", "save_on_cpu", "save_on_cpu-pinned")
+MODES = {
+    "keep": ("host", "nothing", "none"),
+    "rebuild": ("host", "nothing", "cheap"),
+    "host": ("host", "adaptive", "none"),
+    "host-everything": ("host", "everything", "none"),
+    "host-rebuild": ("host", "adaptive", "cheap"),
+    "host-ssdtrain": ("host", "ssdtrain", "none"),
+    "ssd": ("ssd", "adaptive", "none"),
+    "ssd-everything": ("ssd", "everything", "none"),
+    "ssd-ssdtrain": ("ssd", "ssdtrain", "none"),
+    "save_on_cpu": None,
+    "save_on_cpu-pinned": None,
+}
+"""Tier, amount and recompute; None: torch's own."""
 
 
 class GptBlock(nn.Module):
@@ -136,15 +149,16 @@ def parse() -> argparse.Namespace:
 
 def context(mode: str, model: nn.Module, options: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
     """What a mode does with saved tensors."""
-    if mode.startswith("save_on_cpu"):
+    chosen = MODES[mode]
+    if chosen is None:
         return torch.autograd.graph.save_on_cpu(pin_memory=mode.endswith("pinned"))
-    amount = "nothing" if mode == "keep" else "everything" if mode.endswith("everything") else "adaptive"
-    ssd = {"ssd_dir": options.ssd_dir, "ssd_budget": options.ssd_budget} if mode.startswith("ssd") else {}
+    tier, amount, recompute = chosen
+    ssd = {"ssd_dir": options.ssd_dir, "ssd_budget": options.ssd_budget} if tier == "ssd" else {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is on the CPU")
         return overspill.offload_activations(
             model, host_budget=options.ssd_host_budget if ssd else options.host_budget, amount=amount, min_bytes=options.min_bytes,
-            window=options.window, **ssd,
+            window=options.window, recompute=recompute, **ssd,
         )  # fmt: skip
 
 
@@ -184,6 +198,7 @@ def measure(mode: str, model: nn.Module, inputs: torch.Tensor, options: argparse
     if report is not None:
         last = report["rounds"][-1]
         line["packed_bytes"], line["moved_bytes"] = last["packed_bytes"], last["host_bytes"] + last["ssd_bytes"]
+        line["rebuilt_bytes"] = last["rebuilt_bytes"]
     return line
 
 

@@ -72,19 +72,21 @@ def assert_same(found: tuple[float, list[torch.Tensor]], expected: tuple[float, 
 TIERS = {"host": {}, "ssd": {"host_budget": "64MiB", "ssd_budget": "2GiB"}}
 
 
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
 @pytest.mark.parametrize("amount", ["everything", "adaptive", "ssdtrain"])
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("is_autocast", [False, True], ids=["bf16", "autocast"])
-def test_gradients_equal_plain_pytorch_bitwise(is_autocast: bool, tier: str, amount: str, tmp_path: Path) -> None:
+def test_gradients_equal_plain_pytorch_bitwise(is_autocast: bool, tier: str, amount: str, recompute: str, tmp_path: Path) -> None:
     model = llama(torch.float32 if is_autocast else torch.bfloat16)
     expected = [run(model, batch(seed), is_autocast=is_autocast) for seed in range(5)]
     place = {"ssd_dir": tmp_path / "ssd"} if tier == "ssd" else {}
-    with offload(model, amount=amount, **TIERS[tier], **place) as active:
+    with offload(model, amount=amount, recompute=recompute, **TIERS[tier], **place) as active:
         for seed in range(5):
             assert_same(run(model, batch(seed), is_autocast=is_autocast), expected[seed])
         report = active.report()
         assert report.pinned_bytes > 0 and report.num_live == 0
     assert (report.ssd_bytes if tier == "ssd" else report.host_bytes) > 0
+    assert (report.rebuilt_bytes > 0) == (recompute == "cheap")
     assert report.left_alone["cast_of_parameter" if is_autocast else "parameter"] > 0
 
 

@@ -24,9 +24,10 @@ def test_every_mode_writes_a_line_and_the_bound_is_a_share(tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = {line["mode"]: line for line in map(json.loads, out.read_text().splitlines())}
-    assert set(lines) == {"keep", "host", "host-everything", "ssd", "ssd-everything", "save_on_cpu"} | {"save_on_cpu-pinned"}
-    ours = [line for line in lines.values() if "packed_bytes" in line]
-    assert len(ours) == 5 and len({line["packed_bytes"] for line in ours}) == 1
+    names = ["keep", "rebuild", "host", "host-everything", "host-rebuild", "host-ssdtrain", "ssd", "ssd-everything", "ssd-ssdtrain"]
+    assert set(lines) == {*names, "save_on_cpu", "save_on_cpu-pinned"} and all("error" not in lines[name] for name in names)
+    assert len({lines[name]["packed_bytes"] + lines[name]["rebuilt_bytes"] for name in names}) == 1
+    assert lines["rebuild"]["rebuilt_bytes"] == lines["host-rebuild"]["rebuilt_bytes"] > 0 == lines["rebuild"]["moved_bytes"]
     assert lines["keep"]["moved_bytes"] == 0 < lines["host-everything"]["moved_bytes"]
     assert lines["ssd-everything"]["report"]["ssd_bytes"] > 0
     assert 0 < lines["keep"]["bound_fraction"] <= 1 and "bound:" in done.stdout
