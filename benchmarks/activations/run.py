@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ssd-dir")
     parser.add_argument("--ssd-budget", default="64GiB")
     parser.add_argument("--min-bytes", default="1MiB")
-    parser.add_argument("--window", default="128MiB")
+    parser.add_argument("--window")
     parser.add_argument("--steps", type=int, default=5, help="measured, after six that warm up and settle the amounts")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

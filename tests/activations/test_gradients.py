@@ -94,7 +94,7 @@ def test_between_two_backwards_of_one_graph_the_device_holds_little() -> None:
         loss = model(torch.randn(64, 32)).sum()
         mover = active._cache().mover
         loss.backward(retain_graph=True)
-        assert mover.device_bytes <= 2 * mover.window_bytes < 20 * 64 * 32 * 4 / 2
+        assert mover.device_bytes <= 4 * 64 * 32 * 4, "of 20 records those that were still on their way out"
         loss.backward()
         del loss
         assert mover.device_bytes == 0

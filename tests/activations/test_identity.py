@@ -253,6 +253,15 @@ def test_a_version_watch_holds_no_memory() -> None:
     assert weak.expired()
 
 
+def test_parameters_that_come_and_go_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overspill.activations.identity.LEAST_KNOWN", 50)
+    known = ParameterStorages()
+    for _ in range(1000):
+        weight = nn.Parameter(torch.randn(4))
+        assert known.holds(weight, weight.untyped_storage())
+    assert len(known._known) <= 51
+
+
 def test_a_dead_storage_is_no_parameter_even_at_the_same_address() -> None:
     known = ParameterStorages()
     for _ in range(100):

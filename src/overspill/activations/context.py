@@ -38,7 +38,7 @@ from overspill.activations.amounts import Amount
 from overspill.activations.cache import TensorCache
 from overspill.activations.forms import Form
 from overspill.activations.opened import OpenTiers
-from overspill.activations.settings import MIN_BYTES, WINDOW_BYTES, Settings, Size, build_settings, device_of, refuse_what_cannot_work
+from overspill.activations.settings import MIN_BYTES, Settings, Size, build_settings, device_of, refuse_what_cannot_work
 from overspill.spec.activations import ActivationRates, ActivationReport
 from overspill.tiers import Store
 from overspill.tiers.closing import close_after
@@ -55,7 +55,7 @@ def offload_activations(
     storage: Form | str = "as_is",
     recompute: str = "none",
     min_bytes: Size = MIN_BYTES,
-    window: Size = WINDOW_BYTES,
+    window: Size | None = None,
     open_store: Callable[[int], Store] | None = None,
 ) -> OffloadActivations:
     """A context manager in which saved tensors of `model` may leave its device. Sizes are bytes, or text such as `8GiB`.
@@ -73,7 +73,8 @@ def offload_activations(
         recompute: `none`, or `cheap`: products, SiLU, GELU and layer norms are not stored but rebuilt in backward, to the bit
             (`rebuild.py`).
         min_bytes: smaller saved tensors are left alone.
-        window: device memory that may be on its way out, and as much that may have come back early; at least two of the largest tensor.
+        window: device memory that may be on its way out, and as much that may have come back early; one tensor may always. None: two of
+            the largest tensor, from 128 MiB to 1 GiB.
         open_store: opens something else than files in `ssd_dir`, such as a `FakeStore`, for so many bytes.
 
     Raises:

@@ -45,6 +45,10 @@ _MOST_NODES = 8
 """How far a chain of them is followed. Chosen: autocast's cast and a transposition are two."""
 
 
+LEAST_KNOWN = 4096
+"""Storages of parameters, before the dead among them are looked for. Chosen."""
+
+
 def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     """[first, last + 1) byte of a strided tensor in its storage; at least one element."""
     first = int(tensor.storage_offset())
@@ -117,12 +121,12 @@ class ParameterStorages:
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[StorageWeakRef, Callable[[], torch.Tensor] | None]] = {}
+        self._forget_beyond = LEAST_KNOWN
         self._dtypes: dict[tuple[int, ...], set[torch.dtype]] = {}
         """Of the matrices, by their sorted sizes."""
 
     def add_model(self, model: nn.Module) -> None:
-        """All parameters and buffers, and forget what is dead."""
-        self._known = {cdata: entry for cdata, entry in self._known.items() if not entry[0].expired()}
+        """All parameters and buffers."""
         self.add_all(model.parameters())
         self.add_all(model.buffers())
 
@@ -145,6 +149,13 @@ class ParameterStorages:
         except (NotImplementedError, RuntimeError):  # a tensor subclass without one storage
             return
         self._known[storage._cdata] = (StorageWeakRef(storage), restore)
+        if len(self._known) > self._forget_beyond:
+            self._forget_dead()
+
+    def _forget_dead(self) -> None:
+        """Of a model that makes parameters as it goes."""
+        self._known = {cdata: entry for cdata, entry in self._known.items() if not entry[0].expired()}
+        self._forget_beyond = max(LEAST_KNOWN, 2 * len(self._known))
 
     def holds(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
         """Whether a tensor is a parameter or a view of one; a parameter that is met for the first time is added."""

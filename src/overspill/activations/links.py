@@ -14,6 +14,7 @@ Rules:
    freed memory to what compute does next, in compute's order.
 4. No thread waits for a CUDA device in here, and compute does not wait for the host.
 5. A fetch that nobody used is given up with `let_go`: the stream that owns the memory waits for the copy into it.
+6. Compute may have several streams. Memory that one of them owns and another one uses is told to torch's allocator (`record_stream`).
 
 `CudaLink` has a stream for each direction. `ThreadLink` is the same on the CPU, with a thread for each direction: all above it is the same
 code, and what a slow link does can be tried anywhere.
@@ -77,6 +78,10 @@ class Link(Protocol):
         """Let what compute does from here on wait for a copy."""
         ...
 
+    def touch(self, tensor: torch.Tensor, mark: Mark) -> None:
+        """Compute is about to use device memory that was made where `mark` is (rule 6)."""
+        ...
+
     def let_go(self, end: End) -> None:
         """The device memory that a copy in fills is about to be freed unused (rule 5); from any thread."""
         ...
@@ -128,7 +133,10 @@ class CudaLink:
         self._out, self._in = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def start_out(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[End], *, is_timed: bool) -> End:
-        return self._start(self._out, target, source, self.mark(), after, is_timed)
+        mark = self.mark()
+        if mark.stream != torch.cuda.default_stream(self._device):
+            source.record_stream(self._out)  # who knows on which stream it was made
+        return self._start(self._out, target, source, mark, after, is_timed)
 
     def start_in(self, target: torch.Tensor, source: torch.Tensor, mark: Mark, after: Sequence[End], *, is_timed: bool) -> End:
         return self._start(self._in, target, source, mark, after, is_timed)
@@ -148,6 +156,11 @@ class CudaLink:
     def hold(self, end: End) -> None:
         assert isinstance(end, _StreamEnd)
         torch.cuda.current_stream(self._device).wait_event(end.event)
+
+    def touch(self, tensor: torch.Tensor, mark: Mark) -> None:
+        stream = torch.cuda.current_stream(self._device)
+        if stream != mark.stream:
+            tensor.record_stream(stream)
 
     def let_go(self, end: End) -> None:
         assert isinstance(end, _StreamEnd)
@@ -235,6 +248,9 @@ class ThreadLink:
 
     def hold(self, end: End) -> None:
         end.wait()
+
+    def touch(self, tensor: torch.Tensor, mark: Mark) -> None:
+        """Nothing: there is one stream."""
 
     def let_go(self, end: End) -> None:
         """Nothing: the thread holds the memory until it has filled it."""

@@ -29,6 +29,12 @@ from overspill.activations.identity import bytes_of
 from overspill.activations.links import End, Link, Mark
 from overspill.activations.records import Record
 from overspill.activations.ssd_lane import SsdCopy, SsdLane, again
+from overspill.units import MIB
+
+LEAST_WINDOW_BYTES = 128 * MIB
+"""2.4 ms of a link of 55 GB/s: enough to reach from one record to the next. Chosen."""
+MOST_WINDOW_BYTES = 1024 * MIB
+"""So that a few huge tensors, such as logits, do not hold as much memory as what has left. Chosen."""
 
 
 class Mover:
@@ -37,13 +43,13 @@ class Mover:
     Args:
         host: where records rest in host memory.
         ssd: None: there is none.
-        window_bytes: device memory that may be on its way out, and as much that may have come back early. Never less than two of the
-            largest record seen.
+        window_bytes: device memory that may be on its way out, and as much that may have come back early; one record may always.
+            None: two of the largest record seen, within `LEAST_WINDOW_BYTES` and `MOST_WINDOW_BYTES`.
     """
 
-    def __init__(self, device: torch.device, link: Link, host: HostArena, ssd: SsdLane | None, *, window_bytes: int) -> None:
+    def __init__(self, device: torch.device, link: Link, host: HostArena, ssd: SsdLane | None, *, window_bytes: int | None) -> None:
         self.device, self.link, self.host, self.ssd = device, link, host, ssd
-        self._least_window_bytes = window_bytes
+        self._asked_window_bytes = window_bytes
         self._largest_bytes = 0
         self._leaving: collections.deque[Record] = collections.deque()
         self._leaving_bytes = 0
@@ -65,7 +71,9 @@ class Mover:
 
     @property
     def window_bytes(self) -> int:
-        return max(self._least_window_bytes, 2 * self._largest_bytes)
+        if self._asked_window_bytes is not None:
+            return self._asked_window_bytes
+        return max(LEAST_WINDOW_BYTES, min(2 * self._largest_bytes, MOST_WINDOW_BYTES))
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
@@ -128,7 +136,7 @@ class Mover:
             assert end is not None
             if record.num_users and not record.is_forwarded:
                 if not end.is_done:
-                    if self._leaving_bytes <= self.window_bytes:
+                    if self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1:
                         return
                     self._hold(end)
                 self._let_go(record)
@@ -160,7 +168,7 @@ class Mover:
         if staging is None:
             return False
         target = record.coming = torch.empty(record.stored_bytes, dtype=torch.uint8, device=self.device)
-        mark = self.link.mark()
+        mark = record.mark = self.link.mark()
         self._count(record.stored_bytes)
 
         def then(read: torch.Tensor) -> End:
@@ -176,7 +184,8 @@ class Mover:
         assert record.leaving is not None
         target = torch.empty(record.stored_bytes, dtype=torch.uint8, device=self.device)
         after = () if record.leaving.is_done else (record.leaving,)
-        end = self.link.start_in(target, source, self.link.mark(), after, is_timed=is_timed)
+        record.mark = self.link.mark()
+        end = self.link.start_in(target, source, record.mark, after, is_timed=is_timed)
         record.payload, record.arriving = target, end
         self._count(target.numel())
         if is_timed:
@@ -210,6 +219,8 @@ class Mover:
         if record.arriving is not None:
             self._hold(record.arriving)
             record.arriving = None
+        if record.mark is not None:
+            self.link.touch(record.payload, record.mark)
         if record.form is None or record.target is Target.KEEP:
             return record.payload
         if record.decoded is None:

@@ -11,7 +11,7 @@ from overspill.activations.amounts import Target
 from overspill.activations.arena import Range
 from overspill.activations.forms import Form
 from overspill.activations.identity import VersionWatch
-from overspill.activations.links import End
+from overspill.activations.links import End, Mark
 from overspill.activations.ssd_lane import SsdCopy
 
 
@@ -71,6 +71,8 @@ class Record:
         """Of the copy out; for good."""
         self.arriving: End | None = None
         """Of the copy in; until compute waits for it."""
+        self.mark: Mark = None
+        """Where compute was when the memory of a fetch was made."""
         self.is_only_here = True
         """Whether the device has the one copy: it is kept, or its way out has not ended or was cancelled."""
         self.is_forwarded = False

@@ -27,8 +27,6 @@ AMOUNTS: dict[str, Amount] = {"adaptive": Adaptive(), "everything": Everything()
 
 MIN_BYTES = MIB
 """A copy of less takes longer to start than to run. Chosen; SSDTrain has 2²⁰ elements."""
-WINDOW_BYTES = 128 * MIB
-"""2.4 ms of a link of 55 GB/s: enough to reach from one record to the next. Chosen."""
 STAGING_FRACTION = 0.25
 """Of the host budget, between device and SSD; the rest is where records rest. Chosen."""
 MOST_STAGING_BYTES = 4 * GIB
@@ -56,7 +54,7 @@ class Settings:
     """None: as they are."""
     is_rebuilding: bool
     min_bytes: int
-    window_bytes: int
+    window_bytes: int | None
     open_store: Callable[[int], Store] | None
 
     @property
@@ -75,7 +73,7 @@ def build_settings(
     storage: Form | str,
     recompute: str,
     min_bytes: Size,
-    window: Size,
+    window: Size | None,
     open_store: Callable[[int], Store] | None,
 ) -> Settings:
     """The settings that a person's words mean.
@@ -119,7 +117,7 @@ def build_settings(
         form=None if isinstance(form := _named("storage", storage, FORMS), AsIs) else form,
         is_rebuilding=recompute == "cheap",
         min_bytes=parse_bytes(min_bytes),
-        window_bytes=parse_bytes(window),
+        window_bytes=None if window is None else parse_bytes(window),
         open_store=open_store,
     )
 
