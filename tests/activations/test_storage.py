@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from overspill.activations.arena import HostArena, Range
 from overspill.activations.forms import AsIs, Bf16, Int8Groups
 from overspill.activations.links import ThreadEnd, ThreadLink
-from overspill.tiers import HostMemory
+from overspill.activations.ssd_lane import SsdLane
+from overspill.tiers import FakeStore, HostMemory
 
 
 @settings(max_examples=40, deadline=None)
@@ -60,8 +62,7 @@ def test_a_range_comes_with_the_work_that_still_touches_its_bytes() -> None:
     arena = HostArena(memory, "saved", limit_bytes=1 << 16, segment_bytes=1 << 16)
     first, second = arena.take(8192), arena.take(8192)
     assert first is not None and second is not None
-    under_way = ThreadEnd(8192)
-    under_way._future = __import__("concurrent.futures").futures.Future()
+    under_way, has_ended = pending(8192)
     arena.give(first, [under_way])
     arena.give(second)
     again, beyond = arena.take(4096), arena.take(16384)
@@ -69,10 +70,39 @@ def test_a_range_comes_with_the_work_that_still_touches_its_bytes() -> None:
     assert beyond is not None and beyond.after == (under_way,)
     far = arena.take(4096)
     assert far is not None and far.after == ()
-    under_way._future.set_result(None)
+    has_ended.set_result(None)
     arena.give(again)
     once_more = arena.take(4096)
     assert once_more is not None and once_more.after == ()
+
+
+def pending(num_bytes: int) -> tuple[ThreadEnd, Future]:  # type: ignore[type-arg]
+    end = ThreadEnd(num_bytes)
+    end._future = Future()
+    return end, end._future
+
+
+def test_staging_that_was_lent_goes_back_with_what_reads_it() -> None:
+    """A record that is wanted while its write waits is copied from staging; the next one to use the bytes waits for that copy."""
+    arena = HostArena(HostMemory(pin=False, budget_bytes=1 << 16), "staging", limit_bytes=1 << 16, segment_bytes=1 << 16)
+    lane = SsdLane(FakeStore(1 << 20), 1 << 20, arena)
+    staging = arena.take(1 << 16)
+    assert staging is not None
+    copy = lane.reserve(staging)
+    assert copy is not None
+    (arrived, has_arrived), (reading, has_read) = pending(1 << 16), pending(1 << 16)
+    lane.start_write(copy, arrived)
+    assert copy.lend(lambda staged: reading) is reading and arena.take(1) is None
+    has_arrived.set_result(None)
+    copy.settle()
+    assert copy.lend(lambda staged: reading) is None, "it is on the SSD alone now"
+    again = arena.take(1 << 16)
+    assert again is not None and again.after == (reading,)
+    has_read.set_result(None)
+    arena.give(again)
+    lane.free(copy, arrived)
+    assert lane.used_bytes == 0
+    lane.close()
 
 
 VALUES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=700)

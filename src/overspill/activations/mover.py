@@ -175,6 +175,7 @@ class Mover:
             record.arriving = self.link.start_in(target, read, mark, (), is_timed=is_timed)
             return record.arriving
 
+        record.is_held = False
         self.ssd.start_read(record.ssd, staging, then)
         self._under_way.append(record.ssd)
         return True
@@ -186,7 +187,7 @@ class Mover:
         after = () if record.leaving.is_done else (record.leaving,)
         record.mark = self.link.mark()
         end = self.link.start_in(target, source, record.mark, after, is_timed=is_timed)
-        record.payload, record.arriving = target, end
+        record.payload, record.arriving, record.is_held = target, end, False
         self._count(target.numel())
         if is_timed:
             self.timed_in.append(end)
@@ -216,9 +217,9 @@ class Mover:
         if record.payload is None:
             self._finish_read(record)
         assert record.payload is not None
-        if record.arriving is not None:
+        if record.arriving is not None and not record.is_held:
             self._hold(record.arriving)
-            record.arriving = None
+            record.is_held = True
         if record.mark is not None:
             self.link.touch(record.payload, record.mark)
         if record.form is None or record.target is Target.KEEP:
@@ -239,9 +240,8 @@ class Mover:
         """Let go of what was fetched; host or SSD have it still."""
         if record.is_only_here or record.payload is None:
             return
-        if record.arriving is not None:
+        if record.arriving is not None and not record.is_held:
             self.link.let_go(record.arriving)
-            record.arriving = None
         self._let_go(record)
 
     # -- ends --------------------------------------------------------------------------------------------------------
@@ -307,10 +307,9 @@ class Mover:
     def _release(self, record: Record) -> None:
         if record.coming is not None:  # read, and never wanted
             record.payload, record.coming = record.coming, None
-        if record.arriving is not None:
+        if record.arriving is not None and not record.is_held:
             self.link.let_go(record.arriving)
         ends = [end for end in (record.leaving, record.arriving) if end is not None and not end.is_done]
-        record.arriving = None
         self._let_go(record)
         if record.host is not None:
             self.host.give(record.host, ends)

@@ -70,7 +70,9 @@ class Record:
         self.leaving: End | None = None
         """Of the copy out; for good."""
         self.arriving: End | None = None
-        """Of the copy in; until compute waits for it."""
+        """Of the last copy in."""
+        self.is_held = False
+        """Whether compute waits for that copy."""
         self.mark: Mark = None
         """Where compute was when the memory of a fetch was made."""
         self.is_only_here = True
@@ -91,7 +93,7 @@ class Record:
             return Where.COMING if self.coming is not None else Where.AWAY
         if self.is_only_here:
             return Where.LEAVING
-        return Where.COMING if self.arriving is not None else Where.BACK
+        return Where.BACK if self.is_held else Where.COMING
 
     def covers(self, start: int, stop: int, dtype: torch.dtype) -> bool:
         """Whether a span of the storage can be given from this record."""
