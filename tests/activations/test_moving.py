@@ -16,7 +16,7 @@ from small_nets import assert_same_gradients, build, offload, run_step
 from torch import nn
 
 from overspill.activations.amounts import Target
-from overspill.activations.links import ThreadLink
+from overspill.activations.links import ThreadEnd, ThreadLink
 from overspill.activations.records import Where
 from overspill.activations.saved import SavedView
 from overspill.activations.ssd_lane import SsdLane
@@ -421,3 +421,44 @@ def test_every_model_trains_the_same_with_slow_and_fast_links(monkeypatch: pytes
             assert found[0] == expected[0]
             assert_same_gradients(found[1], expected[1])
     assert active.report().ssd_bytes > 0
+
+
+def test_amounts_follow_a_slow_link_from_the_third_round_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """20 ms a copy beside a forward of few: at first everything leaves and compute waits; then almost nothing does, and nobody waits."""
+
+    def slow(self, target, source, after):  # type: ignore[no-untyped-def]
+        for end in after:
+            end.wait()
+        begun = time.perf_counter()
+        time.sleep(0.02)
+        target.copy_(source)
+        self._took_s = time.perf_counter() - begun
+
+    monkeypatch.setattr(ThreadEnd, "run", slow)
+    model, step = chain_step()
+    expected = run_step(model, step)
+    with offload(model, amount="adaptive", window=2 * SIZE) as active:
+        for _ in range(4):
+            assert_same_gradients(run_step(model, step)[1], expected[1])
+    report = active.report()
+    assert [item.is_planned for item in report.rounds] == [False, False, True, True]
+    assert [item.kept_bytes for item in report.rounds[:2]] == [0, 0] and report.rounds[1].wait_s > 0.05
+    assert report.rounds[-1].kept_bytes >= 6 * SIZE and report.rounds[-1].wait_s < report.rounds[1].wait_s / 2
+    assert report.rates.d2h_bytes_per_s == pytest.approx(SIZE / 0.02, rel=0.5)
+
+
+def test_a_device_budget_makes_more_leave_than_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = ThreadEnd.run
+
+    def slow(self, target, source, after):  # type: ignore[no-untyped-def]
+        time.sleep(0.005)
+        copy(self, target, source, after)
+        self._took_s = 0.005
+
+    monkeypatch.setattr(ThreadEnd, "run", slow)
+    model, step = chain_step()
+    with offload(model, amount="adaptive", window=SIZE, device_budget=2 * SIZE) as active:
+        for _ in range(4):
+            run_step(model, step)
+    assert active.report().rounds[-1].is_planned
+    assert all(item.kept_bytes <= 2 * SIZE for item in active.report().rounds)
