@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -100,3 +102,39 @@ def offload(model: nn.Module, **settings: Any) -> OffloadActivations:
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+SIZE = 64 * 1024
+"""Bytes of each layer's saved tensor below."""
+
+
+class Chain(nn.Module):
+    """Layers that save one tensor of `SIZE` bytes each: their output."""
+
+    def __init__(self, depth: int = 8) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, depth))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = inputs
+        for scale in self.scale.unbind():
+            hidden = torch.tanh(hidden + scale)
+        return hidden.sum()
+
+
+INPUTS = torch.linspace(-2, 2, SIZE // 4)
+
+
+def chain_step(depth: int = 8) -> tuple[Chain, Callable[[], torch.Tensor]]:
+    model = Chain(depth)
+    return model, lambda: model(INPUTS)
+
+
+def assert_nothing_left(active: OffloadActivations) -> None:
+    gc.collect()
+    report = active.report()
+    assert (report.num_live, report.host_used_bytes, report.ssd_used_bytes, report.pinned_bytes) == (0, 0, 0, 0)
+    assert active._tiers.memory.allocated_bytes == 0, "all host memory went back"
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert not active._model._forward_pre_hooks
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("overspill-saved")] == []
