@@ -75,7 +75,7 @@ class ExtentFile:
         assert capacity_bytes % EXTENT_ALIGNMENT_BYTES == 0, capacity_bytes
         folder = Path(directory)
         _make_directory(folder)
-        if filesystem_of(folder) in ("tmpfs", "ramfs"):
+        if is_in_memory(folder):
             warnings.warn(
                 f"the SSD directory {folder} is in RAM ({filesystem_of(folder)}): its {format_bytes(capacity_bytes)} take host memory "
                 "that no budget counts; give an --ssd-dir on a drive",
@@ -176,6 +176,11 @@ def _make_directory(folder: Path) -> None:
             raise ValueError(f"{folder} is a file and not a directory; give another --ssd-dir")
     except OSError as error:
         raise StorageError(f"the SSD directory {folder} cannot be used ({_reason(error)}); give another --ssd-dir") from error
+
+
+def is_in_memory(folder: Path) -> bool:
+    """Whether an existing folder is on a file system that is host memory itself."""
+    return filesystem_of(folder) in ("tmpfs", "ramfs")
 
 
 def filesystem_of(folder: Path) -> str:

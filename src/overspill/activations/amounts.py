@@ -1,0 +1,243 @@
+"""How much leaves the device: pure functions from a round's measured times, the links' rates and the room there is.
+
+The bound. A byte that leaves during forward must cross the link before forward ends, or it is still there when memory is fullest. So at
+no slowdown at most B_d2h · T_forward of A bytes can leave: a share of min(1, B_d2h · T_forward / A).
+
+Three rules to choose from; each is a type:
+
+* `Everything`: whatever has room. Compute waits for the link where it must. Also what happens in a first round, before anything is known.
+* `Adaptive`: walk the records in the order in which forward made them, with the link's time beside it. A record leaves if (1) the bytes
+  that wait for the link stay within the window, so compute never waits for room, (2) its copy has ended when forward ends, (3) it can be
+  back when backward wants it. Rule 1 spreads what leaves evenly over forward instead of taking all of the first layers: the link is busy
+  as long, and the memory in flight is a window instead of a backlog.
+* `SsdTrain`: the published baseline (SSDTrain, and its artifact): go through the records in order; at record n compare the volume of
+  everything before it plus twice its own with the time from forward's start until backward wants it, taking backward for twice forward.
+  The first n that asks for more than the write rate, and all after it, stay.
+
+Where what leaves goes to: to host memory, and what host memory cannot hold to the SSD. The earliest records go to the SSD, for they are
+wanted last.
+
+`keep_bytes` is stronger than all three: what must leave does, earliest first, whatever compute then waits for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+from overspill.spec.activations import ActivationRates
+
+
+class Target(enum.StrEnum):
+    """Where a record goes."""
+
+    KEEP = "keep"
+    """It stays in the device memory in which the model made it."""
+    HOST = "host"
+    """A range of host memory, pinned where there is a GPU; the device's memory is free once the copy has ended."""
+    SSD = "ssd"
+    """A range of the SSD's file, through a range of host memory that is free again once it is written."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What one round was like, record by record in the order of forward; seconds after the first record, time in which compute waited
+    for copies taken out."""
+
+    device_bytes: tuple[int, ...]
+    stored_bytes: tuple[int, ...]
+    """What crosses the link for each; equal to `device_bytes` if records are stored as they are."""
+    packed_s: tuple[float, ...]
+    needed_s: tuple[float, ...]
+    """When backward asked for it first; infinite if it never did."""
+    forward_s: float
+    """When backward asked for the first of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Room:
+    """What there is to go to."""
+
+    host_bytes: int
+    ssd_bytes: int
+    """0: there is no SSD."""
+    staging_bytes: int
+    """Host memory on the way to and from the SSD."""
+    window_bytes: int
+    """Device memory that may be on its way out, or have come back early."""
+    keep_bytes: int | None
+    """Most bytes that may stay on the device; None: all of them."""
+
+
+class Amount(Protocol):
+    """A rule that says which records leave."""
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether rounds have to be measured for it."""
+        ...
+
+    @property
+    def leaves_unmeasured(self) -> bool:
+        """Whether records leave while nothing is measured."""
+        ...
+
+    def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
+        """For each record whether it leaves the device."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Everything:
+    """All records leave, as far as host memory and SSD have room."""
+
+    @property
+    def needs_profile(self) -> bool:
+        return False
+
+    @property
+    def leaves_unmeasured(self) -> bool:
+        return True
+
+    def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
+        return [True] * len(profile.device_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nothing:
+    """All records stay: what plain PyTorch does, for comparison."""
+
+    @property
+    def needs_profile(self) -> bool:
+        return False
+
+    @property
+    def leaves_unmeasured(self) -> bool:
+        return False
+
+    def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
+        return [False] * len(profile.device_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SsdTrain:
+    """SSDTrain's rule, with single records for its modules."""
+
+    @property
+    def needs_profile(self) -> bool:
+        return True
+
+    @property
+    def leaves_unmeasured(self) -> bool:
+        return True
+
+    def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
+        rate = (rates.ssd_write_bytes_per_s if room.ssd_bytes else None) or rates.d2h_bytes_per_s
+        if rate is None:
+            return [True] * len(profile.device_bytes)
+        volume = 0
+        for index, size in enumerate(profile.stored_bytes):
+            window_s = 3 * profile.forward_s - 2 * profile.packed_s[index]
+            if window_s <= 0 or (volume + 2 * size) / window_s > rate:
+                return [other < index for other in range(len(profile.stored_bytes))]
+            volume += size
+        return [True] * len(profile.stored_bytes)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """As much as costs no time, by measured times and rates (rules 1 to 3 of this file)."""
+
+    @property
+    def needs_profile(self) -> bool:
+        return True
+
+    @property
+    def leaves_unmeasured(self) -> bool:
+        return True
+
+    def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
+        out, back = rates.d2h_bytes_per_s, rates.h2d_bytes_per_s or rates.d2h_bytes_per_s
+        if out is None or back is None:
+            return [True] * len(profile.device_bytes)
+        free_s = 0.0
+        chosen = []
+        for size, packed_s in zip(profile.stored_bytes, profile.packed_s, strict=True):
+            begin_s = max(free_s, packed_s)
+            waiting_bytes = (begin_s - packed_s) * out + size
+            end_s = begin_s + size / out
+            fits = waiting_bytes <= max(room.window_bytes, size) and end_s <= profile.forward_s
+            chosen.append(fits)
+            if fits:
+                free_s = end_s
+        return _those_back_in_time(profile, chosen, back, room.window_bytes)
+
+
+def _those_back_in_time(profile: Profile, chosen: Sequence[bool], rate: float, window_bytes: int) -> list[bool]:
+    """Rule 3: go through backward; a fetch begins when the link is free and what came early fits the window."""
+    order = sorted((index for index, leaves in enumerate(chosen) if leaves), key=lambda index: profile.needed_s[index])
+    kept_back: list[tuple[float, int]] = []  # (when it is used, bytes) of those accepted, in this order
+    result = list(chosen)
+    free_s, first = profile.forward_s, 0
+    ahead_bytes = 0
+    for index in order:
+        size = profile.device_bytes[index]
+        begin_s = free_s
+        while ahead_bytes + size > window_bytes and first < len(kept_back):
+            used_s, used_bytes = kept_back[first]
+            begin_s, ahead_bytes, first = max(begin_s, used_s), ahead_bytes - used_bytes, first + 1
+        end_s = begin_s + profile.stored_bytes[index] / rate
+        if end_s > profile.needed_s[index]:
+            result[index] = False
+            continue
+        free_s = end_s
+        ahead_bytes += size
+        kept_back.append((profile.needed_s[index], size))
+    return result
+
+
+def decide_targets(amount: Amount, profile: Profile, rates: ActivationRates, room: Room) -> tuple[Target, ...]:
+    """Where each record of a round like `profile` goes."""
+    leaves = amount.leaves(profile, rates, room)
+    if room.keep_bytes is not None:
+        kept_bytes = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if not is_moved)
+        for index, size in enumerate(profile.device_bytes):
+            if kept_bytes <= room.keep_bytes:
+                break
+            if not leaves[index]:
+                leaves[index] = True
+                kept_bytes -= size
+    return _place(profile, leaves, rates, room)
+
+
+def _place(profile: Profile, leaves: Sequence[bool], rates: ActivationRates, room: Room) -> tuple[Target, ...]:
+    """Host memory or SSD for those that leave; the earliest to the SSD, as many as host memory has no room for."""
+    too_much = sum(size for size, is_moved in zip(profile.stored_bytes, leaves, strict=True) if is_moved) - room.host_bytes
+    ssd_free_bytes = min(too_much, room.ssd_bytes) if too_much > 0 else 0
+    must = room.keep_bytes is not None
+    lane_s, host_bytes, targets = 0.0, 0, []
+    for size, packed_s, is_moved in zip(profile.stored_bytes, profile.packed_s, leaves, strict=True):
+        if not is_moved:
+            targets.append(Target.KEEP)
+            continue
+        begin_s = max(lane_s, packed_s)
+        rate = rates.ssd_write_bytes_per_s or math.inf
+        is_in_time = (begin_s - packed_s) * rate + size <= room.staging_bytes if rate < math.inf else True
+        if ssd_free_bytes > 0 and size <= room.staging_bytes and (is_in_time or must):
+            targets.append(Target.SSD)
+            ssd_free_bytes -= size
+            lane_s = begin_s + size / rate
+        elif host_bytes + size <= room.host_bytes:
+            targets.append(Target.HOST)
+            host_bytes += size
+        else:
+            targets.append(Target.KEEP)
+    return tuple(targets)
+
+
+def most_without_slowdown(*, device_bytes: int, forward_s: float, d2h_bytes_per_s: float) -> float:
+    """The bound of this file: the share of a forward's activations that can leave while it runs."""
+    return min(1.0, d2h_bytes_per_s * forward_s / device_bytes) if device_bytes else 1.0

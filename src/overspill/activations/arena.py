@@ -1,0 +1,145 @@
+"""Ranges of host memory for saved tensors, lent from segments that are pinned once.
+
+A saved tensor's size changes with every batch's length, so slots of exact size classes would be pinned and unpinned all the time. Lifetimes
+however are those of a stack (what forward saves last, backward drops first), which first fit in one address range serves with next to no
+fragmentation: a round takes its ranges from the front of the first segment, and leaves all free.
+
+Rules:
+
+1. A segment is allocated when no other has room, and is kept: pinning costs (`tiers/pinned.py`). Only a request that fits nowhere frees
+   segments that are empty.
+2. A range is the borrower's until `give`. It may be given back with work that still touches it; whoever gets any of the same bytes next
+   gets that work too (`Range.after`), and lets whatever touches the bytes wait for it.
+3. `take` never waits and never raises for want of room: it says None.
+
+Thread-safe: the SSD's threads give ranges back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import warnings
+from collections.abc import Iterable
+
+import torch
+
+from overspill.activations.links import End
+from overspill.errors import BudgetError
+from overspill.tiers import Memory
+from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES, ExtentTable
+from overspill.units import MIB, align_up
+
+LEAST_SEGMENT_BYTES = 256 * MIB
+"""Grown by at least this much at a time: 0.1 s of pinning. Chosen."""
+MOST_SEGMENTS = 16
+"""Of which an arena of its full size consists, so that large tensors find room beside small ones. Chosen."""
+
+
+class _Segment:
+    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+        self.name, self.tensor = name, tensor
+        self.table = ExtentTable(tensor.numel())
+        self.pending: list[tuple[int, int, End]] = []
+
+
+class Range:
+    """Borrowed bytes (rule 2)."""
+
+    __slots__ = ("_segment", "_name", "after", "num_bytes", "tensor")
+
+    def __init__(self, segment: _Segment, name: str, tensor: torch.Tensor, after: tuple[End, ...]) -> None:
+        self._segment, self._name, self.tensor, self.after = segment, name, tensor, after
+        self.num_bytes = align_up(tensor.numel(), EXTENT_ALIGNMENT_BYTES)
+        """What it takes of its arena."""
+
+
+class HostArena:
+    """Ranges in at most `limit_bytes` of one memory.
+
+    Args:
+        segment_bytes: None: what the limit suggests.
+    """
+
+    def __init__(self, memory: Memory, name: str, *, limit_bytes: int, segment_bytes: int | None = None) -> None:
+        self._memory, self._name, self.limit_bytes = memory, name, limit_bytes // EXTENT_ALIGNMENT_BYTES * EXTENT_ALIGNMENT_BYTES
+        self._segment_bytes = align_up(segment_bytes or max(LEAST_SEGMENT_BYTES, limit_bytes // MOST_SEGMENTS), EXTENT_ALIGNMENT_BYTES)
+        self._is_refused = False
+        self._segments: list[_Segment] = []
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self.used_bytes = 0
+        self.peak_bytes = 0
+
+    def take(self, num_bytes: int) -> Range | None:
+        """A range of `num_bytes`, on a page; None: there is no room."""
+        with self._lock:
+            for segment in self._segments:
+                if segment.table.free_bytes >= num_bytes and (found := self._cut(segment, num_bytes)) is not None:
+                    return found
+            grown = self._grow(align_up(num_bytes, EXTENT_ALIGNMENT_BYTES))
+            return self._cut(grown, num_bytes) if grown is not None else None
+
+    def give(self, item: Range, after: Iterable[End] = ()) -> None:
+        """Take a range back, with the work that still touches it."""
+        with self._lock:
+            segment = item._segment
+            extent = segment.table.find(item._name)
+            segment.table.free(item._name)
+            segment.pending = [entry for entry in segment.pending if not entry[2].is_done]
+            segment.pending += [(extent.offset, extent.end, end) for end in after if not end.is_done]
+            self.used_bytes -= item.num_bytes
+
+    def close(self) -> None:
+        """Free all. Nothing is lent, unless Ctrl-C came between a range and its record; no copy may be under way."""
+        with self._lock:
+            for segment in self._segments:
+                self._drop(segment)
+            self._segments = []
+
+    def _cut(self, segment: _Segment, num_bytes: int) -> Range | None:
+        name = str(next(self._numbers))
+        try:
+            extent = segment.table.allocate(name, num_bytes)
+        except BudgetError:
+            return None
+        after = tuple(end for start, stop, end in segment.pending if start < extent.end and stop > extent.offset and not end.is_done)
+        found = Range(segment, name, segment.tensor[extent.offset : extent.offset + num_bytes], after)
+        self.used_bytes += found.num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return found
+
+    def _grow(self, num_bytes: int) -> _Segment | None:
+        """A new segment; where there is no room for one, empty segments go first (rule 1)."""
+        held = sum(segment.tensor.numel() for segment in self._segments)
+        if held + num_bytes > self.limit_bytes:
+            if self.used_bytes + num_bytes > self.limit_bytes:
+                return None
+            for segment in [segment for segment in self._segments if segment.table.allocated_bytes == 0]:
+                self._segments.remove(segment)
+                held -= segment.tensor.numel()
+                self._drop(segment)
+                if held + num_bytes <= self.limit_bytes:
+                    break
+            else:
+                return None
+        name = f"{self._name}[{next(self._numbers)}]"
+        try:
+            tensor = self._memory.allocate(name, min(max(self._segment_bytes, num_bytes), self.limit_bytes - held))
+        except BudgetError as error:  # of the system: our own limit was looked at
+            if not self._is_refused:
+                self._is_refused = True
+                warnings.warn(
+                    f"saved tensors stay on the device, or go to the SSD, for want of host memory: {error}", RuntimeWarning, stacklevel=2
+                )
+            return None
+        self._segments.append(_Segment(name, tensor))
+        return self._segments[-1]
+
+    def _drop(self, segment: _Segment) -> None:
+        for _, _, end in segment.pending:
+            end.wait()
+        self._memory.free(segment.name)
+
+
+__all__ = ["HostArena", "Range"]

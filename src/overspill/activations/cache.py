@@ -1,0 +1,391 @@
+"""The tensor cache: what autograd's two hooks do with every saved tensor.
+
+Pack decides once: leave it alone, or make it a view of a record (new, or one that is there already), which stays or leaves. What pack
+returns is a *saved* object that autograd holds for exactly as long as it may unpack; when the last one of a record dies, all of the record
+goes. So nothing needs to be told when a graph is done, kept (`retain_graph`), dropped by an exception, or built twice (double backward).
+
+Rules:
+
+1. Every saved tensor has its version checked when it is unpacked, also one that is left alone: with hooks active nobody else does.
+2. No saved object refers to the tensor that was packed, only to a detached alias or to bytes: an output that knows its own graph would keep
+   it alive for ever.
+3. Views of one storage are views of one record, as long as the version is the same. A record takes the whole storage where the view that
+   is saved first covers at least half of it, for nothing is freed while another view holds the rest; else its span alone.
+4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
+5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
+6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach.
+7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
+
+Based on SSDTrain's tensor cache (Wu et al., arXiv:2408.10013).
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+from collections.abc import Callable
+
+import torch
+
+from overspill.activations.amounts import Target
+from overspill.activations.forms import Form
+from overspill.activations.identity import (
+    ALIGNMENT_BYTES,
+    Geometry,
+    ParameterStorages,
+    VersionWatch,
+    byte_span,
+    bytes_of,
+)
+from overspill.activations.links import THREAD_PREFIX
+from overspill.activations.mover import Mover
+from overspill.activations.rebuild import Rebuilder, SavedRebuilt
+from overspill.activations.records import Record
+from overspill.activations.rounds import Rounds
+from overspill.activations.saved import SavedAlone, SavedView, words
+
+MOST_DEAD = 4096
+"""Places of dead records that a round keeps. Chosen: more than a step has."""
+
+
+MOST_DEAD_PASSED = 64
+"""Places of dead records that a look ahead passes, before it takes them for the end of a micro-batch. Chosen."""
+
+
+class TensorCache:
+    """Packs and unpacks; thread-safe, for backward has threads of its own.
+
+    Args:
+        min_bytes: smaller saved tensors are left alone.
+        form: how records are stored; None: as they are.
+        rebuilder: None: nothing is rebuilt.
+    """
+
+    def __init__(
+        self,
+        mover: Mover,
+        parameters: ParameterStorages,
+        rounds: Rounds,
+        *,
+        min_bytes: int,
+        form: Form | None,
+        rebuilder: Rebuilder | None = None,
+    ) -> None:
+        self.mover, self.parameters, self.rounds, self.rebuilder = mover, parameters, rounds, rebuilder
+        self._min_bytes, self._form = min_bytes, form
+        self.device = mover.device
+        self._lock = threading.Lock()
+        self._dead: collections.deque[Record] = collections.deque()
+        self._by_storage: dict[int, list[Record]] = {}
+        self._moved: list[Record | None] = []
+        """Records that left, of this round, in the order in which they were packed; None: dead."""
+        self._micro_batch = 0
+        self._ends: dict[int, int] = {}
+        """Where in `_moved` the records of each micro-batch of this round end."""
+        self._fetched: dict[Record, None] = {}
+        """What was fetched and is alive, for the end of a backward that keeps its graph."""
+        self._backward_id = -1
+        self.num_live = 0
+        self.num_packed = 0
+        """Records of this micro-batch so far."""
+        self._when_empty: Callable[[], None] | None = None
+        """Called once the last record has died, if set."""
+
+    # -- the hooks ---------------------------------------------------------------------------------------------------
+
+    def pack(self, tensor: torch.Tensor) -> SavedAlone | SavedView | SavedRebuilt | torch.Tensor:
+        """Autograd's pack hook.
+
+        Raises:
+            StorageError: a write to the SSD has failed.
+        """
+        if torch.compiler.is_compiling():
+            return tensor
+        with torch.no_grad():
+            reason, storage = self._reason_to_leave(tensor)
+            if reason is not None:
+                self.rounds.tally.left_alone[reason] += 1
+                restore = self.parameters.restorer(storage) if storage is not None else None
+                return SavedAlone(tensor, restore)
+            assert storage is not None
+            if self.rebuilder is not None and not self._is_stored(tensor, storage):
+                rebuilt = self.rebuilder.pack(tensor, storage)
+                if rebuilt is not None:
+                    if rebuilt[1]:
+                        self.rounds.tally.note_rebuilt(rebuilt[0].rebuild.num_bytes)
+                    return rebuilt[0]
+            try:
+                with self._lock:
+                    self._look_around()
+                    record = self._find(tensor, storage) or self._make(tensor, storage)
+                    geometry = Geometry.of(tensor, record.start)
+                    record.num_users += 1
+                    self.mover.drop_left()
+                    return SavedView(self, record, geometry)
+            finally:
+                self._burial()
+
+    def unpack(self, saved: SavedAlone | SavedView | SavedRebuilt | torch.Tensor) -> torch.Tensor:
+        """Autograd's unpack hook.
+
+        Raises:
+            RuntimeError: the tensor was changed in place after it was packed.
+            StorageError: it cannot be read, or a write to the SSD has failed.
+        """
+        with torch.no_grad():
+            return saved if isinstance(saved, torch.Tensor) else saved.unpack()
+
+    def bring(self, record: Record, geometry: Geometry) -> torch.Tensor:
+        """A view of a record, on the device and ready for compute."""
+        try:
+            with self._lock:
+                self._look_around()
+                record.watch.check(record.name)
+                if self.rounds.timeline is not None:
+                    self.rounds.timeline.need(record)
+                span = self._on_device(record)
+                self._prefetch(record.position)
+                return geometry.view(span)
+        finally:
+            self._burial()
+
+    def bury(self, record: Record) -> None:
+        """A view of a record has died (rule 7); from any thread, at any time."""
+        self._dead.append(record)
+        if not threading.current_thread().name.startswith(THREAD_PREFIX):  # which would wait for itself
+            self._burial()
+
+    def _look_around(self) -> None:
+        """What every hook does first."""
+        self.mover.raise_failure()
+        self.mover.reap()
+
+    # -- packing -----------------------------------------------------------------------------------------------------
+
+    def _reason_to_leave(self, tensor: torch.Tensor) -> tuple[str | None, torch.UntypedStorage | None]:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+            return "unsupported", None
+        if tensor.device != self.device:
+            return "other_device", None
+        storage = tensor.untyped_storage()
+        if self.parameters.holds(tensor, storage):
+            return "parameter", storage
+        if tensor.numel() == 0 or min(tensor.numel() * tensor.itemsize, storage.nbytes()) < self._min_bytes:
+            return "small", storage
+        if self.parameters.is_cast(tensor):
+            return "cast_of_parameter", storage
+        if torch._C._current_graph_task_id() != -1:
+            return "in_backward", storage
+        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or tensor.is_inference():
+            return "unsupported", storage
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return "capturing", storage
+        return None, storage
+
+    def _find(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Record | None:
+        """A record that covers the tensor in the version that it has now (rule 3)."""
+        start, stop = byte_span(tensor)
+        for record in self._by_storage.get(storage._cdata, ()):
+            if record.covers(start, stop, tensor.dtype) and record.watch.version == record.watch.now == tensor._version:
+                return record
+        return None
+
+    def _is_stored(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
+        with self._lock:
+            return self._find(tensor, storage) is not None
+
+    def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Record:
+        if self.num_live == 0:
+            self._begin_round()
+        elif len(self._moved) > 2 * self.num_live + MOST_DEAD:
+            self._compact()
+        start, stop = byte_span(tensor)
+        form = self._form_of(tensor, stop - start)
+        if form is None and 2 * (stop - start) >= storage.nbytes():
+            start, stop = 0, storage.nbytes()
+        elif form is None:
+            start -= start % ALIGNMENT_BYTES
+        index, self.num_packed = self.num_packed, self.num_packed + 1
+        record = Record(
+            index=index, position=len(self._moved), storage=storage, start=start, stop=stop, dtype=tensor.dtype, form=form,
+            watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
+        )  # fmt: skip
+        try:
+            self._send(record, storage)
+        except BaseException:  # Ctrl-C, or no memory: nobody will have a view of it
+            self.mover.release(record)
+            raise
+        self._by_storage.setdefault(record.cdata, []).append(record)
+        self.num_live += 1
+        self.rounds.tally.note_packed(record)
+        return record
+
+    def _form_of(self, tensor: torch.Tensor, span_bytes: int) -> Form | None:
+        """The form to store it in; None: as it is."""
+        form = self._form
+        is_dense = tensor.numel() * tensor.itemsize == span_bytes
+        return form if form is not None and is_dense and form.applies(tensor.dtype) else None
+
+    def _send(self, record: Record, storage: torch.UntypedStorage) -> None:
+        """Keep it, or start its way out."""
+        target, timeline = self.rounds.target(record.index), self.rounds.timeline
+        if target is Target.KEEP:
+            record.form = None
+            self.mover.keep(record, storage)
+        else:
+            may_wait = self.rounds.may_wait(record)
+            self.mover.leave(record, storage, target, may_wait=may_wait, is_timed=timeline is not None)
+        if record.target is not Target.KEEP:
+            self._moved.append(record)
+        self._ends[self._micro_batch] = len(self._moved)
+        if timeline is not None:
+            timeline.pack(record)
+
+    # -- unpacking ---------------------------------------------------------------------------------------------------
+
+    def _on_device(self, record: Record) -> torch.Tensor:
+        """Its bytes, ready for what compute does next."""
+        self.mover.forward(record)
+        if record.payload is None and record.coming is None:
+            alive = self._look_up(record)
+            if alive is not None:
+                return alive
+            self._note_backward()
+            self.mover.fetch(record, must=True, is_timed=self.rounds.timeline is not None)
+            self._fetched[record] = None
+        if record.is_ahead:
+            record.is_ahead = False
+            self.mover.ahead_bytes -= record.stored_bytes
+        return self.mover.arrive(record)
+
+    def _look_up(self, record: Record) -> torch.Tensor | None:
+        """Rule 5: the storage itself, if it lives; a lossy record is always given in its form."""
+        if record.form is not None:
+            return None
+        storage = torch.UntypedStorage._new_with_weak_ptr(record.weak.cdata)
+        if storage is None or storage.nbytes() < record.stop:
+            return None
+        return bytes_of(storage, record.start, record.stop)
+
+    def _prefetch(self, position: int) -> None:
+        """Rule 6, for the records before `position`."""
+        if torch._C._current_graph_task_id() != -1:
+            self._note_backward()
+        mover, passed_bytes, num_dead = self.mover, 0, 0
+        for index in range(min(position, len(self._moved)) - 1, -1, -1):
+            record = self._moved[index]
+            if record is None:
+                num_dead += 1
+                if num_dead > MOST_DEAD_PASSED:
+                    return
+                continue
+            if passed_bytes and passed_bytes + record.stored_bytes > mover.window_bytes:
+                return
+            passed_bytes += record.stored_bytes
+            if record.payload is not None or record.coming is not None or not record.weak.expired():
+                continue
+            if mover.ahead_bytes and mover.ahead_bytes + record.stored_bytes > mover.window_bytes:
+                return
+            if not mover.fetch(record, must=False, is_timed=self.rounds.timeline is not None):
+                return
+            record.is_ahead = True
+            mover.ahead_bytes += record.stored_bytes
+            self._fetched[record] = None
+
+    def prefetch_last(self, micro_batch: int | None = None) -> None:
+        """Begin as the first unpack of a micro-batch's backward would; None: of the one that was packed last.
+
+        Raises:
+            ValueError: nothing was packed for that micro-batch.
+        """
+        with self._lock:
+            if micro_batch is not None and micro_batch not in self._ends:
+                known = ", ".join(map(str, self._ends)) or "none"
+                raise ValueError(f"micro-batch {micro_batch} has no saved tensors in this round; those that have: {known}")
+            self._prefetch(self._ends[micro_batch] if micro_batch is not None else len(self._moved))
+
+    def _note_backward(self) -> None:
+        """At the end of this backward, let go of what was fetched and still lives: its graph is kept for another one."""
+        task = torch._C._current_graph_task_id()
+        if task in (-1, self._backward_id):
+            return
+        self._backward_id = task
+        torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        if self.rebuilder is not None:
+            self.rebuilder.forget_results()
+        with self._lock:
+            self._backward_id = -1
+            for record in self._fetched:
+                if record.coming is not None or record.is_ahead:
+                    continue  # of a micro-batch whose backward is yet to come
+                self.mover.leave_again(record)
+            self._fetched = {record: None for record in self._fetched if record.payload is not None or record.coming is not None}
+        self._burial()
+
+    # -- lifetimes ---------------------------------------------------------------------------------------------------
+
+    def _burial(self) -> None:
+        """Release the records whose last view has died; not while another one is at it (rule 7)."""
+        while self._dead and self._lock.acquire(blocking=False):
+            try:
+                while self._dead:
+                    record = self._dead.popleft()
+                    record.num_users -= 1
+                    if record.num_users == 0:
+                        self._release(record)
+                is_empty = self.num_live == 0
+            finally:
+                self._lock.release()
+            if is_empty and self._when_empty is not None:
+                when_empty, self._when_empty = self._when_empty, None
+                when_empty()
+
+    def _release(self, record: Record) -> None:
+        same = self._by_storage[record.cdata]
+        same.remove(record)
+        if not same:
+            del self._by_storage[record.cdata]
+        if record.target is not Target.KEEP:
+            self._moved[record.position] = None
+        self._fetched.pop(record, None)
+        self.mover.release(record)
+        self.num_live -= 1
+        if self.num_live == 0:
+            self.rounds.end()
+
+    def _compact(self) -> None:
+        """Forget the dead of a round that does not end, as when somebody holds a graph for ever."""
+        before = [0]
+        for record in self._moved:
+            before.append(before[-1] + (record is not None))
+        for record in (record for same in self._by_storage.values() for record in same):
+            record.position = before[record.position]
+        self._ends = {number: before[end] for number, end in list(self._ends.items())[-MOST_DEAD:]}
+        self._moved = [record for record in self._moved if record is not None]
+
+    # -- rounds ------------------------------------------------------------------------------------------------------
+
+    def _begin_round(self) -> None:
+        self._moved.clear()
+        self._ends.clear()
+        self.num_packed = 0
+        self.rounds.begin()
+
+    def close_when_empty(self, close: Callable[[], None]) -> None:
+        """Call `close` as soon as no record is alive: now, or when the last one dies."""
+        self._burial()
+        with self._lock:
+            self.mover.reap(wait=True)
+            is_empty = self.num_live == 0
+            if not is_empty:
+                self._when_empty = close
+        if is_empty:
+            close()
+
+    def next_micro_batch(self, number: int | None = None) -> None:
+        """What is packed from here on belongs to another micro-batch than before; None: the one after it."""
+        with self._lock:
+            self._micro_batch = number if number is not None else self._micro_batch + 1
+            self.num_packed = 0

@@ -1,0 +1,212 @@
+"""Recomputation, op by op: a saved tensor that follows cheaply from others that are saved anyway is not stored but rebuilt.
+
+Autograd saves a product's factors, an activation's input, a layer norm's input; and the linear layer behind them saves the result
+again, in the largest size there is. The result is dropped here: what is packed is a *recipe*, the op and the saved objects of its inputs,
+and unpack runs the op on what they unpack to, which may be recipes in turn. Of Llama's MLP, down(silu(gate) * up):
+
+    gate (saved by SiLU) and up (by the product)     silu(gate) (saved by the product)     the product (saved by the linear)
+    stored                                           rebuilt                               rebuilt
+
+Rules:
+
+1. Only ops whose result follows from their saved inputs alone, without random numbers, bit for bit: products of two tensors, SiLU, GELU,
+   layer norms of the model's own modules, and a cast behind one of these. None of them is slower than copying its result.
+2. The inputs are held by the op's own node anyway, which backward runs after all that use the result. So a recipe holds no memory of its
+   own. It holds the inputs' saved objects, not the node: what happens to the graph is no matter to it.
+3. The result of several saved views is rebuilt once, and let go with the last of them, or at the end of a backward that keeps its graph.
+4. A recipe runs without autocast, for its inputs have been cast already. Its result must have the shape, dtype and device that was saved;
+   strides are restored, because kernels choose by them. Versions are checked, of the result and of the inputs.
+5. Where a tensor is stored already, or its op lacks an input (that of a frozen factor is not saved), it is packed like any other.
+
+How the inputs are found: `grad_fn._raw_saved_self.data` is what pack returned for it, read without unpacking. What other hooks packed
+(`torch.utils.checkpoint` inside) is none of our objects, and such an op has no recipe.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from overspill.activations.identity import Geometry, VersionWatch, bytes_of
+from overspill.activations.saved import SavedAlone, SavedView
+
+
+class Rebuild:
+    """One result and its recipe, shared by all saved views of it (rule 3)."""
+
+    def __init__(self, base: torch.Tensor, recipe: Recipe, name: str) -> None:
+        self.weak = StorageWeakRef(base.untyped_storage())
+        self.num_bytes = base.untyped_storage().nbytes()
+        self._like = (base.shape, base.stride(), base.dtype, base.device)
+        self._watch = VersionWatch(base)
+        self._run, self._sources = recipe
+        self._name = name
+        self._value: torch.Tensor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        return self._like[3]
+
+    def is_of(self, version: int) -> bool:
+        """Whether a tensor of its storage that has this version now is what would be rebuilt."""
+        return self._watch.version == self._watch.now == version
+
+    def span(self) -> torch.Tensor:
+        """The result's bytes.
+
+        Raises:
+            RuntimeError: the result or an input was changed in place, or the op gives something else than what was saved.
+        """
+        self._watch.check(self._name)
+        with self._lock:
+            if self._value is None:
+                self._value = self._rebuild()
+            return self._value
+
+    def forget(self) -> None:
+        """Let go of the result; it can be rebuilt again."""
+        with self._lock:
+            self._value = None
+
+    def _rebuild(self) -> torch.Tensor:
+        alive = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
+        if alive is not None and alive.nbytes() == self.num_bytes:
+            return bytes_of(alive, 0, self.num_bytes)
+        shape, stride, dtype, device = self._like
+        with torch.autocast(device.type, enabled=False):
+            result = self._run(*(source.unpack() if source is not None else None for source in self._sources))
+        if (result.shape, result.dtype, result.device) != (shape, dtype, device):
+            raise RuntimeError(
+                f"{self._name} was {dtype} of shape {tuple(shape)} on {device} when it was saved, and rebuilding it gave {result.dtype} of "
+                f"shape {tuple(result.shape)} on {result.device}; leave recompute at 'none' for this model"
+            )
+        if result.stride() != stride or result.storage_offset() or result.untyped_storage().nbytes() != self.num_bytes:
+            whole = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
+            torch.empty(0, dtype=dtype, device=device).set_(whole.untyped_storage(), 0, shape, stride).copy_(result)
+            return whole
+        return bytes_of(result.untyped_storage(), 0, self.num_bytes)
+
+
+class SavedRebuilt:
+    """A saved tensor that is a view of a rebuilt result."""
+
+    __slots__ = ("geometry", "rebuild")
+
+    def __init__(self, rebuild: Rebuild, geometry: Geometry) -> None:
+        self.rebuild, self.geometry = rebuild, geometry
+
+    @property
+    def device(self) -> torch.device:
+        return self.rebuild.device
+
+    def unpack(self) -> torch.Tensor:
+        return self.geometry.view(self.rebuild.span())
+
+
+Saved = SavedAlone | SavedView | SavedRebuilt
+"""What pack returned."""
+Recipe = tuple[Callable[..., torch.Tensor], tuple[Saved | None, ...]]
+
+
+class Rebuilder:
+    """Finds recipes (rules 1 and 5).
+
+    Args:
+        model: whose layer norms are known by their weights; autograd does not save their epsilon.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._epsilons: dict[int, float | None] = {}
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm) and module.weight is not None:
+                identity = getattr(module.weight, "_local_tensor", module.weight).untyped_storage()._cdata
+                known = self._epsilons.setdefault(identity, module.eps)
+                if known != module.eps:
+                    self._epsilons[identity] = None  # one weight, two norms
+        self._kinds = (SavedAlone, SavedView, SavedRebuilt)
+        self._known: weakref.WeakValueDictionary[int, Rebuild] = weakref.WeakValueDictionary()
+
+    def pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[SavedRebuilt, bool] | None:
+        """A saved object that rebuilds the tensor, and whether its result is new; None: it has no recipe."""
+        base = tensor._base if tensor._is_view() else tensor
+        assert base is not None
+        known = self._known.get(storage._cdata)
+        if known is not None and known.is_of(tensor._version):
+            return SavedRebuilt(known, Geometry.of(tensor, 0)), False
+        node = base.grad_fn
+        if node is None or base.output_nr != 0 or base.storage_offset() != 0 or type(base) is not torch.Tensor:
+            return None
+        recipe = self._recipe_of(node, base)
+        if recipe is None or any(source is not None and source.device != base.device for source in recipe[1]):
+            return None
+        name = f"a rebuilt tensor ({node.name()}, {base.dtype} of shape {tuple(base.shape)})"
+        rebuild = self._known[storage._cdata] = Rebuild(base, recipe, name)
+        return SavedRebuilt(rebuild, Geometry.of(tensor, 0)), True
+
+    def forget_results(self) -> None:
+        """At the end of a backward that may have kept its graph (rule 3)."""
+        for rebuild in list(self._known.values()):
+            rebuild.forget()
+
+    def _recipe_of(self, node: Any, result: torch.Tensor) -> Recipe | None:
+        if node.name() == "ToCopyBackward0":
+            inner, number = node.next_functions[0]
+            found = self._direct_recipe(inner) if inner is not None and number == 0 else None
+            if found is None:
+                return None
+            run, sources = found
+            dtype = result.dtype
+            return (lambda *tensors: run(*tensors).to(dtype)), sources
+        return self._direct_recipe(node)
+
+    def _direct_recipe(self, node: Any) -> Recipe | None:
+        match node.name():
+            case "MulBackward0":
+                sources = self._sources(node, "self", "other")
+                return (torch.mul, sources) if sources else None
+            case "SiluBackward0":
+                sources = self._sources(node, "self")
+                return (nn.functional.silu, sources) if sources else None
+            case "GeluBackward0":
+                sources, approximate = self._sources(node, "self"), node._saved_approximate
+                return ((lambda tensor: nn.functional.gelu(tensor, approximate=approximate)), sources) if sources else None
+            case "NativeLayerNormBackward0":
+                return self._layer_norm(node)
+        return None
+
+    def _layer_norm(self, node: Any) -> Recipe | None:
+        sources = self._sources(node, "input", "weight")
+        bias = node._raw_saved_bias.data
+        if not sources or not (bias is None or isinstance(bias, self._kinds)):
+            return None
+        weight = sources[1]
+        epsilon = self._epsilons.get(weight.alias.untyped_storage()._cdata) if isinstance(weight, SavedAlone) else None
+        if epsilon is None:
+            return None
+        shape = tuple(node._saved_normalized_shape)
+
+        def run(tensor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            return nn.functional.layer_norm(tensor, shape, weight, bias, epsilon)
+
+        return run, (*sources, bias)
+
+    def _sources(self, node: Any, *names: str) -> tuple[Saved, ...]:
+        """The saved objects of a node's inputs; none at all if one of them is not ours."""
+        sources = tuple(getattr(node, f"_raw_saved_{name}").data for name in names)
+        return sources if all(isinstance(source, self._kinds) for source in sources) else ()
+
+
+def can_read_saved() -> bool:
+    """Whether this torch says what pack returned."""
+    return hasattr(torch._C._autograd.SavedTensor, "data")
+
+
+RECOMPUTE = ("none", "cheap")
+"""What `offload_activations` takes: nothing, or all that rule 1 names."""

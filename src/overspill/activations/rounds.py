@@ -1,0 +1,93 @@
+"""Rounds: when one begins and ends, which are watched, and what was decided from them.
+
+A round begins with the first record that is packed when none is alive, and ends with the death of the last one. A watched round is read
+once the device has passed its last mark, at the beginning of some later round; then it is decided where the records of the rounds from
+there on go, by their place in the micro-batch. A round with other lengths than the watched one follows the same decisions: bytes and times
+grow together. What is beyond the places that were seen stays.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from overspill.activations.amounts import Amount, Profile, Room, Target, decide_targets
+from overspill.activations.mover import Mover
+from overspill.activations.records import Record
+from overspill.activations.tally import Tally
+from overspill.activations.timeline import Timeline, is_watched
+from overspill.spec.activations import ActivationRates
+
+
+class Space(Protocol):
+    """Knows how much room there is."""
+
+    def look(self, kept_bytes: int) -> Room:
+        """The room now; the last round kept so much on the device."""
+        ...
+
+    def has_shrunk(self) -> bool:
+        """Whether there is less than at the last look."""
+        ...
+
+
+class Rounds:
+    """The rounds of one cache; its cache locks.
+
+    Args:
+        before: of an earlier cache of the same model, whose counts and decisions are gone on with.
+    """
+
+    def __init__(self, mover: Mover, amount: Amount, space: Space, before: Rounds | None) -> None:
+        self._mover, self._amount, self._space = mover, amount, space
+        self.tally: Tally = before.tally if before is not None else Tally()
+        self.tally.mover = mover
+        self.rates: ActivationRates = before.rates if before is not None else ActivationRates()
+        self._profile: Profile | None = before._profile if before is not None else None
+        self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
+        self._keep_bytes: int | None = before._keep_bytes if before is not None else None
+        self.timeline: Timeline | None = None
+        """Of the round that runs, if it is watched."""
+        self._unread: Timeline | None = before._unread if before is not None else None
+
+    def begin(self) -> None:
+        """The first record of a round is being made."""
+        self._decide()
+        number = self.tally.begin(is_planned=self._targets is not None)
+        if self._amount.needs_profile and is_watched(number):
+            self.timeline = Timeline(self._mover.link)
+            self._mover.holds = self.timeline.holds
+            if self._mover.ssd is not None:
+                self._mover.ssd.clear_spans()
+
+    def end(self) -> None:
+        """The last record has died."""
+        self.tally.end()
+        if self.timeline is not None:
+            self.timeline.finish(self._mover)
+            self._unread, self.timeline, self._mover.holds = self.timeline, None, None
+
+    def target(self, index: int) -> Target:
+        """Where a micro-batch's record number `index` goes."""
+        if self._targets is not None:
+            return self._targets[index] if index < len(self._targets) else Target.KEEP
+        return Target.HOST if self._amount.leaves_unmeasured else Target.KEEP
+
+    def may_wait(self, record: Record) -> bool:
+        """Whether forward may wait for room on a record's way out, instead of keeping it."""
+        if self._targets is None or not self._amount.needs_profile:
+            return True
+        return self._keep_bytes is not None and self._mover.device_bytes + record.num_bytes > self._keep_bytes
+
+    def _decide(self) -> None:
+        """Once the device has passed the last watched round, and again if there is less room than then."""
+        watched = self._unread
+        if watched is not None and watched.is_readable():
+            self._unread = None
+            self.rates = watched.rates(self._mover, self.rates)
+            self._profile = watched.profile() or self._profile
+        elif self._profile is None or not self._space.has_shrunk():
+            return
+        if self._profile is not None:
+            room = self._space.look(self.tally.rounds[-1].kept_bytes if self.tally.rounds else 0)
+            self._keep_bytes = room.keep_bytes
+            self._targets = decide_targets(self._amount, self._profile, self.rates, room)

@@ -1,0 +1,120 @@
+"""Drives that fail, and exceptions anywhere: the right error, never a wrong gradient, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from small_nets import assert_nothing_left, assert_same_gradients, chain_step, offload, run_step
+
+from overspill.errors import StorageError
+from overspill.tiers import Failure, FakeStore, Fault, FaultInjector, FaultKind, SsdStore
+
+
+@pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO])
+def test_a_failing_write_is_an_error_and_never_a_wrong_gradient(kind: int) -> None:
+    model, step = chain_step()
+    opened = []
+
+    def open_store(num_bytes: int) -> FakeStore:
+        opened.append(FakeStore(num_bytes, failures=Failure(operation="write", call_index=2, errno=kind)))
+        return opened[-1]
+
+    active = offload(model, host_budget="256KiB", open_store=open_store, ssd_budget="4MiB")
+    with pytest.raises(StorageError, match=f"write of saved-tensors failed.*{errno.errorcode[kind]}"), active:
+        for _ in range(3):
+            run_step(model, step)
+    assert_nothing_left(active)
+
+
+def test_a_failing_read_is_an_error_and_never_a_wrong_gradient() -> None:
+    model, step = chain_step()
+    failure = Failure(operation="read", call_index=1, errno=errno.EIO)
+    active = offload(model, host_budget="256KiB", open_store=lambda size: FakeStore(size, failures=failure), ssd_budget="4MiB")
+    with pytest.raises(StorageError, match="read of saved-tensors failed.*EIO"), active:
+        for _ in range(3):
+            run_step(model, step)
+    assert_nothing_left(active)
+
+
+@pytest.mark.parametrize("kind", [FaultKind.EIO, FaultKind.ENOSPC, FaultKind.FLIPPED, FaultKind.TORN])
+def test_a_failing_drive_under_real_files_is_an_error(kind: FaultKind, tmp_path: Path) -> None:
+    """A bit that flips, or half a page that a drive forgot, is found by its checksum.
+
+    All writes end before backward, so that nothing is given from memory instead; calls 3 and 4 are writes.
+    """
+    model, step = chain_step()
+    calls = FaultInjector(Fault(kind=kind, call_index=3, num_calls=2))
+    active = offload(
+        model, host_budget="256KiB", ssd_budget="4MiB",
+        open_store=lambda size: SsdStore(tmp_path / "ssd", capacity_bytes=size, unlink=True, calls=calls, num_threads=1),
+    )  # fmt: skip
+
+    def train() -> None:
+        with active:
+            mover = active._cache().mover
+            loss = step()
+            for copy in tuple(mover._under_way):
+                copy.settle()
+            mover.drop_left()
+            assert len(calls.log) >= 5
+            loss.backward()
+
+    with pytest.raises(StorageError):
+        train()
+    assert_nothing_left(active)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_drive_that_lies_at_any_time_gives_an_error_or_the_right_gradient(seed: int) -> None:
+    """What was given from memory was not read; what was read was compared."""
+    model, step = chain_step()
+    expected = run_step(model, step)
+    calls = FaultInjector(Fault(kind=FaultKind.FLIPPED, call_index=2 * seed, num_calls=1))
+    active = offload(model, host_budget="256KiB", ssd_budget="4MiB", open_store=lambda size: FakeStore(size, calls=calls))
+    with contextlib.suppress(StorageError), active:
+        for _ in range(3):
+            assert_same_gradients(run_step(model, step)[1], expected[1])
+    assert_nothing_left(active)
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden):  # type: ignore[no-untyped-def]
+        return hidden * 1
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        raise ZeroDivisionError("in backward")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "between"])
+@pytest.mark.parametrize("tier", ["host", "ssd"])
+def test_an_exception_leaves_nothing_behind(where: str, tier: str, tmp_path: Path) -> None:
+    model, step = chain_step()
+    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "4MiB"}
+    active = offload(model, **settings)
+
+    def train() -> None:
+        with active:
+            run_step(model, step)
+            loss = Broken.apply(step())
+            if where == "forward":
+                torch.ones(3) @ torch.ones(4)
+            if where == "backward":
+                loss.backward()
+            raise ZeroDivisionError("between")
+
+    with pytest.raises((ZeroDivisionError, RuntimeError)):
+        train()
+    assert_nothing_left(active)
+    if tier == "ssd":
+        assert os.listdir(tmp_path / "ssd") == []
+    expected = run_step(model, step)
+    with active:  # and it can be entered again
+        assert_same_gradients(run_step(model, step)[1], expected[1])
+    assert_nothing_left(active)

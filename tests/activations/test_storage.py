@@ -1,0 +1,181 @@
+"""Where and in what form records are stored: ranges of host memory that never meet, forms with a known error."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_nets import build, offload, run_step
+from torch import nn
+
+from overspill.activations.arena import HostArena, Range
+from overspill.activations.forms import AsIs, Bf16, Int8Groups
+from overspill.activations.links import ThreadEnd, ThreadLink
+from overspill.activations.ssd_lane import SsdLane
+from overspill.tiers import FakeStore, HostMemory
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_ranges_never_meet_and_never_exceed_the_limit(data: st.DataObject) -> None:
+    memory = HostMemory(pin=False, budget_bytes=1 << 20)
+    arena = HostArena(memory, "saved", limit_bytes=1 << 19, segment_bytes=1 << 16)
+    lent: list[Range] = []
+    for _ in range(data.draw(st.integers(1, 40))):
+        if lent and data.draw(st.booleans()):
+            arena.give(lent.pop(data.draw(st.integers(0, len(lent) - 1))))
+            continue
+        found = arena.take(data.draw(st.integers(1, 1 << 18)))
+        if found is not None:
+            assert found.tensor.data_ptr() % 4096 == 0
+            lent.append(found)
+        spans = sorted((item.tensor.data_ptr(), item.tensor.data_ptr() + item.tensor.numel()) for item in lent)
+        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert arena.used_bytes == sum(item.num_bytes for item in lent) <= memory.allocated_bytes <= 1 << 19
+    for item in lent:
+        arena.give(item)
+    whole = arena.take(1 << 19)
+    assert whole is not None, "empty segments make room for one that fits nowhere"
+    assert arena.take(1) is None
+    arena.give(whole)
+    arena.close()
+    assert memory.allocated_bytes == 0
+
+
+def test_rounds_of_changing_lengths_pin_nothing_again() -> None:
+    memory = HostMemory(pin=False, budget_bytes=1 << 20)
+    arena = HostArena(memory, "saved", limit_bytes=1 << 20, segment_bytes=1 << 20)
+    for length in range(1, 50):
+        ranges = [arena.take(length * 999) for _ in range(10)]
+        assert None not in ranges and memory.allocated_bytes == 1 << 20
+        for item in reversed(ranges):
+            assert item is not None
+            arena.give(item)
+
+
+def test_a_range_comes_with_the_work_that_still_touches_its_bytes() -> None:
+    memory = HostMemory(pin=False, budget_bytes=1 << 20)
+    arena = HostArena(memory, "saved", limit_bytes=1 << 16, segment_bytes=1 << 16)
+    first, second = arena.take(8192), arena.take(8192)
+    assert first is not None and second is not None
+    under_way, has_ended = pending(8192)
+    arena.give(first, [under_way])
+    arena.give(second)
+    again, beyond = arena.take(4096), arena.take(16384)
+    assert again is not None and again.after == (under_way,)
+    assert beyond is not None and beyond.after == (under_way,)
+    far = arena.take(4096)
+    assert far is not None and far.after == ()
+    has_ended.set_result(None)
+    arena.give(again)
+    once_more = arena.take(4096)
+    assert once_more is not None and once_more.after == ()
+
+
+def pending(num_bytes: int) -> tuple[ThreadEnd, Future]:  # type: ignore[type-arg]
+    end = ThreadEnd(num_bytes)
+    end._future = Future()
+    return end, end._future
+
+
+def test_staging_that_was_lent_goes_back_with_what_reads_it() -> None:
+    """A record that is wanted while its write waits is copied from staging; the next one to use the bytes waits for that copy."""
+    arena = HostArena(HostMemory(pin=False, budget_bytes=1 << 16), "staging", limit_bytes=1 << 16, segment_bytes=1 << 16)
+    lane = SsdLane(FakeStore(1 << 20), 1 << 20, arena)
+    staging = arena.take(1 << 16)
+    assert staging is not None
+    copy = lane.reserve(staging)
+    assert copy is not None
+    (arrived, has_arrived), (reading, has_read) = pending(1 << 16), pending(1 << 16)
+    lane.start_write(copy, arrived)
+    assert copy.lend(lambda staged: reading) is reading and arena.take(1) is None
+    has_arrived.set_result(None)
+    copy.settle()
+    assert copy.lend(lambda staged: reading) is None, "it is on the SSD alone now"
+    again = arena.take(1 << 16)
+    assert again is not None and again.after == (reading,)
+    has_read.set_result(None)
+    arena.give(again)
+    lane.free(copy, arrived)
+    assert lane.used_bytes == 0
+    lane.close()
+
+
+VALUES = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=700)
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=VALUES, dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_8_bit_groups_are_within_half_a_step_of_their_group(values: list[float], dtype: torch.dtype) -> None:
+    form, given_values = Int8Groups(), torch.tensor(values).to(dtype)
+    stored = form.encode(given_values)
+    back = form.decode(stored, dtype, given_values.numel())
+    assert back.dtype == dtype and back.shape == given_values.shape
+    assert stored.numel() == -(-given_values.numel() // 256) * (256 + 8)
+    for start in range(0, given_values.numel(), 256):
+        group, found = given_values[start : start + 256].double(), back[start : start + 256].double()
+        spread = float(group.max() - group.min())
+        rounding = float(group.abs().max()) * torch.finfo(dtype).eps
+        assert float((group - found).abs().max()) <= spread / 510 * 1.001 + rounding
+
+
+@settings(max_examples=40, deadline=None)
+@given(values=VALUES)
+def test_bf16_halves_fp32_within_its_rounding(values: list[float]) -> None:
+    given_values = torch.tensor(values)
+    stored = Bf16().encode(given_values)
+    assert stored.numel() == 2 * given_values.numel()
+    assert torch.equal(Bf16().decode(stored, torch.float32, len(values)), given_values.to(torch.bfloat16).float())
+    assert torch.equal(AsIs().decode(AsIs().encode(given_values), torch.float32, len(values)), given_values)
+
+
+def test_a_group_that_is_not_finite_comes_back_as_nan_and_not_as_a_number() -> None:
+    values = torch.zeros(512)
+    values[3] = float("inf")
+    back = Int8Groups().decode(Int8Groups().encode(values), torch.float32, 512)
+    assert back[:256].isnan().all() and (back[256:] == 0).all()
+
+
+@pytest.mark.parametrize(("form", "least", "most", "share"), [("as_is", 0, 0, 1.0), ("bf16", 1e-6, 0.01, 0.6), ("int8", 1e-6, 0.05, 0.4)])
+def test_what_a_form_does_to_the_gradient_is_measured_and_reported(form: str, least: float, most: float, share: float) -> None:
+    model, step = build("llama")
+    before = run_step(model, step)[1]
+    state = torch.get_rng_state()
+    active = offload(model, storage=form)
+    error = active.measure_gradient_error(lambda: step().backward())
+    assert least <= error <= most
+    report = active.report()
+    assert report.gradient_error == error
+    assert report.stored_bytes <= share * (report.host_bytes + report.ssd_bytes) + 1
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, before[name]), "gradients are as before"
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_lossy_gradient_does_not_depend_on_what_was_in_time(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that is forwarded goes through its form as well."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(6)])
+    inputs = torch.randn(16, 32)
+
+    def step() -> torch.Tensor:
+        return model(inputs).square().sum()
+
+    seen = []
+    copy = ThreadLink.copy
+
+    def slow(self, end, target, source, after):  # type: ignore[no-untyped-def]
+        time.sleep(0.01)
+        copy(self, end, target, source, after)
+
+    for window in ("1KiB", "64MiB"):
+        with offload(model, storage=form, window=window) as active:
+            seen.append(run_step(model, step)[1])
+        monkeypatch.setattr(ThreadLink, "copy", slow)
+    assert active.report().forwarded_bytes > 0
+    assert all(torch.equal(seen[0][name], seen[1][name]) for name in seen[0])

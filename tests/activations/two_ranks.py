@@ -1,0 +1,66 @@
+"""One of two ranks: DDP and FSDP2 on gloo, with and without saved tensors moved. Run by `test_context.py`."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import overspill
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.down(nn.functional.gelu(self.up(hidden)))
+
+
+def build() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[Block() for _ in range(3)])
+
+
+def gradients(model: nn.Module, inputs: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    model(inputs).float().square().sum().backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    return [getattr(gradient, "_local_tensor", gradient).clone() for gradient in found]
+
+
+def compare(name: str, model: nn.Module, rank: int) -> None:
+    inputs = torch.randn(16, 32, generator=torch.Generator().manual_seed(rank))
+    expected = gradients(model, inputs)
+    with overspill.offload_activations(model, host_budget="16MiB", min_bytes=1, window=4096, amount="everything") as active:
+        for _ in range(3):
+            assert all(map(torch.equal, gradients(model, inputs), expected)), f"{name}: other gradients"
+    report = active.report()
+    # Of each block: its input, what goes into GELU and what comes out; and the model's output.
+    element = 2 if name == "fsdp2" else 4
+    assert report.rounds[-1].packed_bytes <= 3 * 16 * (32 + 64 + 64) * element + 16 * 32 * 4 + 16 * 32 * element, report
+    assert report.left_alone["parameter"] > 0 and report.num_live == 0
+    print(name, "equal", flush=True)
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    rank = int(sys.argv[1])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    compare("ddp", nn.parallel.DistributedDataParallel(build()), rank)
+    model = build()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for block in model:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    compare("fsdp2", model, rank)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
