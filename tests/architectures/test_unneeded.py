@@ -185,7 +185,7 @@ def test_a_comparison_that_shows_nothing_in_the_trials_batch_is_seen(last: Calla
     "last", [torch.relu, lambda x: 0.01 * torch.relu(x), lambda x: x.sort(-1).values], ids=["mask", "weak mask", "order"]
 )
 def test_a_gradient_that_changes_its_direction_and_not_its_size_is_seen(last: Callable[[Tensor], Tensor]) -> None:
-    """Where only adapters elsewhere are trained the gradient of the hidden states is all there is, and the residual stream is most of it."""
+    """Where adapters elsewhere are trained, the hidden states' gradient is all there is, and most of it is the residual stream's."""
     block = Mlp(last).requires_grad_(False)
     hidden = torch.randn(64, 16, 8, generator=torch.Generator().manual_seed(1))
     expected = differentiate_by_hidden(block, hidden)
