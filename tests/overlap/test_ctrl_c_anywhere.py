@@ -146,3 +146,20 @@ def test_a_step_that_was_made_but_not_counted_is_not_made_again(clip: float | No
                 opened.step(BATCHES)
         with pytest.raises(RuntimeError, match="step 2 was made but not counted"):
             opened.step(BATCHES)
+
+
+def test_a_block_that_was_allocated_and_not_taken_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(serial=False, parameters="host", states="host", boundaries="host", group_size=1) as opened:
+        device = opened.residency.device
+        allocate = device.allocate
+
+        def interrupted(name: str, num_bytes: int, **kwargs: Any) -> None:
+            allocate(name, num_bytes, **kwargs)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(device, "allocate", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                opened.step(BATCHES)
+        opened.step(BATCHES)
+        assert len(device.blocks("device/arena-")) == 1

@@ -429,9 +429,9 @@ class Session(Closing):
         Args:
             number: of the step that it makes: the session is unusable from here until the caller has counted it, as Ctrl-C may come first.
         """
-        self._place_slots(schedule)
         self.executor.forget_step()
         try:
+            self._place_slots(schedule)
             result = self.executor.run(schedule, prepared, context, updates=updates)
             if schedule.starts_pending:
                 self._pending = None
