@@ -195,13 +195,15 @@ class Session(Closing):
         schedule = self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        figures, gradients = self._run(schedule, prepared, context, updates)
+        figures, gradients = self._run(schedule, prepared, context, updates, uncounted=number)
         try:
             norm = global_norm(gradients.land_sums()) / scale
             skipped = self._finish_step(number, lr, norm, scale) if waits else False
             if not skipped:
                 self.step_number = number
+            self._failure = None
         except NonFiniteError:
+            self._failure = None
             raise  # no weight was changed, and none waits
         except BaseException as error:
             self._failure = f"step {number} was made but not counted: {type(error).__name__}: {error}"
@@ -408,12 +410,24 @@ class Session(Closing):
         return rates
 
     def _run(
-        self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None
+        self,
+        schedule: Schedule,
+        prepared: Sequence[MicroBatch],
+        context: StepContext,
+        updates: UpdateContext | None,
+        *,
+        uncounted: int | None = None,
     ) -> tuple[StepFigures, Gradients]:
+        """
+        Args:
+            uncounted: a step that is made when this returns; until its number is noted the session is not usable: Ctrl-C may come between.
+        """
         self._place_slots(schedule)
         self.executor.forget_step()
         try:
             result = self.executor.run(schedule, prepared, context, updates=updates)
+            if uncounted is not None:
+                self._failure = f"step {uncounted} was made but not counted"
         except BaseException as error:
             self._recover(schedule, error)
             raise
