@@ -461,14 +461,14 @@ def interrupt_second_steps(stride: int, monkeypatch: pytest.MonkeyPatch, **field
 
 
 def test_ctrl_c_at_any_place_of_the_next_step_loses_no_update(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert interrupt_second_steps(397, monkeypatch, parameters="host", states="ssd", boundaries="device") > 4
+    assert interrupt_second_steps(307, monkeypatch, parameters="host", states="ssd", boundaries="device") > 3
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=str)
 def test_ctrl_c_at_many_places_of_the_next_step_loses_no_update(placement: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert interrupt_second_steps(151, monkeypatch, **placement) > 10
+    assert interrupt_second_steps(53, monkeypatch, **placement) > 15
 
 
 # -- nothing is kept -------------------------------------------------------------------------------------------------
