@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-for folder in (".", "runtime", "probe", "architectures", "durability", "overlap", "optim", "scheduling"):
+for folder in (".", "runtime", "probe", "architectures", "durability", "overlap", "optim", "scheduling", "workload"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 

@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Session": "overspill.runtime.session",
     "CheckpointPolicy": "overspill.spec.checkpoint",
+    "describe_workload": "overspill.huggingface.workload",
+    "WorkloadSpec": "overspill.spec.workload",
     "resume": "overspill.runtime.resume",
     "Plan": "overspill.spec.plan",
     "PlanRequest": "overspill.spec.plan",

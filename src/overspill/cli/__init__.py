@@ -6,6 +6,7 @@ import typer
 
 from overspill.cli.checkpoint import checkpoint
 from overspill.cli.finetune import finetune
+from overspill.cli.inspect import inspect
 from overspill.cli.probe import probe
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
 )
 app.command()(finetune)
 app.command()(probe)
+app.command()(inspect)
 app.add_typer(checkpoint)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from overspill.errors import ModelFolderError
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
@@ -38,8 +39,11 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def find_model_folder(path_or_hub_name: str | Path, *, allow_remote: bool = True) -> Path:
+def find_model_folder(path_or_hub_name: str | Path, *, allow_remote: bool = True, only_config: bool = False) -> Path:
     """The local folder of a path or hub name, downloaded when it is a name and may be.
+
+    Args:
+        only_config: of a hub name, no more than `config.json` is needed.
 
     Raises:
         ModelFolderError: there is no such folder, or the hub does not give it.
@@ -56,11 +60,22 @@ def find_model_folder(path_or_hub_name: str | Path, *, allow_remote: bool = True
     from huggingface_hub import errors as hub_errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_PATTERNS, local_files_only=not allow_remote))
+        patterns = [CONFIG_FILE] if only_config else _HUB_PATTERNS
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=not allow_remote))
     except (hub_errors.HfHubHTTPError, hub_errors.LocalEntryNotFoundError, hub_errors.HFValidationError, OSError) as error:
         where = "on the model hub" if allow_remote else "in the hub's local cache"
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelFolderError(f"no model folder {name} here, and none of that name {where}: {first_line}") from error
+
+
+def require_config(folder: Path) -> None:
+    """
+    Raises:
+        ModelFolderError: a folder has no config, or one of an adapter alone.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        adapter = " (an adapter: name its base model instead)" if (folder / "adapter_config.json").is_file() else ""
+        raise ModelFolderError(f"{folder} has no {CONFIG_FILE}{adapter}; name a folder written by save_pretrained")
 
 
 def find_shards(folder: Path) -> list[Path]:
@@ -69,9 +84,7 @@ def find_shards(folder: Path) -> list[Path]:
     Raises:
         ModelFolderError: no config, no safetensors, an index whose shards are missing; the message has the cure.
     """
-    if not (folder / "config.json").is_file():
-        adapter = " (an adapter: name its base model instead)" if (folder / "adapter_config.json").is_file() else ""
-        raise ModelFolderError(f"{folder} has no config.json{adapter}; name a folder written by save_pretrained")
+    require_config(folder)
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).is_file():

@@ -332,8 +332,8 @@ class CallRecorder:
     def _tensor_place(self, unit: str, path: str, tensor: Tensor) -> TensorPlace | SideInputPlace:
         # The recorder holds every tensor that it has seen, so an address is not used twice while it lives.
         is_side = self.is_side_input(unit, path, tensor)
-        storage = tensor.untyped_storage().data_ptr()
-        key = (is_side, storage or id(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        # The storage's own address, which tensors without memory have too.
+        key = (is_side, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._places:
             if is_side:
                 self._places[key] = SideInputPlace(len(self.side_inputs))

@@ -150,6 +150,19 @@ class StreamedModel:
         return self.inspection.hidden_dtypes
 
     @property
+    def tail(self) -> Tail:
+        """The model's own code behind the blocks, for who runs it piece by piece."""
+        return self._tail
+
+    def block(self, unit: str) -> nn.Module:
+        """The module of a block; it has weights only inside `bound`."""
+        return self._blocks[unit]
+
+    def reset_rotary(self) -> None:
+        """Self-writing rotary embeddings are as they were built (`rotary_state`)."""
+        self._rotary.reset()
+
+    @property
     def max_positions(self) -> int | None:
         """Longest sequence that fits the model's tables of position embeddings before the blocks (GPT-2, OPT); None: no such table."""
         return self.inspection.max_positions
@@ -256,7 +269,7 @@ class StreamedModel:
         recorder = CallRecorder(self._stack, self.inspection.side_paths)
         with self._stack.visited_by(RecordingVisitor(recorder, self.inspection.returns)):
             try:
-                self.model(**self._inputs(batch))
+                self.model(**self.inputs(batch))
             except AllRecorded:
                 pass
             else:
@@ -314,7 +327,7 @@ class StreamedModel:
         self._validate_bound(TAIL)
         self._rotary.reset()
         return self._tail.run(
-            self._inputs(batch),
+            self.inputs(batch),
             batch["labels"],
             hidden,
             side_outputs=side_outputs,
@@ -334,7 +347,7 @@ class StreamedModel:
         """
         self._validate_bound(TAIL)
         self._rotary.reset()
-        inputs = self._inputs(batch)
+        inputs = self.inputs(batch)
         with torch.no_grad():
             output = self._tail.run_body(inputs, hidden.detach())
             last_BTH = last_hidden_state(output)
@@ -343,7 +356,7 @@ class StreamedModel:
             rows_1BH = last_BTH[torch.arange(len(positions), device=last_BTH.device), positions.to(last_BTH.device)].unsqueeze(0)
             return self._tail.run_head(inputs, output, rows_1BH).squeeze(0)
 
-    def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
         """Keyword arguments of the model's forward for `batch`."""
         inputs = dict(self._fixed_inputs)
         for name in ("input_ids", "attention_mask", "position_ids"):

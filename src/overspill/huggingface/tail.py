@@ -36,6 +36,8 @@ IGNORED_LABEL = -100
 
 Accumulate = Callable[[str, Tensor], None]
 """Takes one contribution to the gradient of the parameter named."""
+LossOfChunk = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+"""(logits [r, V], targets [r], factor, with gradient) -> sum of the cross entropies, gradient of factor x it by the logits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +82,7 @@ def cross_entropy_chunks(
     factor: float,
     parameters: Mapping[str, Tensor],
     accumulate: Accumulate | None,
+    loss_of_chunk: LossOfChunk | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sum of the cross entropies of all targets (fp32, 0-d), and with `accumulate` its gradient by the hidden states.
 
@@ -87,7 +90,9 @@ def cross_entropy_chunks(
         head: rows [1, r, H] -> logits [1, r, V].
         factor: gradients are of factor x sum.
         parameters: leaves that the head reads; chunk by chunk each one's gradient goes to `accumulate`. None: no gradients at all.
+        loss_of_chunk: in place of the loss itself, for a trace.
     """
+    loss_of = loss_of_chunk or cross_entropy_of_chunk
     device = last_hidden_BTH.device
     rows_R, tokens_R = (to_device(tensor, device) for tensor in (targets.rows, targets.tokens))
     flat_NH = last_hidden_BTH.detach().flatten(0, -2)
@@ -99,7 +104,7 @@ def cross_entropy_chunks(
         hidden_1rH = flat_NH[rows].unsqueeze(0).requires_grad_(accumulate is not None)
         with torch.set_grad_enabled(accumulate is not None):
             logits_rV = head(hidden_1rH).squeeze(0)
-        loss, logits_gradient_rV = _loss_of_chunk(logits_rV, tokens_R[start : start + chunk_rows], factor, accumulate is not None)
+        loss, logits_gradient_rV = loss_of(logits_rV, tokens_R[start : start + chunk_rows], factor, accumulate is not None)
         total += loss
         if accumulate is not None and gradient_NH is not None:
             hidden_gradient, *gradients = torch.autograd.grad(
@@ -111,7 +116,7 @@ def cross_entropy_chunks(
     return total, None if gradient_NH is None else gradient_NH.view_as(last_hidden_BTH)
 
 
-def _loss_of_chunk(logits_rV: Tensor, tokens_r: Tensor, factor: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+def cross_entropy_of_chunk(logits_rV: Tensor, tokens_r: Tensor, factor: float, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Sum of the cross entropies of rows of logits (fp32, 0-d), and the gradient of factor x it by the logits, in their dtype."""
     values_rV = logits_rV.detach()
     if _has_fused_loss(values_rV.device) and values_rV.dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -204,7 +209,9 @@ class Tail:
         side_gradients: dict[str, tuple[Tensor, ...]] = {}
         if self.has_router_loss:
             weight = float(self.model.config.router_aux_loss_coef) * (targets.num_targets / num_targets)
-            router_loss, side_gradients = self._router_loss(inputs, output, last_hidden_BTH, side_outputs, weight * loss_scale, is_training)
+            router_loss, side_gradients = self.run_router_loss(
+                inputs, output, last_hidden_BTH, side_outputs, weight * loss_scale, is_training
+            )
             loss = loss + weight * router_loss
         if accumulate is None:
             return TailOutput(loss=loss, num_targets=targets.num_targets, hidden_gradient=None, side_output_gradients={})
@@ -238,7 +245,7 @@ class Tail:
         with forward_replaced(self.owner, lambda *args, **kwargs: _with_last_hidden_state(output, rows_1rH)):
             return self.model(**{**inputs, **extra}, return_dict=True)
 
-    def _router_loss(
+    def run_router_loss(
         self,
         inputs: Mapping[str, Any],
         output: Any,

@@ -33,7 +33,7 @@ from transformers import conversion_mapping, core_model_loading
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from overspill.errors import ModelFolderError
-from overspill.huggingface.model_folder import find_model_folder, find_shards
+from overspill.huggingface.model_folder import find_model_folder, find_shards, require_config
 from overspill.huggingface.safetensors_file import TORCH_DTYPES, StoredTensor, TensorFile, as_bytes, read_header
 
 _MOST_NAMES = 8
@@ -151,12 +151,7 @@ def open_checkpoint(path_or_hub_name: str | Path, *, allow_remote: bool = True) 
     """
     folder = find_model_folder(path_or_hub_name, allow_remote=allow_remote)
     shards = find_shards(folder)
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelFolderError(f"{folder / 'config.json'} is no config transformers {transformers.__version__} knows: {error}") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelFolderError(f"{folder} is quantized (quantization_config in config.json); train the full-precision model")
+    config = _read_config(folder)
     tensors: dict[str, StoredTensor] = {}
     for shard in shards:
         for stored in read_header(shard):
@@ -164,6 +159,27 @@ def open_checkpoint(path_or_hub_name: str | Path, *, allow_remote: bool = True) 
                 raise ModelFolderError(f"{stored.name} is in {tensors[stored.name].path.name} and in {shard.name}; delete the stale shard")
             tensors[stored.name] = stored
     return Checkpoint(folder=folder, config=config, tensors=tensors)
+
+
+def open_config(path_or_hub_name: str | Path) -> transformers.PreTrainedConfig:
+    """The configuration of a local folder or hub name, which needs to have no weights.
+
+    Raises:
+        ModelFolderError: no such folder or name, no config, a quantized checkpoint.
+    """
+    folder = find_model_folder(path_or_hub_name, only_config=True)
+    require_config(folder)
+    return _read_config(folder)
+
+
+def _read_config(folder: Path) -> transformers.PreTrainedConfig:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelFolderError(f"{folder / 'config.json'} is no config transformers {transformers.__version__} knows: {error}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelFolderError(f"{folder} is quantized (quantization_config in config.json); train the full-precision model")
+    return config
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:

@@ -27,13 +27,11 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
 from overspill.spec.tensors import DTYPE_BYTES, Tier
-from overspill.spec.workload import ModelLayout
-from overspill.units import MIB, format_bytes
+from overspill.spec.workload import ModelLayout, default_loss_chunk_rows
+from overspill.units import format_bytes
 
 FREE_SHARE = 0.92
 """Share of what is free that is used when no budget is given. Chosen, not tuned."""
-LOGITS_CHUNK_BYTES = 256 * MIB
-"""Most bytes of fp32 logits at a time. Chosen, not tuned."""
 _FLAGS = {Tier.DEVICE: "--device-budget", Tier.HOST: "--host-budget", Tier.SSD: "--ssd-budget"}
 
 
@@ -133,7 +131,7 @@ def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier) -> int
 
 
 def _loss_chunk_rows(layout: ModelLayout) -> int:
-    return max(64, min(4096, LOGITS_CHUNK_BYTES // (4 * layout.vocab_size)))
+    return default_loss_chunk_rows(layout.vocab_size)
 
 
 def _working_bytes(request: PlanRequest, layout: ModelLayout) -> int:
