@@ -337,4 +337,6 @@ def test_a_machine_file_lets_a_run_say_how_long_a_step_is_predicted_to_take(run:
     assert "· predicted: " in done.stdout and "measured (machine.json, 2026-11-22); link, SSD, update, compute assumed" in done.stdout
     refused = run("--steps", 1, "--machine", tmp_path / "nowhere.json")
     assert refused.exit_code == ExitCode.WRONG_INPUT and "there is no machine file" in refused.stderr
-    assert "predicted" not in run("--steps", 1).stdout, "assumed rates are no prediction"
+    assumed = run("--steps", 1).stdout
+    assert "· predicted" not in assumed and "step time" not in assumed, "assumed rates are no prediction of time"
+    assert "Predicted and measured" in assumed and "host peak" in assumed, "bytes do not depend on rates"

@@ -22,8 +22,19 @@ from collections.abc import Iterator, Sequence
 from overspill.planning.arena import ArenaPlan
 from overspill.planning.pools import SLOT_BYTES
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import BUNDLE_ROLES, Effects, Fetch, Free, Piece, RegionKey, Role, Schedule, effects
-from overspill.spec.schedule import initial_copies, region_key
+from overspill.spec.schedule import (
+    BUNDLE_ROLES,
+    Effects,
+    Fetch,
+    Free,
+    Piece,
+    RegionKey,
+    Role,
+    Schedule,
+    effects,
+    initial_copies,
+    region_key,
+)
 from overspill.spec.tensors import Tier
 from overspill.units import align_up
 
@@ -186,6 +197,3 @@ class _Region:
         self.place, self.after = place, after
         self.pieces: set[Piece] = set()
         self.left: list[int] = []
-
-
-

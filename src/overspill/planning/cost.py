@@ -152,13 +152,21 @@ def build_costs(
     return Costs(
         plan=plan,
         hardware=hardware,
-        source=f"{hardware.source}; {table.source}" if table.source else hardware.source,
+        source=_describe_source(hardware, table),
         has_times=hardware.is_measured and table.is_measured,
         compute_s=table.seconds,
         launch_s=GRAPH_LAUNCH_S if is_asynchronous and hardware.is_measured else 0.0,
         dispatch_s=DISPATCH_S if is_asynchronous and hardware.is_measured else 0.0,
         is_asynchronous=is_asynchronous,
     )
+
+
+def _describe_source(hardware: HardwareSpec, table: _ComputeTable) -> str:
+    """What the rates are from, with what compute rests on in place of what a machine file alone would assume."""
+    if not hardware.is_measured or not table.source:
+        return hardware.source
+    parts = [part for part in hardware.source.split("; ") if not part.startswith("blocks assumed")]
+    return "; ".join([*parts, table.source])
 
 
 class _ComputeTable:

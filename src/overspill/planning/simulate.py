@@ -142,9 +142,7 @@ def _overlapping(
     contention = Contention(costs.hardware)
 
     def run(tasks: Sequence[Task], starts: Sequence[int], *, overlaps: bool = False) -> tuple[list[Span], list[float]]:
-        threads = Threads(
-            has_streams=costs.is_asynchronous, dispatch_s=costs.dispatch_s, launch_s=costs.launch_s, overlaps_steps=overlaps
-        )
+        threads = Threads(has_streams=costs.is_asynchronous, dispatch_s=costs.dispatch_s, launch_s=costs.launch_s, overlaps_steps=overlaps)
         return run_timeline(tasks, starts, threads, contention)
 
     spans, (alone_s,) = run(tasks, [0])
@@ -171,4 +169,3 @@ def _tasks(schedule: Schedule, costs: Costs, waits: Sequence[tuple[int, ...]]) -
         num_bytes = op.num_bytes if isinstance(op, Fetch | Evict) else 0
         tasks.append(Task(lane=item.lane, work_s=seconds, host_bytes_per_s=rate, waits=after, num_bytes=num_bytes))
     return tasks
-

@@ -228,12 +228,10 @@ class _Timeline:
     def can_issue(self, index: int) -> bool:
         """Rule 2."""
         streams, lanes = self.streams, self.lanes
-        if lanes[index] in streams:
-            for wait in self.tasks[index].waits:
-                if not (self.ended[wait] or (self.issued[wait] and lanes[wait] in streams)):
-                    return False
-            return True
-        return all(self.ended[wait] for wait in self.tasks[index].waits)
+        waits = self.tasks[index].waits
+        if lanes[index] not in streams:
+            return all(self.ended[wait] for wait in waits)
+        return all(self.ended[wait] or (self.issued[wait] and lanes[wait] in streams) for wait in waits)
 
     def issue(self) -> bool:
         """Let each lane's thread take up what it can; whether any did."""

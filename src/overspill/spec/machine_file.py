@@ -359,10 +359,10 @@ def _compute_changes(compute: ComputeFigures) -> dict[str, float]:
     changes = {"matrix_flops": compute.alone.median_per_s}
     if compute.device_memory is not None:
         changes["device_memory_bytes_per_s"] = compute.device_memory.median_per_s
-    if compute.compute_slowdown is not None:
-        changes["compute_beside_copies"] = min(1.0, 1 / compute.compute_slowdown)
-    if compute.copies_slowdown is not None:
-        changes["copies_beside_compute"] = min(1.0, 1 / compute.copies_slowdown)
+    if compute.beside_copies is not None:
+        changes["compute_beside_copies"] = min(1.0, compute.beside_copies.median_per_s / compute.alone.median_per_s)
+    if compute.copies_alone is not None and compute.copies_beside is not None:
+        changes["copies_beside_compute"] = min(1.0, compute.copies_beside.median_per_s / compute.copies_alone.median_per_s)
     return changes
 
 

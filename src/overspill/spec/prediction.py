@@ -8,13 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from overspill.spec.report import Prediction, StepReport
+    from overspill.spec.report import Prediction
 
 COMPARED = ("step_s", "device_peak_bytes", "host_peak_bytes", "ssd_read_bytes", "ssd_written_bytes")
 """What a row of the metrics file holds against each other."""
+
+
+class MeasuredStep(Protocol):
+    """What of a step is held against its prediction; `overspill.spec.report.StepReport` has it."""
+
+    @property
+    def step_s(self) -> float: ...
+    @property
+    def device_peak_bytes(self) -> int: ...
+    @property
+    def device_context_bytes(self) -> int: ...
+    @property
+    def host_peak_bytes(self) -> int: ...
+    @property
+    def ssd_read_bytes(self) -> int: ...
+    @property
+    def ssd_written_bytes(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +66,7 @@ class Comparison:
         return max(known, key=lambda name: known[name]) if known else None
 
 
-def compare(prediction: Prediction, report: StepReport) -> Comparison:
+def compare(prediction: Prediction, report: MeasuredStep) -> Comparison:
     """Hold one step against what was predicted of its program."""
     predicted = predicted_figures(prediction)
     measured: dict[str, float] = {
