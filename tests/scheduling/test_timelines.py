@@ -180,7 +180,7 @@ def test_a_faster_lane_makes_no_step_longer(rate: str) -> None:
 @pytest.mark.parametrize(
     ("where", "changes"),
     [
-        ("host", {"h2d_duplex_bytes_per_s": 0.4e8, "d2h_duplex_bytes_per_s": 0.4e8}),
+        ("host", {"h2d_duplex_bytes_per_s": 0.1e8, "d2h_duplex_bytes_per_s": 0.1e8}),
         ("ssd", {"ssd_read_mixed_bytes_per_s": 0.5e8, "ssd_write_mixed_bytes_per_s": 0.5e8}),
         ("host", {"host_memory_bytes_per_s": 1e9}),
         ("host", {"compute_beside_copies": 0.5}),
@@ -188,9 +188,9 @@ def test_a_faster_lane_makes_no_step_longer(rate: str) -> None:
 )
 def test_contention_makes_steps_longer(where: str, changes: dict[str, float]) -> None:
     plan = make_plan(parameters=where, states=where, boundaries="device")
-    schedule = full_step(plan)
-    free = simulate(schedule, plan, BALANCED, overlap=True).step_s
-    assert simulate(schedule, plan, dataclasses.replace(BALANCED, **changes), overlap=True).step_s > free
+    schedule, base = full_step(plan), dataclasses.replace(BALANCED, host_update_parameters_per_s=1e9, device_flops=1e9)
+    free = simulate(schedule, plan, base, overlap=True).step_s
+    assert simulate(schedule, plan, dataclasses.replace(base, **changes), overlap=True).step_s > free
 
 
 # -- steps in a row ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ for that work. So an op may wait for ops that the schedule does not name. Here t
    is left on any of them.
 2. In host memory a slot of the same size is taken, the one given back first.
 3. A record of scratch is waited for by its next writer; hidden states take the record given back first.
+4. Other steps of the program ran before: all slots and records that it needs are there, and idle ones come before those given back since.
 
 Several programs may be gone through one after the other. An op then also waits for what the program before did to the homes that it
 reads or changes: `waits` are numbered through all programs.
@@ -20,11 +21,12 @@ import collections
 from collections.abc import Iterator, Sequence
 
 from overspill.planning.arena import ArenaPlan
-from overspill.planning.pools import SLOT_BYTES
+from overspill.planning.pools import SLOT_BYTES, most_slots, pool_events
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import (
     BUNDLE_ROLES,
     Effects,
+    Evict,
     Fetch,
     Free,
     Piece,
@@ -67,6 +69,8 @@ class BufferWaits:
     def follow(self, schedule: Schedule) -> list[tuple[int, ...]]:
         """What each op of the next program waits for, the schedule's own waits included; numbered through all programs."""
         base = self._num_ops
+        if base == 0:
+            self._fill(schedule)
         self._places = iter(self._arena.places)
         if base == 0 and schedule.starts_pending:
             self._start_with(initial_copies(self._plan, pending=True))
@@ -93,6 +97,23 @@ class BufferWaits:
             found.append(tuple(waits))
         self._num_ops += len(schedule.ops)
         return found
+
+    def _fill(self, schedule: Schedule) -> None:
+        """Slots and records that steps before have left idle: as many as this program has in use at most (rule 4)."""
+        for (tier, size), number in most_slots(pool_events(schedule, self._plan)).items():
+            if tier is Tier.HOST:
+                self._idle[size].extend([()] * number)
+        now, most, known = 0, 0, set()
+        for item in schedule.ops:
+            op = item.op
+            if isinstance(op, Evict) and op.target is Tier.SSD and op.piece.role not in BUNDLE_ROLES and op.piece not in known:
+                known.add(op.piece)
+                now += 1
+                most = max(most, now)
+            elif isinstance(op, Free) and op.tier is Tier.SSD and op.piece in known:
+                known.discard(op.piece)
+                now -= 1
+        self._idle_records.extend([()] * most)
 
     # -- homes -------------------------------------------------------------------------------------------------------
 
