@@ -183,7 +183,7 @@ def test_misses_are_relative_to_what_was_measured_and_the_largest_is_named_with_
     assert describe_largest_miss(found, prediction()) == "device peak was predicted as homes 30 B, CUDA context 10 B (assumed)"
     slow = compare(prediction(), report(step_s=8.0))
     assert describe_largest_miss(slow, prediction()) == "step time was predicted as compute 1.50 s, h2d 500.0 ms (measured)"
-    assert comparison_table(found).row_count == 4 and prediction_table(prediction()).row_count == 3
+    assert comparison_table(found, step=1).row_count == 4 and prediction_table(prediction()).row_count == 3
 
 
 def test_what_rests_on_assumptions_alone_is_not_compared() -> None:

@@ -188,7 +188,7 @@ def test_a_faster_lane_makes_no_step_longer(rate: str) -> None:
 )
 def test_contention_makes_steps_longer(where: str, changes: dict[str, float]) -> None:
     plan = make_plan(parameters=where, states=where, boundaries="device")
-    schedule, base = full_step(plan), dataclasses.replace(BALANCED, host_update_parameters_per_s=1e9, device_flops=1e9)
+    schedule, base = full_step(plan), dataclasses.replace(BALANCED, host_update_parameters_per_s=1e9, device_flops=1e11)
     free = simulate(schedule, plan, base, overlap=True).step_s
     assert simulate(schedule, plan, dataclasses.replace(base, **changes), overlap=True).step_s > free
 

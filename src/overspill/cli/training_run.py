@@ -55,6 +55,9 @@ from overspill.spec.update_rule import LearningRate
 from overspill.tiers.calls import SpacePolicy
 from overspill.units import format_bytes, format_seconds, parse_bytes
 
+_Predicted = tuple[StepReport, Prediction]
+"""A step and what was predicted of it."""
+
 
 def run_finetune(options: FinetuneOptions, console: Console) -> None:
     """Carry `options` out.
@@ -87,8 +90,8 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         for sentence in session.rates.notes:  # measured here, so that every step has its floor
             console.print(f"· {sentence}", highlight=False)
         if session.hardware.source != ASSUMED:
-            predicted = session.predict_plan()
-            console.print(f"· predicted: {format_seconds(predicted.step_s)} a step; {predicted.source}", highlight=False)
+            expected = session.predict_plan()
+            console.print(f"· predicted: {format_seconds(expected.step_s)} a step; {expected.source}", highlight=False)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
         course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
@@ -111,11 +114,11 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         session.save_pretrained(options.out / "model", tokenizer=folder)
         resources = _describe_resources(session)
     if last is not None:
-        report, prediction = last
+        report, predicted = last
         console.print(lane_table(report))
-        if prediction is not None:
-            comparison = compare(prediction, report)
-            console.print(comparison_table(comparison))
+        if predicted is not None:
+            prediction, comparison = predicted[1], compare(predicted[1], predicted[0])
+            console.print(comparison_table(comparison, step=predicted[0].step))
             resources = (describe_largest_miss(comparison, prediction), *resources)
         resources = tuple(line for line in (describe_step_time(report), *resources) if line)
     _summarize(options, console, course, num_steps, time.monotonic() - started_s, resources)
@@ -327,9 +330,10 @@ def _train(
     console: Console,
     course: _Course,
     stop: StopRequest,
-) -> tuple[StepReport, Prediction | None] | None:
-    """All steps that are left; the last one's report and prediction, None if none was left."""
+) -> tuple[StepReport, _Predicted | None] | None:
+    """All steps that are left; the last one's report, and the last that was predicted; None if none was left."""
     is_noted, last = False, None
+    predicted: _Predicted | None = None
 
     def warn(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True, highlight=False)
@@ -353,7 +357,8 @@ def _train(
             batches = next(data.feed)
             prediction = session.predict_if_cheap(batches, trained_s=course.training_s)
             report = session.step(batches)
-            last = report, prediction
+            predicted = (report, prediction) if prediction is not None else predicted
+            last = report, predicted
             course.add(report)
             try:
                 is_evaluated = options.eval_every is not None and report.step % options.eval_every == 0 and not report.skipped

@@ -35,9 +35,9 @@ def prediction_table(prediction: Prediction) -> Table:
     return table
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: Comparison, *, step: int) -> Table:
     """A row a figure that was predicted."""
-    table = Table(title="Predicted and measured, the last step", title_justify="left")
+    table = Table(title=f"Predicted and measured: step {step}", title_justify="left")
     table.add_column("figure")
     for name in ("predicted", "measured", "missed by"):
         table.add_column(name, justify="right")
