@@ -6,6 +6,10 @@ by op, which bytes each reads and writes (from `effects` and the residency's buf
 those that came with buffers), as if nothing ever ended before the step does. Then two ops that touch the same bytes, one of them
 writing, must be ordered: by a chain of waits, or by a lane whose work ends in order (all but the SSD's, whose transfers overtake
 each other).
+
+Steps that overlap are looked at in pairs: where a step has returned with work under way, as if that were all of its ops but compute, its
+ops and those of the next schedule are one list. What orders them are the waits for homes and buffers, the lanes, and the place in the
+next schedule at which the step before has landed.
 """
 
 from __future__ import annotations
@@ -19,8 +23,9 @@ from typing import Any
 import pytest
 
 import overspill
-from overspill.runtime import executor as executor_module
+from overspill.runtime.executor import Executor
 from overspill.runtime.lanes import Completion
+from overspill.runtime.step import RunningStep
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Piece, Role, Update, effects
 from overspill.spec.tensors import Tier
 
@@ -61,6 +66,8 @@ class Races:
     num_ops: int = 0
     num_pairs: int = 0
     """Of accesses that were held against each other."""
+    num_across: int = 0
+    """Of these, of two schedules."""
 
 
 @contextlib.contextmanager
@@ -68,35 +75,60 @@ def watch(session: overspill.Session, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Look at every schedule that the session runs inside."""
     races = Races()
     steps: dict[int, _StepWatch] = {}
-    dispatch, dispatch_all = executor_module._Step._dispatch, executor_module._Step.dispatch_all
+    dispatch, dispatch_all, finish = RunningStep._dispatch, RunningStep.dispatch_all, Executor.finish
+    last: list[_StepWatch] = []
 
     def watched(self: Any, item: Any) -> Completion:
         return steps[id(self)].dispatch(dispatch, item)
 
     def all_watched(self: Any) -> None:
-        steps[id(self)] = _StepWatch(self)
+        before = last.pop() if last and self.executor.landing is not None else None
+        steps[id(self)] = watch = _StepWatch(self, before)
         dispatch_all(self)
-        steps.pop(id(self)).judge(races)
+        del steps[id(self)]
+        watch.judge(races)
+        last[:] = [watch]
+
+    def finish_watched(self: Executor) -> None:
+        if self.landing is not None:
+            for watch in steps.values():
+                watch.landed_at = _StepWatch.index
+            if not steps:  # between two schedules
+                last.clear()
+        finish(self)
 
     with monkeypatch.context() as patch:
         # Whatever has ended on this machine may be under way on another: no wait is left out because it is over.
         patch.setattr(Completion, "is_done", property(lambda self: False))
-        patch.setattr(executor_module._Step, "_dispatch", watched)
-        patch.setattr(executor_module._Step, "dispatch_all", all_watched)
+        patch.setattr(RunningStep, "_dispatch", watched)
+        patch.setattr(RunningStep, "dispatch_all", all_watched)
+        patch.setattr(Executor, "finish", finish_watched)
+        patch.setattr(session.residency, "before_home_access", session.executor.finish)
         patch.setattr(session.residency, "device_work", lambda: (SoFar(_StepWatch.index),))
         yield races
 
 
 class _StepWatch:
+    """One schedule. Ops are numbered on from schedule to schedule.
+
+    Args:
+        before: the schedule whose work was under way when this one began.
+    """
+
     index = -1
     """Of the op that is dispatched now; one step runs at a time."""
 
-    def __init__(self, step: Any) -> None:
+    def __init__(self, step: Any, before: _StepWatch | None) -> None:
         self.step = step
         self.accesses: list[Access] = []
         self.alive: list[object] = []
         """Every tensor that was seen: its address must not be used again for another one within the step."""
-        _StepWatch.index = -1
+        self.before = before
+        if before is not None:
+            before.before = None
+        self.first = _StepWatch.index + 1
+        self.landed_at: int | None = None
+        """Op before whose work the step before had landed."""
 
     def dispatch(self, original: Any, item: Any) -> Completion:
         _StepWatch.index += 1
@@ -127,33 +159,48 @@ class _StepWatch:
         self.accesses.append(Access(_StepWatch.index, "memory", tensor.data_ptr(), tensor.data_ptr() + tensor.numel(), writes))
 
     def judge(self, races: Races) -> None:
-        before = self.ancestors()
-        ops = self.step.schedule.ops
-        races.num_ops += len(ops)
+        watches = [self.before, self] if self.before is not None else [self]
+        first = watches[0].first
+        ops = [item for watch in watches for item in watch.step.schedule.ops]
+        before = self.ancestors(watches)
+        races.num_ops += len(self.step.schedule.ops)
         by_space: dict[Hashable, list[Access]] = {}
-        for access in self.accesses:
+        for access in (access for watch in watches for access in watch.accesses):
             by_space.setdefault(access.space, []).append(access)
         for accesses in by_space.values():
             for one, other in _overlapping(accesses):
-                first, second = sorted((one, other), key=lambda access: access.op)
-                if first.op == second.op or not (first.writes or second.writes):
+                early, late = sorted((one, other), key=lambda access: access.op)
+                if early.op == late.op or not (early.writes or late.writes) or late.op < self.first:  # judged before
                     continue
                 races.num_pairs += 1
-                if not before[second.op] >> first.op & 1:
-                    what = f"op {first.op} ({_name(ops[first.op])}) and op {second.op} ({_name(ops[second.op])})"
-                    races.found.append(f"{what} touch {second.space} {second.start:#x} and nothing orders them")
+                races.num_across += early.op < self.first
+                if not before[late.op - first] >> (early.op - first) & 1:
+                    names = [_name(ops[access.op - first]) for access in (early, late)]
+                    where = "of the step before" if early.op < self.first else f"op {early.op - self.first}"
+                    what = f"{where} ({names[0]}) and op {late.op - self.first} ({names[1]})"
+                    races.found.append(f"{what} touch {late.space} {late.start:#x} and nothing orders them")
 
-    def ancestors(self) -> list[int]:
-        """For every op the set of ops that have ended when it begins, as bits."""
-        numbers = {id(completion): index for index, completion in enumerate(self.step.completions)}
+    def ancestors(self, watches: list[_StepWatch]) -> list[int]:
+        """For every op of the watches the set of ops that have ended when it begins, as bits."""
+        completions = [completion for watch in watches for completion in watch.step.completions]
+        numbers = {id(completion): index for index, completion in enumerate(completions)}
+        first, start = watches[0].first, self.first - watches[0].first
+        compute_before = 0
         before: list[int] = []
         last_of_lane: dict[Lane, int] = {}
         last_compute: list[int] = []
-        for index, item in enumerate(self.step.schedule.ops):
-            earlier = 0
-            for wait in self.step.recorder.waits[index]:
+        items = [(item, waits) for watch in watches for item, waits in zip(watch.step.schedule.ops, watch.step.recorder.waits, strict=True)]
+        for index, (item, waits) in enumerate(items):
+            if index == start:  # the step before returned when its compute had ended
+                for number in last_compute:
+                    compute_before |= before[number] | 1 << number
+            earlier = compute_before
+            if index >= start > 0 and self.landed_at is not None and index + first >= self.landed_at:
+                earlier |= (1 << start) - 1
+            for wait in waits:
                 if isinstance(wait, SoFar):  # the last compute op up to it, and so all before that
-                    number = last_compute[bisect.bisect_right(last_compute, wait.index) - 1] if last_compute else None
+                    position = bisect.bisect_right(last_compute, wait.index - first) - 1
+                    number = last_compute[position] if position >= 0 else None
                 else:
                     number = numbers.get(id(wait))
                 if number is not None and number < index:

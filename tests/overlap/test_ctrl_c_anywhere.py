@@ -18,13 +18,13 @@ from test_lanes import open_session
 from training_loop import make_batches
 
 import overspill
-from overspill.runtime import executor, lanes, residency, session, visit
+from overspill.runtime import executor, landing, lanes, residency, session, step, visit
 from overspill.spec.tensors import Tier
 from overspill.tiers import extents, fake, memory, pool, records
 
 BOOKS = frozenset(str(module.__file__) for module in (residency, pool, memory))
 ALLOCATIONS = BOOKS | {str(module.__file__) for module in (extents, fake, records)}
-STEP = BOOKS | {str(module.__file__) for module in (executor, lanes, session, visit)}
+STEP = BOOKS | {str(module.__file__) for module in (executor, landing, lanes, session, step, visit)}
 BATCHES = make_batches(2, vocab_size=96, seed=0)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -101,6 +102,41 @@ def count_tail(streamed: StreamedModel, batch: Mapping[str, Tensor], *, chunk_ro
             accumulate=(lambda name, gradient: None) if is_training else None,
         )
     return counted.flops
+
+
+def measure_peaks(streamed: StreamedModel, unit: str, batch: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Most bytes that torch's allocator lends at a time: in the first block's forward, and in its recomputation and gradients."""
+    with torch.no_grad(), streamed.bound("embedding", random_leaves(streamed, "embedding")):
+        embedded = streamed.embed(batch)
+    leaves = random_leaves(streamed, unit)
+    source, above = embedded.hidden.clone(), torch.ones(embedded.hidden.shape, dtype=streamed.hidden_dtypes[unit])
+
+    def forward() -> None:
+        with torch.no_grad():
+            streamed.run_block(unit, source, embedded.arguments)
+
+    def backward() -> None:
+        hidden = source.detach().requires_grad_()
+        output = streamed.run_block(unit, hidden, embedded.arguments)
+        outputs = [tensor for tensor in (output.hidden, *output.side_outputs) if tensor.requires_grad]
+        ones = [above, *(torch.ones_like(tensor) for tensor in outputs[1:])]
+        torch.autograd.grad(outputs, [hidden, *leaves.values()], ones, allow_unused=True)
+
+    with streamed.bound(unit, leaves):
+        return _peak(forward), _peak(backward)
+
+
+def _peak(run: Callable[[], None]) -> int:
+    run()  # what is made once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    live = peak = 0
+    assert profiled.profiler is not None
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak
 
 
 def _differentiate(streamed: StreamedModel, unit: str, hidden: Tensor, arguments: Any, leaves: Mapping[str, Tensor]) -> RealBlock:

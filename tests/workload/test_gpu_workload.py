@@ -59,7 +59,7 @@ def test_saved_bytes_and_flops_are_those_of_the_block_on_the_gpu(name: str, dtyp
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral", "bloom"])
 def test_a_description_made_without_the_device_keeps_the_same_bytes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     here = describe_workload(tiny_config(name), seq_len=SEQUENCE, micro_batch=2)
-    monkeypatch.setattr(device_kernels.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(device_kernels, "can_ask_device", lambda: False)
     elsewhere = describe_workload(tiny_config(name), seq_len=SEQUENCE, micro_batch=2)
     for found, assumed in zip(here.classes[1:-1], elsewhere.classes[1:-1], strict=True):
         kept, expected = (
@@ -147,6 +147,6 @@ def test_templates_of_a_real_shape_are_timed_within_five_seconds() -> None:
 
 
 def test_what_does_not_fit_the_gpu_is_measured_smaller_and_said() -> None:
-    times = time_templates(LlamaConfig(**LLAMA), device="cuda", seq_len=65536, micro_batch=512)
+    times = time_templates(LlamaConfig(**LLAMA), device="cuda", seq_len=65536, micro_batch=64)
     assert times.blocks[0].backward is not None
     assert "measured at" in times.blocks[0].note

@@ -94,7 +94,10 @@ def test_the_loss_is_counted_row_by_row(spec: WorkloadSpec) -> None:
     targets = B * (T - 1)
     assert (loss.num_targets, loss.chunk_rows, loss.num_chunks) == (targets, 2097, 8)
     assert loss.logits_chunk_bytes == 2097 * V * 2
-    assert loss.head.flops == tail.forward.work.flops == tail.recompute.work.flops == 2 * targets * H * V
+    before = spec.class_of("embedding").forward  # the model is entered again at its start
+    assert before is not None
+    assert loss.head.flops == 2 * targets * H * V
+    assert tail.forward.work.flops == tail.recompute.work.flops == loss.head.flops + before.work.flops
     assert tail.backward.work.flops == 4 * targets * H * V
     assert loss.is_fused and loss.loss.moved_bytes == targets * (3 * V * 2 + 4)
     assert loss.chunk_peak_bytes >= 2 * loss.logits_chunk_bytes
@@ -213,8 +216,18 @@ def test_describing_billions_of_parameters_takes_a_second_and_little_memory(shap
     described = describe_workload(SHAPES[shape], seq_len=4096, micro_batch=4)
     seconds, num_bytes = time.process_time() - start, peak_bytes() - before
     assert described.is_complete
-    # Measured: 0.6 and 0.8 s, 15 MB; twice the time here, so that a busy machine does not fail the test.
-    assert seconds < 2 and num_bytes < 200e6, (seconds, num_bytes)
+    # Measured: 0.6 and 0.8 s, 15 MB; more time here, so that a busy machine does not fail the test.
+    assert seconds < 3 and num_bytes < 200e6, (seconds, num_bytes)
+
+
+def test_a_large_micro_batch_costs_no_more_to_describe() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_bytes()
+    described = describe_workload(SHAPES["8B"], seq_len=1 << 18, micro_batch=8)
+    assert described.is_complete and described.num_tokens == 1 << 21
+    block = described.class_of("model.layers.0").forward
+    assert block is not None and block.work.attention_flops == 4 * 8 * 32 * (1 << 18) ** 2 * 128
+    assert peak_bytes() - before < 200e6
 
 
 def peak_bytes() -> int:

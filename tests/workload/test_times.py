@@ -19,7 +19,7 @@ SIZES = dict(seq_len=24, micro_batch=2, dtype="float32")
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mamba2"])
 def test_every_class_of_blocks_and_the_tail_are_timed(name: str) -> None:
     spec = describe_workload(tiny_config(name), **SIZES, device="cpu")
-    times = time_templates(tiny_config(name), **SIZES, device="cpu", limit_s=1.5, spec=spec)
+    times = time_templates(tiny_config(name), **SIZES, device="cpu", limit_s=10.0, spec=spec)
     assert [item.name for item in times.blocks] == [item.name for item in spec.classes[1:-1]]
     for item in times.blocks:
         assert (item.micro_batch, item.seq_len, item.note) == (2, 24, "")
@@ -27,7 +27,7 @@ def test_every_class_of_blocks_and_the_tail_are_timed(name: str) -> None:
         assert item.forward_backward_s == item.forward.median_s + item.backward.median_s > item.forward_s > 0
         assert 1 < item.forward.num_repetitions <= MOST_REPETITIONS and item.backward.spread_s >= 0
     assert times.tail.forward is None and times.tail.backward is not None
-    assert times.elapsed_s < 3.5
+    assert times.elapsed_s < 10
     assert from_json(TemplateTimes, times.to_json()) == times
 
 
@@ -74,12 +74,14 @@ def test_running_out_of_memory_is_a_note(monkeypatch: pytest.MonkeyPatch) -> Non
             raise torch.OutOfMemoryError("tried to allocate 3 GiB\nand more")
         return run_block(self, unit, hidden, *args, **kwargs)
 
+    sizes = SIZES | dict(seq_len=48)
+    spec = describe_workload(tiny_config("llama"), **sizes, device="cpu")
     monkeypatch.setattr(StreamedModel, "run_block", scarce)
-    (block,) = time_templates(tiny_config("llama"), **SIZES | dict(seq_len=48), device="cpu").blocks
+    (block,) = time_templates(tiny_config("llama"), **sizes, device="cpu", spec=spec).blocks
     assert (block.micro_batch, block.seq_len) == (1, 32) and block.backward is not None
     assert "1 x 48 ran out of memory (tried to allocate 3 GiB)" in block.note
     monkeypatch.setattr(template_timing, "SMALLEST_TOKENS", 64)
-    (block,) = time_templates(tiny_config("llama"), **SIZES | dict(seq_len=48), device="cpu").blocks
+    (block,) = time_templates(tiny_config("llama"), **sizes, device="cpu", spec=spec).blocks
     assert block.backward is None and block.note == "out of memory: tried to allocate 3 GiB"
 
 

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from real_blocks import count_tail, run_blocks
+from real_blocks import count_tail, measure_peaks, run_blocks
 from tiny_models import NAMES, SEQUENCE, tiny_batch, tiny_config
 from transformers import PreTrainedConfig
 
@@ -55,6 +55,21 @@ def test_saved_bytes_and_flops_are_those_of_the_same_block_with_values(name: str
         assert item.forward.work.flops == real[item.name].forward_flops
         assert item.recompute.work.flops == real[item.name].forward_flops
         assert item.backward.work.flops == real[item.name].backward_flops
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "mamba2", "bloom"])
+def test_peaks_are_those_of_torchs_allocator(name: str) -> None:
+    spec = describe_workload(tiny_config(name), seq_len=32, micro_batch=4, dtype="float32", device="cpu")
+    streamed = StreamedModel(build_meta_model(tiny_config(name), dtype=torch.float32)).train()
+    block = spec.classes[1]
+    assert block.forward is not None and block.backward is not None
+    peaks = measure_peaks(streamed, block.name, {"input_ids": tiny_batch(0, num_sequences=4, num_tokens=32)["input_ids"]})
+    for expected, measured in zip((block.forward.peak_bytes, block.backward.peak_bytes), peaks, strict=True):
+        assert expected > 100_000
+        assert expected <= measured <= expected + 4096, (
+            expected,
+            measured,
+        )  # scalars, and small scratch inside operations (attention has more, but less than a feed-forward)
 
 
 def test_dropout_on_a_gpu_keeps_a_byte_an_element_and_is_random() -> None:

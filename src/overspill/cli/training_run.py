@@ -382,6 +382,7 @@ def _train(
                 raise HostMemoryError(f"{warning}. {_farewell(options, course.step, num_steps, is_saving)}")
             if stop.is_requested and course.step < num_steps:
                 raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
+        session.flush()  # a drive that is full for the last updates too ends the training as such
     return last
 
 

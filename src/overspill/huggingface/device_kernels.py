@@ -57,7 +57,7 @@ class DeviceKernels(TorchFunctionMode):
         """Kernels met, each once."""
         self.has_doubt = False
         """Whether the choice of a kernel met depends on the version of torch."""
-        self.asks_device = torch.cuda.is_available() and torch.version.hip is None
+        self.asks_device = can_ask_device()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -99,6 +99,11 @@ class DeviceKernels(TorchFunctionMode):
                 query, key, value, mask, needs_lse, dropout_p, is_causal, False, scale=scale
             )[0]
         return _efficient(query, key, value, mask, needs_lse, dropout_p, is_causal, scale)
+
+
+def can_ask_device() -> bool:
+    """Whether there is an NVIDIA GPU, of which torch can be asked (rule 1)."""
+    return torch.cuda.is_available() and torch.version.hip is None
 
 
 def choose_attention(

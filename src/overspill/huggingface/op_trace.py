@@ -16,8 +16,9 @@ Rules:
    are told apart by their geometry; the first one has the bytes.
 5. A saved tensor's recomputation is every operation that wrote to its storage, and, as far as their arguments are neither given nor
    saved, the operations that wrote to those.
-6. Integers and booleans that do not depend on weights (positions, padding) are computed for real beside the trace, up to a size. A model
-   that looks at them, to see whether it needs a mask, gets the answer that it would get.
+6. What depends on sizes alone (positions, padding) is computed for real beside the trace, up to a size: parameters, buffers and all that
+   comes of them have no values. A model that looks at positions, to see whether it needs a mask, gets the answer that it would get, and one
+   that draws a number, to see whether it skips a layer (with a probability of 0), gets a number.
 """
 
 from __future__ import annotations
@@ -204,10 +205,11 @@ class OpTrace(TorchDispatchMode):
                     self._without_values.add(storage.number)
             return
         results = list(tensors_in(out))
-        if not results or any(tensor.is_floating_point() or tensor.numel() > self.most_values for tensor in results):
+        if not results or any(tensor.numel() > self.most_values for tensor in results):
             return
         given = list(tensors_in(args, kwargs))
-        if is_random(func, args, kwargs) or is_allocation(func) or not all(self._has_values(tensor) for tensor in given):
+        is_drawn = is_random(func, args, kwargs) and any(tensor.dim() > 0 for tensor in results)
+        if is_drawn or is_allocation(func) or not all(self._has_values(tensor) for tensor in given):
             return
         with _disable_current_modes():
             values = func(*tree_map_only(Tensor, _values_of, args), **tree_map_only(Tensor, _values_of, kwargs))
@@ -223,6 +225,8 @@ class OpTrace(TorchDispatchMode):
         """The operation, without values; `device_kernels` has the exceptions."""
         if func is _GROUPED_PRODUCT:
             return multiply_groups(args[0], args[1], *_grouped_options(*args[2:], **kwargs), is_cuda=self.is_cuda)
+        if func is torch.ops.aten.bincount.default and len(args) > 2:  # as many as there may be: what is counted are experts
+            return torch.empty(args[2], dtype=torch.int64 if args[1] is None else args[1].dtype)
         out = func(*args, **kwargs)
         return keep_statistics(out) if self.is_cuda and func is torch.ops.aten.native_layer_norm.default else out
 

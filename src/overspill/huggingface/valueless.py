@@ -61,6 +61,25 @@ def shapes_of(arguments: BlockArguments) -> Mapping[str, object]:
     return {unit: describe(arguments.rebuilt(unit, hidden)) for unit in arguments.calls}
 
 
+def find_classes(streamed: StreamedModel, arguments: BlockArguments | None) -> Mapping[str, tuple[str, ...]]:
+    """First block of every class -> all its blocks: of one kind, reading hidden states of one dtype, called with arguments of the same
+    shapes (a mask or none).
+
+    Args:
+        arguments: None: they are not known, and not compared.
+    """
+    shapes: Mapping[str, Any] = shapes_of(arguments) if arguments is not None else {}
+    found: list[tuple[Any, list[str]]] = []
+    for before, unit in zip(streamed.unit_names, streamed.block_names, strict=False):
+        key = (streamed.kinds[unit], streamed.hidden_dtypes[before], shapes.get(unit))
+        same = next((units for known, units in found if known == key), None)
+        if same is None:
+            found.append((key, [unit]))
+        else:
+            same.append(unit)
+    return {units[0]: tuple(units) for _, units in found}
+
+
 @contextlib.contextmanager
 def without_values(streamed: StreamedModel, notes: list[str]) -> Iterator[None]:
     """Tensors made inside are fake, and the model runs on them (rules 1 to 3).

@@ -14,6 +14,8 @@ Limits:
    they have one. A class that cannot be traced has no passes, and its note says why: there is never a guess in place of a number.
 2. A loss chunk is traced for one and two chunks of rows; the rest is multiplication.
 3. Nothing inside a kernel is seen: neither its scratch memory nor what libraries keep.
+4. Adding gradients up (`runtime/gradients.py`) is not part of a unit's work.
+5. One thread at a time: transformers is told something else meanwhile (`valueless`).
 
 Shapes: B sequences of T tokens, H hidden, R rows with a target, V vocabulary.
 """
@@ -24,7 +26,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +39,16 @@ from overspill.huggingface.inspection import NUM_TOKENS
 from overspill.huggingface.meta_model import build_meta_model
 from overspill.huggingface.op_trace import OpTrace
 from overspill.huggingface.skeleton import copy_without_weights
-from overspill.huggingface.stand_ins import BlockArguments
 from overspill.huggingface.streamed_model import EMBEDDING, TAIL, Embedded, StreamedModel
 from overspill.huggingface.tail_trace import TailTrace
-from overspill.huggingface.valueless import build_batch, described_arguments, shapes_of, without_values
+from overspill.huggingface.valueless import build_batch, described_arguments, find_classes, shapes_of, without_values
 from overspill.huggingface.weights import open_config
 from overspill.spec.plan import DTYPES
 from overspill.spec.workload import LossWork, Pass, Routing, SavedTensor, UnitWork, WorkloadSpec, default_loss_chunk_rows
 
 DEVICES = ("cuda", "cpu")
-_VALUES_PER_TOKEN, _LEAST_VALUES = 4, 4096
-"""Bounds on the integers that are computed beside a trace: those of a few rows of positions, no mask of T x T. Chosen, not tuned."""
+_VALUES_PER_TOKEN, _LEAST_VALUES, _MOST_VALUES = 4, 4096, 1 << 23
+"""Bounds on what is computed beside a trace: a few numbers a token, no mask of T x T, at most 64 MiB a tensor. Chosen, not tuned."""
 
 
 def describe_workload(
@@ -102,25 +103,6 @@ def build_streamed(model: str | Path | PreTrainedConfig | PreTrainedModel, dtype
     return StreamedModel(build_meta_model(config, dtype=kind))
 
 
-def find_classes(streamed: StreamedModel, arguments: BlockArguments | None) -> Mapping[str, tuple[str, ...]]:
-    """First block of every class -> all its blocks: of one kind, reading hidden states of one dtype, called with arguments of the same
-    shapes (a mask or none).
-
-    Args:
-        arguments: None: they are not known, and not compared.
-    """
-    shapes: Mapping[str, Any] = shapes_of(arguments) if arguments is not None else {}
-    found: list[tuple[Any, list[str]]] = []
-    for before, unit in zip(streamed.unit_names, streamed.block_names, strict=False):
-        key = (streamed.kinds[unit], streamed.hidden_dtypes[before], shapes.get(unit))
-        same = next((units for known, units in found if known == key), None)
-        if same is None:
-            found.append((key, [unit]))
-        else:
-            same.append(unit)
-    return {units[0]: tuple(units) for _, units in found}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Traced:
     """One unit's passes and what its backward keeps."""
@@ -149,7 +131,7 @@ class _Tracer:
         streamed = self.streamed
         self._note_other_packages()
         expected = described_arguments(streamed, is_masked=self.is_masked)
-        with without_values(streamed, self.notes):
+        with torch.random.fork_rng(devices=[]), without_values(streamed, self.notes):
             self._refuse_other_arguments(expected)
             outcomes = {EMBEDDING: self._try(EMBEDDING, chunk_rows)}
             classes = find_classes(streamed, self.embedded.arguments if self.embedded is not None else None)
@@ -193,7 +175,7 @@ class _Tracer:
                     traced = self._trace_tail(trace, chunk_rows)
                 else:
                     traced = self._trace_block(trace, unit)
-        except (KeyboardInterrupt, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:  # whatever a model's code does on tensors without values
             return None, (f"could not be traced without values: {_first_line(error)}",)
@@ -202,7 +184,8 @@ class _Tracer:
         return traced, ()
 
     def _new_trace(self) -> OpTrace:
-        return OpTrace(is_cuda=self.is_cuda, most_values=max(_LEAST_VALUES, _VALUES_PER_TOKEN * self.micro_batch * self.seq_len))
+        wanted = _VALUES_PER_TOKEN * self.micro_batch * self.seq_len
+        return OpTrace(is_cuda=self.is_cuda, most_values=min(max(_LEAST_VALUES, wanted), _MOST_VALUES))
 
     def _refuse_other_arguments(self, expected: object) -> None:
         """Rule 4 of `valueless`."""

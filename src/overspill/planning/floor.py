@@ -13,6 +13,10 @@ Each formula is a bound that no overlap can beat:
 
    with T_forward and T_backward the compute before and after the first backward op; without clip T_updates is 0.
 
+   Without clip the tail of a step ends in the time of the next one (`runtime/landing`): a single step can then be quicker than its chain.
+   Steps in a row cannot where the next forward begins with what the tail updates, as it does with the embedding; where the embedding
+   is updated on the device, the last compute op is that update and the tail is empty.
+
 Where this differs from the design page: its tail is the sum of D2H, update and H2D. Chunks go through these side by side and the H2D
 belongs to the next step, so a bound takes the longest. Host memory bandwidth, which all host lanes share, is not looked at.
 """

@@ -20,7 +20,7 @@ from overspill.report.progress import replace_text
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Piece, Role, Update
 from overspill.spec.tensors import Tier
-from overspill.spec.trace import Span, StepTrace, find_idle
+from overspill.spec.trace import Span, StepTrace
 
 _ROLES = {
     Role.PARAMETER: "weights",
@@ -88,15 +88,16 @@ class OpNames:
 def trace_events(trace: StepTrace, plan: Plan, *, step: int) -> dict[str, Any]:
     """The JSON object of a step."""
     names = OpNames(plan)
-    texts = {span.op: names.name(trace.schedule.ops[span.op].op) for span in trace.spans}
-    tracks = _assign_tracks(trace.spans)
+    spans = [*trace.earlier, *trace.spans]
+    texts = {span.op: names.name(trace.op(span.op)) + (" (of the step before)" if span.op < 0 else "") for span in spans}
+    tracks = _assign_tracks(spans)
     events = _track_names(tracks, f"overspill {trace.schedule.name} step {step}: {plan.model} on {plan.device}")
-    events += [_slice(span, texts[span.op], tracks[span.op], trace.schedule.ops[span.op].op) for span in trace.spans]
-    for part in find_idle(trace.spans, trace.step_s):
+    events += [_slice(span, texts[span.op], tracks[span.op], trace.op(span.op)) for span in spans]
+    for part in trace.idle():
         waiting = texts.get(part.waiting, "the end of the step")
-        name = f"waits for {part.cause}: {texts[part.op]}" if part.op >= 0 else part.cause
+        name = f"waits for {part.cause}: {texts[part.op]}" if part.op != -1 else part.cause
         events.append(_event(name, "idle", _IDLE_TRACK, part.start_s, part.end_s, {"waiting": waiting}))
-    events += _arrows(trace.spans, tracks)
+    events += _arrows(spans, tracks)
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"step": step, "step_s": trace.step_s, "model": plan.model}}
 
 

@@ -41,6 +41,7 @@ class Gradients:
         """The regions that the views are of."""
         self.sums_of_squares: dict[str, torch.Tensor] = {}
         """Bundle -> float64 [its tensors], of finished gradients."""
+        self._landed: list[float] = []
 
     def add(self, bundle: str, reader: str, name: str, gradient: torch.Tensor) -> None:
         """Add one contribution of unit `reader` to tensor `name` (rules 1, 2)."""
@@ -51,6 +52,12 @@ class Gradients:
         else:
             self._begun.add((name, reader))
             target.copy_(gradient)
+
+    def land_sums(self) -> list[float]:
+        """`sums_of_squares` on the host, one a tensor, when all gradients are finished. The first time it waits for compute."""
+        if not self._landed and self.sums_of_squares:
+            self._landed = torch.cat(list(self.sums_of_squares.values())).tolist()
+        return self._landed
 
     def targets(self, reader: str, bundle_of: Mapping[str, str], names: Sequence[str]) -> dict[str, tuple[torch.Tensor, bool]]:
         """Tensor -> its partial gradient, and whether that has a contribution already; for who adds by himself (rule 1) and says so by

@@ -8,14 +8,16 @@ Words:
 * **issued**: the job's function has returned. On the lanes of a CUDA link the copy is then in the lane's stream, with an event
   behind it; on the lanes of an SSD the transfer has been started; elsewhere the work is done.
 * **complete**: issued, and its event or transfer has ended.
+* **group**: the jobs of one schedule: what one failure ends.
 
 Rules:
 
 1. Within a lane jobs are issued in the order in which they were submitted.
 2. A CUDA lane waits for another CUDA lane on the device (its stream waits for the event) and for all others on its own thread. No
    thread but the one that asks waits for a device.
-3. After a failure no job that has not begun is begun any more: it fails as `Abandoned`. Jobs end in any case, so whoever waits is
-   released, and `settle` says when nobody uses a buffer any more.
+3. After a failure no job of its group that has not begun is begun any more: it fails as `Abandoned`. Jobs end in any case, so whoever
+   waits is released, and `settle` says when nobody uses a buffer any more. Jobs of other groups go on, but for those that wait for
+   one that has failed.
 4. On the `cpu` device the links are lanes with threads too, so that everything above it is the same code.
 
 Costs: about 20 us of a lane's thread for each job; five threads a session, started with the first job.
@@ -40,16 +42,28 @@ Job = Callable[[], Transfer | None]
 
 
 class Abandoned(OverspillError):
-    """A job that was not begun because another one failed."""
+    """A job that was not begun because another one of its group failed."""
+
+
+class JobGroup:
+    """The jobs of one schedule (rule 3)."""
+
+    def __init__(self) -> None:
+        self.has_failed = False
+        """Set by the first failure, and by who gives the schedule up."""
+        self.taken: list[Completion] = []
+        """All that the lanes' threads have taken up: their own record, which Ctrl-C in another thread spares. Emptied when all have
+        ended."""
 
 
 class Completion:
     """The end of one op. Made by `Lanes`; thread-safe."""
 
-    __slots__ = ("lane", "_lanes", "_issued", "_event", "_begin_event", "_transfer", "_error", "_begin_s", "_end_s")
+    __slots__ = ("lane", "group", "_lanes", "_issued", "_event", "_begin_event", "_transfer", "_error", "_begin_s", "_end_s")
 
     def __init__(self, lanes: Lanes, lane: Lane) -> None:
         self.lane = lane
+        self.group = lanes.group
         self._lanes = lanes
         self._issued = False
         self._event: torch.cuda.Event | None = None
@@ -143,10 +157,8 @@ class Lanes:
         self.device = device
         self.condition = threading.Condition()
         """Notified whenever an op is issued."""
-        self.has_failed = False
-        """Set by the first failure (rule 3), cleared by `reset`."""
-        self.taken: list[Completion] = []
-        """All that the lanes' threads have taken up since the last `reset`: their own record, which Ctrl-C in another thread spares."""
+        self.group = JobGroup()
+        """That jobs submitted now belong to."""
         self._queues: dict[Lane, _Queue] = {}
         self._streams: dict[Lane, torch.cuda.Stream] = {}
         self._is_closed = False
@@ -200,20 +212,25 @@ class Lanes:
         return completion
 
     def drain(self) -> None:
-        """Block until every job has been taken up and has ended, well or not, also one that nobody has the completion of.
+        """Block until every job has been taken up, and all of the present group have ended, well or not, also one that nobody has the
+        completion of.
 
         Raises:
             KeyboardInterrupt: something may be under way still; drain again.
         """
         for queue in tuple(self._queues.values()):
             queue.wait_until_empty()
-        for completion in tuple(self.taken):
+        for completion in tuple(self.group.taken):
             completion.settle()
 
+    def begin(self) -> None:
+        """From now on jobs belong to another group; those of the present one may be under way."""
+        self.group = JobGroup()
+
     def reset(self) -> None:
-        """Forget a failure; all ops must have settled."""
-        self.has_failed = False
-        self.taken.clear()
+        """Forget a failure; all ops of the present group must have settled."""
+        self.group.taken.clear()
+        self.begin()
 
     def close(self) -> None:
         """End the threads, after what is queued; closing again does nothing."""
@@ -229,7 +246,7 @@ class Lanes:
         try:
             for wait in waits:
                 wait.wait_on(stream)
-            if self.has_failed:
+            if completion.group.has_failed:
                 raise Abandoned(f"not begun on lane {completion.lane}: another op of the step failed")
             completion._begin_s = time.perf_counter()
             if stream is None:
@@ -242,7 +259,7 @@ class Lanes:
                 end.record(stream)
                 completion._begin_event, completion._event = begin, end
         except BaseException as error:
-            self.has_failed = True
+            completion.group.has_failed = True
             completion._end(error=error)
             return
         completion._end(transfer=transfer)
@@ -282,6 +299,6 @@ class _Queue:
                     item.set()
                     continue
                 job, waits, completion = item
-                self._lanes.taken.append(completion)
+                completion.group.taken.append(completion)
                 self._lanes._run(completion, job, waits, stream)
                 del item, job, waits, completion  # an idle lane keeps no buffer alive

@@ -94,6 +94,8 @@ class Residency:
         self.device_work: Callable[[], Work] = tuple
         """The work that the device's own lane has now; set by the executor. A new allocation is zeroed there, and may be memory that
         it still uses."""
+        self.before_home_access: Callable[[], None] = lambda: None
+        """Called before a home is looked at outside of a step; set by the executor, whose last step may not have landed."""
         self.device_pool = Arena(device, "device", fresh_work=lambda: self.device_work())
         self.host_pool = SlotPool(host, "host")
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
@@ -226,6 +228,7 @@ class Residency:
 
     def write_home(self, bundle: str, role: Role, offset: int, source: torch.Tensor) -> None:
         """Copy uint8 CPU bytes into a home at byte `offset` of the role."""
+        self.before_home_access()
         tier = self.home_tier(bundle, role)
         if tier is not Tier.SSD:
             self._regions[(bundle, role, ""), tier].tensor[offset : offset + source.numel()].copy_(source)
@@ -236,6 +239,7 @@ class Residency:
 
     def read_home(self, bundle: str, role: Role, offset: int, num_bytes: int) -> torch.Tensor:
         """Bytes of a home as a new uint8 CPU tensor."""
+        self.before_home_access()
         tier = self.home_tier(bundle, role)
         if tier is not Tier.SSD:
             return self._regions[(bundle, role, ""), tier].tensor[offset : offset + num_bytes].to("cpu", copy=True)

@@ -6,6 +6,8 @@ Rules:
 2. Weights are never stale: `evaluate`, `generate`, `save_pretrained` and `save_checkpoint` flush pending updates first.
    Leaving the `with` block saves nothing.
 3. After a failure that may have changed part of the weights the session refuses to go on.
+   Without clip a step returns before its last updates are home (`runtime/landing`). Everything here but the next step's forward waits for
+   them first; should one of them fail, the next call says so, as of that step, and there is no going on.
 4. A model object given to a session is taken over once the plan stands: its weights move into the tiers, tensor by tensor, and
    the object keeps none. Until then it is not touched. Sessions train in training mode, whatever mode the object was in.
 """
@@ -119,8 +121,7 @@ class Session(Closing):
         plan = plan_for_optimizer(plan, optimizer)
         files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, overwrite=ssd_overwrite, open_store=open_store)
         self._checkpointer: Checkpointer | None = None
-        self.wear: SsdWear | None = None
-        """Watches the life of the SSD; None if nothing of the session is in files of a directory."""
+        self._wear: SsdWear | None = None
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
         return_freed_memory()
@@ -140,7 +141,7 @@ class Session(Closing):
         try:
             stores = [store for store in (self.residency.store, self.residency.scratch) if store is not None]
             if stores and self.plan.ssd_dir is not None and open_store is None and Path(self.plan.ssd_dir).is_dir():
-                self.wear = SsdWear(self.plan, stores)
+                self._wear = SsdWear(self.plan, stores)
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}
             if resume_from is None or source.has_more_than(self.homes.names):
@@ -180,7 +181,7 @@ class Session(Closing):
     # -- work --------------------------------------------------------------------------------------------------------
 
     def step(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> StepReport:
-        """One optimizer step.
+        """One optimizer step. Without clip its last updates may be under way when it returns (rule 3).
 
         Args:
             micro_batches: CPU tensors: `input_ids` [B, T], `labels` [B, T] (-100 where nothing is learnt; the model shifts),
@@ -190,6 +191,7 @@ class Session(Closing):
         Raises:
             ValueError: batches that do not fit the plan, or without a target.
             NonFiniteError: a loss or gradient is not finite; the message says what was changed.
+            StorageError: a transfer failed, of this step or, as the message then says, of the last updates of the one before.
         """
         self._check_usable()
         if len(micro_batches) > self.plan.accumulate:
@@ -212,7 +214,7 @@ class Session(Closing):
             torch.cuda.reset_peak_memory_stats(self.device)
         figures, gradients = self._run(schedule, prepared, context, updates)
         try:
-            norm = global_norm(gradients.sums_of_squares.values()) / scale
+            norm = global_norm(gradients.land_sums()) / scale
             skipped = self._finish_step(number, lr, norm, scale) if waits else False
             if not skipped:
                 self.step_number = number
@@ -240,9 +242,16 @@ class Session(Closing):
             pool_peak_bytes=sum(pool.peak_bytes for pool in pools),
             pool_waste_bytes=sum(pool.peak_bytes - pool.peak_asked_bytes for pool in pools),
             pool_one_size_bytes=sum(pool.one_size_bytes for pool in pools),
-            ssd_life_written_bytes=self.wear.after_step(figures.step_s) if self.wear is not None else 0,
+            ssd_life_written_bytes=self._wear.after_step(figures.step_s, land=self.executor.finish) if self._wear is not None else 0,
             read_times=self._timing.after_step(number, self.executor.lazy_trace),
         )
+
+    @property
+    def wear(self) -> SsdWear | None:
+        """Watches the life of the SSD, whose last step has landed; None if nothing of the session is in files of a directory."""
+        if self._wear is not None and hasattr(self, "executor"):
+            self.executor.finish()
+        return self._wear
 
     @property
     def rates(self) -> LaneRates:
@@ -250,6 +259,7 @@ class Session(Closing):
         reports of all later steps have their `floor`."""
         if not self._timing.has_rates:
             self._check_usable()
+            self.executor.finish()
         return self._timing.rates
 
     def export_trace(self, path: str | Path) -> Path:
@@ -291,8 +301,9 @@ class Session(Closing):
         return False
 
     def flush(self) -> None:
-        """Run the updates that wait for the next step, so that the homes hold the newest weights."""
+        """Run the updates that wait for the next step, or wait for those under way, so that the homes hold the newest weights."""
         self._check_usable()
+        self.executor.finish()
         if self._pending is not None:
             context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
             self._run(self._programs.flush(), [], context, self._pending)
@@ -330,8 +341,8 @@ class Session(Closing):
         except BaseException as error:
             self._failure = f"the checkpoint of step {self.step_number} failed: {error}"
             raise
-        if self.wear is not None:
-            self.wear.save()
+        if self._wear is not None:
+            self._wear.save()
         self.data_position = data_position
         return manifest
 
@@ -441,14 +452,15 @@ class Session(Closing):
         if self.plan.host_budget_bytes is not None:
             room = max(0, min(room, self.plan.host_budget_bytes - self.residency.host.allocated_bytes))
         rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room)
-        if self.wear is not None:
-            self.wear.add(written)
+        if self._wear is not None:
+            self._wear.add(written)
         return rates
 
     def _run(
         self, schedule: Schedule, prepared: Sequence[MicroBatch], context: StepContext, updates: UpdateContext | None
     ) -> tuple[StepFigures, Gradients]:
         self._place_slots(schedule)
+        self.executor.forget_step()
         try:
             result = self.executor.run(schedule, prepared, context, updates=updates)
         except BaseException as error:
@@ -470,6 +482,8 @@ class Session(Closing):
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
         """After a schedule that stopped: go on if weights are all from before its updates, or all from after them; else rule 3."""
         self._failure = f"{type(error).__name__}: {error}"  # until all is in order again: Ctrl-C may come once more
+        with contextlib.suppress(Exception):  # `_check_usable` tells it
+            self.executor.finish()  # it stopped on the way into the schedule, or out of it
         untouched = not self.executor.updated
         if not untouched and schedule.starts_pending and self.executor.has_landed:
             # The step before is applied in full; only this one's gradients are lost.
@@ -502,8 +516,10 @@ class Session(Closing):
     def _check_usable(self) -> None:
         if self._is_closed:
             raise RuntimeError("this session is closed; its memory and files were given back")
-        if self._failure is not None:
-            raise RuntimeError(f"this session stopped half-way through an update and cannot go on: {self._failure}")
+        late = self.executor.landing_failure
+        failure = self._failure if late is None else f"{type(late).__name__}: {late}"
+        if failure is not None:
+            raise RuntimeError(f"this session stopped half-way through an update and cannot go on: {failure}")
 
     def _device_peak_bytes(self) -> int:
         if self.device.type == "cuda":
@@ -518,15 +534,21 @@ class Session(Closing):
         return max(0, total - free - torch.cuda.memory_reserved(self.device))
 
     def close(self) -> None:
-        """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone."""
+        """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone.
+
+        Raises:
+            StorageError: the last step failed while it landed, or a transfer that nobody waited for did; all is given back.
+        """
         self._is_closed = True
-        if hasattr(self, "executor"):  # opening may have failed before
-            self.executor.close()
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-        if self.wear is not None:
-            self.wear.save()
-        self.residency.close()
+        with contextlib.ExitStack() as stack:  # all of it, also when one raises
+            stack.callback(self.residency.close)
+            if self._wear is not None:
+                stack.callback(self._wear.save)
+            if self._checkpointer is not None:
+                stack.callback(self._checkpointer.close)
+            if hasattr(self, "executor"):  # opening may have failed before
+                self.residency.interrupt()  # nobody waits any more for room on a drive
+                stack.callback(self.executor.close)
 
 
 def _fields(figures: StepFigures) -> dict[str, Any]:

@@ -25,7 +25,6 @@ the tail's loss kernel is compiled, which may take some seconds more.
 
 from __future__ import annotations
 
-import gc
 import math
 import statistics
 import time
@@ -335,7 +334,6 @@ class _Bench:
 
     def _give_back(self) -> None:
         """Rule 5."""
-        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -2,8 +2,9 @@
 
 Rule 1. Rates are measured when somebody first asks for a floor, between steps, once a session; from then on every report has its floor.
 Rule 2. The trace is of the last training step, whatever was evaluated or flushed since.
-Rule 3. Reading a step's times takes milliseconds. It happens when somebody asks, at the latest when the next step's ops are all under way
-    and this thread has nothing to do but wait: a report that nobody looks at costs no step any time, and holds no events for long.
+Rule 3. Reading a step's times takes milliseconds, and waits until the step has landed (`runtime/landing`). It happens when somebody
+    asks, at the latest when the next step's ops are all under way and this thread has nothing to do but wait: a report that nobody looks
+    at costs no step any time, and holds no events for long. Who asks at once gives away what would land under the next forward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from overspill.runtime.trace import LazyTrace
 from overspill.spec.rates import Floor, LaneRates
 from overspill.spec.report import StepTimes
 from overspill.spec.schedule import Lane, Schedule
-from overspill.spec.trace import StepTrace, exposed_s, find_idle, lane_busy_s
+from overspill.spec.trace import StepTrace, exposed_s, lane_busy_s
 
 
 class StepTiming:
@@ -70,7 +71,7 @@ class StepTiming:
         """The floor is among them if somebody has asked for the rates by then."""
         begun_s = time.perf_counter()
         trace = lazy.get()
-        exposed = exposed_s(find_idle(trace.spans, trace.step_s))
+        exposed = exposed_s(trace.idle())
         floor = self._floor_of(trace) if self._rates is not None else None
         busy = lane_busy_s(trace.spans)
         return StepTimes(lane_busy_s=busy, exposed_s=exposed, floor=floor, trace_s=time.perf_counter() - begun_s)

@@ -22,7 +22,7 @@ from overspill.spec.plan import Plan
 
 
 class VerdictMemory:
-    """Where the verdicts of a step land on the host; one for a session, as no two of its steps run at a time.
+    """Where the verdicts of a step land on the host; one for a session, as a step has landed before the next one finishes a gradient.
 
     A place is written again in the next step by the same stream, and read only behind that copy's event.
     """

@@ -52,8 +52,14 @@ class SsdWear:
             health = dataclasses.replace(health, written_bytes=health.written_bytes + self._session_bytes())
         return build_wear(own_bytes=self._counter.written_bytes, rated_bytes=self._plan.ssd_rated_bytes, health=health)
 
-    def after_step(self, step_s: float) -> int:
-        """Count; bytes written over the directory's life. The guard warns once."""
+    def after_step(self, step_s: float, *, land: Callable[[], None] = lambda: None) -> int:
+        """Count; bytes written over the directory's life. The guard warns once.
+
+        Args:
+            land: waits for what the step has left under way; called after the first one, from whose end the forecast counts.
+        """
+        if not self._num_steps:
+            land()
         now = self._session_bytes()
         self._counter.note(now)
         if self._num_steps:

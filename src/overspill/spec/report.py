@@ -18,7 +18,7 @@ class StepFigures:
     """Fields that the simulator predicts and the executor measures."""
 
     step_s: float
-    """Wall time of the step."""
+    """Wall time of the step: what `Session.step` ran its program for. Without clip its last updates may land under the next step."""
     lane_bytes: Mapping[str, int]
     """Bytes that crossed each link; exact on both sides."""
     num_ops: int
@@ -135,7 +135,7 @@ class StepTimes:
     """Where a step's time went."""
 
     lane_busy_s: Mapping[str, float]
-    """Seconds in which a lane had work."""
+    """Seconds in which a lane had work of this step, what landed after its end included."""
     exposed_s: Mapping[str, float]
     """Seconds of the step in which the compute lane was idle and waited for that lane, or for `dispatch` (`spec/trace.py`); with
     `lane_busy_s["compute"]` they sum to `step_s`."""

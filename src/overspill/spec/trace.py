@@ -9,10 +9,10 @@ Words:
 * **dispatch**: the compute lane was idle, and nothing that it waited for was under way: the host's cost of ending ops, waking lanes
   and issuing the next ops.
 
-How exposed time is found. The next compute op after an idle gap (at a step's end: the step's end, which waits for all ops) has
-waited for other ops. The gap is gone through backwards, from its end: time between the end of the op that ended last and the start
-of what waited for it is dispatch; the time in which that op was under way belongs to its lane; before it, the same is asked of what
-this op itself waited for. So a fetch from host to device that waited for the drive exposes the drive and not the link.
+How exposed time is found. The next compute op after an idle gap (at a step's end: the step's end, which waits for all ops unless the
+step lands later) has waited for other ops. The gap is gone through backwards, from its end: time between the end of the op that ended
+last and the start of what waited for it is dispatch; the time in which that op was under way belongs to its lane; before it, the same
+is asked of what this op itself waited for. So a fetch from host to device that waited for the drive exposes the drive and not the link.
 
 Rules:
 
@@ -20,6 +20,8 @@ Rules:
 2. Every moment of a step is the compute lane's busy time, dispatch, or exposed time of exactly one lane: together they are the step.
 3. A transfer that was started while the one before it on its lane was under way, and waited for nothing else that long, is preceded by
    that one's start: both belong to the same lane.
+4. What a step leaves under way when it ends (`StepTrace.lands_later`) has its spans beyond the step's end, is busy time of its own step,
+   and is exposed in the next one, where somebody waits for it.
 
 Limits: on a GPU a compute op is under way from its first kernel to its last, so launches that are slower than kernels count as busy.
 Clocks of device and host agree to some 10 us.
@@ -32,7 +34,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from overspill.spec.schedule import Lane, Schedule
+from overspill.spec.schedule import Lane, Op, Schedule
 
 DISPATCH = "dispatch"
 
@@ -41,7 +43,7 @@ class Span(NamedTuple):
     """One op's time on its lane, in seconds since the schedule began. A named tuple: a step makes one of every op."""
 
     op: int
-    """Index in the schedule."""
+    """Index in the schedule; below -1 for ops of the step before."""
     lane: Lane
     start_s: float
     """When it began: what it waited for was there, and its lane had come to it."""
@@ -74,7 +76,7 @@ class Idle(NamedTuple):
     cause: str
     """The lane that is exposed, or `DISPATCH`."""
     op: int
-    """The op of that lane that was under way; -1 for dispatch."""
+    """The op of that lane that was under way, below -1 one of the step before; -1 for dispatch."""
     waiting: int
     """The compute op that waited; -1: the end of the step."""
 
@@ -87,6 +89,23 @@ class StepTrace:
     spans: tuple[Span, ...]
     """In program order; a `Free` has none."""
     step_s: float
+    lands_later: bool = False
+    """Whether the step ended with its compute, and other ops ended after it (rule 4)."""
+    earlier: tuple[Span, ...] = ()
+    """Ops of the step before that were under way when this one began, in its program's order, by this one's clock."""
+    earlier_schedule: Schedule | None = None
+    """Of the step before, if there are any."""
+
+    def op(self, number: int) -> Op:
+        """Of a span, this step's or the one's before."""
+        if number >= 0:
+            return self.schedule.ops[number].op
+        assert self.earlier_schedule is not None
+        return self.earlier_schedule.ops[number + len(self.earlier_schedule.ops) + 1].op
+
+    def idle(self) -> list[Idle]:
+        """`find_idle` of this step."""
+        return find_idle([*self.earlier, *self.spans], self.step_s, lands_later=self.lands_later)
 
 
 def busy_s(spans: Iterable[Span], *lanes: Lane) -> float:
@@ -116,11 +135,12 @@ def exposed_s(idle: Iterable[Idle]) -> dict[str, float]:
     return total
 
 
-def find_idle(spans: Sequence[Span], step_s: float) -> list[Idle]:
+def find_idle(spans: Sequence[Span], step_s: float, *, lands_later: bool = False) -> list[Idle]:
     """The gaps of the compute lane, each moment with its cause, in the order of time.
 
     Args:
-        spans: in program order.
+        spans: in program order, after those of the step before.
+        lands_later: the step's end has waited for compute alone.
     """
     found: list[Idle] = []
     reached = 0.0
@@ -132,7 +152,7 @@ def find_idle(spans: Sequence[Span], step_s: float) -> list[Idle]:
                 found += _explain(spans, reached, start_s, span.op, span.waits)
             reached = max(reached, min(span.end_s, step_s))
     if step_s > reached:
-        found += _explain(spans, reached, step_s, -1, [span.op for span in spans])
+        found += _explain(spans, reached, step_s, -1, () if lands_later else [span.op for span in spans])
     return found
 
 

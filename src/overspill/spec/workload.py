@@ -146,7 +146,11 @@ class Routing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitWork:
-    """One class of units."""
+    """One class of units.
+
+    The tail runs forward and backward at once: its `forward` is that of an evaluation, `recompute` and `backward` are training's two
+    parts. A step costs a block forward + recompute + backward, the tail recompute + backward, the embedding all three.
+    """
 
     name: str
     """The first unit of the class, which was traced."""
