@@ -63,7 +63,7 @@ def test_the_order_on_every_lane_and_what_ops_wait_for_are_the_executors(placeme
         theirs = sorted((span for span in real if span.lane is lane), key=lambda span: (span.start_s, span.op))
         assert [span.op for span in mine] == [span.op for span in theirs], lane
     for span in real:
-        assert set(span.waits) <= set(paper[span.op].waits), session.executor.trace.schedule.ops[span.op]
+        assert set(span.waits) <= set(paper[span.op].waits), session.executor.trace.op(span.op)
         assert span.num_bytes == paper[span.op].num_bytes
 
 

@@ -208,6 +208,7 @@ def test_steps_that_overlap_take_no_longer_than_alone_and_no_less_than_their_bus
     for parameters, states in (("host", "host"), ("ssd", "ssd")):
         plan = make_plan(parameters=parameters, states=states, boundaries="device", clip=clip)
         steady = simulate(full_step(plan), plan, BALANCED, overlap=True, repeats=True, overlaps_steps=True)
+        assert steady.lane_busy_s["compute"] + sum(steady.exposed_s.values()) == pytest.approx(steady.step_s)
         assert steady.lane_busy_s["compute"] * (1 - 1e-9) <= steady.step_s <= steady.alone_s * (1 + 1e-9)
         if clip is None and states == "host":
             assert steady.step_s < steady.alone_s, "the last updates land under the next forward"

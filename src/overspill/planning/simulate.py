@@ -21,7 +21,7 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
 from overspill.spec.prediction import MemoryTerm
 from overspill.spec.report import LINK_LANES, Prediction
-from overspill.spec.schedule import Compute, Evict, Fetch, Free, Lane, Phase, Schedule
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Phase, Schedule, Update
 from overspill.spec.tensors import Tier
 from overspill.spec.trace import Span, exposed_s, find_idle, lane_busy_s
 
@@ -56,15 +56,16 @@ def simulate(
     costs = costs or build_costs(plan, hardware)
     lane_bytes, peaks, phases = _walk(schedule, plan)
     if overlap:
-        times = _overlapping(schedule, plan, costs, arena, repeats=repeats, overlaps_steps=overlaps_steps)
+        spans, earlier, step_s, alone_s = _overlapping(schedule, plan, costs, arena, repeats=repeats, overlaps_steps=overlaps_steps)
     else:
-        times = _serial(schedule, costs)
-    spans, step_s, alone_s = times
+        spans, earlier = _serial(schedule, costs), []
+        step_s = alone_s = max((span.end_s for span in spans), default=0.0)
+    lands_later = repeats and overlaps_steps
     return Prediction(
         step_s=step_s,
         alone_s=alone_s,
         lane_busy_s=lane_busy_s(spans),
-        exposed_s=exposed_s(find_idle(spans, alone_s)),
+        exposed_s=exposed_s(find_idle([*earlier, *spans], step_s, lands_later=lands_later)),
         spans=tuple(spans),
         lane_bytes=lane_bytes,
         num_ops=len(schedule.ops),
@@ -116,7 +117,7 @@ def _walk(schedule: Schedule, plan: Plan) -> tuple[dict[str, int], dict[Tier, in
     return lane_bytes, total, {name: {tier.value: size for tier, size in peaks.items()} for name, peaks in phases.items()}
 
 
-def _serial(schedule: Schedule, costs: Costs) -> tuple[list[Span], float, float]:
+def _serial(schedule: Schedule, costs: Costs) -> list[Span]:
     """One op after the other."""
     clock, spans = 0.0, []
     for index, item in enumerate(schedule.ops):
@@ -127,34 +128,48 @@ def _serial(schedule: Schedule, costs: Costs) -> tuple[list[Span], float, float]
         waits = tuple(wait for wait in item.waits if not isinstance(schedule.ops[wait].op, Free))
         start = begin + costs.dispatch_s
         spans.append(Span(index, item.lane, start, clock, begin, start, num_bytes, waits))
-    return spans, clock, clock
+    return spans
 
 
 def _overlapping(
     schedule: Schedule, plan: Plan, costs: Costs, arena: ArenaPlan | None, *, repeats: bool, overlaps_steps: bool
-) -> tuple[list[Span], float, float]:
-    """Spans of one step, its time in a row of steps, and its time alone."""
+) -> tuple[list[Span], list[Span], float, float]:
+    """Spans of one step, those of the step before that land in it, its time in a row of steps, and its time alone."""
     if repeats and schedule.starts_pending != schedule.ends_pending:
         raise ValueError(f"{schedule.name} starts {'with' if schedule.starts_pending else 'without'} pending updates and does not end so")
-    arena = arena or plan_arena(pool_events(schedule, plan), plan)
-    buffers = BufferWaits(plan, arena)
+    buffers = BufferWaits(plan, arena or plan_arena(pool_events(schedule, plan), plan))
     tasks = _tasks(schedule, costs, buffers.follow(schedule))
     contention = Contention(costs.hardware)
+    threads = Threads(
+        has_streams=costs.is_asynchronous, dispatch_s=costs.dispatch_s, launch_s=costs.launch_s, overlaps_steps=repeats and overlaps_steps
+    )
+    if not threads.overlaps_steps:  # every step begins with nothing under way
+        spans, (alone_s,) = run_timeline(tasks, [0], threads, contention)
+        return spans, [], alone_s, alone_s
+    tasks += _tasks(schedule, costs, buffers.follow(schedule))
+    both, (begin_s, *_) = run_timeline(tasks, [0, len(schedule.ops)], threads, contention)
+    number = len(schedule.ops)
+    alone_s = max((span.end_s for span in both if span.op < number), default=0.0)
+    shifted = [_shifted(span, number, begin_s) for span in both]
+    spans = [span for span in shifted if span.op >= 0]
+    step_s = max((span.end_s for span in spans if span.lane is Lane.COMPUTE), default=0.0)
+    return spans, [span for span in shifted if span.op < 0 and span.end_s > 0], step_s, alone_s
 
-    def run(tasks: Sequence[Task], starts: Sequence[int], *, overlaps: bool = False) -> tuple[list[Span], list[float]]:
-        threads = Threads(has_streams=costs.is_asynchronous, dispatch_s=costs.dispatch_s, launch_s=costs.launch_s, overlaps_steps=overlaps)
-        return run_timeline(tasks, starts, threads, contention)
 
-    spans, (alone_s,) = run(tasks, [0])
-    if not repeats or not overlaps_steps:
-        return spans, alone_s, alone_s  # every step begins with nothing under way
-    again = _tasks(schedule, costs, buffers.follow(schedule))
-    both, ends = run([*tasks, *again], [0, len(tasks)], overlaps=True)
-    return spans, _compute_end(both) - ends[0], alone_s
+def _shifted(span: Span, num_ops: int, begin_s: float) -> Span:
+    """A span of two steps in a row by the second one's clock and numbers; the first one's are below -1 (`StepTrace.op`)."""
 
+    def renumbered(op: int) -> int:
+        return op - num_ops if op >= num_ops else op - num_ops - 1
 
-def _compute_end(spans: Sequence[Span]) -> float:
-    return max((span.end_s for span in spans if span.lane is Lane.COMPUTE), default=0.0)
+    return span._replace(
+        op=renumbered(span.op),
+        start_s=span.start_s - begin_s,
+        end_s=span.end_s - begin_s,
+        submitted_s=span.submitted_s - begin_s,
+        ready_s=span.ready_s - begin_s,
+        waits=tuple(renumbered(wait) for wait in span.waits),
+    )
 
 
 def _tasks(schedule: Schedule, costs: Costs, waits: Sequence[tuple[int, ...]]) -> list[Task]:
@@ -167,5 +182,6 @@ def _tasks(schedule: Schedule, costs: Costs, waits: Sequence[tuple[int, ...]]) -
         seconds = costs.seconds(op, item.lane)
         rate = costs.host_bytes(op, item.lane) / seconds if seconds else 0.0
         num_bytes = op.num_bytes if isinstance(op, Fetch | Evict) else 0
-        tasks.append(Task(lane=item.lane, work_s=seconds, host_bytes_per_s=rate, waits=after, num_bytes=num_bytes))
+        looks = isinstance(op, Compress | Update)
+        tasks.append(Task(lane=item.lane, work_s=seconds, host_bytes_per_s=rate, waits=after, needs_step_before=looks, num_bytes=num_bytes))
     return tasks

@@ -13,7 +13,8 @@ Rules, the executor's (there in the same order):
    has been, and starts when that has ended. The dispatching thread issues compute itself and blocks until it can.
 3. Where there are no streams (`cpu`), an op is under way until its thread can go on. A drive's thread goes on at once: any number of
    transfers of one direction may be in flight, and the drive serves them in order.
-4. Steps of one program in a row: the next one begins when all of the step has ended, or, where steps overlap, when its compute has.
+4. Steps of one program in a row: the next one begins when all of the step has ended, or, where steps overlap, when its compute has; all
+   of it must then have ended before the first op of the next one that looks at gradients.
 
 Speeds. Each rule is a factor; an op's speed is their product, computed anew whenever an op starts or ends:
 
@@ -54,6 +55,8 @@ class Task:
     waits: tuple[int, ...]
     """Earlier tasks."""
     is_free: bool = False
+    needs_step_before: bool = False
+    """It is not handed to its lane before all of the step before has ended (rule 4)."""
     num_bytes: int = 0
 
 
@@ -67,8 +70,6 @@ class Threads:
     """Of the dispatching thread, for an op."""
     launch_s: float = 0.0
     """Of the dispatching thread, for an op that it computes on a stream."""
-    is_serial: bool = False
-    """Each op is complete before the next is handed to its lane."""
     overlaps_steps: bool = False
     """Rule 4."""
 
@@ -154,14 +155,13 @@ class _Timeline:
         """Of the dispatching thread."""
         self.next = 0
         self.step = 0
-        self.num_left_in_step = 0
         self.returned: list[float] = []
-        self.compute_end = 0.0
-        self.begin_step()
-
-    def begin_step(self) -> None:
-        begin = self.starts[self.step - 1] if self.step else 0
-        self.num_left_in_step = sum(not task.is_free for task in self.tasks[begin : self.starts[self.step]])
+        self.num_left: list[int] = []
+        """Of each step, ops that have not ended."""
+        self.step_of: list[int] = []
+        for number, (begin, end) in enumerate(zip(step_starts, self.starts, strict=True)):
+            self.num_left.append(sum(not task.is_free for task in tasks[begin:end]))
+            self.step_of += [number] * (end - begin)
 
     def run(self) -> tuple[list[Span], list[float]]:
         while True:
@@ -185,7 +185,7 @@ class _Timeline:
                 break
             index = self.next
             task, lane = self.tasks[index], self.lanes[index]
-            if self.threads.is_serial and index > 0 and not self.ended[index - 1]:
+            if task.needs_step_before and self.step and self.num_left[self.step - 1]:
                 break
             if lane == _COMPUTE and not task.is_free:
                 if not self.can_issue(index) or (not self.threads.has_streams and _COMPUTE in self.running):
@@ -216,11 +216,10 @@ class _Timeline:
         if self.threads.overlaps_steps:
             if _COMPUTE in self.running or self.flights[_COMPUTE]:
                 return False
-        elif self.num_left_in_step:
+        elif self.num_left[self.step]:
             return False
         self.returned.append(self.now)
         self.step += 1
-        self.begin_step()
         return True
 
     # -- the lanes' threads -------------------------------------------------------------------------------------------
@@ -287,7 +286,7 @@ class _Timeline:
             if self.left[index] <= _DONE_S:
                 del self.running[lane]
                 self.end[index], self.ended[index] = self.now, True
-                self.num_left_in_step -= 1
+                self.num_left[self.step_of[index]] -= 1
         return until
 
     def spans(self) -> list[Span]:

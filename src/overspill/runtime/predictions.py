@@ -24,7 +24,7 @@ from overspill.planning import build_costs, simulate
 from overspill.planning.memory import device_terms, host_terms
 from overspill.runtime.programs import Programs
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.plan import Plan
+from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.rates import LaneRates
 from overspill.spec.report import Prediction
 from overspill.spec.schedule import Schedule
@@ -106,6 +106,8 @@ class Predictions:
             self.plan,
             hardware,
             overlap=not self.serial,
+            repeats=not self.serial and schedule.starts_pending == schedule.ends_pending,
+            overlaps_steps=self.plan.timing is UpdateTiming.IMMEDIATE,
             costs=costs,
             arena=arena,
             device_terms=device,

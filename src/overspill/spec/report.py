@@ -47,7 +47,7 @@ class Prediction(StepFigures):
     has_times: bool = False
     """Whether what its times rest on was measured, so that they can be held against a step's."""
     exposed_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """As `StepTimes` has it; with `lane_busy_s["compute"]` they sum to the time of the program."""
+    """As `StepTimes` has it; with `lane_busy_s["compute"]` they sum to `step_s`."""
     alone_s: float = 0.0
     """Of one run of the program, from nothing under way until nothing is. `step_s` is less where steps overlap."""
     spans: tuple[Span, ...] = dataclasses.field(default=(), repr=False)
