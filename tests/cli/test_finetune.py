@@ -46,6 +46,8 @@ METRICS = {
     "floor_bound_by",
     "step_over_floor",
     "trace_s",
+    "predicted",
+    "missed_by",
 }
 
 
@@ -100,6 +102,12 @@ class ScriptedSession:
 
     def pool_reports(self) -> tuple[()]:
         return ()
+
+    def flush(self) -> None:
+        pass
+
+    def predict_if_cheap(self, micro_batches: list[dict[str, torch.Tensor]], *, trained_s: float) -> None:
+        return None
 
     def step(self, micro_batches: list[dict[str, torch.Tensor]]) -> StepReport:
         outcome = self.losses[self._step]

@@ -91,8 +91,9 @@ class StepFacts(Protocol):
 def metrics_row(report: StepFacts, prediction: Prediction | None = None) -> dict[str, Any]:
     """One step as the metrics file has it; bytes and seconds are base units, what is not finite is null (JSON has no NaN).
 
-    The time of its lanes are objects, lane -> seconds or bytes; the floor is null if nobody asked for the rates. With a prediction,
-    `predicted` and `missed_by` (measured less predicted, over measured) are objects by figure; null is what nothing measured stands for.
+    The time of its lanes are objects, lane -> seconds or bytes; the floor is null if nobody asked for the rates. `predicted` and
+    `missed_by` (measured less predicted, over measured) are objects by figure, in which null is what nothing measured stands for; they are
+    null where the step was not predicted.
     """
     row: dict[str, float | int | None] = {
         "step": report.step,
@@ -118,11 +119,14 @@ def metrics_row(report: StepFacts, prediction: Prediction | None = None) -> dict
         "step_over_floor": report.step_over_floor,
         "trace_s": report.trace_s,
     }
-    if prediction is not None:
-        compared = compare(prediction, report)
-        lanes["predicted"] = dict(compared.predicted)
-        lanes["missed_by"] = {name: value if value is None else round(value, 4) for name, value in compared.missed_by.items()}
+    compared = compare(prediction, report) if prediction is not None else None
+    lanes["predicted"] = dict(compared.predicted) if compared is not None else None
+    lanes["missed_by"] = _rounded_misses(compared.missed_by) if compared is not None else None
     return {**finite, **lanes, **({"skipped": True} if report.skipped else {})}
+
+
+def _rounded_misses(misses: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: value if value is None else round(value, 4) for name, value in misses.items()}
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:

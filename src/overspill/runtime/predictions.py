@@ -5,8 +5,8 @@ Rules:
 1. Nothing here touches weights, tiers or the device: a prediction costs some tenths of a second of the CPU, between steps.
 2. Rates that the session has measured itself come before those of a machine file.
 3. A model that cannot be described without weights is predicted from what its plan assumes, and the prediction's terms say so.
-4. `if_cheap` predicts a program that was not seen before only while all predicting takes less than `SHARE` of the time that was
-   trained: batches padded to many lengths are many programs.
+4. `if_cheap` predicts the first programs (`FREE_PROGRAMS`), and then one that was not seen before only while all predicting takes less
+   than `SHARE` of the time that was trained: batches padded to many lengths are many programs.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from overspill.spec.schedule import Schedule
 from overspill.spec.workload import TemplateTimes, WorkloadSpec
 
 SHARE = 0.001
+FREE_PROGRAMS = 3
+"""The plan's longest step, the first one, and its twin that starts with pending updates."""
 MOST_KEPT = 8
 """Predictions of programs. Chosen: each has a span an op."""
 
@@ -85,7 +87,7 @@ class Predictions:
     def if_cheap(self, schedule: Schedule, *, is_masked: bool, trained_s: float) -> Prediction | None:
         """The same, or None where it would take too much of the time that was trained (rule 4)."""
         is_known = any(known is schedule and key[1] == is_masked for key, (known, _) in self._kept.items())
-        if not is_known and self._kept and self.spent_s > SHARE * trained_s:
+        if not is_known and len(self._kept) >= FREE_PROGRAMS and self.spent_s > SHARE * trained_s:
             return None
         return self.predict(schedule, is_masked=is_masked)
 
