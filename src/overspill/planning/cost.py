@@ -37,7 +37,8 @@ ASSUMED_DEVICE_MEMORY_BYTES_PER_S = 1.5e12
 ASSUMED_HOST_MEMORY_BYTES_PER_S = 1e10
 """The same of a CPU."""
 LAUNCH_S = 26e-6
-"""Of one operation, autograd and transformers' own code included. Measured on an H100 machine: 1.56 ms of a forward of 60 kernels."""
+"""Of one operation, autograd and transformers' own code included. Measured on an H100 machine: a forward of some 60 kernels took 1.56 ms to
+launch."""
 LAUNCH_BOUND = 0.8
 """Share of a timed template that launching must take to be what bounds it; as `runtime/graphs.py` judges."""
 GRAPH_LAUNCH_S = 30e-6
@@ -45,8 +46,8 @@ GRAPH_LAUNCH_S = 30e-6
 KERNEL_S = 2e-6
 """The least that a kernel takes with what lies between it and the next one in a graph. Assumed."""
 DISPATCH_S = 8e-6
-"""Of the dispatching thread for an op, beside a GPU whose rates were measured. Some 7 ms of a step of 900 ops were its own on an H100
-machine; on a CPU it is part of what compute takes."""
+"""Of the dispatching thread for an op, beside a GPU whose rates were measured. Its own were 6 and 10 ms of steps of 913 and 1,396 ops on
+an H100 machine; on a CPU it is part of what compute takes."""
 DRIVE_PASSES = 2
 """Over each byte in host memory: the transfer's and the checksum's."""
 

@@ -102,7 +102,7 @@ class Predictions:
         )
         arena = self.programs.arena(schedule)
         slot_bytes = self.programs.least_pool_bytes(schedule) if arena is None else max(arena.num_bytes, self.programs.largest_arena_bytes)
-        device = device_terms(schedule, self.plan, hardware, slot_bytes=slot_bytes, workload=workload, replays_graphs=self.replays_graphs)
+        device = device_terms(schedule, self.plan, slot_bytes=slot_bytes, workload=workload, replays_graphs=self.replays_graphs)
         return simulate(
             schedule,
             self.plan,

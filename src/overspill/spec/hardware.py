@@ -54,8 +54,6 @@ class HardwareSpec:
     """Host memory that the process holds before overspill allocates anything; it counts against the host budget."""
     device_context_bytes: int = 0
     """Device memory that the driver's context takes; it counts against the device budget."""
-    device_context_now_bytes: int = 0
-    """What the driver counts as used beside the allocator's, once kernels have run. 0: unknown, so it is assumed."""
 
     @property
     def is_measured(self) -> bool:
