@@ -46,6 +46,8 @@ METRICS = {
     "floor_bound_by",
     "step_over_floor",
     "trace_s",
+    "predicted",
+    "missed_by",
 }
 
 
@@ -100,6 +102,12 @@ class ScriptedSession:
 
     def pool_reports(self) -> tuple[()]:
         return ()
+
+    def flush(self) -> None:
+        pass
+
+    def predict_if_cheap(self, micro_batches: list[dict[str, torch.Tensor]], *, trained_s: float) -> None:
+        return None
 
     def step(self, micro_batches: list[dict[str, torch.Tensor]]) -> StepReport:
         outcome = self.losses[self._step]
@@ -337,4 +345,6 @@ def test_a_machine_file_lets_a_run_say_how_long_a_step_is_predicted_to_take(run:
     assert "· predicted: " in done.stdout and "measured (machine.json, 2026-11-22); link, SSD, update, compute assumed" in done.stdout
     refused = run("--steps", 1, "--machine", tmp_path / "nowhere.json")
     assert refused.exit_code == ExitCode.WRONG_INPUT and "there is no machine file" in refused.stderr
-    assert "predicted" not in run("--steps", 1).stdout, "assumed rates are no prediction"
+    assumed = run("--steps", 1).stdout
+    assert "· predicted" not in assumed and "step time" not in assumed, "assumed rates are no prediction of time"
+    assert "Predicted and measured" in assumed and "host peak" in assumed, "bytes do not depend on rates"

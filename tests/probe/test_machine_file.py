@@ -129,6 +129,19 @@ def test_memory_that_grows_makes_no_other_machine(machine_file: MachineFile) -> 
 FREE = HardwareSpec(host_capacity_bytes=7 * GIB, device_capacity_bytes=5 * GIB, process_bytes=3)
 
 
+CONTENTION = {
+    "h2d_duplex_bytes_per_s": 45e9,
+    "d2h_duplex_bytes_per_s": 45e9,
+    "ssd_read_mixed_bytes_per_s": 1e9,
+    "ssd_write_mixed_bytes_per_s": 1e9,
+    "host_memory_bytes_per_s": 143e9,
+    "matrix_flops": 600e12,
+    "compute_beside_copies": 500 / 600,
+    "copies_beside_compute": 30 / 45,
+}
+"""What lanes lose beside each other, as the file of `conftest.py` has it."""
+
+
 def test_predictions_get_the_medians_and_what_is_free_now(machine_file: MachineFile) -> None:
     hardware = hardware_from(machine_file, FREE, name="m.json", state_format="bf16", ssd=("ext4 12ab",))
     assert hardware == HardwareSpec(
@@ -139,6 +152,7 @@ def test_predictions_get_the_medians_and_what_is_free_now(machine_file: MachineF
         ssd_write_bytes_per_s=2e9,
         host_update_parameters_per_s=10e9,
         device_flops=BLOCK_FRACTION * 600e12,
+        **CONTENTION,
         host_capacity_bytes=7 * GIB,
         device_capacity_bytes=5 * GIB,
         process_bytes=3,

@@ -79,6 +79,7 @@ class FinetuneOptions:
     trace: Path | None = None
     trace_step: int | None = None
     machine: Path | None = None
+    dry_run: bool = False
 
 
 _DATA, _TRAINING, _PLACEMENT, _CHECKPOINTS, _TIMING = "Data", "Training", "Placement", "Checkpoints", "Timing"
@@ -201,6 +202,9 @@ def finetune(
             rich_help_panel=_TIMING,
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say whether it fits, where everything goes and how long a step takes; reads no weights.")
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(help="YAML file with any of these; the command line wins.", is_eager=True, callback=use_config_file),
@@ -209,10 +213,12 @@ def finetune(
 ) -> None:
     """Fine-tune all parameters of MODEL on DATA.
 
-    Exit codes: 0 done, 2 wrong input, 3 a drive, file or memory failed, 4 loss or gradient not finite, 130 interrupted.
+    Exit codes: 0 done (dry run: it fits), 2 wrong input, 3 a drive, file or memory failed, 4 loss or gradient not finite, 130 interrupted.
     """
     flags = {name: value for name, value in locals().items() if name not in ("debug", "config")}
     with failures_as_exit_codes(Console(stderr=True), debug=debug):
-        from overspill.cli.training_run import run_finetune  # torch and transformers load here, so that --help is quick
+        from overspill.cli.dry_run import run_dry  # torch and transformers load here, so that --help is quick
+        from overspill.cli.training_run import run_finetune
 
-        run_finetune(FinetuneOptions(**flags), Console())
+        run = run_dry if dry_run else run_finetune
+        run(FinetuneOptions(**flags), Console())

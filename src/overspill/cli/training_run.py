@@ -38,9 +38,9 @@ from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, 
 from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
-from overspill.planning import predict_step
 from overspill.report.lanes import describe_step_time, lane_table
 from overspill.report.memory import host_peak_bytes, reset_host_peak
+from overspill.report.prediction import comparison_table, describe_largest_miss
 from overspill.report.progress import LiveLine, MetricsFile, replace_text
 from overspill.report.tables import describe_pools, placement_table
 from overspill.runtime.resume import resume
@@ -48,11 +48,15 @@ from overspill.runtime.session import Session
 from overspill.spec.checkpoint import Manifest
 from overspill.spec.hardware import ASSUMED
 from overspill.spec.plan import Plan, PlanRequest, validate_clip
-from overspill.spec.report import StepReport
+from overspill.spec.prediction import compare
+from overspill.spec.report import Prediction, StepReport
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.update_rule import LearningRate
 from overspill.tiers.calls import SpacePolicy
 from overspill.units import format_bytes, format_seconds, parse_bytes
+
+_Predicted = tuple[StepReport, Prediction]
+"""A step and what was predicted of it."""
 
 
 def run_finetune(options: FinetuneOptions, console: Console) -> None:
@@ -81,15 +85,13 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
     pause = PauseUntilStopped(stop)
     with build_session(options, folder, data.seq_len, num_steps, source, space=pause.policy) as session:
         _announce(options, console, session.plan, data, num_steps)
-        if session.hardware.source != ASSUMED:
-            predicted_s = predict_step(session.plan, session.hardware).step_s
-            console.print(
-                f"· predicted: {format_seconds(predicted_s)} a step if nothing overlaps; {session.hardware.source}", highlight=False
-            )
         for sentence in session.wear.announce(num_steps) if session.wear is not None else ():
             console.print(f"· {sentence}", highlight=False)
         for sentence in session.rates.notes:  # measured here, so that every step has its floor
             console.print(f"· {sentence}", highlight=False)
+        if session.hardware.source != ASSUMED:
+            expected = session.predict_plan()
+            console.print(f"· predicted: {format_seconds(expected.step_s)} a step; {expected.source}", highlight=False)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
         course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
@@ -112,8 +114,13 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         session.save_pretrained(options.out / "model", tokenizer=folder)
         resources = _describe_resources(session)
     if last is not None:
-        console.print(lane_table(last))
-        resources = tuple(line for line in (describe_step_time(last), *resources) if line)
+        report, predicted = last
+        console.print(lane_table(report))
+        if predicted is not None:
+            prediction, comparison = predicted[1], compare(predicted[1], predicted[0])
+            console.print(comparison_table(comparison, step=predicted[0].step))
+            resources = (describe_largest_miss(comparison, prediction), *resources)
+        resources = tuple(line for line in (describe_step_time(report), *resources) if line)
     _summarize(options, console, course, num_steps, time.monotonic() - started_s, resources)
 
 
@@ -174,22 +181,9 @@ def resolve_dtype(options: FinetuneOptions) -> str:
     return "float32" if on_cpu else "bfloat16"
 
 
-def build_session(
-    options: FinetuneOptions,
-    folder: Path,
-    seq_len: int,
-    num_steps: int,
-    source: tuple[Path, Manifest] | None = None,
-    *,
-    space: SpacePolicy | None = None,
-) -> Session:
-    """The session of these options, for rows of at most `seq_len` positions; at the checkpoint `source` if there is one.
-
-    Args:
-        space: what it does on a full drive.
-    """
-    policy = checkpoint_policy(options)
-    request = PlanRequest(
+def build_request(options: FinetuneOptions, seq_len: int) -> PlanRequest:
+    """What is asked of the planner, for rows of at most `seq_len` positions."""
+    return PlanRequest(
         parameters=options.parameters,
         states=options.states,
         boundaries=options.boundaries,
@@ -210,6 +204,23 @@ def build_session(
         clip=options.clip,
         device=options.device,
     )
+
+
+def build_session(
+    options: FinetuneOptions,
+    folder: Path,
+    seq_len: int,
+    num_steps: int,
+    source: tuple[Path, Manifest] | None = None,
+    *,
+    space: SpacePolicy | None = None,
+) -> Session:
+    """The session of these options, for rows of at most `seq_len` positions; at the checkpoint `source` if there is one.
+
+    Args:
+        space: what it does on a full drive.
+    """
+    policy, request = checkpoint_policy(options), build_request(options, seq_len)
     overwrite = [str(device) for device in options.ssd_overwrite or ()]
     how: dict[str, Any] = {
         "serial": options.serial,
@@ -319,9 +330,10 @@ def _train(
     console: Console,
     course: _Course,
     stop: StopRequest,
-) -> StepReport | None:
-    """All steps that are left; the last one's report, None if none was left."""
-    is_noted, report = False, None
+) -> tuple[StepReport, _Predicted | None] | None:
+    """All steps that are left; the last one's report, and the last that was predicted; None if none was left."""
+    is_noted, last = False, None
+    predicted: _Predicted | None = None
 
     def warn(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True, highlight=False)
@@ -342,14 +354,18 @@ def _train(
         LiveLine(console, num_steps=num_steps) as line,
     ):
         while course.step < num_steps:
-            report = session.step(next(data.feed))
+            batches = next(data.feed)
+            prediction = session.predict_if_cheap(batches, trained_s=course.training_s)
+            report = session.step(batches)
+            predicted = (report, prediction) if prediction is not None else predicted
+            last = report, predicted
             course.add(report)
             try:
                 is_evaluated = options.eval_every is not None and report.step % options.eval_every == 0 and not report.skipped
                 if is_evaluated and math.isfinite(report.loss):
                     _evaluate(session, data, course)
             finally:  # the step was made, whatever became of the evaluation
-                metrics.write(report, held_out_loss=course.held_out.get(report.step), can_wait=True)
+                metrics.write(report, held_out_loss=course.held_out.get(report.step), prediction=prediction, can_wait=True)
             line.show(report, held_out_loss=course.held_out.get(report.step))
             export_if_chosen(session, options, console, report, num_steps, will_stop=stop.is_requested)
             if not math.isfinite(report.loss):
@@ -367,7 +383,7 @@ def _train(
             if stop.is_requested and course.step < num_steps:
                 raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
         session.flush()  # a drive that is full for the last updates too ends the training as such
-    return report
+    return last
 
 
 def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: bool) -> str:

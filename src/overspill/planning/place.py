@@ -20,12 +20,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from overspill.errors import BudgetError
-from overspill.planning.simulate import simulate
+from overspill.planning.simulate import resident_peaks, simulate
 from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.scheduling import build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
+from overspill.spec.schedule import Schedule
 from overspill.spec.tensors import DTYPE_BYTES, Tier
 from overspill.spec.workload import ModelLayout, default_loss_chunk_rows
 from overspill.units import format_bytes
@@ -63,9 +64,13 @@ def build_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
 
 def predict_step(plan: Plan, hardware: HardwareSpec) -> Prediction:
     """A full step of the plan's batch at its longest, with pending updates if the plan has them."""
+    return simulate(full_step(plan), plan, hardware)
+
+
+def full_step(plan: Plan) -> Schedule:
+    """The program of a step of the plan's batch at its longest, with pending updates if the plan has them."""
     tokens = [plan.micro_batch * plan.seq_len] * plan.accumulate
-    schedule = build_train_step(plan, tokens, starts_pending=plan.timing is UpdateTiming.PENDING)
-    return simulate(schedule, plan, hardware)
+    return build_train_step(plan, tokens, starts_pending=plan.timing is UpdateTiming.PENDING)
 
 
 def _lowest(request: PlanRequest, choice: str) -> Tier:
@@ -153,15 +158,15 @@ def _excess(plan: Plan) -> dict[Tier, int]:
     """Bytes by which a step's peak exceeds each budget (negative: room)."""
     if (plan.device_budget_bytes, plan.host_budget_bytes, plan.ssd_budget_bytes) == (None, None, None):
         return {}
-    peaks = predict_step(plan, HardwareSpec())
-    device_bytes = peaks.device_resident_peak_bytes + _argument_bytes(plan)
-    host_bytes = peaks.host_resident_peak_bytes
+    peaks = resident_peaks(full_step(plan), plan)
+    device_bytes = peaks[Tier.DEVICE] + _argument_bytes(plan)
+    host_bytes = peaks[Tier.HOST]
     if is_host_memory(plan.device):
         host_bytes += device_bytes + plan.device_working_bytes
     held = {
         Tier.DEVICE: (plan.device_budget_bytes, device_bytes),
         Tier.HOST: (plan.host_budget_bytes, host_bytes),
-        Tier.SSD: (plan.ssd_budget_bytes, max(peaks.ssd_resident_peak_bytes, store_bytes(plan) + scratch_bytes(plan))),
+        Tier.SSD: (plan.ssd_budget_bytes, max(peaks[Tier.SSD], store_bytes(plan) + scratch_bytes(plan))),
     }
     return {tier: peak - budget for tier, (budget, peak) in held.items() if budget is not None}
 

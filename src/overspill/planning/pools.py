@@ -70,24 +70,34 @@ def pool_demand(events: Iterable[PoolEvent]) -> dict[Tier, PoolDemand]:
     """What the schedule of these events asks of each pool."""
     lent: dict[Tier, dict[int, int]] = {Tier.DEVICE: {}, Tier.HOST: {}}
     now, peak = dict.fromkeys(lent, 0), dict.fromkeys(lent, 0)
-    in_class: collections.Counter[tuple[Tier, int]] = collections.Counter()
-    most_in_class: dict[tuple[Tier, int], int] = {}
-    for event in events:
+    known = tuple(events)
+    for event in known:
         if event.num_bytes:
             size = align_up(event.num_bytes, SLOT_BYTES)
             lent[event.tier][event.slot] = size
             now[event.tier] += size
             peak[event.tier] = max(peak[event.tier], now[event.tier])
-            in_class[event.tier, size] += 1
-            most_in_class[event.tier, size] = max(most_in_class.get((event.tier, size), 0), in_class[event.tier, size])
         else:
-            size = lent[event.tier].pop(event.slot)
-            now[event.tier] -= size
-            in_class[event.tier, size] -= 1
+            now[event.tier] -= lent[event.tier].pop(event.slot)
     steady = dict.fromkeys(lent, 0)
-    for (tier, size), number in most_in_class.items():
+    for (tier, size), number in most_slots(known).items():
         steady[tier] += size * number
     return {tier: PoolDemand(least_bytes=peak[tier], steady_bytes=steady[tier]) for tier in lent}
+
+
+def most_slots(events: Iterable[PoolEvent]) -> dict[tuple[Tier, int], int]:
+    """(tier, size of a class) -> most slots of it lent at one time."""
+    sizes: dict[tuple[Tier, int], int] = {}
+    now: collections.Counter[tuple[Tier, int]] = collections.Counter()
+    most: dict[tuple[Tier, int], int] = {}
+    for event in events:
+        if event.num_bytes:
+            size = sizes[event.tier, event.slot] = align_up(event.num_bytes, SLOT_BYTES)
+            now[event.tier, size] += 1
+            most[event.tier, size] = max(most.get((event.tier, size), 0), now[event.tier, size])
+        else:
+            now[event.tier, sizes.pop((event.tier, event.slot))] -= 1
+    return most
 
 
 class _Books:

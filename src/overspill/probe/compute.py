@@ -19,12 +19,14 @@ import torch
 from overspill.errors import BudgetError
 from overspill.probe.link import BOTH, Link
 from overspill.probe.sampling import Run, Sampling, measured_rate, sample_beside, sample_seconds
-from overspill.spec.machine_file import ComputeFigures
+from overspill.spec.machine_file import ComputeFigures, MeasuredRate
 from overspill.spec.tensors import DTYPE_BYTES
-from overspill.units import format_bytes
+from overspill.units import MIB, format_bytes
 
 LEAST_TOKENS = 512
 """Chosen: fewer would not fill a large GPU."""
+MEMORY_BYTES = 256 * MIB
+"""Of the elementwise work: far more than any cache of a GPU. Chosen."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +82,11 @@ def measure_compute(
         raise BudgetError(
             f"a product of {shape} needs {format_bytes(shape.num_bytes)} of the device, {format_bytes(room_bytes)} may be taken"
         )
+    memory = _measure_memory(device, sampling, until_s=until_s)
     with _open_product(device, shape) as product:
         alone = measured_rate(sample_seconds(product, sampling, until_s=until_s), shape.flops)
         if link is None:
-            return ComputeFigures(what=str(shape), alone=alone, beside_copies=None)
+            return ComputeFigures(what=str(shape), alone=alone, beside_copies=None, device_memory=memory)
         copies = functools.partial(link.run, BOTH)
         beside = measured_rate(sample_beside(product, copies, sampling, until_s=until_s), shape.flops)
         copies_alone = measured_rate(sample_seconds(copies, sampling, until_s=until_s), link.size)
@@ -95,7 +98,22 @@ def measure_compute(
         copies_unit_bytes=link.size,
         copies_alone=copies_alone,
         copies_beside=copies_beside,
+        device_memory=memory,
     )
+
+
+def _measure_memory(device: torch.device, sampling: Sampling, *, until_s: float) -> MeasuredRate | None:
+    """Bytes read and written a second of elementwise work in place; None on a CPU, whose memory is the host's."""
+    if device.type != "cuda":
+        return None
+    values = torch.zeros(MEMORY_BYTES, dtype=torch.uint8, device=device).view(torch.bfloat16)
+
+    def run(times: int) -> None:
+        for _ in range(times):
+            values.add_(1)
+        torch.cuda.synchronize(device)
+
+    return measured_rate(sample_seconds(run, sampling, until_s=until_s), 2 * MEMORY_BYTES)
 
 
 @contextlib.contextmanager

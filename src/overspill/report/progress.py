@@ -26,7 +26,9 @@ from rich.live import Live
 from rich.text import Text
 
 from overspill.errors import StorageError
+from overspill.spec.prediction import compare
 from overspill.spec.rates import Floor
+from overspill.spec.report import Prediction
 from overspill.units import format_bytes, format_seconds
 
 PLAIN_INTERVAL_S = 10.0
@@ -61,6 +63,8 @@ class StepFacts(Protocol):
     @property
     def device_peak_bytes(self) -> int: ...
     @property
+    def device_context_bytes(self) -> int: ...
+    @property
     def host_peak_bytes(self) -> int: ...
     @property
     def pinned_bytes(self) -> int: ...
@@ -84,10 +88,12 @@ class StepFacts(Protocol):
     def trace_s(self) -> float: ...
 
 
-def metrics_row(report: StepFacts) -> dict[str, Any]:
+def metrics_row(report: StepFacts, prediction: Prediction | None = None) -> dict[str, Any]:
     """One step as the metrics file has it; bytes and seconds are base units, what is not finite is null (JSON has no NaN).
 
-    The time of its lanes are objects, lane -> seconds or bytes; the floor is null if nobody asked for the rates.
+    The time of its lanes are objects, lane -> seconds or bytes; the floor is null if nobody asked for the rates. `predicted` and
+    `missed_by` (measured less predicted, over measured) are objects by figure, in which null is what nothing measured stands for; they are
+    null where the step was not predicted.
     """
     row: dict[str, float | int | None] = {
         "step": report.step,
@@ -113,7 +119,14 @@ def metrics_row(report: StepFacts) -> dict[str, Any]:
         "step_over_floor": report.step_over_floor,
         "trace_s": report.trace_s,
     }
+    compared = compare(prediction, report) if prediction is not None else None
+    lanes["predicted"] = dict(compared.predicted) if compared is not None else None
+    lanes["missed_by"] = _rounded_misses(compared.missed_by) if compared is not None else None
     return {**finite, **lanes, **({"skipped": True} if report.skipped else {})}
+
+
+def _rounded_misses(misses: Mapping[str, float | None]) -> dict[str, float | None]:
+    return {name: value if value is None else round(value, 4) for name, value in misses.items()}
 
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
@@ -140,7 +153,7 @@ class MetricsFile:
         self._warn = warn
         self._waiting: collections.deque[tuple[int, bytes]] = collections.deque(maxlen=MOST_WAITING_ROWS)
         """(step, row) of what could not be written."""
-        self._due: tuple[StepFacts, float | None] | None = None
+        self._due: tuple[StepFacts, float | None, Prediction | None] | None = None
         """A step whose row can wait for the next one."""
         try:
             kept = _rows_up_to(path, resume_after) if resume_after is not None else []
@@ -163,17 +176,20 @@ class MetricsFile:
         except OSError as failure:
             self._warn(f"cannot close {self.path}: {failure.strerror} (errno {failure.errno}); its last rows may be missing")
 
-    def write(self, report: StepFacts, *, held_out_loss: float | None = None, can_wait: bool = False) -> None:
+    def write(
+        self, report: StepFacts, *, held_out_loss: float | None = None, prediction: Prediction | None = None, can_wait: bool = False
+    ) -> None:
         """Append one step, with the held-out loss if it was evaluated after it; a failure is a warning, and the row waits.
 
         Args:
+            prediction: of the step's program.
             can_wait: until the next step, `write_due`, or the end: where its time went is then found out while that step computes.
         """
         self.write_due()
         if can_wait:
-            self._due = (report, held_out_loss)
+            self._due = (report, held_out_loss, prediction)
         else:
-            self._write_row(report, held_out_loss)
+            self._write_row(report, held_out_loss, prediction)
 
     def write_due(self) -> None:
         """Append the step that waits for the next one, if there is one."""
@@ -181,8 +197,8 @@ class MetricsFile:
             due, self._due = self._due, None
             self._write_row(*due)
 
-    def _write_row(self, report: StepFacts, held_out_loss: float | None) -> None:
-        row = metrics_row(report)
+    def _write_row(self, report: StepFacts, held_out_loss: float | None, prediction: Prediction | None) -> None:
+        row = metrics_row(report, prediction)
         if held_out_loss is not None:
             row["held_out_loss"] = held_out_loss if math.isfinite(held_out_loss) else None
         self._waiting.append((report.step, (json.dumps(row) + "\n").encode()))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from overspill.planning import ArenaPlan, plan_arena, pool_events, simulate
+from overspill.planning import ArenaPlan, plan_arena, pool_events, resident_peaks
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
-from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.schedule import Schedule
+from overspill.spec.tensors import Tier
 
 MOST_KEPT = 3
 """A step, its twin that starts with pending updates, an evaluation; each can take megabytes, so many shapes must not pile up."""
@@ -74,7 +74,7 @@ class _Program:
         """Walks the program once, and not at every step."""
         budget, extra_bytes = self.plan.device_budget_bytes, self.arena_plan.num_bytes - self.arena_plan.least_bytes
         if budget is not None and extra_bytes:
-            peak = simulate(self.schedule, self.plan, HardwareSpec()).device_resident_peak_bytes
+            peak = resident_peaks(self.schedule, self.plan)[Tier.DEVICE]
             if peak + extra_bytes > budget:
                 return None
         return self.arena_plan

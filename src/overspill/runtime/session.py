@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from overspill.errors import NonFiniteError
 from overspill.huggingface import StreamedModel, write_model_folder
 from overspill.optim import global_norm
-from overspill.planning import simulate
 from overspill.probe.cache import load_hardware
 from overspill.probe.capacities import host_available_bytes
 from overspill.report.memory import host_peak_bytes
@@ -47,8 +46,10 @@ from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
 from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, make_plan, plan_for_optimizer, restore
+from overspill.runtime.predictions import Predictions, brings_mask
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates
+from overspill.runtime.template_timing import time_templates
 from overspill.runtime.timing import StepTiming
 from overspill.runtime.updating import UpdateContext
 from overspill.runtime.wear import SsdWear
@@ -59,6 +60,7 @@ from overspill.spec.rates import LaneRates
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
+from overspill.spec.workload import TemplateTimes
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 from overspill.tiers.closing import Closing, close_after
 
@@ -166,6 +168,15 @@ class Session(Closing):
         self._programs = Programs(self.plan)
         self._timing = StepTiming(lambda: self._measure_rates(files))
         self.executor.while_waiting = self._timing.read_previous
+        self._predictions = Predictions(
+            self.plan,
+            self.model.config,
+            self._programs,
+            self.hardware,
+            rates=lambda: self._timing.rates if self._timing.has_rates else None,
+            replays_graphs=cuda_graphs,
+            serial=serial,
+        )
 
     # -- work --------------------------------------------------------------------------------------------------------
 
@@ -227,6 +238,7 @@ class Session(Closing):
             skipped=skipped,
             loss_scale=scale,
             device_peak_bytes=self._device_peak_bytes(),
+            device_context_bytes=self._device_context_bytes(),
             host_peak_bytes=host_peak_bytes(),
             pinned_bytes=self.residency.host.pinned_bytes,
             pool_peak_bytes=sum(pool.peak_bytes for pool in pools),
@@ -397,8 +409,39 @@ class Session(Closing):
         )
 
     def predict(self, micro_batches: Sequence[Mapping[str, torch.Tensor]], *, hardware: HardwareSpec | None = None) -> Prediction:
-        """What the next step over `micro_batches` will move, hold and take."""
-        return simulate(self.schedule(micro_batches), self.plan, hardware or self.hardware)
+        """What the next step over `micro_batches` will move, hold and take; kept for the next batch of these shapes."""
+        return self._predictions.predict(self.schedule(micro_batches), is_masked=brings_mask(micro_batches), hardware=hardware)
+
+    def predict_plan(self) -> Prediction:
+        """Of a step of the plan's batch at its longest, as it is in a row of such steps."""
+        tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
+        return self._predictions.predict(self._programs.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING))
+
+    def predict_if_cheap(self, micro_batches: Sequence[Mapping[str, torch.Tensor]], *, trained_s: float) -> Prediction | None:
+        """The same; None for shapes not seen before while predicting has taken more than a thousandth of `trained_s`."""
+        schedule, is_masked = self.schedule(micro_batches), brings_mask(micro_batches)
+        return self._predictions.if_cheap(schedule, is_masked=is_masked, trained_s=trained_s)
+
+    def time_templates(self, *, limit_s: float = 5.0) -> TemplateTimes | None:
+        """Time one block of every class and the tail on the device, for all predictions from now on, within about `limit_s`.
+
+        Between steps; takes memory of the device that the plan knows nothing of. None: the model cannot be described without weights.
+        """
+        self._check_usable()
+        workload = self._predictions.workload()
+        if workload is None:
+            return None
+        self._predictions.times = time_templates(
+            self.model.config,
+            device=self.device,
+            seq_len=self.plan.seq_len,
+            micro_batch=self.plan.micro_batch,
+            dtype=self.plan.dtype,
+            limit_s=limit_s,
+            loss_chunk_rows=self.plan.loss_chunk_rows,
+            spec=workload,
+        )
+        return self._predictions.times
 
     def schedule(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> Schedule:
         """The program of the next step over `micro_batches`."""
@@ -498,6 +541,13 @@ class Session(Closing):
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
         return self.residency.device.peak_bytes
+
+    def _device_context_bytes(self) -> int:
+        """What the driver counts beside the allocator's: this process's context, and other programs."""
+        if self.device.type != "cuda":
+            return 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return max(0, total - free - torch.cuda.memory_reserved(self.device))
 
     def close(self) -> None:
         """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone.

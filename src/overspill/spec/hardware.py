@@ -28,6 +28,22 @@ class HardwareSpec:
     """Parameters that the host updates in one second."""
     device_flops: float = 5e12
     """Floating-point operations per second that a unit's matrix products reach."""
+    h2d_duplex_bytes_per_s: float = 0.0
+    """While the other direction is under way. 0: as alone, and so for the three that follow."""
+    d2h_duplex_bytes_per_s: float = 0.0
+    ssd_read_mixed_bytes_per_s: float = 0.0
+    """While writes are under way."""
+    ssd_write_mixed_bytes_per_s: float = 0.0
+    host_memory_bytes_per_s: float = 0.0
+    """Read and written, by all lanes that touch host memory together. 0: never what they wait for."""
+    matrix_flops: float = 0.0
+    """Operations a second of a large matrix product. 0: only `device_flops` is known."""
+    device_memory_bytes_per_s: float = 0.0
+    """Read and written by elementwise work on the device. 0: not known."""
+    compute_beside_copies: float = 1.0
+    """Share of its rate that compute keeps while both directions of the link are busy."""
+    copies_beside_compute: float = 1.0
+    """Share of its rate that a copy keeps while the device computes."""
     device_capacity_bytes: int = 0
     """0: unknown."""
     host_capacity_bytes: int = 0
@@ -38,3 +54,8 @@ class HardwareSpec:
     """Host memory that the process holds before overspill allocates anything; it counts against the host budget."""
     device_context_bytes: int = 0
     """Device memory that the driver's context takes; it counts against the device budget."""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether its rates were measured, all or in part."""
+        return self.source != ASSUMED

@@ -200,6 +200,8 @@ class ComputeFigures:
     """Bytes a second of each direction, both busy, nothing computed."""
     copies_beside: MeasuredRate | None = None
     """The same while the product runs."""
+    device_memory: MeasuredRate | None = None
+    """Bytes read and written a second of x = x + 1 on the device; None: not measured (a machine file of before)."""
 
     @property
     def compute_slowdown(self) -> float | None:
@@ -314,19 +316,32 @@ def hardware_from(
     if rates.link:
         link = _nearest(rates.link)
         changes |= {"h2d_bytes_per_s": link.h2d.median_per_s, "d2h_bytes_per_s": link.d2h.median_per_s}
+        both = link.duplex.median_per_s
+        changes |= {
+            "h2d_duplex_bytes_per_s": min(both, link.h2d.median_per_s),
+            "d2h_duplex_bytes_per_s": min(both, link.d2h.median_per_s),
+        }
     else:
         assumed.append("link")
     if rates.ssd and ssd in ((), file.identity.ssd):
         drive = _nearest(rates.ssd)
         changes |= {"ssd_read_bytes_per_s": drive.read.median_per_s, "ssd_write_bytes_per_s": drive.write.median_per_s}
+        changes |= {
+            "ssd_read_mixed_bytes_per_s": min(drive.mixed_read.median_per_s, drive.read.median_per_s),
+            "ssd_write_mixed_bytes_per_s": min(drive.mixed_write.median_per_s, drive.write.median_per_s),
+        }
     else:
         assumed.append("SSD")
     if state_format in rates.update:
         changes["host_update_parameters_per_s"] = rates.update[state_format].median_per_s
     else:
         assumed.append("update")
+    memory = [rate.median_per_s for rate in (rates.host_copy, rates.host_in_place) if rate is not None]
+    if memory:
+        changes["host_memory_bytes_per_s"] = max(memory)
     if rates.compute is not None:
         changes["device_flops"] = BLOCK_FRACTION * rates.compute.alone.median_per_s
+        changes |= _compute_changes(rates.compute)
     else:
         assumed.append("compute")
     how = f"measured ({name}, {file.measured_at[:10]})"
@@ -337,6 +352,18 @@ def hardware_from(
     if not file.capacities.is_memory_steady or file.capacities.host_budget_bytes is not None:
         capacities = dataclasses.replace(capacities, host_capacity_bytes=file.capacities.host_usable_bytes or 0)
     return dataclasses.replace(capacities, source=how, **changes)  # type: ignore[arg-type]
+
+
+def _compute_changes(compute: ComputeFigures) -> dict[str, float]:
+    """What a prediction takes from the compute figures beside the rate that blocks are assumed to reach."""
+    changes = {"matrix_flops": compute.alone.median_per_s}
+    if compute.device_memory is not None:
+        changes["device_memory_bytes_per_s"] = compute.device_memory.median_per_s
+    if compute.beside_copies is not None:
+        changes["compute_beside_copies"] = min(1.0, compute.beside_copies.median_per_s / compute.alone.median_per_s)
+    if compute.copies_alone is not None and compute.copies_beside is not None:
+        changes["copies_beside_compute"] = min(1.0, compute.copies_beside.median_per_s / compute.copies_alone.median_per_s)
+    return changes
 
 
 _Figures = TypeVar("_Figures", LinkFigures, DriveFigures)

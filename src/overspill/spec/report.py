@@ -6,7 +6,9 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
+from overspill.spec.prediction import MemoryTerm, total_bytes
 from overspill.spec.rates import Floor
+from overspill.spec.trace import Span
 
 LINK_LANES = ("h2d", "d2h", "ssd_read", "ssd_write")
 
@@ -42,6 +44,30 @@ class Prediction(StepFigures):
     """Seconds in which a lane has work."""
     source: str
     """Whether the rates behind its times were assumed or measured."""
+    has_times: bool = False
+    """Whether what its times rest on was measured, so that they can be held against a step's."""
+    exposed_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """As `StepTimes` has it; with `lane_busy_s["compute"]` they sum to `step_s`."""
+    alone_s: float = 0.0
+    """Of one run of the program, from nothing under way until nothing is. `step_s` is less where steps overlap."""
+    spans: tuple[Span, ...] = dataclasses.field(default=(), repr=False)
+    """When each op would run, in program order; a `Free` has none."""
+    phase_peak_bytes: Mapping[str, Mapping[str, int]] = dataclasses.field(default_factory=dict)
+    """Phase (`forward`, `backward`, `landing`: after the last compute) -> tier -> most bytes of pieces there at one time."""
+    device_terms: tuple[MemoryTerm, ...] = ()
+    """What the device's peak is made of, as the driver sees it; empty: nobody asked."""
+    host_terms: tuple[MemoryTerm, ...] = ()
+    """What the process's peak in host memory is made of; empty: nobody asked."""
+
+    @property
+    def device_peak_bytes(self) -> int:
+        """As the driver sees it: what the allocator reserves, and the context."""
+        return total_bytes(self.device_terms)
+
+    @property
+    def host_peak_bytes(self) -> int:
+        """The process's VmHWM."""
+        return total_bytes(self.host_terms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +171,8 @@ class StepReport(StepFigures):
     """The process's VmHWM."""
     pinned_bytes: int
     """Page-locked now."""
+    device_context_bytes: int = 0
+    """What the driver counts as used beside the allocator's: the context and kernels of this process, and other programs; 0 on a CPU."""
     pool_peak_bytes: int = 0
     """Most that the pools of slots have held since the session was opened, both together."""
     pool_waste_bytes: int = 0

@@ -1,0 +1,110 @@
+"""`overspill finetune --dry-run`: whether a run would fit, where everything would rest, and how long a step would take.
+
+Nothing big is opened: the model is its config, the data is not looked at (samples are taken to be `--seq-len` long), nothing is allocated
+or written. Where a machine file holds here, one block of every class is timed on the device, in about five seconds; without one, times
+rest on assumed rates, and no time is told.
+
+It does not fit where no plan keeps the budgets, and where a plan does and the predicted peak of the device or of host memory exceeds what
+is free or allowed all the same. Both are errors with both numbers.
+"""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from overspill.cli.finetune import FinetuneOptions
+from overspill.cli.optimizer_flags import build_optimizer
+from overspill.cli.training_run import build_request, resolve_dtype, validate_options
+from overspill.errors import BudgetError
+from overspill.huggingface.weights import open_config
+from overspill.huggingface.workload import build_streamed
+from overspill.probe.cache import load_hardware
+from overspill.report.lifetime import describe_forecast, describe_wear
+from overspill.report.prediction import prediction_table
+from overspill.report.tables import placement_table
+from overspill.runtime.machine import read_hardware, resolve_device
+from overspill.runtime.opening import make_plan, plan_for_optimizer
+from overspill.runtime.predictions import Predictions
+from overspill.runtime.programs import Programs
+from overspill.runtime.template_timing import time_templates
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.lifetime import build_wear, forecast_wear
+from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
+from overspill.spec.report import Prediction
+from overspill.units import format_bytes, format_seconds, parse_bytes
+
+
+def run_dry(options: FinetuneOptions, console: Console) -> None:
+    """Print plan and prediction.
+
+    Raises:
+        ValueError: wrong input.
+        BudgetError: it does not fit; with the missing bytes and the flag.
+    """
+    validate_options(options)
+    config = open_config(options.model)
+    model = build_streamed(config, resolve_dtype(options))
+    request = plan_for_optimizer(build_request(options, options.seq_len), build_optimizer(options))
+    assert isinstance(request, PlanRequest)
+    device = resolve_device(request.device)
+    capacities = read_hardware(device, request.ssd_places)
+    hardware = load_hardware(capacities, device, request.ssd_places, state_format=request.state_format, machine=options.machine)
+    plan = make_plan(request, model, hardware, device=str(device), chunk_bytes=None)
+    console.print(placement_table(plan.table()))
+    for note in plan.notes:
+        console.print(f"· {note}", highlight=False)
+    programs = Programs(plan)
+    predictions = Predictions(plan, config, programs, hardware, replays_graphs=options.cuda_graphs, serial=options.serial)
+    workload = predictions.workload()
+    if hardware.is_measured and workload is not None:
+        sizes = {"seq_len": plan.seq_len, "micro_batch": plan.micro_batch, "loss_chunk_rows": plan.loss_chunk_rows}
+        predictions.times = time_templates(config, device=device, dtype=plan.dtype, spec=workload, **sizes)  # type: ignore[arg-type]
+    tokens = (plan.micro_batch * plan.seq_len,) * plan.accumulate
+    prediction = predictions.predict(programs.train(tokens, pending=plan.timing is UpdateTiming.PENDING))
+    console.print(prediction_table(prediction))
+    for line in describe_prediction(prediction, plan):
+        console.print(line, soft_wrap=True, highlight=False)
+    require_fit(prediction, options, hardware)
+    console.print("it fits", highlight=False)
+
+
+def describe_prediction(prediction: Prediction, plan: Plan) -> list[str]:
+    """What a step does to time and drive."""
+    lines = []
+    if prediction.has_times:
+        exposed = {lane: seconds for lane, seconds in prediction.exposed_s.items() if seconds}
+        longest = max(exposed, key=lambda lane: exposed[lane], default=None)
+        rate = plan.accumulate * plan.micro_batch * plan.seq_len / prediction.step_s
+        lines.append(f"a step: {format_seconds(prediction.step_s)}, {rate:.0f} tokens/s; {prediction.source}")
+        bound = f"; it waits longest for {longest}, {format_seconds(exposed[longest])}" if longest is not None else ""
+        lines.append(f"compute is busy for {format_seconds(prediction.lane_busy_s['compute'])} of it{bound}")
+    else:
+        lines.append(f"a step: no time is told, because rates are {prediction.source}; measure them with `overspill probe`")
+    if plan.ssd_places:
+        lines.append(f"SSD: {format_bytes(prediction.ssd_read_bytes)} read and {format_bytes(prediction.ssd_written_bytes)} written a step")
+        if prediction.has_times:
+            wear = build_wear(own_bytes=0, rated_bytes=plan.ssd_rated_bytes, health=None)
+            forecast = forecast_wear(wear, bytes_per_step=prediction.ssd_written_bytes, step_s=prediction.step_s)
+            lines.append(f"SSD: {describe_forecast(forecast)}; {describe_wear(wear)}")
+    return lines
+
+
+def require_fit(prediction: Prediction, options: FinetuneOptions, hardware: HardwareSpec) -> None:
+    """Refuse a peak beyond what may be used.
+
+    Raises:
+        BudgetError: with both numbers and the flag.
+    """
+    peaks = {
+        "device": (prediction.device_peak_bytes, options.device_budget, hardware.device_capacity_bytes),
+        "host": (prediction.host_peak_bytes, options.host_budget, hardware.host_capacity_bytes + hardware.process_bytes),
+    }
+    for tier, (peak, budget, capacity) in peaks.items():
+        allowed = parse_bytes(budget) if budget is not None else capacity
+        known = budget is not None or (hardware.host_capacity_bytes if tier == "host" else capacity)
+        if known and peak > allowed:
+            cure = f"raise --{tier}-budget" if budget is not None else f"give a --{tier}-budget below it"
+            raise BudgetError(
+                f"it does not fit: the {tier} peak is predicted at {format_bytes(peak)}, {format_bytes(allowed)} may be used, "
+                f"{format_bytes(peak - allowed)} are missing; {cure}, or lower --micro-batch or --seq-len"
+            )

@@ -1,0 +1,260 @@
+"""How long each op of a program takes alone, and what it needs of what the lanes share.
+
+Words:
+
+* **alone**: nothing else is under way. What is beside it slows it down (`planning/timeline.py`), by what is said here.
+* **template times**: one block of every class and the tail, timed on the device at hand (`spec.workload.TemplateTimes`).
+
+Where the seconds of a compute op come from, the first of these that is known:
+
+1. Template times of its class, scaled by FLOPs where another number of tokens is computed. Timed without CUDA graphs: where launching
+   takes longer than the kernels and blocks will be replayed as graphs, at most what rule 2 says.
+2. A workload and the rates of a matrix product and of the device's memory: matrix products and attention (a causal kernel does half of
+   T x T) at the first rate, elementwise work at the second.
+3. A workload and one rate for everything (`HardwareSpec.device_flops`): the same FLOPs over it, and each byte of elementwise work is
+   part of what that rate was assumed for.
+4. Neither: the FLOPs that the program itself names, without attention.
+
+`Costs.source` says which, beside what the rates are from. Links, drives and updates are bytes and elements over their rates.
+
+Host memory: what an op reads and writes there, in bytes, for each it moves: an update its record, parameter and gradient; a copy to or
+from the device 1; a transfer of a drive 2, because a core goes over it once more for its checksum.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import Plan
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Lane, Op, Phase, Role, Update
+from overspill.spec.tensors import DTYPE_BYTES
+from overspill.spec.workload import TemplateTimes, UnitTimes, UnitWork, Work, WorkloadSpec
+
+ASSUMED_DEVICE_MEMORY_BYTES_PER_S = 1.5e12
+"""Of a GPU whose memory nobody has measured: what goes over parameters and gradients on the device is little of a step. Assumed."""
+ASSUMED_HOST_MEMORY_BYTES_PER_S = 1e10
+"""The same of a CPU."""
+LAUNCH_S = 26e-6
+"""Of one operation, autograd and transformers' own code included. Measured on an H100 machine: a forward of some 60 kernels took 1.56 ms to
+launch."""
+LAUNCH_BOUND = 0.8
+"""Share of a timed template that launching must take to be what bounds it; as `runtime/graphs.py` judges."""
+GRAPH_LAUNCH_S = 30e-6
+"""Of a block that is replayed: inputs are copied in, outputs out. Assumed."""
+KERNEL_S = 2e-6
+"""The least that a kernel takes with what lies between it and the next one in a graph. Assumed."""
+DISPATCH_S = 8e-6
+"""Of the dispatching thread for an op, beside a GPU whose rates were measured. Its own were 6 and 10 ms of steps of 913 and 1,396 ops on
+an H100 machine; on a CPU it is part of what compute takes."""
+DRIVE_PASSES = 2
+"""Over each byte in host memory: the transfer's and the checksum's."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What the ops of one plan's programs cost."""
+
+    plan: Plan
+    hardware: HardwareSpec
+    source: str
+    """Where the times come from, in words."""
+    has_times: bool
+    """Whether compute and lanes rest on measurements."""
+    compute_s: Callable[[Compute], float]
+    launch_s: float
+    """Of the dispatching thread for a compute op."""
+    dispatch_s: float
+    """Of the dispatching thread for any op."""
+    is_asynchronous: bool
+    """Whether compute and copies are put into streams of a device; else the dispatching thread computes."""
+
+    def seconds(self, op: Op, lane: Lane) -> float:
+        """Alone on its lane."""
+        hardware = self.hardware
+        match op:
+            case Fetch() | Evict():
+                return op.num_bytes / lane_rate(hardware, lane)
+            case Compute():
+                return self.compute_s(op)
+            case Update() if lane is Lane.HOST_UPDATE:
+                return op.num_elements / hardware.host_update_parameters_per_s
+            case Update() | Compress():
+                return self._device_bytes(op) / self._device_memory_bytes_per_s
+            case _:
+                return 0.0
+
+    def host_bytes(self, op: Op, lane: Lane) -> float:
+        """Read and written in host memory."""
+        match op:
+            case Fetch() | Evict():
+                return op.num_bytes * (DRIVE_PASSES if lane in (Lane.SSD_READ, Lane.SSD_WRITE) else 1)
+            case Update() if lane is Lane.HOST_UPDATE:
+                return float(self._update_bytes(op))
+            case _:
+                return 0.0
+
+    @property
+    def _device_memory_bytes_per_s(self) -> float:
+        if not self.is_asynchronous:
+            return self.hardware.host_memory_bytes_per_s or ASSUMED_HOST_MEMORY_BYTES_PER_S
+        return self.hardware.device_memory_bytes_per_s or ASSUMED_DEVICE_MEMORY_BYTES_PER_S
+
+    def _update_bytes(self, op: Update) -> int:
+        """Gradient read; parameter and record read and written."""
+        parameter = op.num_elements * self.plan.bundles[op.bundle].element_bytes
+        return op.num_bytes + 2 * (parameter + self.plan.state_record_bytes(op.bundle, op.chunk))
+
+    def _device_bytes(self, op: Update | Compress) -> int:
+        if isinstance(op, Update):
+            return self._update_bytes(op)
+        made = sum(size for _, size in op.produced)
+        if op.is_in_place:
+            return made  # its norm
+        return sum(size for _, size in op.partials) + 2 * made
+
+
+def lane_rate(hardware: HardwareSpec, lane: Lane) -> float:
+    """Bytes a second of a link's or drive's direction alone."""
+    return {
+        Lane.H2D: hardware.h2d_bytes_per_s,
+        Lane.D2H: hardware.d2h_bytes_per_s,
+        Lane.SSD_READ: hardware.ssd_read_bytes_per_s,
+        Lane.SSD_WRITE: hardware.ssd_write_bytes_per_s,
+    }[lane]
+
+
+def build_costs(
+    plan: Plan,
+    hardware: HardwareSpec,
+    *,
+    workload: WorkloadSpec | None = None,
+    times: TemplateTimes | None = None,
+    replays_graphs: bool | None = None,
+) -> Costs:
+    """What ops cost under `plan` on `hardware`.
+
+    Args:
+        workload: of the plan's model; FLOPs with attention.
+        times: measured on this device; needs the workload, which says what units are of a class.
+        replays_graphs: whether blocks whose launches bound them are replayed as graphs; None: on a GPU.
+
+    Raises:
+        ValueError: times without a workload, or of another dtype.
+    """
+    if times is not None and workload is None:
+        raise ValueError("template times need the workload that says which units are of one class; give workload=describe_workload(...)")
+    if times is not None and times.dtype != plan.dtype:
+        raise ValueError(f"the template times are of {times.dtype}, the plan computes in {plan.dtype}; time them in {plan.dtype}")
+    is_asynchronous = not plan.device.startswith("cpu")
+    graphs = is_asynchronous if replays_graphs is None else replays_graphs
+    table = _ComputeTable(plan, hardware, workload, times, replays_graphs=graphs)
+    return Costs(
+        plan=plan,
+        hardware=hardware,
+        source=_describe_source(hardware, table),
+        has_times=hardware.is_measured and table.is_measured,
+        compute_s=table.seconds,
+        launch_s=GRAPH_LAUNCH_S if is_asynchronous and hardware.is_measured else 0.0,
+        dispatch_s=DISPATCH_S if is_asynchronous and hardware.is_measured else 0.0,
+        is_asynchronous=is_asynchronous,
+    )
+
+
+def _describe_source(hardware: HardwareSpec, table: _ComputeTable) -> str:
+    """What the rates are from, with what compute rests on in place of what a machine file alone would assume."""
+    if not hardware.is_measured or not table.source:
+        return hardware.source
+    parts = [part for part in hardware.source.split("; ") if not part.startswith("blocks assumed")]
+    return "; ".join([*parts, table.source])
+
+
+class _ComputeTable:
+    """Seconds of compute ops, found once for each (unit, phase, tokens)."""
+
+    def __init__(
+        self, plan: Plan, hardware: HardwareSpec, workload: WorkloadSpec | None, times: TemplateTimes | None, *, replays_graphs: bool
+    ) -> None:
+        self.plan, self.hardware, self.workload, self.replays_graphs = plan, hardware, workload, replays_graphs
+        self.timed: Mapping[str, UnitTimes] = {item.name: item for item in (*times.blocks, times.tail)} if times is not None else {}
+        self.blocks = {unit.name for unit in plan.units[1:-1]}
+        self.known: dict[tuple[str, Phase], float] = {}
+        """Of a micro-batch at its longest."""
+        is_whole = workload is not None and workload.is_complete
+        self.is_measured = bool(times) or (is_whole and hardware.matrix_flops > 0)
+        if times is not None:
+            self.source = f"blocks timed on {times.device}"
+        elif is_whole and hardware.matrix_flops and hardware.device_memory_bytes_per_s:
+            self.source = "blocks from their FLOPs and bytes at the rates of a matrix product and of device memory, which is coarser"
+        elif is_whole:
+            self.source = "blocks from their FLOPs, attention included"
+        else:
+            self.source = ""
+
+    def seconds(self, op: Compute) -> float:
+        if self.workload is None:
+            return op.flops / self.hardware.device_flops
+        key = op.unit, op.phase
+        if key not in self.known:
+            self.known[key] = self._full_seconds(op)
+        return self.known[key] * self._share(op)
+
+    def _share(self, op: Compute) -> float:
+        """Tokens of the op's micro-batch, over those of the longest: by the boundary that it reads or makes."""
+        for piece, size in op.produced:
+            if piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT):
+                return size / self.plan.boundary_bytes(piece.owner)
+        return 1.0
+
+    def _full_seconds(self, op: Compute) -> float:
+        assert self.workload is not None
+        item = self.workload.class_of(op.unit)
+        timed = self._timed_seconds(op, item)
+        work = unit_work(item, op.phase)
+        if timed is None:
+            return op.flops / self.hardware.device_flops if work is None else self._work_seconds(work, item, op.phase)
+        is_launched = self.replays_graphs and op.unit in self.blocks
+        if work is not None and is_launched and work.num_ops * LAUNCH_S > LAUNCH_BOUND * timed:
+            return min(timed, self._work_seconds(work, item, op.phase))
+        return timed
+
+    def _timed_seconds(self, op: Compute, item: UnitWork) -> float | None:
+        """From the template of the unit's class; None: it was not timed."""
+        found = self.timed.get(item.name)
+        if found is None or found.backward is None:
+            return None
+        seconds = found.backward.median_s
+        if op.phase is Phase.FORWARD:
+            is_tail = op.unit == self.plan.units[-1].name
+            seconds = seconds / 3 if is_tail else found.forward_s  # the tail was timed forward and backward at once
+        assert self.workload is not None
+        return seconds * (self.workload.num_tokens / (found.seq_len * found.micro_batch))
+
+    def _work_seconds(self, work: Work, item: UnitWork, phase: Phase) -> float:
+        hardware = self.hardware
+        flops = work.flops - work.causal_flops / 2
+        elementwise = work.elementwise_bytes + (self._summing_bytes(item) if phase is Phase.BACKWARD else 0)
+        if self.plan.device.startswith("cpu"):
+            memory = hardware.host_memory_bytes_per_s or ASSUMED_HOST_MEMORY_BYTES_PER_S
+        else:
+            memory = hardware.device_memory_bytes_per_s or ASSUMED_DEVICE_MEMORY_BYTES_PER_S
+        if hardware.matrix_flops and hardware.device_memory_bytes_per_s:
+            return flops / hardware.matrix_flops + elementwise / memory + work.num_ops * KERNEL_S
+        return max(flops / hardware.device_flops, (work.moved_bytes - work.elementwise_bytes + elementwise) / memory)
+
+    def _summing_bytes(self, item: UnitWork) -> int:
+        """Read and written while gradients of parameters are added to their fp32 sums, which begin as zeros."""
+        assert self.workload is not None
+        width = DTYPE_BYTES[self.plan.dtype]
+        contributions = 1
+        if item.name == self.workload.classes[-1].name and self.workload.loss is not None:
+            contributions = self.workload.loss.num_chunks
+        return (item.trainable_bytes // width) * (4 + contributions * (8 + width))
+
+
+def unit_work(item: UnitWork, phase: Phase) -> Work | None:
+    """What one op of a unit does; None: it could not be traced."""
+    if item.forward is None or item.recompute is None or item.backward is None:
+        return None
+    return item.forward.work if phase is Phase.FORWARD else item.recompute.work + item.backward.work

@@ -1,0 +1,194 @@
+"""What the device and the process will hold at most, as the driver and the kernel count it: named terms that add up to the peak.
+
+Device, in the terms of torch's caching allocator (Words and sizes of its documentation and of `c10/cuda/CUDACachingAllocator.cpp`):
+
+* A request is rounded to 512 B. Up to 1 MiB it is cut from a segment of 2 MiB, up to 10 MiB from one of 20 MiB; a larger one has a
+  segment of its own, rounded to 2 MiB. What the driver sees is segments.
+* `homes`: parameters and states that rest there, a segment a region. `slots`: the arena. `boundaries`, `working memory of a unit`: hidden
+  states that the device computed, and what the unit takes while it runs, at the op where both together are most.
+* `allocator rounding`: the segments' rounding of all these. `fragmentation`: what of the working memory the allocator could not use
+  again, because pieces of other sizes lay in it.
+* `replayed graphs`: recordings have a pool of their own, with one block's working memory in it, where launches bound the blocks.
+
+Host: `homes`, `slots` (each size at its own most), the process as it was when the session opened, and what it grows by. On the `cpu`
+device what is the device's is in host memory too.
+
+Terms that are assumed say so. Where nobody has described the workload, the plan's own assumption of a unit's working memory is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from overspill.planning.cost import LAUNCH_BOUND, LAUNCH_S
+from overspill.planning.place import is_host_memory
+from overspill.planning.pools import SLOT_BYTES, pool_demand, pool_events
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import Plan
+from overspill.spec.prediction import MemoryTerm
+from overspill.spec.schedule import BUNDLE_ROLES, Compute, Free, Phase, Piece, RegionKey, Schedule, initial_copies, region_key
+from overspill.spec.tensors import Tier
+from overspill.spec.workload import WorkloadSpec
+from overspill.units import MIB, align_up
+
+SMALL_BYTES, MEDIUM_BYTES = 1 * MIB, 10 * MIB
+SMALL_SEGMENT_BYTES, LARGE_GRANULE_BYTES, SMALL_GRANULE_BYTES = 2 * MIB, 2 * MIB, 512
+"""Of torch's caching allocator: kSmallSize, kMinLargeAlloc; kSmallBuffer, kRoundLarge, kMinBlockSize."""
+FRAGMENTATION_FRACTION = 0.07
+"""Of a unit's working memory. Assumed: 7 % in one layout of a model of 1.10B on an H100, torch 2.11, after everything else was counted."""
+LIBRARY_WORKSPACE_BYTES = 32 * MIB
+"""Of a matrix library on one stream of a recent GPU, from the allocator: torch's own choice for compute capability 9."""
+CUDA_CONTEXT_BYTES = 1050 * MIB
+"""Context, kernels and what the driver keeps for page-locked memory, in a run of overspill. Measured: 1,031 and 1,051 MiB on an H100 with
+torch 2.11; 693 MiB when the session had just been opened."""
+JUDGED_FLOPS, JUDGED_BYTES_PER_S = 500e12, 2.5e12
+"""Of a GPU on which it is judged whether launches bound a block. Assumed; a slower GPU is less often bound by them."""
+CUDA_PROCESS_GROWTH_BYTES = 620 * MIB
+"""Host memory that kernels, libraries and compiled code take in the first steps on a GPU. Assumed: the process of a plain training loop
+grew by 647 MiB between opening and its last step on an H100 machine."""
+
+
+def device_terms(
+    schedule: Schedule,
+    plan: Plan,
+    *,
+    slot_bytes: int,
+    workload: WorkloadSpec | None = None,
+    replays_graphs: bool = True,
+) -> tuple[MemoryTerm, ...]:
+    """The parts of the device's peak while `schedule` runs.
+
+    Args:
+        slot_bytes: of the arena that the session allocates, or of what it lends by size where there is no room for one.
+        workload: of the plan's batch; what units take while they run.
+        replays_graphs: whether blocks whose launches bound them are replayed as graphs.
+    """
+    homes = _region_bytes(plan, Tier.DEVICE)
+    if is_host_memory(plan.device):
+        return _present(
+            MemoryTerm(name="homes", num_bytes=sum(homes)), MemoryTerm(name="slots", num_bytes=align_up(slot_bytes, SLOT_BYTES))
+        )
+    busiest = _busiest(schedule, plan, workload)
+    is_assumed = workload is None or not workload.is_complete
+    rounding = sum(segment_bytes(size) - size for size in (*homes, slot_bytes, *busiest.boundaries))
+    rounding += segment_bytes(busiest.working_bytes) - busiest.working_bytes + SMALL_SEGMENT_BYTES
+    return _present(
+        MemoryTerm(name="homes", num_bytes=sum(homes)),
+        MemoryTerm(name="slots", num_bytes=slot_bytes),
+        MemoryTerm(name="boundaries", num_bytes=sum(busiest.boundaries)),
+        MemoryTerm(name="arguments and side outputs", num_bytes=_argument_bytes(plan, workload), is_assumed=is_assumed),
+        MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=is_assumed),
+        MemoryTerm(name="replayed graphs", num_bytes=_graph_bytes(plan, workload) if replays_graphs else 0, is_assumed=True),
+        MemoryTerm(name="library workspaces", num_bytes=LIBRARY_WORKSPACE_BYTES, is_assumed=True),
+        MemoryTerm(name="allocator rounding", num_bytes=rounding),
+        MemoryTerm(name="fragmentation", num_bytes=int(FRAGMENTATION_FRACTION * busiest.working_bytes), is_assumed=True),
+        MemoryTerm(name="CUDA context", num_bytes=CUDA_CONTEXT_BYTES, is_assumed=True),
+    )
+
+
+def host_terms(
+    schedule: Schedule, plan: Plan, hardware: HardwareSpec, *, device: tuple[MemoryTerm, ...], workload: WorkloadSpec | None = None
+) -> tuple[MemoryTerm, ...]:
+    """The parts of the process's peak in host memory while `schedule` runs.
+
+    Args:
+        device: the device's terms, which are in host memory on a CPU.
+    """
+    demand = pool_demand(pool_events(schedule, plan))[Tier.HOST]
+    terms = [
+        MemoryTerm(name="homes", num_bytes=sum(align_up(size, SLOT_BYTES) for size in _region_bytes(plan, Tier.HOST))),
+        MemoryTerm(name="slots", num_bytes=demand.steady_bytes),
+        MemoryTerm(name="process", num_bytes=hardware.process_bytes),
+    ]
+    if is_host_memory(plan.device):
+        busiest = _busiest(schedule, plan, workload)
+        terms += [dataclasses.replace(term, name=f"device {term.name}") for term in device]
+        terms.append(MemoryTerm(name="boundaries", num_bytes=sum(busiest.boundaries)))
+        terms.append(MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=workload is None))
+    else:
+        terms.append(MemoryTerm(name="growth beside a GPU", num_bytes=CUDA_PROCESS_GROWTH_BYTES, is_assumed=True))
+    return _present(*terms)
+
+
+def segment_bytes(num_bytes: int) -> int:
+    """What one request reserves if nothing reserved has room for it and nothing else will use the rest; less than a mebibyte shares."""
+    if num_bytes <= SMALL_BYTES:
+        return align_up(num_bytes, SMALL_GRANULE_BYTES)
+    if num_bytes < MEDIUM_BYTES:
+        return align_up(num_bytes, SMALL_BYTES)  # of a segment of 20 MiB, which others share
+    return align_up(num_bytes, LARGE_GRANULE_BYTES)
+
+
+def _present(*terms: MemoryTerm) -> tuple[MemoryTerm, ...]:
+    return tuple(term for term in terms if term.num_bytes)
+
+
+def _region_bytes(plan: Plan, tier: Tier) -> list[int]:
+    """Of each allocation of homes on a tier: all chunks of a role of a bundle lie in one."""
+    sizes: dict[RegionKey, int] = {}
+    for (piece, at), size in initial_copies(plan, pending=False).items():
+        if at is tier:
+            sizes[region_key(piece)] = sizes.get(region_key(piece), 0) + size
+    return list(sizes.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Busiest:
+    """The op at which the device holds most that is no home and no slot."""
+
+    boundaries: tuple[int, ...]
+    """Of each hidden state that the device has computed and keeps while the op runs."""
+    working_bytes: int
+    """Of the unit; what the op leaves behind is part of it."""
+
+
+def _busiest(schedule: Schedule, plan: Plan, workload: WorkloadSpec | None) -> _Busiest:
+    alive: dict[Piece, int] = {}
+    held = 0
+    best, best_bytes = _Busiest(boundaries=(), working_bytes=0), -1
+    for item in schedule.ops:
+        op = item.op
+        if isinstance(op, Compute):
+            working = _working_bytes(plan, workload, op)
+            if held + working > best_bytes:
+                best, best_bytes = _Busiest(boundaries=tuple(alive.values()), working_bytes=working), held + working
+            for piece, size in op.produced:
+                if piece.role not in BUNDLE_ROLES:
+                    alive[piece] = size
+                    held += size
+        elif isinstance(op, Free) and op.tier is Tier.DEVICE and op.piece in alive:
+            held -= alive.pop(op.piece)
+    return best
+
+
+def _working_bytes(plan: Plan, workload: WorkloadSpec | None, op: Compute) -> int:
+    if workload is not None:
+        item = workload.class_of(op.unit)
+        passes = (item.forward,) if op.phase is Phase.FORWARD else (item.recompute, item.backward)
+        known = [one.peak_bytes for one in passes if one is not None]
+        if len(known) == len(passes):
+            return max(known)
+    return plan.device_working_bytes
+
+
+def _argument_bytes(plan: Plan, workload: WorkloadSpec | None) -> int:
+    """Masks and tables of the blocks' calls, equal ones once; router logits of every block and micro-batch of a group."""
+    if workload is None:
+        return 0
+    masks = workload.argument_bytes * (plan.group_size if workload.is_masked else 1)
+    side = sum((item.side_output_bytes + item.side_input_bytes) * item.num_units for item in workload.classes)
+    return masks + side * plan.group_size
+
+
+def _graph_bytes(plan: Plan, workload: WorkloadSpec | None) -> int:
+    """The recordings' own pool, and the static tensors that they read and write: of the largest class whose launches bound it, judged by
+    what launches and kernels are assumed to take."""
+    found = 0
+    for item in workload.classes[1:-1] if workload is not None else ():
+        if item.backward is None or item.recompute is None or item.side_output_bytes or item.side_input_bytes:
+            continue
+        work = item.recompute.work + item.backward.work
+        device_s = (work.flops - work.causal_flops / 2) / JUDGED_FLOPS + work.elementwise_bytes / JUDGED_BYTES_PER_S
+        if work.num_ops * LAUNCH_S > LAUNCH_BOUND * device_s:
+            found = max(found, max(item.recompute.peak_bytes, item.backward.peak_bytes) + 3 * item.boundary_bytes)
+    return found

@@ -1,0 +1,172 @@
+"""Predicting the steps of a session: the workload described once, each program simulated once.
+
+Rules:
+
+1. Nothing here touches weights, tiers or the device: a prediction costs some tenths of a second of the CPU, between steps.
+2. Rates that the session has measured itself come before those of a machine file.
+3. A model that cannot be described without weights is predicted from what its plan assumes, and the prediction's terms say so.
+4. `if_cheap` predicts the first programs (`FREE_PROGRAMS`), and then one that was not seen before only while all predicting takes less
+   than `SHARE` of the time that was trained: batches padded to many lengths are many programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from transformers import PreTrainedConfig
+
+from overspill.errors import OverspillError
+from overspill.huggingface.workload import describe_workload
+from overspill.planning import build_costs, simulate
+from overspill.planning.memory import device_terms, host_terms
+from overspill.runtime.programs import Programs
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import Plan, UpdateTiming
+from overspill.spec.rates import LaneRates
+from overspill.spec.report import Prediction
+from overspill.spec.schedule import Schedule
+from overspill.spec.workload import TemplateTimes, WorkloadSpec
+
+SHARE = 0.001
+FREE_PROGRAMS = 3
+"""The plan's longest step, the first one, and its twin that starts with pending updates."""
+MOST_KEPT = 8
+"""Predictions of programs. Chosen: each has a span an op."""
+
+
+class Predictions:
+    """What the programs of a session will move, hold and take.
+
+    Args:
+        hardware: rates and capacities, as of the opening.
+        rates: those that the session has measured; None as long as nobody asked.
+        replays_graphs: whether blocks are replayed as CUDA graphs where launches bound them.
+        serial: the session runs one op after the other.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: PreTrainedConfig,
+        programs: Programs,
+        hardware: HardwareSpec,
+        *,
+        rates: Callable[[], LaneRates | None] = lambda: None,
+        replays_graphs: bool = True,
+        serial: bool = False,
+    ) -> None:
+        self.plan, self.config, self.programs, self.hardware = plan, config, programs, hardware
+        self.rates, self.replays_graphs, self.serial = rates, replays_graphs, serial
+        self.times: TemplateTimes | None = None
+        """Of this model on this device, if somebody has measured them; what is predicted from then on uses them."""
+        self.spent_s = 0.0
+        self._workloads: dict[bool, WorkloadSpec | None] = {}
+        self._kept: dict[tuple[object, ...], tuple[Schedule, Prediction]] = {}
+
+    def predict(self, schedule: Schedule, *, is_masked: bool = False, hardware: HardwareSpec | None = None) -> Prediction:
+        """Of a program of the session.
+
+        Args:
+            is_masked: its micro-batches bring a mask or are packed.
+            hardware: other rates than the session's.
+        """
+        rates = self.rates()
+        key = (id(schedule), is_masked, hardware, rates, id(self.times))
+        if key not in self._kept:
+            begun = time.perf_counter()
+            prediction = self._predict(schedule, is_masked=is_masked, hardware=hardware or with_rates(self.hardware, rates))
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            self._kept[key] = schedule, prediction  # the schedule, so that nothing else gets its id
+            self.spent_s += time.perf_counter() - begun
+        return self._kept[key][1]
+
+    def if_cheap(self, schedule: Schedule, *, is_masked: bool, trained_s: float) -> Prediction | None:
+        """The same, or None where it would take too much of the time that was trained (rule 4)."""
+        is_known = any(known is schedule and key[1] == is_masked for key, (known, _) in self._kept.items())
+        if not is_known and len(self._kept) >= FREE_PROGRAMS and self.spent_s > SHARE * trained_s:
+            return None
+        return self.predict(schedule, is_masked=is_masked)
+
+    def _predict(self, schedule: Schedule, *, is_masked: bool, hardware: HardwareSpec) -> Prediction:
+        workload = self.workload(is_masked=is_masked)
+        costs = build_costs(
+            self.plan,
+            hardware,
+            workload=workload,
+            times=self.times if workload is not None else None,
+            replays_graphs=self.replays_graphs and not self.plan.device.startswith("cpu"),
+        )
+        arena = self.programs.arena(schedule)
+        slot_bytes = self.programs.least_pool_bytes(schedule) if arena is None else max(arena.num_bytes, self.programs.largest_arena_bytes)
+        device = device_terms(schedule, self.plan, slot_bytes=slot_bytes, workload=workload, replays_graphs=self.replays_graphs)
+        return simulate(
+            schedule,
+            self.plan,
+            hardware,
+            overlap=not self.serial,
+            repeats=not self.serial and schedule.starts_pending == schedule.ends_pending,
+            overlaps_steps=self.plan.timing is UpdateTiming.IMMEDIATE,
+            costs=costs,
+            arena=arena,
+            device_terms=device,
+            host_terms=host_terms(schedule, self.plan, hardware, device=device, workload=workload),
+        )
+
+    def workload(self, *, is_masked: bool = False) -> WorkloadSpec | None:
+        """What a micro-batch at its longest costs each class of units; None: it cannot be described (rule 3)."""
+        if is_masked not in self._workloads:
+            plan = self.plan
+            try:
+                self._workloads[is_masked] = describe_workload(
+                    self.config,
+                    seq_len=plan.seq_len,
+                    micro_batch=plan.micro_batch,
+                    dtype=plan.dtype,
+                    device="cpu" if plan.device.startswith("cpu") else "cuda",
+                    is_masked=is_masked,
+                    loss_chunk_rows=plan.loss_chunk_rows,
+                )
+            except (OverspillError, ValueError, NotImplementedError, RuntimeError):
+                self._workloads[is_masked] = None
+        found = self._workloads[is_masked]
+        known = {unit for item in found.classes for unit in item.units} if found is not None else set()
+        return found if {unit.name for unit in self.plan.units} <= known else None
+
+
+def with_rates(hardware: HardwareSpec, rates: LaneRates | None) -> HardwareSpec:
+    """`hardware` with what a session has measured in its place (rule 2)."""
+    if rates is None:
+        return hardware
+    changes: dict[str, float | str] = {}
+    if rates.link is not None:
+        changes |= {
+            "h2d_bytes_per_s": rates.link.up_bytes_per_s,
+            "d2h_bytes_per_s": rates.link.down_bytes_per_s,
+            "h2d_duplex_bytes_per_s": min(rates.link.up_bytes_per_s, rates.link.up_duplex_bytes_per_s),
+            "d2h_duplex_bytes_per_s": min(rates.link.down_bytes_per_s, rates.link.down_duplex_bytes_per_s),
+        }
+    if rates.ssd is not None:
+        changes |= {
+            "ssd_read_bytes_per_s": rates.ssd.up_bytes_per_s,
+            "ssd_write_bytes_per_s": rates.ssd.down_bytes_per_s,
+            "ssd_read_mixed_bytes_per_s": min(rates.ssd.up_bytes_per_s, rates.ssd.up_duplex_bytes_per_s),
+            "ssd_write_mixed_bytes_per_s": min(rates.ssd.down_bytes_per_s, rates.ssd.down_duplex_bytes_per_s),
+        }
+    if rates.update_parameters_per_s is not None:
+        changes["host_update_parameters_per_s"] = rates.update_parameters_per_s
+    if changes and hardware.is_measured:
+        changes["source"] = f"{hardware.source}; lanes as this session measured them"
+    elif changes:
+        changes["source"] = "lanes measured in this session, compute assumed"
+    return dataclasses.replace(hardware, **changes)  # type: ignore[arg-type]
+
+
+def brings_mask(micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> bool:
+    """Whether blocks will read an attention mask: samples are padded or packed."""
+    return any(
+        "position_ids" in batch or ("attention_mask" in batch and not bool(batch["attention_mask"].all())) for batch in micro_batches
+    )

@@ -1,0 +1,219 @@
+"""Claims about predictions beside real runs: the same order, the same waits, the same bytes, and times where delays are known."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+from training_loop import make_batches
+
+import overspill
+from overspill.planning.memory import segment_bytes
+from overspill.report.prediction import comparison_table, describe_largest_miss, prediction_table
+from overspill.report.progress import MetricsFile, metrics_row
+from overspill.runtime import predictions
+from overspill.runtime.predictions import SHARE, brings_mask, with_rates
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.prediction import COMPARED, MemoryTerm, compare
+from overspill.spec.rates import LaneRates, LinkRates
+from overspill.spec.report import Prediction, StepReport
+from overspill.spec.schedule import Lane
+from overspill.tiers import FakeStore
+from overspill.units import MIB
+
+FIXED = {"dtype": "float32", "device": "cpu", "seq_len": 24, "micro_batch": 2, "accumulate": 2, "ssd_dir": "fake"}
+PLACEMENTS = [
+    {"parameters": "ssd", "states": "ssd", "boundaries": "ssd", "clip": 1.0, "group_size": 1},
+    {"parameters": "ssd", "states": "ssd", "boundaries": "host"},
+    {"parameters": "host", "states": "ssd", "boundaries": "device", "clip": 1.0},
+    {"parameters": "host", "states": "host", "boundaries": "host"},
+    {"parameters": "device", "states": "device", "boundaries": "device"},
+]
+
+
+def open_session(*, delay_s: float = 0.0, bytes_per_s: float | None = None, **request: object) -> overspill.Session:
+    plan = overspill.PlanRequest(**{**FIXED, **request})  # type: ignore[arg-type]
+
+    def open_store(directory: str, capacity: int, is_scratch: bool) -> FakeStore:
+        return FakeStore(capacity, delay_s=delay_s, bytes_per_s=bytes_per_s)
+
+    optimizer = overspill.AdamW(lr=1e-3)
+    return overspill.Session(tiny_model("llama"), plan=plan, optimizer=optimizer, open_store=open_store, chunk_bytes=16 * 1024)
+
+
+def batches(number: int = 2) -> list[dict[str, torch.Tensor]]:
+    return make_batches(number, vocab_size=96, seed=0)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: "-".join(map(str, placement.values())))
+def test_the_order_on_every_lane_and_what_ops_wait_for_are_the_executors(placement: dict[str, object]) -> None:
+    """A real op waits for nothing that the one on paper does not; what had ended before it was submitted is left out there."""
+    with open_session(delay_s=0.001, **placement) as session:
+        for _ in range(3):  # the pools of slots are full then
+            prediction = session.predict(batches())
+            session.step(batches())
+        real, paper = session.executor.spans, {span.op: span for span in prediction.spans}
+    assert [span.op for span in real] == list(paper)
+    for lane in Lane:
+        mine = sorted((span for span in paper.values() if span.lane is lane), key=lambda span: (span.start_s, span.op))
+        theirs = sorted((span for span in real if span.lane is lane), key=lambda span: (span.start_s, span.op))
+        assert [span.op for span in mine] == [span.op for span in theirs], lane
+    for span in real:
+        assert set(span.waits) <= set(paper[span.op].waits), session.executor.trace.op(span.op)
+        assert span.num_bytes == paper[span.op].num_bytes
+
+
+def test_a_step_bound_by_a_drive_of_known_speed_takes_the_time_that_was_predicted() -> None:
+    rate = 2e6
+    hardware = HardwareSpec(source="known", ssd_read_bytes_per_s=rate, ssd_write_bytes_per_s=rate, device_flops=1e12)
+    with open_session(bytes_per_s=rate, parameters="ssd", states="ssd", boundaries="device", accumulate=1) as session:
+        for _ in range(2):
+            predicted = session.predict(batches(1), hardware=hardware).step_s
+            measured = session.step(batches(1)).step_s
+    assert predicted > 0.2
+    assert 0.95 * predicted < measured < 1.4 * predicted + 0.1, "what is beside the drive's time is small"
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: "-".join(map(str, placement.values())))
+def test_bytes_and_the_devices_peak_are_exact(placement: dict[str, object]) -> None:
+    with open_session(**placement) as session:
+        for _ in range(2):
+            prediction = session.predict(batches())
+            report = session.step(batches())
+        compared = compare(prediction, report)
+    for name in ("ssd_read_bytes", "ssd_written_bytes", "device_peak_bytes"):
+        assert compared.missed_by[name] == 0 and compared.predicted[name] == compared.measured[name], name
+    assert compared.predicted["step_s"] is None, "assumed rates are no prediction of time"
+    assert prediction.host_peak_bytes > prediction.host_resident_peak_bytes
+
+
+def test_a_prediction_is_made_once_for_each_shape_and_costs_a_thousandth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "FREE_PROGRAMS", 1)
+    with open_session(parameters="host", states="host", boundaries="device") as session:
+        first = session.predict(batches())
+        begun = time.perf_counter()
+        for _ in range(100):
+            assert session.predict(batches()) is first
+        assert (time.perf_counter() - begun) / 100 < 0.01
+        assert session.predict_if_cheap(batches(), trained_s=0.0) is first
+        other = batches(1)
+        assert session.predict_if_cheap(other, trained_s=0.0) is None
+        trained_s = 1.01 * session._predictions.spent_s / SHARE
+        assert session.predict_if_cheap(other, trained_s=trained_s) is not None
+
+
+def test_templates_timed_here_replace_what_flops_would_say() -> None:
+    with open_session(parameters="host", states="host", boundaries="device") as session:
+        before = session.predict(batches())
+        times = session.time_templates(limit_s=0.5)
+        assert times is not None and times.tail.backward is not None
+        after = session.predict(batches(), hardware=HardwareSpec(source="measured (m)"))
+    assert "blocks timed on cpu" in after.source and not before.has_times and after.has_times
+    share = sum(batch["input_ids"].numel() for batch in batches()) / (times.seq_len * times.micro_batch)
+    expected = share * (3 * times.blocks[0].forward_backward_s + times.tail.backward.median_s)
+    assert after.lane_busy_s["compute"] == pytest.approx(expected, rel=0.05), "the embedding is little beside it"
+
+
+def test_rates_that_a_session_measured_come_before_a_machine_files() -> None:
+    link = LinkRates(up_bytes_per_s=5.0, down_bytes_per_s=4.0, up_duplex_bytes_per_s=6.0, down_duplex_bytes_per_s=3.0)
+    rates = LaneRates(link=link, ssd=None, update_parameters_per_s=7.0)
+    found = with_rates(HardwareSpec(source="measured (m)", ssd_read_bytes_per_s=9.0), rates)
+    assert (found.h2d_bytes_per_s, found.d2h_bytes_per_s, found.h2d_duplex_bytes_per_s, found.d2h_duplex_bytes_per_s) == (5, 4, 5, 3)
+    assert (found.ssd_read_bytes_per_s, found.host_update_parameters_per_s) == (9, 7)
+    assert found.source == "measured (m); lanes as this session measured them"
+    assert with_rates(found, None) is found
+
+
+def test_padding_and_packing_bring_a_mask_and_full_rows_do_not() -> None:
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    ones = torch.ones(2, 4, dtype=torch.int64)
+    assert not brings_mask([{"input_ids": ids, "attention_mask": ones}])
+    assert brings_mask([{"input_ids": ids}, {"input_ids": ids, "attention_mask": ones.tril()}])
+    assert brings_mask([{"input_ids": ids, "position_ids": ids}])
+
+
+# -- comparison --------------------------------------------------------------------------------------------------------
+
+
+def prediction(**changes: object) -> Prediction:
+    values: dict[str, object] = {
+        "step_s": 2.0,
+        "lane_bytes": {"ssd_read": 100, "ssd_write": 0},
+        "num_ops": 1,
+        "device_resident_peak_bytes": 0,
+        "host_resident_peak_bytes": 0,
+        "ssd_resident_peak_bytes": 0,
+        "lane_busy_s": {"compute": 1.5},
+        "exposed_s": {"h2d": 0.5},
+        "source": "measured",
+        "has_times": True,
+        "device_terms": (MemoryTerm(name="homes", num_bytes=30), MemoryTerm(name="CUDA context", num_bytes=10, is_assumed=True)),
+        "host_terms": (MemoryTerm(name="homes", num_bytes=95),),
+    }
+    return Prediction(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def report(**changes: object) -> StepReport:
+    values: dict[str, object] = {field.name: 0 for field in dataclasses.fields(StepReport) if field.default is dataclasses.MISSING}
+    values |= {"lane_bytes": {"ssd_read": 100, "ssd_write": 0}, "step_s": 2.5, "skipped": False}
+    values |= {"device_peak_bytes": 35, "device_context_bytes": 15, "host_peak_bytes": 100, "read_times": lambda: overspill_times()}
+    return StepReport(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def overspill_times():  # type: ignore[no-untyped-def]
+    from overspill.spec.report import StepTimes
+
+    return StepTimes(lane_busy_s={}, exposed_s={}, floor=None, trace_s=0.0)
+
+
+def test_misses_are_relative_to_what_was_measured_and_the_largest_is_named_with_its_parts() -> None:
+    found = compare(prediction(), report())
+    assert found.missed_by == {
+        "step_s": pytest.approx(0.2),
+        "device_peak_bytes": pytest.approx(0.2),
+        "host_peak_bytes": pytest.approx(0.05),
+        "ssd_read_bytes": 0,
+        "ssd_written_bytes": 0,
+    }
+    found = compare(prediction(), report(device_peak_bytes=65))
+    assert found.largest_miss == "device_peak_bytes"
+    assert describe_largest_miss(found, prediction()) == "device peak was predicted as homes 30 B, CUDA context 10 B (assumed)"
+    slow = compare(prediction(), report(step_s=8.0))
+    assert describe_largest_miss(slow, prediction()) == "step time was predicted as compute 1.50 s, h2d 500.0 ms (measured)"
+    assert comparison_table(found, step=1).row_count == 4 and prediction_table(prediction()).row_count == 3
+
+
+def test_what_rests_on_assumptions_alone_is_not_compared() -> None:
+    found = compare(prediction(has_times=False, device_terms=(), host_terms=()), report())
+    assert [found.predicted[name] for name in COMPARED] == [None, None, None, 100, 0]
+    assert [found.missed_by[name] for name in COMPARED] == [None, None, None, 0, 0] and found.largest_miss == "ssd_read_bytes"
+    assert describe_largest_miss(found, prediction()) == ""
+
+
+def test_rows_of_the_metrics_file_have_what_was_predicted_and_missed(tmp_path: Path) -> None:
+    alone = metrics_row(report())
+    assert alone["predicted"] is None and alone["missed_by"] is None
+    with MetricsFile(tmp_path / "metrics.jsonl") as metrics:
+        metrics.write(report(step=1), prediction=prediction(), can_wait=True)
+        metrics.write(report(step=2), prediction=prediction(has_times=False))
+    first, second = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["predicted"] == {
+        "step_s": 2.0, "device_peak_bytes": 40, "host_peak_bytes": 95, "ssd_read_bytes": 100, "ssd_written_bytes": 0,
+    }  # fmt: skip
+    assert first["missed_by"]["device_peak_bytes"] == 0.2 and second["missed_by"]["step_s"] is None
+
+
+# -- the allocator's sizes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "held"),
+    [(1, 512), (MIB, MIB), (MIB + 1, 2 * MIB), (9 * MIB + 5, 10 * MIB), (10 * MIB, 10 * MIB), (11 * MIB, 12 * MIB), (64 * MIB, 64 * MIB)],
+)
+def test_requests_are_rounded_as_torchs_allocator_does(asked: int, held: int) -> None:
+    assert segment_bytes(asked) == held

@@ -1,0 +1,38 @@
+"""Claims about the parts of a peak: on a GPU what the driver counts, on a CPU what the process holds; homes and slots once each."""
+
+from __future__ import annotations
+
+from matrices import make_plan
+
+from overspill.planning import full_step, plan_arena, pool_demand, pool_events
+from overspill.planning.memory import CUDA_CONTEXT_BYTES, LIBRARY_WORKSPACE_BYTES, device_terms, host_terms
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.tensors import Tier
+
+
+def test_the_parts_on_a_gpu_are_homes_slots_boundaries_and_one_unit_at_work() -> None:
+    plan = make_plan(parameters="device", states="host", boundaries="device")
+    schedule = full_step(plan)
+    arena = plan_arena(pool_events(schedule, plan), plan)
+    terms = {term.name: term for term in device_terms(schedule, plan, slot_bytes=arena.num_bytes)}
+    assert terms["homes"].num_bytes == sum(bundle.parameter_bytes for bundle in plan.bundles.values())
+    assert terms["slots"].num_bytes == arena.num_bytes
+    entered = len(plan.units) - 1
+    assert terms["boundaries"].num_bytes in {plan.boundary_bytes("tail") * number for number in range(1, 4 * (entered + 2))}
+    assert terms["working memory of a unit"].num_bytes == plan.device_working_bytes and terms["working memory of a unit"].is_assumed
+    assert terms["CUDA context"].num_bytes == CUDA_CONTEXT_BYTES and terms["library workspaces"].num_bytes == LIBRARY_WORKSPACE_BYTES
+    assert "replayed graphs" not in terms, "nobody has described the workload"
+
+
+def test_the_parts_of_the_process_are_homes_slots_and_itself_and_on_a_cpu_the_device_too() -> None:
+    hardware = HardwareSpec(process_bytes=123)
+    for device in ("cuda:0", "cpu"):
+        plan = make_plan(parameters="host", states="host", boundaries="device", device=device)
+        schedule = full_step(plan)
+        on_device = device_terms(schedule, plan, slot_bytes=8192)
+        terms = {term.name: term.num_bytes for term in host_terms(schedule, plan, hardware, device=on_device)}
+        held = sum(bundle.parameter_bytes + plan.state_bytes(name) for name, bundle in plan.bundles.items())
+        assert held <= terms["homes"] <= held + 4096 * 2 * len(plan.bundles)
+        assert terms["slots"] == pool_demand(pool_events(schedule, plan))[Tier.HOST].steady_bytes
+        assert terms["process"] == 123
+        assert ("device slots" in terms) == (device == "cpu") and ("growth beside a GPU" in terms) == (device != "cpu")

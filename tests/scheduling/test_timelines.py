@@ -1,0 +1,254 @@
+"""Claims about times on paper: tiny programs by hand, contention, what every program's times must add up to, and steps in a row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from matrices import PLACEMENTS, make_plan
+
+from overspill.planning import build_costs, full_step, simulate
+from overspill.planning.timeline import Contention, Task, Threads, run_timeline
+from overspill.scheduling import build_evaluation, build_train_step
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import Plan
+from overspill.spec.schedule import Fetch, Lane, Update
+from overspill.spec.trace import Span
+
+COMPUTE, H2D, D2H, READ, WRITE, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.SSD_READ, Lane.SSD_WRITE, Lane.HOST_UPDATE
+BALANCED = HardwareSpec(
+    device_flops=2e8,
+    h2d_bytes_per_s=1e8,
+    d2h_bytes_per_s=1e8,
+    ssd_read_bytes_per_s=1e8,
+    ssd_write_bytes_per_s=1e8,
+    host_update_parameters_per_s=1e8,
+)
+"""Every lane takes about as long as every other."""
+
+
+def task(lane: Lane, work_s: float, *waits: int, host: float = 0.0) -> Task:
+    return Task(lane=lane, work_s=work_s, host_bytes_per_s=host, waits=waits)
+
+
+def times(tasks: list[Task], *, streams: bool = False, **hardware: float) -> list[tuple[float, float]]:
+    spans = spans_of(tasks, streams=streams, **hardware)
+    return [(round(span.start_s, 9), round(span.end_s, 9)) for span in spans]
+
+
+def spans_of(tasks: list[Task], *, streams: bool = False, **hardware: float) -> list[Span]:
+    contention = Contention(HardwareSpec(**hardware))  # type: ignore[arg-type]
+    spans, _ = run_timeline(tasks, [0], Threads(has_streams=streams), contention)
+    return spans
+
+
+# -- by hand -----------------------------------------------------------------------------------------------------------
+
+
+def test_lanes_run_beside_each_other_as_far_as_waits_allow() -> None:
+    tasks = [task(H2D, 1), task(H2D, 1), task(COMPUTE, 3, 0), task(D2H, 2, 2), task(COMPUTE, 1, 1)]
+    for streams in (False, True):
+        assert times(tasks, streams=streams) == [(0, 1), (1, 2), (1, 4), (4, 6), (4, 5)]
+
+
+def test_a_lane_is_in_order_also_when_the_op_behind_could_begin() -> None:
+    tasks = [task(UPDATE, 5), task(D2H, 1, 0), task(D2H, 1)]
+    assert times(tasks) == [(0, 5), (5, 6), (6, 7)]
+
+
+def test_what_the_dispatching_thread_computes_holds_up_what_it_has_not_handed_out() -> None:
+    tasks = [task(COMPUTE, 2), task(H2D, 1)]
+    assert times(tasks, streams=False) == [(0, 2), (2, 3)]
+    assert times(tasks, streams=True) == [(0, 2), (0, 1)]
+
+
+def test_compute_on_a_stream_is_issued_when_the_copy_it_waits_for_is_and_that_waits_for_the_drive() -> None:
+    """The copy's thread waits for the read, so the thread that dispatches is held up until then, and so is the last op."""
+    tasks = [task(READ, 4), task(H2D, 1, 0), task(COMPUTE, 1, 1), task(D2H, 1)]
+    assert times(tasks, streams=True) == [(0, 4), (4, 5), (5, 6), (4, 5)]
+
+
+def test_transfers_of_a_drive_are_in_flight_together_and_served_in_order() -> None:
+    tasks = [task(READ, 2), task(READ, 1), task(UPDATE, 1, 0), task(READ, 1, 2)]
+    assert times(tasks) == [(0, 2), (0, 3), (2, 3), (3, 4)]
+
+
+def test_frees_take_no_time_and_have_no_span() -> None:
+    free = Task(lane=COMPUTE, work_s=0.0, host_bytes_per_s=0.0, waits=(0,), is_free=True)
+    spans = spans_of([task(COMPUTE, 1), free, task(H2D, 1, 1)], streams=True)
+    assert [(span.op, span.end_s) for span in spans] == [(0, 1), (2, 1)]
+
+
+def test_dispatching_and_launching_take_the_dispatching_threads_time() -> None:
+    threads = Threads(has_streams=True, dispatch_s=0.5, launch_s=1.0)
+    spans, _ = run_timeline([task(COMPUTE, 0.25), task(COMPUTE, 0.25), task(H2D, 1)], [0], threads, Contention(HardwareSpec()))
+    assert [(span.start_s, span.end_s) for span in spans] == [(0, 0.25), (1.5, 1.75), (3.0, 4.0)]
+
+
+# -- contention --------------------------------------------------------------------------------------------------------
+
+
+def test_both_directions_of_a_link_run_at_their_duplex_rates_while_both_run() -> None:
+    """Each at half its rate: the shorter one ends after 2 s, the longer has 1 s of work left then."""
+    link = {"h2d_bytes_per_s": 10.0, "h2d_duplex_bytes_per_s": 5.0, "d2h_bytes_per_s": 10.0, "d2h_duplex_bytes_per_s": 5.0}
+    assert times([task(H2D, 1), task(D2H, 2)], **link) == [(0, 2), (0, 3)]
+    drive = {
+        "ssd_read_bytes_per_s": 4.0,
+        "ssd_read_mixed_bytes_per_s": 1.0,
+        "ssd_write_bytes_per_s": 2.0,
+        "ssd_write_mixed_bytes_per_s": 1.0,
+    }
+    assert times([task(READ, 1), task(WRITE, 1)], **drive) == [(0, 2.5), (0, 2)]
+
+
+def test_compute_loses_half_of_what_both_directions_cost_it_beside_one() -> None:
+    shares = {"compute_beside_copies": 0.8, "copies_beside_compute": 0.5}
+    assert times([task(H2D, 0.5), task(COMPUTE, 0.9)], streams=True, **shares) == [(0, 1), (0, 1)]
+    assert times([task(H2D, 0.5), task(D2H, 0.5), task(COMPUTE, 0.8)], streams=True, **shares) == [(0, 1), (0, 1), (0, 1)]
+
+
+def test_host_memory_slows_all_that_wants_more_than_it_has_in_proportion() -> None:
+    """An update that wants all of it and a copy that wants half: each at 1 / 1.5, until the copy has ended."""
+    tasks = [task(UPDATE, 2, host=100.0), task(H2D, 1, host=50.0), task(COMPUTE, 1.5)]
+    assert times(tasks, streams=True, host_memory_bytes_per_s=100.0) == [(0, 2.5), (0, 1.5), (0, 1.5)]
+    assert times(tasks[:2], streams=True, host_memory_bytes_per_s=150.0) == [(0, 2), (0, 1)]
+
+
+# -- every program -----------------------------------------------------------------------------------------------------
+
+
+def plans(device: str = "cuda:0") -> list[Plan]:
+    return [
+        make_plan(device=device, clip=clip, parameters=parameters, states=states, boundaries=boundaries, group_size=group)
+        for parameters, states, boundaries in PLACEMENTS
+        for clip, group in ((None, 4), (1.0, 2))
+    ]
+
+
+def test_times_of_every_placement_add_up_and_bytes_do_not_depend_on_them() -> None:
+    for plan in plans():
+        schedule = full_step(plan)
+        serial, overlapped = simulate(schedule, plan, BALANCED), simulate(schedule, plan, BALANCED, overlap=True)
+        busy = overlapped.lane_busy_s
+        assert max(busy.values()) <= overlapped.step_s * (1 + 1e-9) and overlapped.step_s <= serial.step_s * (1 + 1e-9)
+        assert busy["compute"] + sum(overlapped.exposed_s.values()) == pytest.approx(overlapped.alone_s)
+        assert serial.lane_bytes == overlapped.lane_bytes and serial.phase_peak_bytes == overlapped.phase_peak_bytes
+        moved = dict.fromkeys(overlapped.lane_bytes, 0)
+        for item in schedule.ops:
+            if item.lane.value in moved and hasattr(item.op, "source"):
+                moved[item.lane.value] += item.op.num_bytes
+        assert moved == overlapped.lane_bytes
+        assert max(peaks["device"] for peaks in overlapped.phase_peak_bytes.values()) == overlapped.device_resident_peak_bytes
+        assert max(peaks["host"] for peaks in overlapped.phase_peak_bytes.values()) == overlapped.host_resident_peak_bytes
+
+
+def test_ops_of_a_lane_start_in_the_order_of_the_program_and_after_all_they_wait_for() -> None:
+    for plan in plans()[::5]:
+        schedule = full_step(plan)
+        spans = {span.op: span for span in simulate(schedule, plan, BALANCED, overlap=True).spans}
+        for lane in Lane:
+            starts = [span.start_s for span in spans.values() if span.lane is lane]
+            assert starts == sorted(starts)
+        for span in spans.values():
+            named = [wait for wait in schedule.ops[span.op].waits if wait in spans]
+            assert set(named) <= set(span.waits)
+            assert all(spans[wait].end_s <= span.start_s + 1e-9 for wait in span.waits)
+
+
+RATES = [
+    "device_flops",
+    "h2d_bytes_per_s",
+    "d2h_bytes_per_s",
+    "ssd_read_bytes_per_s",
+    "ssd_write_bytes_per_s",
+    "host_update_parameters_per_s",
+]
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_faster_lane_makes_no_step_longer(rate: str) -> None:
+    for parameters, states in (("host", "host"), ("ssd", "ssd"), ("host", "ssd")):
+        plan = make_plan(parameters=parameters, states=states, boundaries="device", clip=1.0)
+        schedule, taken = full_step(plan), []
+        for factor in (0.25, 0.5, 1, 2, 4):
+            faster = dataclasses.replace(BALANCED, **{rate: getattr(BALANCED, rate) * factor})
+            taken.append(simulate(schedule, plan, faster, overlap=True).step_s)
+        assert all(later <= earlier * (1 + 1e-9) for earlier, later in zip(taken, taken[1:], strict=False)), (rate, taken)
+        assert taken[-1] < taken[0] or rate.startswith("ssd") and states == "host"
+
+
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("host", {"h2d_duplex_bytes_per_s": 0.1e8, "d2h_duplex_bytes_per_s": 0.1e8}),
+        ("ssd", {"ssd_read_mixed_bytes_per_s": 0.5e8, "ssd_write_mixed_bytes_per_s": 0.5e8}),
+        ("host", {"host_memory_bytes_per_s": 1e9}),
+        ("host", {"compute_beside_copies": 0.5}),
+    ],
+)
+def test_contention_makes_steps_longer(where: str, changes: dict[str, float]) -> None:
+    plan = make_plan(parameters=where, states=where, boundaries="device")
+    schedule, base = full_step(plan), dataclasses.replace(BALANCED, host_update_parameters_per_s=1e9, device_flops=1e11)
+    free = simulate(schedule, plan, base, overlap=True).step_s
+    assert simulate(schedule, plan, dataclasses.replace(base, **changes), overlap=True).step_s > free
+
+
+# -- steps in a row ----------------------------------------------------------------------------------------------------
+
+
+def test_a_row_of_steps_that_drain_takes_as_long_as_each_alone() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device")
+    schedule = full_step(plan)
+    alone = simulate(schedule, plan, BALANCED, overlap=True)
+    assert simulate(schedule, plan, BALANCED, overlap=True, repeats=True).step_s == alone.step_s == alone.alone_s
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_steps_that_overlap_take_no_longer_than_alone_and_no_less_than_their_busiest_lane(clip: float | None) -> None:
+    for parameters, states in (("host", "host"), ("ssd", "ssd")):
+        plan = make_plan(parameters=parameters, states=states, boundaries="device", clip=clip)
+        steady = simulate(full_step(plan), plan, BALANCED, overlap=True, repeats=True, overlaps_steps=True)
+        assert steady.lane_busy_s["compute"] + sum(steady.exposed_s.values()) == pytest.approx(steady.step_s)
+        assert steady.lane_busy_s["compute"] * (1 - 1e-9) <= steady.step_s <= steady.alone_s * (1 + 1e-9)
+        if clip is None and states == "host":
+            assert steady.step_s < steady.alone_s, "the last updates land under the next forward"
+
+
+def test_the_next_step_waits_for_the_updates_of_what_it_reads() -> None:
+    """One slow update at the end of a step: what it changed is fetched in the next step after it, not before."""
+    plan = make_plan(parameters="host", states="host", boundaries="device")
+    slow = dataclasses.replace(BALANCED, host_update_parameters_per_s=1e6)
+    schedule = full_step(plan)
+    steady = simulate(schedule, plan, slow, overlap=True, repeats=True, overlaps_steps=True)
+    updates = sum(item.op.num_elements for item in schedule.ops if isinstance(item.op, Update)) / 1e6
+    assert updates * 0.9 < steady.step_s <= steady.alone_s
+
+
+def test_a_program_that_cannot_follow_itself_is_refused() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device", clip=1.0)
+    first = build_train_step(plan, [16] * 4, starts_pending=False)
+    with pytest.raises(ValueError, match="starts without pending updates and does not end so"):
+        simulate(first, plan, BALANCED, overlap=True, repeats=True)
+
+
+# -- costs -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_takes_its_bytes_over_its_rate_and_an_update_its_elements() -> None:
+    plan = make_plan(parameters="ssd", states="ssd", boundaries="device")
+    costs = build_costs(plan, BALANCED)
+    for item in full_step(plan).ops:
+        if isinstance(item.op, Fetch):
+            passes = 2 if item.lane is READ else 1
+            assert costs.seconds(item.op, item.lane) == item.op.num_bytes / 1e8
+            assert costs.host_bytes(item.op, item.lane) == passes * item.op.num_bytes
+        if isinstance(item.op, Update):
+            assert costs.seconds(item.op, item.lane) == item.op.num_elements / 1e8
+            record = plan.state_record_bytes(item.op.bundle, item.op.chunk)
+            assert costs.host_bytes(item.op, item.lane) == 4 * item.op.num_elements * 3 + 2 * record
+
+
+def test_an_evaluation_is_simulated_too() -> None:
+    plan = make_plan(parameters="ssd", states="ssd", boundaries="host")
+    prediction = simulate(build_evaluation(plan, [16] * 4), plan, BALANCED, overlap=True)
+    assert set(prediction.phase_peak_bytes) >= {"forward"} and prediction.step_s > 0
