@@ -95,6 +95,7 @@ def measure_run(options: argparse.Namespace, watch: HostWatch) -> dict[str, Any]
             batch = [random_batch(shape, samples=options.samples, seq_len=options.seq_len, seed=step)]
             before = counters.read()
             report = session.step(batch)
+            session.flush()  # what the step has left under way is of its bytes
             io = counters.read() - before
             figures = {"step_s": report.step_s, "loss": report.loss, "tokens_per_s": report.tokens_per_s, "io": dataclasses.asdict(io)}
             steps.append(figures | {"lane_bytes": dict(report.lane_bytes), "device_peak_bytes": report.device_peak_bytes})

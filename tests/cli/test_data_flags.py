@@ -133,7 +133,7 @@ def test_every_flag_that_is_yes_or_no_has_both_forms() -> None:
     parameters = get_command(app).commands["finetune"].params  # type: ignore[attr-defined]
     flags = {parameter.opts[0]: parameter.secondary_opts for parameter in parameters if getattr(parameter, "is_flag", False)}
     names = ["nesterov", "truncate", "packing", "blocks", "stream", "resume", "discard-checkpoints", "debug"]
-    names += ["compile", "cuda-graphs", "serial"]
+    names += ["compile", "cuda-graphs", "dry-run", "serial"]
     assert flags == {f"--{name}": [f"--no-{name}"] for name in names}
 
 

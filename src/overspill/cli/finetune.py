@@ -203,7 +203,10 @@ def finetune(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say whether it fits, where everything goes and how long a step takes; reads no weights.")
+        bool,
+        typer.Option(
+            "--dry-run/--no-dry-run", help="Only say whether it fits, where everything goes and how long a step takes; reads no weights."
+        ),
     ] = False,
     config: Annotated[
         Path | None,

@@ -101,7 +101,7 @@ class Predictions:
             replays_graphs=self.replays_graphs and not self.plan.device.startswith("cpu"),
         )
         arena = self.programs.arena(schedule)
-        slot_bytes = self.programs.least_pool_bytes(schedule) if arena is None else max(arena.num_bytes, self.programs.largest_arena_bytes)
+        slot_bytes = self.programs.slot_bytes(schedule)
         device = device_terms(schedule, self.plan, slot_bytes=slot_bytes, workload=workload, replays_graphs=self.replays_graphs)
         return simulate(
             schedule,

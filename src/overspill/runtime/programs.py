@@ -41,19 +41,25 @@ class Programs:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = _Program(schedule, self.plan)
-        self._kept[key] = self._kept.pop(key)  # the one used last goes last: what runs now is not dropped for `largest_arena_bytes`
+        self._kept[key] = self._kept.pop(key)  # the one used last goes last: what runs now is not dropped for `_largest_arena_bytes`
         return self._kept[key].schedule
 
     def arena(self, schedule: Schedule) -> ArenaPlan | None:
-        """Where one of these programs has its slots on the device; None if the device budget has no room for the arena."""
-        return self._of(schedule).arena
+        """Where one of these programs has its slots on the device; None if the device budget has no room for its arena, or for that of the
+        whole step: gradients that wait in an arena would keep its memory from a program without one."""
+        return self._of(schedule).arena if self._largest_arena_bytes is not None else None
+
+    def slot_bytes(self, schedule: Schedule) -> int:
+        """Memory of all slots on the device while one of these programs runs."""
+        arena = self.arena(schedule)
+        return self.least_pool_bytes(schedule) if arena is None else max(arena.num_bytes, self._largest_arena_bytes or 0)
 
     @functools.cached_property
-    def largest_arena_bytes(self) -> int | None:
+    def _largest_arena_bytes(self) -> int | None:
         """Of the training step over all that the plan was made for: an arena of this size need not grow while gradients wait in it. None if
-        the budget has no room for it: then no program has an arena, for gradients that wait in one would keep it from the next program."""
+        the budget has no room for it."""
         tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
-        arena = self.arena(self.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING))
+        arena = self._of(self.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING)).arena
         return arena.num_bytes if arena is not None else None
 
     def least_pool_bytes(self, schedule: Schedule) -> int:

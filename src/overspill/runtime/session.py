@@ -487,8 +487,8 @@ class Session(Closing):
 
     def _place_slots(self, schedule: Schedule) -> None:
         """Give the schedule's slots on the device their places, or room to be lent by size if there is none for an arena."""
-        largest, arena, pool = self._programs.largest_arena_bytes, self._programs.arena(schedule), self.residency.device_pool
-        if largest is not None and arena is not None and pool.follow(arena.places, num_bytes=max(arena.num_bytes, largest)):
+        arena, pool = self._programs.arena(schedule), self.residency.device_pool
+        if arena is not None and pool.follow(arena.places, num_bytes=self._programs.slot_bytes(schedule)):
             pool.unplanned.limit_bytes = None
         else:
             pool.leave()
