@@ -51,7 +51,7 @@ def test_bad_settings_are_refused_with_the_numbers_and_the_cure(settings: dict[s
 
 
 def test_a_directory_in_ram_is_refused_unless_it_is_insisted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extent_file, "_filesystem_of", lambda folder: "tmpfs")
+    monkeypatch.setattr(extent_file, "filesystem_of", lambda folder: "tmpfs")
     with pytest.raises(ValueError, match=r"is in RAM \(tmpfs\).*raise host_budget instead"):
         overspill.offload_activations(LAYER, host_budget="1GiB", ssd_dir=tmp_path)
     with pytest.warns(RuntimeWarning, match="is in RAM"), offload(LAYER, ssd_dir=tmp_path, ssd_budget="1MiB"):
