@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -217,3 +218,17 @@ def test_rows_of_the_metrics_file_have_what_was_predicted_and_missed(tmp_path: P
 )
 def test_requests_are_rounded_as_torchs_allocator_does(asked: int, held: int) -> None:
     assert segment_bytes(asked) == held
+
+
+def test_a_run_goes_on_unpredicted_when_predicting_fails_and_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AttributeError("no such kernel")
+
+    monkeypatch.setattr(predictions, "build_costs", fail)
+    with open_session(parameters="host", states="host", boundaries="device") as session:
+        with pytest.warns(RuntimeWarning, match="steps of this run are not predicted: AttributeError: no such kernel"):
+            assert session.predict_if_cheap(batches(), trained_s=0.0) is None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert session.predict_if_cheap(batches(), trained_s=0.0) is None
+        assert session.step(batches()).loss > 0

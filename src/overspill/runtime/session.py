@@ -164,6 +164,7 @@ class Session(Closing):
         self._pending: UpdateContext | None = None
         self._failure: str | None = None
         self._is_closed = False
+        self._context_bytes = 0
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._programs = Programs(self.plan)
         self._timing = StepTiming(lambda: self._measure_rates(files))
@@ -543,11 +544,12 @@ class Session(Closing):
         return self.residency.device.peak_bytes
 
     def _device_context_bytes(self) -> int:
-        """What the driver counts beside the allocator's: this process's context, and other programs."""
-        if self.device.type != "cuda":
-            return 0
-        free, total = torch.cuda.mem_get_info(self.device)
-        return max(0, total - free - torch.cuda.memory_reserved(self.device))
+        """What the driver counts beside the allocator's: this process's context, and other programs. Asked in the first steps, while code is
+        loaded, and seldom afterwards: the driver takes its time to answer."""
+        if self.device.type == "cuda" and (self.step_number < 4 or self.step_number % 32 == 0):
+            free, total = torch.cuda.mem_get_info(self.device)
+            self._context_bytes = max(0, total - free - torch.cuda.memory_reserved(self.device))
+        return self._context_bytes
 
     def close(self) -> None:
         """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone.
