@@ -7,12 +7,14 @@ Rules:
 3. A model that cannot be described without weights is predicted from what its plan assumes, and the prediction's terms say so.
 4. `if_cheap` predicts the first programs (`FREE_PROGRAMS`), and then one that was not seen before only while all predicting takes less
    than `SHARE` of the time that was trained: batches padded to many lengths are many programs.
+5. A run does not end because it cannot be predicted: `if_cheap` warns once and leaves it at that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -63,6 +65,7 @@ class Predictions:
         self.times: TemplateTimes | None = None
         """Of this model on this device, if somebody has measured them; what is predicted from then on uses them."""
         self.spent_s = 0.0
+        self._has_given_up = False
         self._workloads: dict[bool, WorkloadSpec | None] = {}
         self._kept: dict[tuple[object, ...], tuple[Schedule, Prediction]] = {}
 
@@ -87,9 +90,14 @@ class Predictions:
     def if_cheap(self, schedule: Schedule, *, is_masked: bool, trained_s: float) -> Prediction | None:
         """The same, or None where it would take too much of the time that was trained (rule 4)."""
         is_known = any(known is schedule and key[1] == is_masked for key, (known, _) in self._kept.items())
-        if not is_known and len(self._kept) >= FREE_PROGRAMS and self.spent_s > SHARE * trained_s:
+        if self._has_given_up or (not is_known and len(self._kept) >= FREE_PROGRAMS and self.spent_s > SHARE * trained_s):
             return None
-        return self.predict(schedule, is_masked=is_masked)
+        try:
+            return self.predict(schedule, is_masked=is_masked)
+        except Exception as error:  # rule 5
+            self._has_given_up = True
+            warnings.warn(f"steps of this run are not predicted: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
+            return None
 
     def _predict(self, schedule: Schedule, *, is_masked: bool, hardware: HardwareSpec) -> Prediction:
         workload = self.workload(is_masked=is_masked)

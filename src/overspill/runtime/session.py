@@ -544,8 +544,8 @@ class Session(Closing):
         return self.residency.device.peak_bytes
 
     def _device_context_bytes(self) -> int:
-        """What the driver counts beside the allocator's: this process's context, and other programs. Asked in the first steps, while code is
-        loaded, and seldom afterwards: the driver takes its time to answer."""
+        """What the driver counts beside the allocator's: this process's context, and other programs. Asked in the first steps, while code
+        is loaded, and seldom afterwards: the driver takes its time to answer."""
         if self.device.type == "cuda" and (self.step_number < 4 or self.step_number % 32 == 0):
             free, total = torch.cuda.mem_get_info(self.device)
             self._context_bytes = max(0, total - free - torch.cuda.memory_reserved(self.device))
