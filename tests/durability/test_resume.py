@@ -74,6 +74,7 @@ def test_a_loss_scale_and_its_count_are_restored(tmp_path: Path) -> None:
 def test_a_checkpoint_moves_no_byte_of_state_that_is_on_the_ssd(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", parameters="ssd", states="ssd") as session:
         train(session, 2, every=None)
+        session.flush()  # the last step's updates are written by then
         assert session.residency.store is not None
         store = session.residency.store.store
         before = (store.read_bytes, store.written_bytes)
@@ -84,6 +85,7 @@ def test_a_checkpoint_moves_no_byte_of_state_that_is_on_the_ssd(tmp_path: Path) 
 def test_what_is_in_memory_is_written_once_and_only_that(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", parameters="host", states="ssd") as session:
         train(session, 1, every=None)
+        session.flush()
         assert session.residency.store is not None
         before = session.residency.store.store.written_bytes
         session.save_checkpoint()
