@@ -26,7 +26,7 @@ import dataclasses
 import enum
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from overspill.spec.activations import ActivationRates
 
@@ -75,15 +75,10 @@ class Room:
 class Amount(Protocol):
     """A rule that says which records leave."""
 
-    @property
-    def needs_profile(self) -> bool:
-        """Whether rounds have to be measured for it."""
-        ...
-
-    @property
-    def leaves_unmeasured(self) -> bool:
-        """Whether records leave while nothing is measured."""
-        ...
+    needs_profile: ClassVar[bool]
+    """Whether rounds have to be measured for it."""
+    leaves_unmeasured: ClassVar[bool]
+    """Whether records leave while nothing is measured."""
 
     def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
         """For each record whether it leaves the device."""
@@ -94,13 +89,8 @@ class Amount(Protocol):
 class Everything:
     """All records leave, as far as host memory and SSD have room."""
 
-    @property
-    def needs_profile(self) -> bool:
-        return False
-
-    @property
-    def leaves_unmeasured(self) -> bool:
-        return True
+    needs_profile: ClassVar[bool] = False
+    leaves_unmeasured: ClassVar[bool] = True
 
     def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
         return [True] * len(profile.device_bytes)
@@ -110,13 +100,8 @@ class Everything:
 class Nothing:
     """All records stay: what plain PyTorch does, for comparison."""
 
-    @property
-    def needs_profile(self) -> bool:
-        return False
-
-    @property
-    def leaves_unmeasured(self) -> bool:
-        return False
+    needs_profile: ClassVar[bool] = False
+    leaves_unmeasured: ClassVar[bool] = False
 
     def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
         return [False] * len(profile.device_bytes)
@@ -126,13 +111,8 @@ class Nothing:
 class SsdTrain:
     """SSDTrain's rule, with single records for its modules."""
 
-    @property
-    def needs_profile(self) -> bool:
-        return True
-
-    @property
-    def leaves_unmeasured(self) -> bool:
-        return True
+    needs_profile: ClassVar[bool] = True
+    leaves_unmeasured: ClassVar[bool] = True
 
     def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
         rate = (rates.ssd_write_bytes_per_s if room.ssd_bytes else None) or rates.d2h_bytes_per_s
@@ -151,13 +131,8 @@ class SsdTrain:
 class Adaptive:
     """As much as costs no time, by measured times and rates (rules 1 to 3 of this file)."""
 
-    @property
-    def needs_profile(self) -> bool:
-        return True
-
-    @property
-    def leaves_unmeasured(self) -> bool:
-        return True
+    needs_profile: ClassVar[bool] = True
+    leaves_unmeasured: ClassVar[bool] = True
 
     def leaves(self, profile: Profile, rates: ActivationRates, room: Room) -> list[bool]:
         out, back = rates.d2h_bytes_per_s, rates.h2d_bytes_per_s or rates.d2h_bytes_per_s

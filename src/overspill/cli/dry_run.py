@@ -18,18 +18,16 @@ from overspill.cli.training_run import build_request, resolve_dtype, validate_op
 from overspill.errors import BudgetError
 from overspill.huggingface.weights import open_config
 from overspill.huggingface.workload import build_streamed
-from overspill.probe.cache import load_hardware
 from overspill.report.lifetime import describe_forecast, describe_wear
 from overspill.report.prediction import prediction_table
 from overspill.report.tables import placement_table
-from overspill.runtime.machine import read_hardware, resolve_device
+from overspill.runtime.machine import find_hardware, resolve_device
 from overspill.runtime.opening import make_plan, plan_for_optimizer
 from overspill.runtime.predictions import Predictions
 from overspill.runtime.programs import Programs
-from overspill.runtime.template_timing import time_templates
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.lifetime import build_wear, forecast_wear
-from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
+from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.report import Prediction
 from overspill.units import format_bytes, format_seconds, parse_bytes
 
@@ -47,20 +45,15 @@ def run_dry(options: FinetuneOptions, console: Console) -> None:
     request = plan_for_optimizer(build_request(options, options.seq_len), build_optimizer(options))
     assert isinstance(request, PlanRequest)
     device = resolve_device(request.device)
-    capacities = read_hardware(device, request.ssd_places)
-    hardware = load_hardware(capacities, device, request.ssd_places, state_format=request.state_format, machine=options.machine)
+    hardware = find_hardware(request, device, options.machine)
     plan = make_plan(request, model, hardware, device=str(device), chunk_bytes=None)
     console.print(placement_table(plan.table()))
     for note in plan.notes:
         console.print(f"· {note}", highlight=False)
-    programs = Programs(plan)
-    predictions = Predictions(plan, config, programs, hardware, replays_graphs=options.cuda_graphs, serial=options.serial)
-    workload = predictions.workload()
-    if hardware.is_measured and workload is not None:
-        sizes = {"seq_len": plan.seq_len, "micro_batch": plan.micro_batch, "loss_chunk_rows": plan.loss_chunk_rows}
-        predictions.times = time_templates(config, device=device, dtype=plan.dtype, spec=workload, **sizes)  # type: ignore[arg-type]
-    tokens = (plan.micro_batch * plan.seq_len,) * plan.accumulate
-    prediction = predictions.predict(programs.train(tokens, pending=plan.timing is UpdateTiming.PENDING))
+    predictions = Predictions(plan, config, Programs(plan), hardware, replays_graphs=options.cuda_graphs, serial=options.serial)
+    if hardware.is_measured:
+        predictions.time_templates(device)
+    prediction = predictions.predict_whole_step()
     console.print(prediction_table(prediction))
     for line in describe_prediction(prediction, plan):
         console.print(line, soft_wrap=True, highlight=False)

@@ -220,8 +220,9 @@ def finetune(
     """
     flags = {name: value for name, value in locals().items() if name not in ("debug", "config")}
     with failures_as_exit_codes(Console(stderr=True), debug=debug):
-        from overspill.cli.dry_run import run_dry  # torch and transformers load here, so that --help is quick
-        from overspill.cli.training_run import run_finetune
+        if dry_run:  # torch and transformers load here, so that --help is quick
+            from overspill.cli.dry_run import run_dry as run
+        else:
+            from overspill.cli.training_run import run_finetune as run
 
-        run = run_dry if dry_run else run_finetune
         run(FinetuneOptions(**flags), Console())

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 
 from overspill.planning.arena import ArenaPlan
 from overspill.planning.pools import SLOT_BYTES, most_slots, pool_events
+from overspill.ranges import LeftWork
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import (
     BUNDLE_ROLES,
@@ -51,8 +52,8 @@ class BufferWaits:
         self._plan, self._arena = plan, arena
         self._homes = initial_copies(plan, pending=False).keys()
         self._places: Iterator[tuple[int, int]] = iter(())
-        self._left: list[tuple[int, int, Work]] = []
-        """(start, end, work) of bytes of the arena that nobody has."""
+        self._left = LeftWork[int]()
+        """Of bytes of the arena that nobody has."""
         self._regions: dict[RegionKey, _Region] = {}
         self._fetched: dict[Piece, tuple[int, int]] = {}
         """Hidden states on the device that lie in the arena."""
@@ -121,7 +122,7 @@ class BufferWaits:
         for key in effect.reads:
             if key in self._writer:
                 yield self._writer[key]
-        for key in (*effect.changes, *((piece, tier) for piece, tier, _ in effect.creates)):
+        for key in effect.written:
             if key in self._homes:
                 yield from self._readers.get(key, ())
                 if key in self._writer:
@@ -131,7 +132,7 @@ class BufferWaits:
         for key in effect.reads:
             if key in self._homes:
                 self._readers.setdefault(key, []).append(number)
-        for key in (*effect.changes, *((piece, tier) for piece, tier, _ in effect.creates)):
+        for key in effect.written:
             if key in self._homes:
                 self._writer[key], self._readers[key] = number, []
 
@@ -173,17 +174,7 @@ class BufferWaits:
         return (*region.after, *region.left)
 
     def _take(self, offset: int, size: int) -> Work:
-        end = offset + size
-        after: list[int] = []
-        rest = []
-        for start, stop, work in self._left:
-            if stop <= offset or end <= start:
-                rest.append((start, stop, work))
-                continue
-            after.extend(work)
-            rest += [(low, high, work) for low, high in ((start, offset), (end, stop)) if low < high]
-        self._left = rest
-        return tuple(after)
+        return tuple(self._left.take(offset, offset + size))
 
     def _drop(self, piece: Piece, tier: Tier, work: Work) -> None:
         if tier is Tier.HOST:
@@ -197,14 +188,14 @@ class BufferWaits:
         elif piece.role not in BUNDLE_ROLES:
             if piece in self._fetched:
                 offset, size = self._fetched.pop(piece)
-                self._left.append((offset, offset + size, work))
+                self._left.leave(offset, offset + size, work)
         else:
             region = self._regions[region_key(piece)]
             region.pieces.discard(piece)
             region.left = [*region.left, *(number for number in work if number not in region.left)]
             if not region.pieces:
                 del self._regions[region_key(piece)]
-                self._left.append((region.place[0], sum(region.place), tuple(region.left)))
+                self._left.leave(region.place[0], sum(region.place), tuple(region.left))
 
     def _rename(self, effect: Effects) -> None:
         """A partial gradient becomes the gradient where it lies."""

@@ -26,7 +26,7 @@ from rich.live import Live
 from rich.text import Text
 
 from overspill.errors import StorageError
-from overspill.spec.prediction import compare
+from overspill.spec.prediction import MeasuredStep, compare
 from overspill.spec.rates import Floor
 from overspill.spec.report import Prediction
 from overspill.units import format_bytes, format_seconds
@@ -43,8 +43,8 @@ _SPEED_WEIGHT = 0.2
 """Weight of the newest step in the smoothed step time behind the ETA. Chosen, not tuned."""
 
 
-class StepFacts(Protocol):
-    """What a step report must say to be shown and recorded; `overspill.spec.report.StepReport` does."""
+class StepFacts(MeasuredStep, Protocol):
+    """What a step report must say to be shown, recorded, and held against its prediction; `overspill.spec.report.StepReport` does."""
 
     @property
     def step(self) -> int: ...
@@ -59,21 +59,9 @@ class StepFacts(Protocol):
     @property
     def tokens_per_s(self) -> float: ...
     @property
-    def step_s(self) -> float: ...
-    @property
-    def device_peak_bytes(self) -> int: ...
-    @property
-    def device_context_bytes(self) -> int: ...
-    @property
-    def host_peak_bytes(self) -> int: ...
-    @property
     def pinned_bytes(self) -> int: ...
     @property
     def skipped(self) -> bool: ...
-    @property
-    def ssd_read_bytes(self) -> int: ...
-    @property
-    def ssd_written_bytes(self) -> int: ...
     @property
     def lane_busy_s(self) -> Mapping[str, float]: ...
     @property

@@ -36,7 +36,7 @@ import torch
 from overspill.errors import StorageError
 from overspill.runtime.lanes import Abandoned, Completion, JobGroup
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Compute, Evict, Fetch, Free, Lane, Op, Piece, Role, Schedule, Update, effects
+from overspill.spec.schedule import Compute, Evict, Fetch, Free, Lane, Op, Piece, Role, Schedule, Update, effects, home_tier
 from overspill.spec.tensors import Tier
 from overspill.spec.trace import Span
 
@@ -45,7 +45,7 @@ UNORDERED = (Lane.SSD_READ, Lane.SSD_WRITE)
 
 
 class Landing:
-    """The end of one step; made by `find_landing`, belongs to the executor.
+    """The end of one step; made by the executor, and belongs to it.
 
     Args:
         late: op and completion of all that had not ended, in program order.
@@ -74,7 +74,7 @@ class Landing:
         self._writers: dict[tuple[Piece, Tier], list[Completion]] = {}
         for index, completion in late:
             effect = effects(schedule.ops[index].op, plan)
-            written = {*effect.changes, *((piece, tier) for piece, tier, _ in effect.creates)}
+            written = set(effect.written)
             for keys, users in ((written, self._writers), (set(effect.reads) - written, self._readers)):
                 for piece, tier in keys:
                     if _is_home(piece, tier, plan):
@@ -101,7 +101,7 @@ class Landing:
         found: list[Completion] = []
         for key in effect.reads:
             found += self._writers.get(key, ())
-        for key in (*effect.changes, *((piece, tier) for piece, tier, _ in effect.creates)):
+        for key in effect.written:
             found += [*self._writers.get(key, ()), *self._readers.get(key, ())]
         return [completion for completion in dict.fromkeys(found) if not completion.is_done]
 
@@ -170,9 +170,7 @@ def have_homes_landed(schedule: Schedule, completions: Sequence[Completion], pla
 
 def _is_home(piece: Piece, tier: Tier, plan: Plan) -> bool:
     """Of a parameter or a state: what is at home between steps."""
-    if piece.role is Role.PARAMETER:
-        return plan.placements[piece.owner].parameters is tier
-    return piece.role is Role.STATE and plan.placements[piece.owner].states is tier
+    return piece.role in (Role.PARAMETER, Role.STATE) and home_tier(plan, piece.owner, piece.role) is tier
 
 
 def as_of_step(error: BaseException, step: int) -> BaseException:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from overspill.probe.cache import load_hardware
 from overspill.probe.capacities import host_available_bytes, places_room_bytes
 from overspill.report.memory import host_resident_bytes
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.plan import AUTO
+from overspill.spec.plan import AUTO, Plan, PlanRequest
 
 PROCESS_GROWTH_BYTES = 96 * 1024 * 1024
 """Assumed: what the process itself grows by while it trains (threads, kernels, schedules); 50-60 MiB seen on two cores."""
@@ -61,6 +63,16 @@ def read_hardware(device: torch.device, ssd_places: Sequence[str]) -> HardwareSp
         process_bytes=host_resident_bytes() + PROCESS_GROWTH_BYTES,
         device_context_bytes=context,
     )
+
+
+def find_hardware(request: PlanRequest | Plan, device: torch.device, machine: str | Path | None) -> HardwareSpec:
+    """Capacities now, and the rates of this machine's file if there is one.
+
+    Args:
+        machine: a machine file to use in place of the cached one.
+    """
+    capacities = read_hardware(device, request.ssd_places)
+    return load_hardware(capacities, device, request.ssd_places, state_format=request.state_format, machine=machine)
 
 
 MALLOC_MAP_BYTES = 128 * 1024

@@ -2,7 +2,8 @@
 
 Rules:
 
-1. Nothing here touches weights, tiers or the device: a prediction costs some tenths of a second of the CPU, between steps.
+1. A prediction touches no weights, tiers or device: it costs some tenths of a second of the CPU, between steps. `time_templates` alone uses
+   the device, when somebody asks for it.
 2. Rates that the session has measured itself come before those of a machine file.
 3. A model that cannot be described without weights is predicted from what its plan assumes, and the prediction's terms say so.
 4. `if_cheap` predicts the first programs (`FREE_PROGRAMS`), and then one that was not seen before only while all predicting takes less
@@ -25,6 +26,7 @@ from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, simulate
 from overspill.planning.memory import device_terms, host_terms
 from overspill.runtime.programs import Programs
+from overspill.runtime.template_timing import time_templates
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.rates import LaneRates
@@ -87,6 +89,10 @@ class Predictions:
             self.spent_s += time.perf_counter() - begun
         return self._kept[key][1]
 
+    def predict_whole_step(self) -> Prediction:
+        """Of a step of the plan's batch at its longest, as it is in a row of such steps."""
+        return self.predict(self.programs.whole_step())
+
     def if_cheap(self, schedule: Schedule, *, is_masked: bool, trained_s: float) -> Prediction | None:
         """The same, or None where it would take too much of the time that was trained (rule 4)."""
         is_known = any(known is schedule and key[1] == is_masked for key, (known, _) in self._kept.items())
@@ -123,6 +129,22 @@ class Predictions:
             device_terms=device,
             host_terms=host_terms(schedule, self.plan, hardware, device=device, workload=workload),
         )
+
+    def time_templates(self, device: torch.device, *, limit_s: float = 5.0) -> TemplateTimes | None:
+        """Time one block of every class and the tail on the device, for all predictions from now on. None: rule 3."""
+        workload = self.workload()
+        if workload is not None:
+            self.times = time_templates(
+                self.config,
+                device=device,
+                seq_len=self.plan.seq_len,
+                micro_batch=self.plan.micro_batch,
+                dtype=self.plan.dtype,
+                limit_s=limit_s,
+                loss_chunk_rows=self.plan.loss_chunk_rows,
+                spec=workload,
+            )
+        return self.times
 
     def workload(self, *, is_masked: bool = False) -> WorkloadSpec | None:
         """What a micro-batch at its longest costs each class of units; None: it cannot be described (rule 3)."""

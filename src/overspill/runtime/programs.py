@@ -28,6 +28,11 @@ class Programs:
     def train(self, tokens: tuple[int, ...], *, pending: bool) -> Schedule:
         return self._get(("train", tokens, pending), lambda: build_train_step(self.plan, tokens, starts_pending=pending))
 
+    def whole_step(self) -> Schedule:
+        """The training step over all that the plan was made for, as it is in a row of such steps."""
+        tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
+        return self.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING)
+
     def evaluate(self, tokens: tuple[int, ...]) -> Schedule:
         return self._get(("evaluate", tokens, False), lambda: build_evaluation(self.plan, tokens))
 
@@ -56,10 +61,8 @@ class Programs:
 
     @functools.cached_property
     def _largest_arena_bytes(self) -> int | None:
-        """Of the training step over all that the plan was made for: an arena of this size need not grow while gradients wait in it. None if
-        the budget has no room for it."""
-        tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
-        arena = self._of(self.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING)).arena
+        """Of the whole step: an arena of this size need not grow while gradients wait in it. None if the budget has no room for it."""
+        arena = self._of(self.whole_step()).arena
         return arena.num_bytes if arena is not None else None
 
     def least_pool_bytes(self, schedule: Schedule) -> int:

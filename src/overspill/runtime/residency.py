@@ -36,7 +36,7 @@ import torch
 from overspill.planning.space import boundary_slot_bytes
 from overspill.runtime.lanes import Completion
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, initial_copies, region_key
+from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, home_tier, initial_copies, region_key
 from overspill.spec.tensors import Tier
 from overspill.tiers import Arena, DeviceMemory, HostMemory, RecordStore, Slot, SlotPool
 
@@ -229,7 +229,7 @@ class Residency:
     def write_home(self, bundle: str, role: Role, offset: int, source: torch.Tensor) -> None:
         """Copy uint8 CPU bytes into a home at byte `offset` of the role."""
         self.before_home_access()
-        tier = self.home_tier(bundle, role)
+        tier = home_tier(self.plan, bundle, role)
         if tier is not Tier.SSD:
             self._regions[(bundle, role, ""), tier].tensor[offset : offset + source.numel()].copy_(source)
             return
@@ -240,7 +240,7 @@ class Residency:
     def read_home(self, bundle: str, role: Role, offset: int, num_bytes: int) -> torch.Tensor:
         """Bytes of a home as a new uint8 CPU tensor."""
         self.before_home_access()
-        tier = self.home_tier(bundle, role)
+        tier = home_tier(self.plan, bundle, role)
         if tier is not Tier.SSD:
             return self._regions[(bundle, role, ""), tier].tensor[offset : offset + num_bytes].to("cpu", copy=True)
         assert self.store is not None
@@ -389,10 +389,6 @@ class Residency:
             self._idle_boundary_records.append((name, work))
 
         return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=after)
-
-    def home_tier(self, bundle: str, role: Role) -> Tier:
-        placement = self.plan.placements[bundle]
-        return placement.parameters if role is Role.PARAMETER else placement.states
 
 
 def _borrow(pool: Arena | SlotPool, num_bytes: int) -> _Copy:

@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from overspill.errors import NonFiniteError
 from overspill.huggingface import StreamedModel, write_model_folder
 from overspill.optim import global_norm
-from overspill.probe.cache import load_hardware
 from overspill.probe.capacities import host_available_bytes
 from overspill.report.memory import host_peak_bytes
 from overspill.report.perfetto import write_trace
@@ -44,12 +43,11 @@ from overspill.runtime.executor import Executor
 from overspill.runtime.generation import generate_greedily, validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
-from overspill.runtime.machine import read_hardware, resolve_device, return_freed_memory
+from overspill.runtime.machine import find_hardware, resolve_device, return_freed_memory
 from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, make_plan, plan_for_optimizer, restore
 from overspill.runtime.predictions import Predictions, brings_mask
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates
-from overspill.runtime.template_timing import time_templates
 from overspill.runtime.timing import StepTiming
 from overspill.runtime.updating import UpdateContext
 from overspill.runtime.wear import SsdWear
@@ -130,8 +128,7 @@ class Session(Closing):
         self.model = StreamedModel(source.built)
         if compile:
             self.model.compile()
-        capacities = read_hardware(self.device, plan.ssd_places)
-        self.hardware = load_hardware(capacities, self.device, plan.ssd_places, state_format=plan.state_format, machine=machine)
+        self.hardware = find_hardware(plan, self.device, machine)
         self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
         if checkpoints is not None:
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, describe_room(checkpoints, self.plan)))
@@ -415,8 +412,7 @@ class Session(Closing):
 
     def predict_plan(self) -> Prediction:
         """Of a step of the plan's batch at its longest, as it is in a row of such steps."""
-        tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
-        return self._predictions.predict(self._programs.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING))
+        return self._predictions.predict_whole_step()
 
     def predict_if_cheap(self, micro_batches: Sequence[Mapping[str, torch.Tensor]], *, trained_s: float) -> Prediction | None:
         """The same; None for shapes not seen before while predicting has taken more than a thousandth of `trained_s`."""
@@ -429,20 +425,7 @@ class Session(Closing):
         Between steps; takes memory of the device that the plan knows nothing of. None: the model cannot be described without weights.
         """
         self._check_usable()
-        workload = self._predictions.workload()
-        if workload is None:
-            return None
-        self._predictions.times = time_templates(
-            self.model.config,
-            device=self.device,
-            seq_len=self.plan.seq_len,
-            micro_batch=self.plan.micro_batch,
-            dtype=self.plan.dtype,
-            limit_s=limit_s,
-            loss_chunk_rows=self.plan.loss_chunk_rows,
-            spec=workload,
-        )
-        return self._predictions.times
+        return self._predictions.time_templates(self.device, limit_s=limit_s)
 
     def schedule(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> Schedule:
         """The program of the next step over `micro_batches`."""

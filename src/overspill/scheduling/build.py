@@ -36,7 +36,19 @@ from collections.abc import Sequence
 
 from overspill.scheduling.program import LADDER, Emission, Program
 from overspill.spec.plan import Plan, UpdateTiming
-from overspill.spec.schedule import Compress, Compute, Lane, Phase, Piece, Role, Schedule, Update, bundle_pieces, parameter_pieces
+from overspill.spec.schedule import (
+    Compress,
+    Compute,
+    Lane,
+    Phase,
+    Piece,
+    Role,
+    Schedule,
+    Update,
+    bundle_pieces,
+    home_tier,
+    parameter_pieces,
+)
 from overspill.spec.tensors import Bundle, Tier, Unit
 
 UPDATED_CHUNKS = 4
@@ -337,8 +349,7 @@ class _Builder(Program):
 
     def home(self, piece: Piece) -> Tier:
         """Where a parameter or state rests."""
-        placement = self.plan.placements[piece.owner]
-        return placement.parameters if piece.role is Role.PARAMETER else placement.states
+        return home_tier(self.plan, piece.owner, piece.role)
 
     def update_chunk(self, bundle: Bundle, gradient: Piece, pieces: Sequence[Piece], where: Tier, *, keep: bool) -> None:
         size = self.copies[gradient, where].num_bytes

@@ -19,14 +19,9 @@ from collections.abc import Mapping
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RoundAmounts:
-    """The bytes of one round."""
+class _Amounts:
+    """What became of records, in one round or in all."""
 
-    round: int
-    """Counted from 1."""
-    is_planned: bool
-    """Whether measured times and rates decided; else everything that had room was moved, because nothing was known yet."""
-    num_records: int
     packed_bytes: int
     """kept + host + ssd."""
     kept_bytes: int
@@ -46,6 +41,17 @@ class RoundAmounts:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundAmounts(_Amounts):
+    """The bytes of one round."""
+
+    round: int
+    """Counted from 1."""
+    is_planned: bool
+    """Whether measured times and rates decided; else everything that had room was moved, because nothing was known yet."""
+    num_records: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationRates:
     """Bytes per second, measured; None: not yet."""
 
@@ -56,22 +62,13 @@ class ActivationRates:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ActivationReport:
-    """All rounds so far; bytes add up over rounds unless it says otherwise."""
+class ActivationReport(_Amounts):
+    """All rounds so far; bytes and waits add up over rounds unless it says otherwise, `device_peak_bytes` is the largest of the rounds'."""
 
     num_rounds: int
     """Rounds that have ended."""
-    packed_bytes: int
-    kept_bytes: int
-    host_bytes: int
-    ssd_bytes: int
-    stored_bytes: int
-    rebuilt_bytes: int
-    forwarded_bytes: int
-    cancelled_bytes: int
     num_waits: int
     """How often a thread waited for a copy that compute needed."""
-    wait_s: float
     left_alone: Mapping[str, int]
     """Number of saved tensors that were no candidates, by reason."""
     num_live: int
@@ -79,8 +76,6 @@ class ActivationReport:
     host_used_bytes: int
     """Of host memory, now."""
     ssd_used_bytes: int
-    device_peak_bytes: int
-    """The largest of the rounds'."""
     host_peak_bytes: int
     """Host memory that was held, pinned or not."""
     pinned_bytes: int

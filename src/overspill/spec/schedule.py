@@ -209,6 +209,11 @@ class Effects:
     in_place: bool = False
     """Whether what is created takes the memory of what is dropped (otherwise both exist for a moment)."""
 
+    @property
+    def written(self) -> tuple[tuple[Piece, Tier], ...]:
+        """Copies whose bytes the op writes: those that it changes and those that it creates."""
+        return (*self.changes, *((piece, tier) for piece, tier, _ in self.creates))
+
 
 def parameter_pieces(plan: Plan, bundle: str) -> tuple[tuple[Piece, int], ...]:
     """The parameter pieces of a bundle with their bytes, in element order."""
@@ -274,6 +279,12 @@ def _compute_effects(op: Compute, plan: Plan) -> Effects:
         changes=tuple(changes),
         creates=tuple((piece, Tier.DEVICE, size) for piece, size in op.produced),
     )
+
+
+def home_tier(plan: Plan, bundle: str, role: Role) -> Tier:
+    """Where a bundle's parameters or states (`role`) rest."""
+    placement = plan.placements[bundle]
+    return placement.parameters if role is Role.PARAMETER else placement.states
 
 
 def initial_copies(plan: Plan, *, pending: bool) -> dict[tuple[Piece, Tier], int]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from overspill.errors import BudgetError
+from overspill.ranges import LeftWork
 from overspill.spec.report import PoolReport, SizeClassReport
 from overspill.tiers.pool import SLOT_ALIGNMENT_BYTES, Pending, Slot, SlotPool, Work, unfinished
 from overspill.tiers.protocol import Memory
@@ -54,8 +55,8 @@ class Arena:
         self._next = 0
         self._lent: dict[str, tuple[int, int, int]] = {}
         """Slot -> offset, bytes held, bytes asked for."""
-        self._left: list[tuple[int, int, Work]] = []
-        """(start, end, work still under way) of bytes that nobody has; disjoint."""
+        self._left = LeftWork[Pending]()
+        """Work still under way on bytes that nobody has."""
         self._peak_bytes = 0
         self._peak_asked_bytes = 0
         self._most_lent = 0
@@ -129,7 +130,7 @@ class Arena:
                     self._memory.free(name)
             kept = {slot.block_name: slot for slot in slots}
             self._lent = {name: place for name, place in self._lent.items() if name in kept and self._block is not None}
-            self._left = []
+            self._left.clear()
             self.unplanned.recover(slot for slot in slots if slot.block_name not in self._lent)
 
     def trim(self) -> int:
@@ -178,17 +179,18 @@ class Arena:
         except BudgetError:
             return False
         self._block_name, self._block = name, block
-        self._left = [(0, num_bytes, unfinished(self._fresh_work()))]
+        self._left.clear()
+        self._left.leave(0, num_bytes, unfinished(self._fresh_work()))
         self._peak_bytes = max(self._peak_bytes, num_bytes)
         return True
 
     def _free_block(self) -> None:
         if self._block is None:
             return
-        for _, _, work in self._left:
-            for item in work:
-                item.settle()  # Ctrl-C may end this: the block is there still
-        name, self._block_name, self._block, self._left = self._block_name, "", None, []
+        for item in self._left:
+            item.settle()  # Ctrl-C may end this: the block is there still
+        name, self._block_name, self._block = self._block_name, "", None
+        self._left.clear()
         self._memory.free(name)
 
     def _lend(self, offset: int, size: int, num_bytes: int) -> Slot:
@@ -196,31 +198,20 @@ class Arena:
         end = offset + size
         for other, length, _ in self._lent.values():
             assert other + length <= offset or end <= other, f"{self.name}: bytes {offset} to {end} are lent, {other} to {other + length}"
-        after: list[Pending] = []
-        rest: list[tuple[int, int, Work]] = []
-        for left_start, left_end, work in self._left:
-            if left_end <= offset or end <= left_start:
-                rest.append((left_start, left_end, work))
-                continue
-            after.extend(item for item in unfinished(work) if item not in after)
-            if left_start < offset:
-                rest.append((left_start, offset, work))
-            if end < left_end:
-                rest.append((end, left_end, work))
+        after = unfinished(self._left.take(offset, end))
         name = f"{self.name}/arena-slot-{next(self._numbers)}"
-        self._left = rest
         self._lent[name] = (offset, size, num_bytes)
         self._next += 1
         self._most_lent, self._largest = max(self._most_lent, len(self._lent)), max(self._largest, size)
         self._peak_asked_bytes = max(self._peak_asked_bytes, sum(asked for _, _, asked in self._lent.values()))
         view = self._block[offset:end].data  # its own version counter: to write to one slot changes no other
-        return Slot(self, name, view, num_bytes, tuple(after))
+        return Slot(self, name, view, num_bytes, after)
 
     def take_back(self, block_name: str, block: torch.Tensor, num_bytes: int, after: Work) -> None:
         """See `Slot.release`."""
         torch.autograd.graph.increment_version(block)  # a graph that still reads the slot is refused by autograd
         with self._lock:
             offset, size, _ = self._lent.pop(block_name)
-            self._left = [item for item in self._left if unfinished(item[2])]
+            self._left.forget(lambda item: item.is_done)
             if after:
-                self._left.append((offset, offset + size, after))
+                self._left.leave(offset, offset + size, after)
