@@ -62,4 +62,5 @@ def cap_device(device: torch.device, cap_bytes: int) -> None:
     context = total - free - torch.cuda.memory_reserved(device)
     if cap_bytes <= context:
         raise ValueError(f"a cap of {cap_bytes} B leaves nothing beside the context of {context} B; raise the row's cap")
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_bytes - context) / total), device)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_bytes - context) / total), index)

@@ -173,7 +173,9 @@ def _ask_device_once(
             for heads, size, dtype, grad in described
         ]
         mask = None if mask_dtype is None else torch.zeros(1, 1, _PROBE_TOKENS, _PROBE_TOKENS, dtype=mask_dtype, device="cuda")
-        return SDPBackend(torch.ops.aten._fused_sdp_choice.default(*real, mask, dropout, causal, enable_gqa=gqa))
+        number = torch.ops.aten._fused_sdp_choice.default(*real, mask, dropout, causal, enable_gqa=gqa)
+    # Not SDPBackend(number): some versions of torch make a new object of it, which is equal to the member and not the same.
+    return next(backend for backend in ATTENTION_NAMES if backend.value == number)
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, dropout: float, is_causal: bool, scale: float) -> Tensor:
