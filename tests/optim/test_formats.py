@@ -174,6 +174,20 @@ def test_the_sum_of_squares_depends_neither_on_threads_nor_on_the_instruction_se
     assert len(sums) == 1
 
 
+@pytest.mark.parametrize("isa", core.supported_isas())
+def test_squares_that_vanish_beside_large_ones_are_rounded_alike_everywhere(build_segment, isa):
+    """Where a CPU multiplies and adds in one instruction and where it does not, in loops of their own and in stages."""
+    length = 64 * 256 + 77
+    generator = torch.Generator().manual_seed(3)
+    gradient = (10 ** (torch.rand(length, generator=generator, dtype=torch.float64) * 42 - 38)).bfloat16()
+    sums = set()
+    for state_format, by in (("fp32", isa), ("bf16", isa), ("int8", isa), ("bf16", "baseline")):
+        segment = build_segment(torch.bfloat16, torch.bfloat16, length, state_format=state_format)
+        segment.gradient.copy_(gradient)
+        sums.add(update(OPTIMIZERS[0].scalars(step=1), **segment.arguments, isa=by).sum_of_squares)
+    assert len(sums) == 1
+
+
 @pytest.mark.parametrize("size", [1e-35, 1e-20, 1.0, 1e20, 3e38])
 def test_the_sum_of_squares_survives_where_fp32_squares_do_not(build_segment, size):
     for state_format in ("fp32", "bf16", "int8"):
