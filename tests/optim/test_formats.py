@@ -73,6 +73,17 @@ def test_chunks_threads_and_slices_change_nothing(build_segment, monkeypatch, st
         whole.assert_same_bits(other)
 
 
+@pytest.mark.parametrize("state_format", ["bf16", "int8"])
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS[0], OPTIMIZERS[-1]], ids=by_kind)
+def test_rounding_is_the_same_with_every_number_of_threads_from_1_to_16(build_segment, state_format, optimizer):
+    whole = build_segment(torch.bfloat16, torch.bfloat16, 20 * 8192 + 77, state_format=state_format, optimizer=optimizer.kind)
+    others = {number: whole.clone() for number in range(2, 17)}
+    update(optimizer.scalars(step=2), **whole.arguments, num_threads=1)
+    for number, other in others.items():
+        update(optimizer.scalars(step=2), **other.arguments, num_threads=number)
+        whole.assert_same_bits(other)
+
+
 @pytest.mark.parametrize("state_format", ["fp32", "bf16"])
 def test_misaligned_starts_change_nothing(build_segment, state_format):
     scalars = OPTIMIZERS[0].scalars(step=2)
