@@ -10,7 +10,8 @@ of them. The loss is taken of the weights that the model computes with, five see
 * `stochastic`: bf16 weights, rounded stochastically: formats bf16 and int8.
 * `exact`: fp32 weights, no bf16 anywhere.
 
-In SmolLM2-135M half a bf16 step is 12 steps of 2e-5 for the median weight, 20 for the mean: about `--size 0.3` here.
+How much of this a real model's weights have is for cells.py to say. In SmolLM2-135M half a bf16 step is 12 steps of 2e-5 for the median
+weight, 20 for the mean: about `--size 0.3` here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """How fast the SSD tier moves bytes, and what that costs the CPU.
 
-    python benchmarks/io/run.py DIRECTORY [--size-gib 4] [--chunks-mib 1 4 32] [--threads 4] [--out result.json]
+    python benchmarks/io/run.py DIRECTORY [--size-gib 4] [--chunks-mib 1 4 32] [--threads 4] [--stripes 1] [--out result.json]
 
-In one file of DIRECTORY, writes and then reads `--size-gib` in chunks of each size, `--in-flight-mib` of them started at a time:
+In one file of DIRECTORY, or in --stripes files (a file of tmpfs, and of some others, takes one writer at a time), writes and then
+reads `--size-gib` in chunks of each size, `--in-flight-mib` of them started at a time:
 
 * `plain`: one thread, one `pread`/`pwrite` of 32 MiB after the other through O_DIRECT (page cache where that is refused), no checksums,
   no engine: what a program in C would do with the drive. `plain-4`: four threads that do it.
@@ -110,10 +111,11 @@ def engine_loops(
     num_bytes = int(options.size_gib * GIB)
     results, starts_us = {}, []
     depth_bytes = options.in_flight_mib * MIB
+    places = [directory / str(index) for index in range(options.stripes)] if options.stripes > 1 else [directory]
     memory = HostMemory(pin=False, budget_bytes=None)
     buffer = memory.allocate("buffer", depth_bytes)
     buffer.copy_(torch.randint(0, 256, (depth_bytes,), dtype=torch.uint8))
-    with SsdStore(directory, capacity_bytes=num_bytes, num_threads=options.threads, backend=backend, unlink=True) as store:
+    with SsdStore(places, capacity_bytes=num_bytes, num_threads=options.threads, backend=backend, unlink=True) as store:
         store.allocate("all", num_bytes)
         if registered:
             store._engine.register_memory(buffer.data_ptr(), buffer.numel())
@@ -161,6 +163,9 @@ def main() -> None:
     parser.add_argument("--in-flight-mib", type=int, default=128)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--part-mib", type=int, default=PART_BYTES // MIB, help="most bytes of one request of the engine")
+    parser.add_argument(
+        "--stripes", type=int, default=1, help="the engine's files, one in a folder of DIRECTORY each; the plain loop has one"
+    )
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--reverse", action="store_true", help="the engine's backends in the opposite order; a drive's rate may drift")
     parser.add_argument("--out", type=Path)

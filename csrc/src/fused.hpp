@@ -1,5 +1,7 @@
-// AdamW on bf16 parameters and gradients with narrow moments in one loop: the divider, which the root and the quotient keep
-// busy, then hides the unpacking, the random bits and the packing, which as loops of their own come on top (docs/log.md).
+// Every rule on bf16 parameters and gradients with narrow moments, or none, in one loop. In AdamW the divider, which the root
+// and the quotient keep busy, then hides the unpacking, the random bits and the packing, which as loops of their own come on
+// top; the other rules are bound by memory instead of by traffic between stages, and the look at the gradient, squares of
+// vectors that are in registers anyway, is hidden as well (docs/log.md).
 // Bit for bit what the stages of kernels.cpp compute. Included by kernels.cpp only; see numbers.hpp, and lanes.hpp for rows.
 //
 // Whole blocks of 256 elements only. In format int8 a block's codes need its largest magnitude first, so the loop computes
@@ -17,20 +19,10 @@ namespace {
 
 constexpr i64 kBlockRows = kStateBlockElements / kRow;
 #define OVERSPILL_INLINE inline __attribute__((always_inline))
-constexpr u32 kOddHalf = 0xffff0000u;
-
-struct Pair {
-  Floats even, odd;
-};
 
 struct WordPair {
   Words even, odd;
 };
-
-inline Pair widen_pair(const u16* halves) {
-  const Words both = load<Words>(halves);
-  return {float_of(both << 16), float_of(both & kOddHalf)};
-}
 
 // Rounds stochastically; `random` has 16 bits for each element.
 inline void narrow_pair(u16* halves, Pair wide, WordPair random) {
@@ -45,35 +37,22 @@ inline Words even_numbers() {
   return numbers;
 }
 
-struct Squares {
-  Pair running[kPairs] = {};
-
-  void add(int pair, Pair g) {
-    running[pair].even += g.even * g.even;
-    running[pair].odd += g.odd * g.odd;
-  }
-
-  void add_to(GradientStats& stats, const u16* gradient) const {
-    alignas(64) float sums[kRow / 2];
-    for (int k = 0; k < kPairs; ++k) store(sums + k * kLanes, running[k].even + running[k].odd);
-    if (add_group(stats, sums)) return;
-    add_group_exactly(stats, [gradient](i64 i) { return static_cast<double>(widen_bfloat16(gradient[i])); }, kStateBlockElements);
-  }
-};
-
-// m or v that is a NaN makes p one, so one comparison for two vectors finds the rare rows where rule 3 of update.hpp has work.
-inline void adamw_pair(Pair& p, Pair g, Pair& m, Pair& v, const UpdateScalars& s) {
-  adamw_element(p.even, g.even, m.even, v.even, s);
-  adamw_element(p.odd, g.odd, m.odd, v.odd, s);
-  if (__builtin_expect(has_nan(p.even, p.odd), 0)) {
+// A moment that is a NaN makes p one (but in Lion, whose p takes another mean of the moment), so one comparison for two vectors
+// finds the rare rows where rule 3 of update.hpp has work.
+template <Rule rule>
+inline void update_pair(Pair& p, Pair g, Pair& m, Pair& v, const UpdateScalars& s) {
+  rule_element<rule>(p.even, g.even, m.even, v.even, s);
+  rule_element<rule>(p.odd, g.odd, m.odd, v.odd, s);
+  const bool is_broken = has_nan(p.even, p.odd) || (rule == Rule::lion && has_nan(m.even, m.odd));
+  if (__builtin_expect(is_broken, 0)) {
     for (Pair* pair : {&p, &m, &v}) *pair = {canonical(pair->even), canonical(pair->odd)};
   }
 }
 
-// -- moments in bf16 ---------------------------------------------------------------------------------------------------
+// -- moments in bf16, or none ------------------------------------------------------------------------------------------
 
-template <bool with_stats>
-void adamw_bfloat16(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
+template <Rule rule, bool with_stats>
+void update_bfloat16(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, SquaresOfGroups& groups) {
   const UpdateScalars s = scalars;
   u16* const parameter = static_cast<u16*>(arrays.parameter);
   const u16* const gradient = static_cast<const u16*>(arrays.gradient);
@@ -89,16 +68,20 @@ void adamw_bfloat16(const ChunkArrays& arrays, const UpdateScalars& scalars, con
         const i64 at = row + 2 * kLanes * k;
         const Pair g = widen_pair(gradient + at);
         if (with_stats) squares.add(k, g);
-        Pair p = widen_pair(parameter + at), m = widen_pair(first + at), v = widen_pair(second + at);
-        adamw_pair(p, g, m, v, s);
+        Pair p = widen_pair(parameter + at), m = {}, v = {};
+        if constexpr (kNumMoments<rule> > 0) m = widen_pair(first + at);
+        if constexpr (kNumMoments<rule> > 1) v = widen_pair(second + at);
+        update_pair<rule>(p, g, m, v, s);
         const WordPair words = {random.of(element), random.of(element + one)};
         element += 2u * kLanes;
         narrow_pair(parameter + at, p, {words.even & 0xffffu, words.odd & 0xffffu});
-        narrow_pair(first + at, m, {words.even >> 16, words.odd >> 16});
-        narrow_pair(second + at, v, {second_word(words.even) >> 16, second_word(words.odd) >> 16});
+        if constexpr (kNumMoments<rule> > 0) narrow_pair(first + at, m, {words.even >> 16, words.odd >> 16});
+        if constexpr (kNumMoments<rule> > 1) {
+          narrow_pair(second + at, v, {second_word(words.even) >> 16, second_word(words.odd) >> 16});
+        }
       }
     }
-    if (with_stats) squares.add_to(*stats, gradient + start);
+    if constexpr (with_stats) groups.add(squares, gradient + start, kStateBlockElements);
   }
 }
 
@@ -157,7 +140,7 @@ inline Words at_least_one(Words code, Words bits) {
 
 // A block between its two passes: rows in pairs, and what its codes will be scaled by.
 struct WaitingBlock {
-  Pair first[kBlockRows * kPairs], second[kBlockRows * kPairs];
+  Pair first[kBlockRows * kPairs], second[kBlockRows * kPairs];  // the second only where the rule has one
   WordPair words[kBlockRows * kPairs];
   u32 exponents[2];
 };
@@ -168,13 +151,14 @@ struct BlockInput {
   Words element;  // numbers of the next pair's even elements in the tensor
 };
 
-template <bool with_stats>
-struct AdamwInt8 {
+template <Rule rule, bool with_stats>
+struct UpdateInt8 {
+  static constexpr bool has_second = kNumMoments<rule> > 1;
   // By value, and every function inline: what a store may change is loaded again after each.
   const ChunkArrays arrays;
   const UpdateScalars s;
   const Piece piece;
-  GradientStats* const stats;
+  SquaresOfGroups& groups;
   const RoundingWords random;
   const Words one = kept(all_lanes(1u));
 
@@ -188,21 +172,25 @@ struct AdamwInt8 {
       const Pair g = widen_pair(static_cast<const u16*>(arrays.gradient) + at);
       if (with_stats) squares.add(k, g);
       const Words first = widen_halves(codes(0) + at);
-      const Words second = widen_halves(codes(1) + at);
-      Pair p = widen_pair(parameter);
+      Pair p = widen_pair(parameter), v = {};
       Pair m = {float_of(select_bits(0x80000000u, first << 24, bits_of(in.first.magnitude(first << 20)))),
                 float_of(select_bits(0x80000000u, first << 16, bits_of(in.first.magnitude(first << 12))))};
-      Pair v = {in.second.magnitude(second << 20), in.second.magnitude(second << 12)};
-      adamw_pair(p, g, m, v, s);
+      if constexpr (has_second) {
+        const Words second = widen_halves(codes(1) + at);
+        v = {in.second.magnitude(second << 20), in.second.magnitude(second << 12)};
+      }
+      update_pair<rule>(p, g, m, v, s);
       const WordPair words = {random.of(in.element), random.of(in.element + one)};
       in.element += 2u * kLanes;
       narrow_pair(parameter, p, {words.even & 0xffffu, words.odd & 0xffffu});
       const Words even = bits_of(m.even) & 0x7fffffffu, odd = bits_of(m.odd) & 0x7fffffffu;
       largest[0] = larger(largest[0], larger(reinterpret_cast<Ints>(even), reinterpret_cast<Ints>(odd)));
-      largest[1] = larger(largest[1], larger(reinterpret_cast<Ints>(v.even), reinterpret_cast<Ints>(v.odd)));
       const i64 slot = row * kPairs + k;
       waiting.first[slot] = m;
-      waiting.second[slot] = v;
+      if constexpr (has_second) {
+        largest[1] = larger(largest[1], larger(reinterpret_cast<Ints>(v.even), reinterpret_cast<Ints>(v.odd)));
+        waiting.second[slot] = v;
+      }
       waiting.words[slot] = words;
     }
   }
@@ -215,30 +203,33 @@ struct AdamwInt8 {
       const Words even = bits_of(waiting.first[slot].even), odd = bits_of(waiting.first[slot].odd);
       store_codes(codes(0) + at, sign_in_code(signed_code.encode(even & 0x7fffffffu, words.even), even),
                   sign_in_code(signed_code.encode(odd & 0x7fffffffu, words.odd), odd));
-      const Words even2 = bits_of(waiting.second[slot].even), odd2 = bits_of(waiting.second[slot].odd);  // no signs: is_fused
-      store_codes(codes(1) + at, at_least_one(unsigned_code.encode(even2, second_word(words.even)), even2),
-                  at_least_one(unsigned_code.encode(odd2, second_word(words.odd)), odd2));
+      if constexpr (has_second) {  // without signs: is_fused
+        const Words even2 = bits_of(waiting.second[slot].even), odd2 = bits_of(waiting.second[slot].odd);
+        store_codes(codes(1) + at, at_least_one(unsigned_code.encode(even2, second_word(words.even)), even2),
+                    at_least_one(unsigned_code.encode(odd2, second_word(words.odd)), odd2));
+      }
     }
   }
 
   OVERSPILL_INLINE BlockInput open(i64 start) const {
     const i64 block = start / kStateBlockElements;
     prefetch_block(arrays, start, piece.prefetch_elements);
-    return {Decoder::of<4>(arrays.exponents[0][block]), Decoder::of<5>(arrays.exponents[1][block]), start,
+    const u32 second = has_second ? arrays.exponents[1][block] : 0u;
+    return {Decoder::of<4>(arrays.exponents[0][block]), Decoder::of<5>(second), start,
             even_numbers() + (piece.first_element + static_cast<u32>(start - piece.start))};
   }
 
   OVERSPILL_INLINE void close(const BlockInput& in, WaitingBlock& waiting, const Ints (&largest)[2], const Squares& squares) const {
     waiting.exponents[0] = Code<4>::block_exponent(largest_lane(largest[0]));
-    waiting.exponents[1] = Code<5>::block_exponent(largest_lane(largest[1]));
-    for (int which = 0; which < 2; ++which) {
+    if constexpr (has_second) waiting.exponents[1] = Code<5>::block_exponent(largest_lane(largest[1]));
+    for (int which = 0; which < kNumMoments<rule>; ++which) {
       arrays.exponents[which][in.start / kStateBlockElements] = static_cast<u8>(waiting.exponents[which]);
     }
-    if (with_stats) squares.add_to(*stats, static_cast<const u16*>(arrays.gradient) + in.start);
+    if constexpr (with_stats) groups.add(squares, static_cast<const u16*>(arrays.gradient) + in.start, kStateBlockElements);
   }
 
   OVERSPILL_INLINE void clear_broken(const WaitingBlock& waiting, i64 start) const {
-    for (int which = 0; which < 2; ++which) {
+    for (int which = 0; which < kNumMoments<rule>; ++which) {
       if (waiting.exponents[which] == Code<4>::broken) __builtin_memset(codes(which) + start, 0, kStateBlockElements);
     }
   }
@@ -252,7 +243,7 @@ struct AdamwInt8 {
       WaitingBlock &now = waiting[number & 1], &last = waiting[(number & 1) ^ 1];
       BlockInput in = has_block ? open(start) : BlockInput{};
       const Encoder<4> signed_code(has_waiting ? last.exponents[0] : Code<4>::smallest);
-      const Encoder<5> unsigned_code(has_waiting ? last.exponents[1] : Code<5>::smallest);
+      const Encoder<5> unsigned_code(has_second && has_waiting ? last.exponents[1] : Code<5>::smallest);
       Ints largest[2] = {};
       Squares squares;
       if (has_block && has_waiting) {
@@ -271,20 +262,40 @@ struct AdamwInt8 {
   }
 };
 
-// Whether the loops of this file know the arrays and the rule; whole blocks only. With beta2 and 1 - beta2 not below +0 no
-// second moment has a sign.
+// Whether the loops of this file know the arrays; whole blocks only. With beta2 and 1 - beta2 not below +0 no second moment has
+// a sign.
 inline bool is_fused(const ChunkArrays& arrays, const UpdateScalars& scalars) {
   constexpr u32 infinity = 0x7f800000u;
-  if (bits_of(scalars.beta2) > infinity || bits_of(scalars.one_minus_beta2) > infinity) return false;
-  return arrays.rule == Rule::adamw && arrays.format != StateFormat::fp32 && arrays.parameter_dtype == Dtype::bfloat16 &&
-         arrays.gradient_dtype == Dtype::bfloat16;
+  const bool has_sign = bits_of(scalars.beta2) > infinity || bits_of(scalars.one_minus_beta2) > infinity;
+  if (arrays.rule == Rule::adamw && has_sign) return false;
+  return arrays.format != StateFormat::fp32 && arrays.parameter_dtype == Dtype::bfloat16 && arrays.gradient_dtype == Dtype::bfloat16;
 }
 
-// All of a piece of whole blocks.
+template <Rule rule, bool with_stats>
+void update_fused(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, SquaresOfGroups& groups) {
+  if constexpr (kNumMoments<rule> > 0) {
+    if (arrays.format == StateFormat::int8) {
+      return UpdateInt8<rule, with_stats>{arrays, scalars, piece, groups, RoundingWords(piece.key)}.run();
+    }
+  }
+  update_bfloat16<rule, with_stats>(arrays, scalars, piece, groups);
+}
+
+// All of a piece of whole blocks; `groups` takes the squares, where they are wanted.
 template <bool with_stats>
-void update_fused(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
-  if (arrays.format == StateFormat::bf16) return adamw_bfloat16<with_stats>(arrays, scalars, piece, stats);
-  AdamwInt8<with_stats>{arrays, scalars, piece, stats, RoundingWords(piece.key)}.run();
+void update_fused(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, SquaresOfGroups& groups) {
+  switch (arrays.rule) {
+    case Rule::adamw:
+      return update_fused<Rule::adamw, with_stats>(arrays, scalars, piece, groups);
+    case Rule::sgd:
+      return update_fused<Rule::sgd, with_stats>(arrays, scalars, piece, groups);
+    case Rule::sgd_momentum:
+      return update_fused<Rule::sgd_momentum, with_stats>(arrays, scalars, piece, groups);
+    case Rule::sgd_nesterov:
+      return update_fused<Rule::sgd_nesterov, with_stats>(arrays, scalars, piece, groups);
+    case Rule::lion:
+      return update_fused<Rule::lion, with_stats>(arrays, scalars, piece, groups);
+  }
 }
 
 }  // namespace

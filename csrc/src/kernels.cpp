@@ -4,8 +4,8 @@
 // each a plain loop that the compiler vectorises: widen the gradient, look at it, widen parameter and moments, apply the rule
 // (rules.hpp), narrow and store. fp32 arrays are updated where they are, without a stage. So 3 gradient dtypes, 4 kinds of
 // parameters, 4 of moments and 5 rules are 16 small loops instead of 240 large ones; the cost is some first-level traffic,
-// which the square root and the division hide in part. AdamW on bf16 parameters and gradients with narrow moments, where it was
-// half of the time, has a loop of its own (fused.hpp). (Roots and quotients from 14-bit approximations and exact residuals were
+// which the square root and the division hide in part. bf16 parameters and gradients with narrow moments, where it was half of
+// the time and more, have loops of their own (fused.hpp). (Roots and quotients from 14-bit approximations and exact residuals were
 // slower than the plain instructions: docs/log.md.)
 #include "kernels.hpp"
 
@@ -193,20 +193,21 @@ void write_moment(const ChunkArrays& arrays, int which, i64 start, i64 n, const 
 void apply_rule(Rule rule, float* p, const float* g, float* m, float* v, const UpdateScalars& scalars, i64 n) {
   switch (rule) {
     case Rule::adamw:
-      return adamw(p, g, m, v, scalars, n);
+      return apply_rule<Rule::adamw>(p, g, m, v, scalars, n);
     case Rule::sgd:
-      return sgd(p, g, scalars, n);
+      return apply_rule<Rule::sgd>(p, g, m, v, scalars, n);
     case Rule::sgd_momentum:
-      return sgd_momentum<false>(p, g, m, scalars, n);
+      return apply_rule<Rule::sgd_momentum>(p, g, m, v, scalars, n);
     case Rule::sgd_nesterov:
-      return sgd_momentum<true>(p, g, m, scalars, n);
+      return apply_rule<Rule::sgd_nesterov>(p, g, m, v, scalars, n);
     case Rule::lion:
-      return lion(p, g, m, scalars, n);
+      return apply_rule<Rule::lion>(p, g, m, v, scalars, n);
   }
 }
 
 // The general way, stage by stage: any rule, dtypes and format, and blocks that are cut short.
-void update_staged(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
+void update_staged(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats,
+                   SquaresOfGroups& groups) {
   alignas(64) float gradient[kBlock], parameter[kBlock], first[kBlock], second[kBlock];
   alignas(64) u32 words[kBlock];
   const int moments = arrays.rule == Rule::adamw ? 2 : arrays.rule == Rule::sgd ? 0 : 1;
@@ -215,7 +216,11 @@ void update_staged(const ChunkArrays& arrays, const UpdateScalars& scalars, cons
     const i64 n = piece.end - start < kBlock ? piece.end - start : kBlock;
     prefetch_block(arrays, start, piece.prefetch_elements);
     const float* g = widen_gradient(arrays, start, n, gradient);
-    if (stats != nullptr) add_squares(*stats, g, n);
+    if (stats != nullptr && arrays.gradient_dtype == Dtype::bfloat16) {
+      add_bfloat16_squares(groups, static_cast<const u16*>(arrays.gradient) + start, n);
+    } else if (stats != nullptr) {
+      add_squares(*stats, g, n);
+    }
     float* p = read_parameter(arrays, start, n, parameter);
     float* m = moments > 0 ? read_moment(arrays, 0, start, n, first) : nullptr;
     float* v = moments > 1 ? read_moment(arrays, 1, start, n, second) : nullptr;
@@ -227,20 +232,33 @@ void update_staged(const ChunkArrays& arrays, const UpdateScalars& scalars, cons
   }
 }
 
-void update(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
-  Piece rest = piece;
+// As many groups as `SquaresOfGroups` holds; whole blocks, if they can be, in loops of their own.
+void update_part(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& part, GradientStats* stats) {
+  SquaresOfGroups groups;
+  Piece rest = part;
   if (is_fused(arrays, scalars)) {
-    Piece whole = piece;
-    whole.end = piece.start + (piece.end - piece.start) / kBlock * kBlock;
+    Piece whole = part;
+    whole.end = part.start + (part.end - part.start) / kBlock * kBlock;
     if (stats != nullptr) {
-      update_fused<true>(arrays, scalars, whole, stats);
+      update_fused<true>(arrays, scalars, whole, groups);
     } else {
-      update_fused<false>(arrays, scalars, whole, stats);
+      update_fused<false>(arrays, scalars, whole, groups);
     }
     rest.start = whole.end;
     rest.first_element += static_cast<u32>(whole.end - whole.start);
   }
-  update_staged(arrays, scalars, rest, stats);
+  update_staged(arrays, scalars, rest, stats, groups);
+  if (stats != nullptr) groups.move_to(*stats);
+}
+
+void update(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& piece, GradientStats* stats) {
+  constexpr i64 most = SquaresOfGroups::kMost * kBlock;
+  Piece part = piece;
+  for (; part.start < piece.end; part.start = part.end) {
+    part.end = piece.end - part.start < most ? piece.end : part.start + most;
+    update_part(arrays, scalars, part, stats);
+    part.first_element += static_cast<u32>(part.end - part.start);
+  }
 }
 
 // A value is not finite when its exponent is all ones. No early exit inside: the caller exits between short pieces.

@@ -26,6 +26,7 @@ constexpr int kVectorBytes = 16;
 constexpr int kLanes = kVectorBytes / 4;
 constexpr int kRow = 32;
 constexpr int kPairs = kRow / (2 * kLanes);
+constexpr u32 kOddHalf = 0xffff0000u;
 
 using Floats = float __attribute__((vector_size(kVectorBytes)));
 using Words = u32 __attribute__((vector_size(kVectorBytes)));
@@ -48,7 +49,18 @@ inline void store(void* to, Vector vector) {
 inline Words bits_of(Floats value) { return reinterpret_cast<Words>(value); }
 inline Floats float_of(Words bits) { return reinterpret_cast<Floats>(bits); }
 inline Words all_lanes(u32 value) { return Words{} + value; }
-inline Floats all_lanes(float value) { return Floats{} + value; }
+inline Floats all_lanes(float value) { return value - Floats{}; }  // plus zero would lose the sign of a zero
+
+// `value` as a float or in every lane, where code is written for both.
+template <class Value>
+inline Value filled(float value) {
+  if constexpr (sizeof(Value) == sizeof(float)) {
+    return value;
+  } else {
+    return all_lanes(value);
+  }
+}
+
 inline Floats canonical(Floats value) { return value != value ? float_of(all_lanes(0x7fc00000u)) : value; }
 
 // Bits of `one` where the mask is 1, of `other` where it is 0.
@@ -82,6 +94,24 @@ inline Floats root(Floats value) {
 #else
   for (int i = 0; i < kLanes; ++i) value[i] = __builtin_sqrtf(value[i]);
   return value;
+#endif
+}
+
+// a * b + c, rounded once, of bf16 numbers a and b.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#elif defined(__AVX2__) && defined(__FMA__)
+  return reinterpret_cast<Floats>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#elif defined(__FP_FAST_FMAF)
+  for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+#else
+  // The product has 16 bits, so the sum in double is exact unless one of the two is below 2^-28 of the other; then both roundings
+  // give that other one, which is an fp32 number.
+  using Doubles = double __attribute__((vector_size(2 * kVectorBytes)));
+  const Doubles product = __builtin_convertvector(a, Doubles) * __builtin_convertvector(b, Doubles);
+  return __builtin_convertvector(product + __builtin_convertvector(c, Doubles), Floats);
 #endif
 }
 

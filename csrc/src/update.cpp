@@ -28,7 +28,7 @@ std::vector<const Kernels*> runnable_kernels() {
       __builtin_cpu_supports("avx512dq")) {
     found.push_back(&kernels_avx512);
   }
-  if (__builtin_cpu_supports("avx2")) found.push_back(&kernels_avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_baseline);
   return found;

@@ -73,6 +73,17 @@ def test_chunks_threads_and_slices_change_nothing(build_segment, monkeypatch, st
         whole.assert_same_bits(other)
 
 
+@pytest.mark.parametrize("state_format", ["bf16", "int8"])
+@pytest.mark.parametrize("optimizer", [OPTIMIZERS[0], OPTIMIZERS[-1]], ids=by_kind)
+def test_rounding_is_the_same_with_every_number_of_threads_from_1_to_16(build_segment, state_format, optimizer):
+    whole = build_segment(torch.bfloat16, torch.bfloat16, 20 * 8192 + 77, state_format=state_format, optimizer=optimizer.kind)
+    others = {number: whole.clone() for number in range(2, 17)}
+    update(optimizer.scalars(step=2), **whole.arguments, num_threads=1)
+    for number, other in others.items():
+        update(optimizer.scalars(step=2), **other.arguments, num_threads=number)
+        whole.assert_same_bits(other)
+
+
 @pytest.mark.parametrize("state_format", ["fp32", "bf16"])
 def test_misaligned_starts_change_nothing(build_segment, state_format):
     scalars = OPTIMIZERS[0].scalars(step=2)
@@ -171,6 +182,20 @@ def test_the_sum_of_squares_depends_neither_on_threads_nor_on_the_instruction_se
         update(OPTIMIZERS[0].scalars(step=1), **segments[1].arguments, isa="baseline", num_threads=1).sum_of_squares,
         update(OPTIMIZERS[0].scalars(step=1), **segments[2].arguments, isa=isa, num_threads=5).sum_of_squares,
     }
+    assert len(sums) == 1
+
+
+@pytest.mark.parametrize("isa", core.supported_isas())
+def test_squares_that_vanish_beside_large_ones_are_rounded_alike_everywhere(build_segment, isa):
+    """Where a CPU multiplies and adds in one instruction and where it does not, in loops of their own and in stages."""
+    length = 64 * 256 + 77
+    generator = torch.Generator().manual_seed(3)
+    gradient = (10 ** (torch.rand(length, generator=generator, dtype=torch.float64) * 42 - 38)).bfloat16()
+    sums = set()
+    for state_format, by in (("fp32", isa), ("bf16", isa), ("int8", isa), ("bf16", "baseline")):
+        segment = build_segment(torch.bfloat16, torch.bfloat16, length, state_format=state_format)
+        segment.gradient.copy_(gradient)
+        sums.add(update(OPTIMIZERS[0].scalars(step=1), **segment.arguments, isa=by).sum_of_squares)
     assert len(sums) == 1
 
 
