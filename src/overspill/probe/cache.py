@@ -120,6 +120,7 @@ def load_hardware(
             # Its memory says nothing about this one's.
             file = dataclasses.replace(
                 file,
+                footprint=None,
                 capacities=dataclasses.replace(
                     file.capacities, host_budget_bytes=None, memory_total_after_bytes=file.capacities.memory_total_bytes
                 ),

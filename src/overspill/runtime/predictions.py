@@ -116,7 +116,9 @@ class Predictions:
         )
         arena = self.programs.arena(schedule)
         slot_bytes = self.programs.slot_bytes(schedule)
-        device = device_terms(schedule, self.plan, slot_bytes=slot_bytes, workload=workload, replays_graphs=self.replays_graphs)
+        device = device_terms(
+            schedule, self.plan, slot_bytes=slot_bytes, hardware=hardware, workload=workload, replays_graphs=self.replays_graphs
+        )
         return simulate(
             schedule,
             self.plan,
