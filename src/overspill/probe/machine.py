@@ -121,7 +121,7 @@ def probe_machine(
     Raises:
         ValueError: a directory cannot be meant: neither it nor its parent exists, or it is a file.
     """
-    places = [_existing(Path(place)) for place in ssd_places]
+    places = existing_places(ssd_places)
     probe = _Probe(device, places, host_budget_bytes, settings or SETTINGS, progress, root)
     footprint = probe.footprint()
     rates = probe.rates(open_store)
@@ -341,6 +341,15 @@ class _Probe:
 
 def _without_sizes(text: str) -> str:
     return re.sub(r"[0-9.]+ ([KMGT]i)?B", "", text)
+
+
+def existing_places(ssd_places: Sequence[str]) -> list[Path]:
+    """What there is of the directories of an SSD tier.
+
+    Raises:
+        ValueError, StorageError: a directory cannot be meant, or may not be looked at.
+    """
+    return [_existing(Path(place)) for place in ssd_places]
 
 
 def _existing(place: Path) -> Path:
