@@ -1,6 +1,6 @@
 """How far predictions are off, on runs that calibrated nothing.
 
-    python benchmarks/prediction/run.py --out results.jsonl --ssd-dir DIRECTORY [--runs NAME...] [--deadline-s 525]
+    python benchmarks/prediction/run.py --out results.jsonl --ssd-dir DIRECTORY [--runs NAME...] [--deadline-s 470]
     python benchmarks/prediction/run.py --list
     python benchmarks/prediction/run.py --summarize results.jsonl
 
@@ -8,49 +8,51 @@ Protocol:
 
 1. Calibration is `overspill probe` (a machine file) and the templates that each run times itself before its first step. No step of any
    run in `CALIBRATION` or `HELD_OUT` is used to predict another. Constants of the code were chosen from the runs in `CALIBRATION`.
-2. A held-out run is a process of its own with a limit. Its prediction is made when the session has opened, before its first step, twice:
-   with the templates timed there, and from the machine file alone.
+2. A held-out run is a process of its own with a limit (`one_run.py`; `workers.py` lets several load at a time, before anything is
+   measured). Its prediction is made when the session has opened, before its first step, twice: with the templates timed there, and from
+   the machine file alone. Nothing else runs meanwhile.
 3. Measured are the median of the counted steps' times, the most that allocator and driver had reserved, VmHWM from a fresh process to
-   the last step, and the drive's bytes. `missed_by` is measured less predicted, over measured.
+   the last step, and the drive's bytes; of the drive also what the kernel counted. `missed_by` is measured less predicted, over measured.
 4. A line a run, with the terms of both peaks; a run that fails is a line with its error. `--summarize` prints medians and the worst beside
-   `TARGETS`.
+   `TARGETS`, and what each shape, length, place and clip was off by.
+5. The order is balanced: wherever a call ends, shapes, lengths, places and clip have been had about equally often. A run that is
+   estimated not to end before the deadline is left for the next call with the same `--out`, and a shorter one taken.
 
-A name is SHAPE:SEQ_LEN:PLACE[:clip], as 1.10B:2048:ssd:clip; tokens of a step are `TOKENS`, in one micro-batch where that is small enough.
+Runs on the SSD are of at most 0.5B, with few steps, for the drive's sake; they launch kernel by kernel (`cuda_graphs=False`), since
+recording would want two steps more, and the drive hides it. A name is SHAPE:SEQ_LEN:PLACE[:clip], as 0.5B:2048:ssd:clip; tokens of a step
+are `--tokens`, in one micro-batch where that is small enough.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "host_memory")]
+sys.path[:0] = [str(HERE), str(HERE.parent / "host_memory")]
 
-from attempt import read_json, run_attempt  # noqa: E402
+from attempt import Outcome, read_json  # noqa: E402
 from measure import append_result, provenance  # noqa: E402
+from workers import Crew, on_termination  # noqa: E402
 
 TOKENS = 16384
-MOST_TOKENS_TOGETHER = 8192
-"""Of a micro-batch."""
 CALIBRATION = ("1.10B:2048:host", "1.10B:2048:host:clip")
 """Their shapes gave the code its constants (context, fragmentation, launches), so they are in no result."""
-_SHAPES, _LENGTHS = ("160M", "0.5B", "1.10B", "moe"), (512, 2048, 8192)
-HELD_OUT = tuple(
-    name
-    for shape in _SHAPES
-    for length in _LENGTHS
-    for place in ("host", "ssd")
-    for name in (f"{shape}:{length}:{place}", f"{shape}:{length}:{place}:clip")
-    if name not in CALIBRATION
-)
+_LENGTHS, _CLIPS = (512, 2048, 8192), ("", ":clip")
+_SHAPES = {"160M": 0.162e9, "0.5B": 0.481e9, "1.10B": 1.104e9, "moe": 0.330e9, "tiny": 4e6, "tiny-moe": 1e5}
+"""And their parameters, for estimates."""
+_ON_HOST, _ON_SSD = ("160M", "0.5B", "1.10B", "moe"), ("160M", "0.5B", "moe")
+BEFORE_CALIBRATION = 24
+"""Held-out runs that come before those of calibration, whose figures serve the next version."""
 TARGETS = {
     "device_peak_bytes": (0.03, 0.08),
     "host_peak_bytes": (0.05, 0.10),
@@ -62,6 +64,51 @@ TARGETS = {
 """Figure -> median and worst miss that are wanted."""
 CLOSING_S = 6.0
 """Left before the deadline for ending a run and writing its line."""
+PROBE_LIMIT_S = 60.0
+WARMUP = {"host": 5, "ssd": 1}
+"""On the host CUDA graphs are judged in the third step and recorded in the fourth. On the SSD the first step has loaded all code, and the
+second one finds the landing of the one before, as any later one."""
+STEPS, STEPS_S = 5, 8.0
+OPENING_S, HOST_S_PER_PARAMETER, SSD_S_PER_PARAMETER = 8.0, 5e-9, 46 / 1.7e9
+"""For estimates: of any run; of a run on the host; of a step on the SSD, by bytes a parameter and the slowest drive that was seen."""
+
+
+def _balanced(names: list[str]) -> tuple[str, ...]:
+    """The same names in an order of which any beginning has had everything about equally often (rule 5): next is always the run whose
+    parts, and pairs of parts, have come least so far; runs on the SSD, which take longer, less often."""
+    had: collections.Counter[tuple[str, ...]] = collections.Counter()
+    ordered: list[str] = []
+
+    def parts(name: str) -> list[tuple[str, ...]]:
+        shape, length, place, *clip = name.split(":")
+        kind = clip[0] if clip else "-"
+        return [(shape,), (length,), (kind,), (place,), (shape, length), (shape, place), (length, place), (kind, place), (shape, kind)]
+
+    def worn(name: str) -> float:
+        factor = {"host": 1.0, "ssd": 2.5}[name.split(":")[2]]
+        return sum(
+            (factor if "host" in part or "ssd" in part else 1.0) * had[part] * (2.0 if len(part) == 1 else 1.0) for part in parts(name)
+        )
+
+    left = list(names)
+    while left:
+        best = min(left, key=worn)
+        left.remove(best)
+        had.update(parts(best))
+        ordered.append(best)
+    return tuple(ordered)
+
+
+HELD_OUT = _balanced(
+    [
+        name
+        for place, shapes in (("host", _ON_HOST), ("ssd", _ON_SSD))
+        for shape in shapes
+        for length in _LENGTHS
+        for clip in _CLIPS
+        if (name := f"{shape}:{length}:{place}{clip}") not in CALIBRATION
+    ]
+)
 
 
 def parse_name(name: str) -> dict[str, Any]:
@@ -71,123 +118,151 @@ def parse_name(name: str) -> dict[str, Any]:
         ValueError: it is none.
     """
     parts = name.split(":")
-    shapes = {*_SHAPES, "tiny", "tiny-moe"}
     is_run = (
-        len(parts) in (3, 4) and parts[0] in shapes and parts[1].isdigit() and parts[2] in ("host", "ssd") and parts[3:] in ([], ["clip"])
+        len(parts) in (3, 4) and parts[0] in _SHAPES and parts[1].isdigit() and parts[2] in ("host", "ssd") and parts[3:] in ([], ["clip"])
     )
     if not is_run:
         raise ValueError(
-            f"{name!r} is not a run: it is SHAPE:SEQ_LEN:PLACE[:clip] with a shape of {', '.join(sorted(shapes))}, on host or ssd"
+            f"{name!r} is not a run: it is SHAPE:SEQ_LEN:PLACE[:clip] with a shape of {', '.join(sorted(_SHAPES))}, on host or ssd"
         )
     return {"shape": parts[0], "seq_len": int(parts[1]), "place": parts[2], "clip": 1.0 if parts[3:] else None}
 
 
-def build_config(shape: str, *, seq_len: int) -> Any:
-    """A transformers config."""
-    from shapes import SHAPES, LlamaShape
-    from transformers import Qwen3MoeConfig
-
-    more = {
-        "160M": LlamaShape(hidden_size=768, num_blocks=12, num_heads=12, num_kv_heads=12, ffn_size=3072),
-        "0.5B": LlamaShape(hidden_size=1024, num_blocks=24, num_heads=16, num_kv_heads=8, ffn_size=4608, vocab_size=64000),
-    }
-    if shape in ("moe", "tiny-moe"):
-        is_tiny = shape == "tiny-moe"
-        config = Qwen3MoeConfig(
-            vocab_size=256 if is_tiny else 32000, hidden_size=64 if is_tiny else 1024, num_hidden_layers=2 if is_tiny else 12,
-            num_attention_heads=4 if is_tiny else 16, num_key_value_heads=2 if is_tiny else 8, head_dim=16 if is_tiny else 64,
-            intermediate_size=128, moe_intermediate_size=32 if is_tiny else 768, num_experts=4 if is_tiny else 16,
-            num_experts_per_tok=2, max_position_embeddings=max(4096, seq_len), tie_word_embeddings=False,
-        )  # fmt: skip
-        config.use_cache = False
-        return config
-    return {**SHAPES, **more}[shape].config(max_positions=max(4096, seq_len))
-
-
-# -- the supervisor ----------------------------------------------------------------------------------------------------
-
-
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", help="names; without: all that are held out")
+    parser.add_argument("--runs", nargs="+", help="names; without: all that are held out, and those of calibration among them")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--summarize", type=Path, metavar="FILE")
     parser.add_argument("--out", type=Path, help="a line a run is added here; runs that have one without an error are left out")
     parser.add_argument("--ssd-dir", type=Path)
-    parser.add_argument("--machine", type=Path, help="a machine file; without: the cache's, probed first if there is none")
+    parser.add_argument("--machine", type=Path, help="a machine file; without: this machine's in the cache, probed if there is none")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of a step")
-    parser.add_argument("--warmup", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warmup", type=int, help="steps that are not counted; without: 5 on the host, 1 on the SSD")
+    parser.add_argument("--steps", type=int, default=STEPS, help="most that are counted")
+    parser.add_argument("--steps-s", type=float, default=STEPS_S, help="two steps are counted, and more while they take less")
     parser.add_argument("--limit-s", type=float, default=90.0, help="of a run")
     parser.add_argument("--templates-s", type=float, default=5.0, help="for timing templates")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--deadline-s", type=float, default=525.0, help="of the whole call")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline-s", type=float, default=470.0, help="of the whole call")
+    parser.add_argument("--waiting", type=int, help="processes that load side by side; without: two cores stay free, 12 at most")
     options = parser.parse_args(arguments)
-    if not (options.list or options.summarize or options.child) and (options.out is None or options.ssd_dir is None):
+    if not (options.list or options.summarize) and (options.out is None or options.ssd_dir is None):
         parser.error("give --out and --ssd-dir; --list shows the runs")
     return options
 
 
 def main() -> int:
     options = parse_arguments()
+    names = list(options.runs or (*HELD_OUT[:BEFORE_CALIBRATION], *CALIBRATION, *HELD_OUT[BEFORE_CALIBRATION:]))
     if options.list:
-        print("\n".join(HELD_OUT))
+        print("\n".join(names))
         return 0
     if options.summarize:
-        print(summarize([json.loads(line) for line in options.summarize.read_text().splitlines()]))
+        print(summarize(read_lines(options.summarize)))
         return 0
-    if options.child:
-        return run_child(options)
-    started, names = time.monotonic(), list(options.runs or HELD_OUT)
     try:
         for name in names:
             parse_name(name)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    done = {line["name"] for line in _lines(options.out) if "error" not in line}
+    return measure_all(names, options)
+
+
+def measure_all(names: list[str], options: argparse.Namespace) -> int:
+    """Every run that there is time for; 0 if the machine could be probed."""
+    started = time.monotonic()
+    done = {line["name"] for line in read_lines(options.out) if "error" not in line}
+    names = [name for name in names if name not in done]
     options.ssd_dir.mkdir(parents=True, exist_ok=True)
-    ensure_machine_file(options)
-    for name in names:
-        left_s = options.deadline_s - (time.monotonic() - started) - CLOSING_S
-        if name in done:
-            continue
-        if left_s < 0.3 * options.limit_s:
-            print(f"{name}: not started, {left_s:.0f} s are left before the deadline", flush=True)
-            break
-        result = run_one(name, options, limit_s=min(options.limit_s, left_s))
-        append_result(options.out, {"name": name, **provenance(), "is_held_out": name not in CALIBRATION, **result})
-        missed = {key: round(value, 3) for key, value in result.get("missed_by", {}).items() if value is not None}
-        print(f"{name}: {result.get('error', missed)}", flush=True)
-    print(summarize(_lines(options.out)))
+    walls: dict[tuple[str, str], float] = {}
+
+    def left_s() -> float:
+        return options.deadline_s - (time.monotonic() - started) - CLOSING_S
+
+    with Crew(HERE / "one_run.py", num_waiting=options.waiting) as crew:
+        on_termination(crew.close)
+        if names and not ensure_machine_file(crew, options, num_runs=len(names)):
+            return 1
+        for index, name in enumerate(names):
+            run = parse_name(name)
+            kind = run["shape"], run["place"]
+            needed_s = walls.get(kind, estimate_s(run))
+            if left_s() < needed_s:
+                print(
+                    f"{name}: not started, it would take about {needed_s:.0f} s of the {max(0, left_s()):.0f} s before the deadline",
+                    flush=True,
+                )
+                continue
+            result = run_one(name, options, crew, limit_s=min(options.limit_s, left_s()), num_runs=len(names) - index)
+            walls[kind] = max(walls.get(kind, 0.0), result["wall_s"])
+            append_result(options.out, {"name": name, **provenance(), "is_held_out": name not in CALIBRATION, **result})
+            missed = {key: round(value, 3) for key, value in result.get("missed_by", {}).items() if value is not None}
+            print(f"{name} ({result['wall_s']:.0f} s): {result.get('error', missed)}", flush=True)
+        print(f"{time.monotonic() - started:.0f} s, of which {crew.loading_s:.0f} s were loading", flush=True)
+    print(summarize(read_lines(options.out)))
     return 0
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results of a file; a line that was cut off by an early end is none."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(dict(json.loads(text)))
+        except ValueError:
+            print(f"{path}: a line that is no JSON is left out: {text[:60]!r}", file=sys.stderr)
+    return found
 
 
-def ensure_machine_file(options: argparse.Namespace) -> None:
-    """Probe the machine once, with the drive that the runs use."""
+def estimate_s(run: dict[str, Any]) -> float:
+    """Of a run that has loaded, before any of its kind was seen."""
+    parameters = _SHAPES[run["shape"]]
+    if run["place"] == "ssd":
+        return OPENING_S + parameters * SSD_S_PER_PARAMETER * (WARMUP["ssd"] + 2)
+    return OPENING_S + parameters * HOST_S_PER_PARAMETER
+
+
+def ensure_machine_file(crew: Crew, options: argparse.Namespace, *, num_runs: int) -> bool:
+    """Probe the machine with the drive that the runs use, unless its file is named; whether there is one. What it says is kept beside the
+    results, so that predictions from the file alone can be made again."""
     if options.machine is None:
-        code = "import sys; from overspill.cli import main; sys.argv[0] = 'overspill'; main()"
-        command = [sys.executable, "-c", code, "probe", "--ssd-dir", str(options.ssd_dir)]
-        outcome = run_attempt(command, limit_s=60)
-        print(outcome.output_tail[-2000:] if outcome.return_code != 0 else "the machine file is there", flush=True)
+        folder = options.out.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        options.machine = folder / f"{options.out.stem}-machine-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        outcome = crew.take(num_runs + 1).run(
+            {"probe": ["--ssd-dir", str(options.ssd_dir), "--out", str(options.machine)]}, limit_s=PROBE_LIMIT_S
+        )
+        print(outcome.output_tail[-3000:], flush=True)
+        if outcome.return_code != 0 or not options.machine.exists():
+            print(f"the machine could not be probed: {outcome.describe_failure(PROBE_LIMIT_S)}", file=sys.stderr)
+            return False
+    return True
 
 
-def run_one(name: str, options: argparse.Namespace, *, limit_s: float) -> dict[str, Any]:
+def run_one(name: str, options: argparse.Namespace, crew: Crew, *, limit_s: float, num_runs: int = 1) -> dict[str, Any]:
     """The run's result, whatever became of its process."""
+    run = parse_name(name)
+    drive = options.ssd_dir / "run"
+    shutil.rmtree(drive, ignore_errors=True)
+    drive.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, str(HERE / "run.py"), "--child", name, "--report", str(report), "--ssd-dir", str(options.ssd_dir)]
-        for flag in ("tokens", "warmup", "steps", "dtype", "templates_s"):
-            command += [f"--{flag.replace('_', '-')}", str(getattr(options, flag))]
-        command += ["--machine", str(options.machine)] if options.machine is not None else []
-        outcome = run_attempt(command, limit_s=limit_s)
+        order = {
+            "run": run,
+            "report": str(report),
+            "folder": str(drive),
+            "machine": str(options.machine) if options.machine is not None else None,
+            "warmup": WARMUP[run["place"]] if options.warmup is None else options.warmup,
+            "cuda_graphs": run["place"] == "host",
+        }
+        order |= {name: getattr(options, name) for name in ("tokens", "steps", "steps_s", "templates_s", "dtype")}
+        try:
+            outcome = crew.take(num_runs).run(order, limit_s=limit_s)
+        except RuntimeError as error:
+            outcome = Outcome(return_code=1, wall_s=0.0, output_tail=str(error))
         result = read_json(report) | {"wall_s": round(outcome.wall_s, 1)}
+    shutil.rmtree(drive, ignore_errors=True)
     if "error" not in result and (outcome.return_code != 0 or "missed_by" not in result):
         result["error"] = outcome.describe_failure(limit_s)
     if "error" in result:
@@ -195,127 +270,56 @@ def run_one(name: str, options: argparse.Namespace, *, limit_s: float) -> dict[s
     return result
 
 
+# -- the summary -------------------------------------------------------------------------------------------------------
+
+
 def summarize(lines: list[dict[str, Any]]) -> str:
     """A table of medians and worst misses of the runs that are held out and ended well; the newest line of a run counts."""
     newest = {line["name"]: line for line in lines if line.get("is_held_out") and "error" not in line}
     failed = sorted({line["name"] for line in lines if "error" in line} - newest.keys())
-    text = [f"{len(newest)} held-out runs", "figure | median | worst | wanted | the worst run", "--- | --- | --- | --- | ---"]
+    text = [f"{len(newest)} held-out runs", "figure | median | worst | wanted | the worst run | met", "--- | --- | --- | --- | --- | ---"]
     for figure, (median, worst) in TARGETS.items():
         known = {name: abs(line["missed_by"][figure]) for name, line in newest.items() if line["missed_by"].get(figure) is not None}
         if known:
             name = max(known, key=lambda item: known[item])
+            middle = statistics.median(known.values())
             wanted = f"{median:.0%}" + (f" / {worst:.0%}" if worst is not None else "")
-            text.append(f"{figure} | {statistics.median(known.values()):.2%} | {known[name]:.2%} | {wanted} | {name}")
-    return "\n".join([*text, *(f"failed: {name}" for name in failed)])
+            is_met = middle <= median and (worst is None or known[name] <= worst)
+            missing = "" if len(known) == len(newest) else f" (of {len(known)} runs)"
+            text.append(f"{figure}{missing} | {middle:.2%} | {known[name]:.2%} | {wanted} | {name} | {'yes' if is_met else 'NO'}")
+        elif newest:
+            text.append(f"{figure} | not predicted in any run | | | | NO")
+    return "\n".join([*text, *_groups(newest), *_kernel_bytes(newest), *(f"failed: {name}" for name in failed)])
 
 
-# -- a run -------------------------------------------------------------------------------------------------------------
+def _groups(newest: dict[str, dict[str, Any]]) -> list[str]:
+    """Signed medians of each shape, length, place and clip: which way and where predictions err."""
+    figures = [figure for figure in TARGETS if not figure.startswith("ssd_")]
+    text = []
+    for key in ("shape", "seq_len", "place", "clip"):
+        for value in sorted({line.get(key) for line in newest.values() if key in line}, key=str):
+            mine = [line["missed_by"] for line in newest.values() if line.get(key) == value]
+            middles = {figure: [miss[figure] for miss in mine if miss.get(figure) is not None] for figure in figures}
+            shown = (f"{statistics.median(misses):+.1%}" if misses else "-" for misses in middles.values())
+            text.append(f"{key} {value if value is not None else 'off'} ({len(mine)}) | " + " | ".join(shown))
+    return ["", "measured less predicted, medians | " + " | ".join(figures), *text] if text else []
 
 
-def run_child(options: argparse.Namespace) -> int:
-    try:
-        result = measure_run(options)
-    except BaseException as error:
-        traceback.print_exc()
-        result = {"error": f"{type(error).__name__}: {error}"[:1000]}
-    options.report.write_text(json.dumps(result))
-    return 1 if "error" in result else 0
-
-
-def measure_run(options: argparse.Namespace) -> dict[str, Any]:
-    """Open, predict, train, compare."""
-    import torch
-
-    import overspill
-    from overspill.huggingface import build_meta_model
-    from overspill.spec.prediction import compare
-
-    run = parse_name(options.child)
-    seq_len = run["seq_len"]
-    micro_batch = max(1, min(options.tokens, MOST_TOKENS_TOGETHER) // seq_len)
-    accumulate = max(1, options.tokens // (micro_batch * seq_len))
-    config = build_config(run["shape"], seq_len=seq_len)
-    model = build_meta_model(config, dtype=getattr(torch, options.dtype))
-    fill_windows(model)
-    folder = options.ssd_dir / "run"
-    folder.mkdir(parents=True, exist_ok=True)
-    request = overspill.PlanRequest(
-        parameters=run["place"], states=run["place"], boundaries="device", dtype=options.dtype, seq_len=seq_len, micro_batch=micro_batch,
-        accumulate=accumulate, clip=run["clip"], ssd_dir=str(folder) if run["place"] == "ssd" else None,
-    )  # fmt: skip
-    with overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=1e-4), machine=options.machine) as session:
-        batches = [random_batch(config.vocab_size, micro_batch, seq_len, index) for index in range(accumulate)]
-        from_file = session.predict_plan()
-        times = session.time_templates(limit_s=options.templates_s)
-        prediction = session.predict_plan()
-        if session.device.type == "cuda":
-            torch.cuda.empty_cache()
-        reports = [session.step(batches) for _ in range(options.warmup + options.steps)]
-        counted = reports[options.warmup :]
-    step_s = statistics.median(report.step_s for report in counted)
-    last = max(reports, key=lambda report: report.device_peak_bytes)
-    found = compare(prediction, reports[-1])
-    measured = dict(found.measured) | {
-        "step_s": step_s,
-        "device_peak_bytes": last.device_peak_bytes + max(report.device_context_bytes for report in reports),
-    }
-    predicted = dict(found.predicted) | {"step_s_from_file": from_file.step_s if from_file.has_times else None}
-    measured["step_s_from_file"] = step_s
-    missed = {
-        name: None if value is None else 0.0 if value == measured[name] else (measured[name] - value) / (measured[name] or 1)
-        for name, value in predicted.items()
-    }
-    return {
-        "hardware": f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        **run,
-        "micro_batch": micro_batch,
-        "accumulate": accumulate,
-        "group_size": session.plan.group_size,
-        "num_parameters": session.plan.num_parameters,
-        "predicted": predicted,
-        "measured": measured,
-        "missed_by": missed,
-        "source": prediction.source,
-        "source_from_file": from_file.source,
-        "device_terms": {term.name: term.num_bytes for term in prediction.device_terms},
-        "host_terms": {term.name: term.num_bytes for term in prediction.host_terms},
-        "device_reserved_peak_bytes": last.device_peak_bytes,
-        "device_context_bytes": reports[-1].device_context_bytes,
-        "lane_busy_s": {"predicted": dict(prediction.lane_busy_s), "measured": dict(reports[-1].lane_busy_s)},
-        "exposed_s": {"predicted": dict(prediction.exposed_s), "measured": dict(reports[-1].exposed_s)},
-        "all_step_s": [report.step_s for report in reports],
-        "templates": [] if times is None else [[item.name, item.forward_s, item.forward_backward_s, item.note] for item in times.blocks],
-    }
-
-
-def fill_windows(model: Any) -> None:
-    """Weights that take no memory of their own to speak of: each matrix is a window on one random vector, as in `shapes`."""
-    import torch
-    from shapes import WEIGHT_STD
-    from torch import nn
-
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if parameter.dim() == 1:
-                value = torch.ones(parameter.shape, dtype=parameter.dtype)
-            else:
-                vector = (torch.randn(sum(parameter.shape), generator=generator) * WEIGHT_STD).to(parameter.dtype)
-                value = vector.as_strided(parameter.shape, (1,) * parameter.dim())
-            module._parameters[name] = nn.Parameter(value)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                raise ValueError(f"buffer {name} of {type(module).__name__} has no value")
-
-
-def random_batch(vocab_size: int, samples: int, seq_len: int, seed: int) -> dict[str, Any]:
-    import torch
-
-    ids = torch.randint(0, vocab_size, (samples, seq_len), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "labels": ids}
+def _kernel_bytes(newest: dict[str, dict[str, Any]]) -> list[str]:
+    """How much more than the lanes say the kernel counted at the drive."""
+    text = []
+    for way in ("read", "written"):
+        ratios = {}
+        for name, line in newest.items():
+            lanes, kernel = (line.get("drive", {}).get(f"{who}_{way}_bytes", 0) for who in ("lanes", "kernel"))
+            if lanes and kernel:
+                ratios[name] = kernel / lanes - 1
+        if ratios:
+            worst = max(ratios, key=lambda name: abs(ratios[name]))
+            text.append(
+                f"bytes {way} as the kernel counted them | {statistics.median(ratios.values()):+.3%} | {ratios[worst]:+.3%} | {worst}"
+            )
+    return ["", *text] if text else []
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import json
 import sys
@@ -23,6 +24,7 @@ def load() -> ModuleType:
 
 
 run = load()
+workers = sys.modules["workers"]
 
 
 def test_held_out_runs_calibrate_nothing_and_cover_the_shapes() -> None:
@@ -30,11 +32,21 @@ def test_held_out_runs_calibrate_nothing_and_cover_the_shapes() -> None:
     found = [run.parse_name(name) for name in (*run.HELD_OUT, *run.CALIBRATION)]
     assert {(item["shape"], item["seq_len"], item["place"], item["clip"]) for item in found} == {
         (shape, length, place, clip)
-        for shape in ("160M", "0.5B", "1.10B", "moe")
+        for place, shapes in (("host", ("160M", "0.5B", "1.10B", "moe")), ("ssd", ("160M", "0.5B", "moe")))
+        for shape in shapes
         for length in (512, 2048, 8192)
-        for place in ("host", "ssd")
         for clip in (None, 1.0)
     }
+
+
+@pytest.mark.parametrize(("number", "least"), [(8, 2), (16, 5), (24, 7)])
+def test_wherever_a_call_ends_every_shape_length_place_and_clip_was_had(number: int, least: int) -> None:
+    found = [run.parse_name(name) for name in run.HELD_OUT[:number]]
+    for key, values in {"shape": 4, "seq_len": 3, "place": 2, "clip": 2}.items():
+        counts = collections.Counter(item[key] for item in found)
+        assert len(counts) == values and min(counts.values()) >= (least if key != "shape" else number // 5), (key, counts)
+    estimated_s = sum(run.estimate_s(item) for item in found)
+    assert number < 24 or estimated_s < 440, "as many as a call must show fit into it beside loading and the probe, on a slow drive"
 
 
 @pytest.mark.parametrize("name", ["1.10B:2048", "9B:2048:host", "1.10B:long:host", "1.10B:2048:tape", "1.10B:2048:host:clap"])
@@ -57,11 +69,48 @@ def test_a_run_is_a_process_of_its_own_and_its_line_has_both_predictions(tmp_pat
     flags = ["--tokens", "128", "--warmup", "1", "--steps", "1", "--dtype", "float32", "--templates-s", "0.5"]
     options = run.parse_arguments(["--out", str(tmp_path / "out"), "--ssd-dir", str(tmp_path / "ssd"), *flags])
     options.ssd_dir.mkdir()
-    line = run.run_one("tiny-moe:64:ssd:clip", options, limit_s=60)
+    with run.Crew(FOLDER / "one_run.py", num_waiting=2) as crew:
+        line = run.run_one("tiny-moe:64:ssd:clip", options, crew, limit_s=60, num_runs=2)
+        broken = run.run_one("tiny:64:host", options, crew, limit_s=0.2)
+    assert "ran past its limit" in broken["error"], sys.executable
+    assert not list((tmp_path / "ssd").iterdir()), "nothing of a run is left on the drive"
     assert "error" not in line, line
     assert line["missed_by"]["ssd_read_bytes"] == line["missed_by"]["ssd_written_bytes"] == line["missed_by"]["device_peak_bytes"] == 0
     assert line["measured"]["ssd_written_bytes"] > 0 and abs(line["missed_by"]["host_peak_bytes"]) < 0.5
     assert line["missed_by"]["step_s"] is None and "blocks" in line["source"] or "assumed" in line["source"], "no machine file, no time"
     assert json.loads(json.dumps(line)) == line
-    broken = run.run_one("tiny:64:host", options, limit_s=0.2)
-    assert "ran past its limit" in broken["error"], sys.executable
+    drive = line["drive"]
+    assert drive["lanes_written_bytes"] == line["measured"]["ssd_written_bytes"] > 0
+
+
+def test_a_process_that_waits_is_told_what_to_do_or_ends_with_us(tmp_path: Path) -> None:
+    script = tmp_path / "child.py"
+    script.write_text("import os, sys\nos.write(int(sys.argv[1]), b'!')\nline = sys.stdin.readline()\nprint('told', line)\n")
+    with workers.Crew(script, num_waiting=2) as crew:
+        outcome = crew.take(5).run({"run": 1}, limit_s=20)
+        assert outcome.return_code == 0 and 'told {"run": 1}' in outcome.output_tail
+        waiting = crew.take(4)
+        waiting.close()
+        assert waiting.close() == "", "twice is once"
+    (tmp_path / "broken.py").write_text("raise ImportError('no torch here')")
+    with workers.Crew(tmp_path / "broken.py", num_waiting=2) as crew, pytest.raises(RuntimeError, match="no torch here"):
+        crew.take(2)
+
+
+def test_a_call_resumes_leaves_out_what_is_done_and_takes_what_still_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, asked = tmp_path / "out.jsonl", list[str]()
+    cut_off = '{"name": "160M:2048:h'
+    out.write_text(json.dumps({"name": "160M:512:host", "is_held_out": True, "missed_by": {}}) + "\n" + cut_off + "\n")
+
+    def fake(name: str, options: Any, crew: Any, *, limit_s: float, num_runs: int) -> dict[str, Any]:
+        asked.append(name)
+        return {"wall_s": 1.0, "missed_by": dict.fromkeys(run.TARGETS, 0.0)}
+
+    monkeypatch.setattr(run, "run_one", fake)
+    monkeypatch.setattr(run, "provenance", dict)
+    flags = ["--out", str(out), "--ssd-dir", str(tmp_path / "ssd"), "--machine", str(tmp_path / "machine.json"), "--deadline-s", "26"]
+    names = ["160M:512:host", "0.5B:512:ssd", "160M:2048:host"]
+    assert run.measure_all(names, run.parse_arguments(flags)) == 0
+    assert asked == ["160M:2048:host"] and "0.5B:512:ssd: not started" in capsys.readouterr().out

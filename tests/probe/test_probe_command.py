@@ -150,6 +150,24 @@ def test_a_home_that_cannot_be_written_costs_a_warning_and_the_result_is_printed
     assert read_machine_file(tmp_path / "sub" / "here.json").identity == read_identity(CPU, [])
 
 
+@pytest.mark.parametrize("home", ["", "relative"])
+def test_an_empty_home_is_none_and_nothing_is_kept_at_the_root(
+    probe: Probe, num_probes: list[int], monkeypatch: pytest.MonkeyPatch, home: str
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", home)
+    done = probe()
+    assert done.exit_code == 0 and "there is no home directory for the cache" in done.output, done.output
+    assert load_hardware(HardwareSpec(), CPU, []) == HardwareSpec()
+
+
+def test_a_file_as_the_ssd_directory_is_refused_although_the_cache_has_figures(probe: Probe, num_probes: list[int], tmp_path: Path) -> None:
+    assert probe().exit_code == 0
+    (tmp_path / "file").touch()
+    done = probe("--ssd-dir", tmp_path / "file")
+    assert done.exit_code == ExitCode.WRONG_INPUT and "is a file and not a directory" in done.output
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write to a read-only folder")
 def test_a_read_only_home_is_no_obstacle(probe: Probe, num_probes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from training_loop import make_batches
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import overspill
 from overspill.planning.memory import segment_bytes
@@ -232,3 +233,45 @@ def test_a_run_goes_on_unpredicted_when_predicting_fails_and_says_so_once(monkey
             warnings.simplefilter("error")
             assert session.predict_if_cheap(batches(), trained_s=0.0) is None
         assert session.step(batches()).loss > 0
+
+
+def test_a_first_step_does_not_wait_for_a_prediction_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions, "S_PER_OP", 0.1)
+    with open_session() as session:
+        needed_s = 0.1 * len(session.schedule(batches()).ops)
+        assert needed_s > predictions.FREE_S
+        assert session.predict_if_cheap(batches(), trained_s=0.0) is None
+        assert session.predict_if_cheap(batches(), trained_s=0.99 * needed_s / predictions.LATE_SHARE) is None
+        assert session.predict_if_cheap(batches(), trained_s=1.01 * needed_s / predictions.LATE_SHARE) is not None
+        assert session.predict_if_cheap(batches(), trained_s=0.0) is not None, "it is known now"
+
+
+def odd_model(hidden_size: int, *, is_tied: bool) -> torch.nn.Module:
+    """None of its tensors ends on a page."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=97, hidden_size=hidden_size, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=10,
+            intermediate_size=51, max_position_embeddings=64, tie_word_embeddings=is_tied, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: "-".join(map(str, placement.values())))
+def test_a_plan_trains_within_budgets_of_exactly_its_predicted_peaks(placement: dict[str, object], is_tied: bool) -> None:
+    """Pages that homes and slots are rounded up to are no reason to refuse what was predicted to fit."""
+    request = overspill.PlanRequest(**{**FIXED, **placement})  # type: ignore[arg-type]
+
+    def open_with(plan: overspill.PlanRequest | overspill.Plan) -> overspill.Session:
+        model, optimizer = odd_model(40, is_tied=is_tied), overspill.AdamW(lr=1e-3)
+        return overspill.Session(model, plan=plan, optimizer=optimizer, open_store=lambda d, c, s: FakeStore(c), chunk_bytes=16 * 1024)
+
+    with open_with(request) as session:
+        losses = [session.step(batches()).loss for _ in range(3)]
+        found, plan = session.predict_plan(), session.plan
+    exact = dataclasses.replace(
+        plan, device_budget_bytes=found.device_resident_peak_bytes, host_budget_bytes=found.host_resident_peak_bytes
+    )
+    with open_with(exact) as session:
+        assert [session.step(batches()).loss for _ in range(3)] == losses

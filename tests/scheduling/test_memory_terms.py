@@ -5,7 +5,14 @@ from __future__ import annotations
 from matrices import make_plan
 
 from overspill.planning import full_step, plan_arena, pool_demand, pool_events
-from overspill.planning.memory import CUDA_CONTEXT_BYTES, LIBRARY_WORKSPACE_BYTES, device_terms, host_terms
+from overspill.planning.memory import (
+    CUDA_CONTEXT_BYTES,
+    CUDA_PROCESS_GROWTH_BYTES,
+    LIBRARY_WORKSPACE_BYTES,
+    SESSION_CONTEXT_BYTES,
+    device_terms,
+    host_terms,
+)
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.tensors import Tier
 
@@ -36,3 +43,19 @@ def test_the_parts_of_the_process_are_homes_slots_and_itself_and_on_a_cpu_the_de
         assert terms["slots"] == pool_demand(pool_events(schedule, plan))[Tier.HOST].steady_bytes
         assert terms["process"] == 123
         assert ("device slots" in terms) == (device == "cpu") and ("growth beside a GPU" in terms) == (device != "cpu")
+
+
+def test_what_a_process_takes_beside_its_tensors_is_as_measured_if_it_was_and_else_a_constant() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device")
+    schedule = full_step(plan)
+    measured = HardwareSpec(footprint_context_bytes=700, footprint_library_bytes=64, footprint_host_growth_bytes=500)
+    for hardware, expected in (
+        (measured, (700, SESSION_CONTEXT_BYTES, 64, 500)),
+        (HardwareSpec(), (CUDA_CONTEXT_BYTES, 0, LIBRARY_WORKSPACE_BYTES, CUDA_PROCESS_GROWTH_BYTES)),
+    ):
+        on_device = device_terms(schedule, plan, slot_bytes=8192, hardware=hardware)
+        on_host = host_terms(schedule, plan, hardware, device=on_device)
+        terms = {term.name: term for term in (*on_device, *on_host)}
+        names = ("CUDA context", "session's part of the context", "library workspaces", "growth beside a GPU")
+        assert tuple(terms[name].num_bytes if name in terms else 0 for name in names) == expected
+        assert terms["CUDA context"].is_assumed == terms["growth beside a GPU"].is_assumed == (hardware is not measured)

@@ -60,8 +60,9 @@ def _find_or_measure(
     device: torch.device, places: list[str], host_budget_bytes: int | None, renew: bool, errors: Console
 ) -> tuple[MachineFile, bool]:
     """The figures, and whether they are the cache's."""
-    from overspill.probe.machine import probe_machine
+    from overspill.probe.machine import existing_places, probe_machine
 
+    existing_places(places)  # a place that cannot be meant is no less wrong when the cache has the figures
     cached = None if renew else _cached(device, places, host_budget_bytes, errors)
     if cached is not None:
         return cached, True

@@ -66,6 +66,8 @@ class BufferWaits:
         self._readers: dict[Copy, list[int]] = {}
         """Of homes, through all programs."""
         self._num_ops = 0
+        self._effects: tuple[Schedule, list[Effects]] | None = None
+        """Of the program that was followed last: a step in a row of equal ones is followed twice."""
 
     def follow(self, schedule: Schedule) -> list[tuple[int, ...]]:
         """What each op of the next program waits for, the schedule's own waits included; numbered through all programs."""
@@ -76,9 +78,10 @@ class BufferWaits:
         if base == 0 and schedule.starts_pending:
             self._start_with(initial_copies(self._plan, pending=True))
         found = []
-        for index, item in enumerate(schedule.ops):
+        if self._effects is None or self._effects[0] is not schedule:
+            self._effects = schedule, [effects(item.op, self._plan) for item in schedule.ops]
+        for index, (item, effect) in enumerate(zip(schedule.ops, self._effects[1], strict=True)):
             number = base + index
-            effect = effects(item.op, self._plan)
             own = [base + wait for wait in item.waits]
             waits = set(own)
             if base:

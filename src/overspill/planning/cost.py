@@ -117,12 +117,16 @@ class Costs:
 
 def lane_rate(hardware: HardwareSpec, lane: Lane) -> float:
     """Bytes a second of a link's or drive's direction alone."""
-    return {
-        Lane.H2D: hardware.h2d_bytes_per_s,
-        Lane.D2H: hardware.d2h_bytes_per_s,
-        Lane.SSD_READ: hardware.ssd_read_bytes_per_s,
-        Lane.SSD_WRITE: hardware.ssd_write_bytes_per_s,
-    }[lane]
+    match lane:
+        case Lane.H2D:
+            return hardware.h2d_bytes_per_s
+        case Lane.D2H:
+            return hardware.d2h_bytes_per_s
+        case Lane.SSD_READ:
+            return hardware.ssd_read_bytes_per_s
+        case _:
+            assert lane is Lane.SSD_WRITE, lane
+            return hardware.ssd_write_bytes_per_s
 
 
 def build_costs(

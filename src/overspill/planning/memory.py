@@ -8,6 +8,8 @@ Device, in the terms of torch's caching allocator (Words and sizes of its docume
   states that the device computed, and what the unit takes while it runs, at the op where both together are most.
 * `allocator rounding`: the segments' rounding of all these. `fragmentation`: what of the working memory the allocator could not use
   again, because pieces of other sizes lay in it.
+* `library workspaces`, `CUDA context`: as `overspill probe` measured them (`probe/footprint.py`), else constants; the session's own part of
+  the context is a constant in any case.
 * `replayed graphs`: recordings have a pool of their own, with one block's working memory in it, where launches bound the blocks.
 
 Host: `homes`, `slots` (each size at its own most), the process as it was when the session opened, and what it grows by. On the `cpu`
@@ -41,6 +43,9 @@ LIBRARY_WORKSPACE_BYTES = 32 * MIB
 CUDA_CONTEXT_BYTES = 1050 * MIB
 """Context, kernels and what the driver keeps for page-locked memory, in a run of overspill. Measured: 1,031 and 1,051 MiB on an H100 with
 torch 2.11; 693 MiB when the session had just been opened."""
+SESSION_CONTEXT_BYTES = 264 * MIB
+"""What a session's streams, recordings and fused kernels add to the context of a plain training loop, which `overspill probe` measures.
+Measured on an H100 with torch 2.11: 1,031 MiB beside 767, the same for 1.10B and (within 6) 3.02B."""
 JUDGED_FLOPS, JUDGED_BYTES_PER_S = 500e12, 2.5e12
 """Of a GPU on which it is judged whether launches bound a block. Assumed; a slower GPU is less often bound by them."""
 CUDA_PROCESS_GROWTH_BYTES = 620 * MIB
@@ -53,6 +58,7 @@ def device_terms(
     plan: Plan,
     *,
     slot_bytes: int,
+    hardware: HardwareSpec | None = None,
     workload: WorkloadSpec | None = None,
     replays_graphs: bool = True,
 ) -> tuple[MemoryTerm, ...]:
@@ -60,10 +66,11 @@ def device_terms(
 
     Args:
         slot_bytes: of the arena that the session allocates, or of what it lends by size where there is no room for one.
+        hardware: the footprint of a process there, if it was measured; None: constants.
         workload: of the plan's batch; what units take while they run.
         replays_graphs: whether blocks whose launches bound them are replayed as graphs.
     """
-    homes = _region_bytes(plan, Tier.DEVICE)
+    homes, found = _region_bytes(plan, Tier.DEVICE), hardware or HardwareSpec()
     if is_host_memory(plan.device):
         return _present(
             MemoryTerm(name="homes", num_bytes=sum(homes)), MemoryTerm(name="slots", num_bytes=align_up(slot_bytes, SLOT_BYTES))
@@ -79,10 +86,13 @@ def device_terms(
         MemoryTerm(name="arguments and side outputs", num_bytes=_argument_bytes(plan, workload), is_assumed=is_assumed),
         MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=is_assumed),
         MemoryTerm(name="replayed graphs", num_bytes=_graph_bytes(plan, workload) if replays_graphs else 0, is_assumed=True),
-        MemoryTerm(name="library workspaces", num_bytes=LIBRARY_WORKSPACE_BYTES, is_assumed=True),
+        _footprint_term("library workspaces", found.footprint_library_bytes, LIBRARY_WORKSPACE_BYTES),
         MemoryTerm(name="allocator rounding", num_bytes=rounding),
         MemoryTerm(name="fragmentation", num_bytes=int(FRAGMENTATION_FRACTION * busiest.working_bytes), is_assumed=True),
-        MemoryTerm(name="CUDA context", num_bytes=CUDA_CONTEXT_BYTES, is_assumed=True),
+        _footprint_term("CUDA context", found.footprint_context_bytes, CUDA_CONTEXT_BYTES),
+        MemoryTerm(
+            name="session's part of the context", num_bytes=SESSION_CONTEXT_BYTES if found.footprint_context_bytes else 0, is_assumed=True
+        ),
     )
 
 
@@ -106,7 +116,7 @@ def host_terms(
         terms.append(MemoryTerm(name="boundaries", num_bytes=sum(busiest.boundaries)))
         terms.append(MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=workload is None))
     else:
-        terms.append(MemoryTerm(name="growth beside a GPU", num_bytes=CUDA_PROCESS_GROWTH_BYTES, is_assumed=True))
+        terms.append(_footprint_term("growth beside a GPU", hardware.footprint_host_growth_bytes, CUDA_PROCESS_GROWTH_BYTES))
     return _present(*terms)
 
 
@@ -117,6 +127,10 @@ def segment_bytes(num_bytes: int) -> int:
     if num_bytes < MEDIUM_BYTES:
         return align_up(num_bytes, SMALL_BYTES)  # of a segment of 20 MiB, which others share
     return align_up(num_bytes, LARGE_GRANULE_BYTES)
+
+
+def _footprint_term(name: str, measured_bytes: int, assumed_bytes: int) -> MemoryTerm:
+    return MemoryTerm(name=name, num_bytes=measured_bytes or assumed_bytes, is_assumed=not measured_bytes)
 
 
 def _present(*terms: MemoryTerm) -> tuple[MemoryTerm, ...]:

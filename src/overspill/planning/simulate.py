@@ -150,25 +150,23 @@ def _overlapping(
     both, (begin_s, *_) = run_timeline(tasks, [0, len(schedule.ops)], threads, contention)
     number = len(schedule.ops)
     alone_s = max((span.end_s for span in both if span.op < number), default=0.0)
-    shifted = [_shifted(span, number, begin_s) for span in both]
-    spans = [span for span in shifted if span.op >= 0]
+    spans = [_shifted(span, number, begin_s) for span in both if span.op >= number]
+    landing = [_shifted(span, number, begin_s) for span in both if span.op < number and span.end_s > begin_s]
     step_s = max((span.end_s for span in spans if span.lane is Lane.COMPUTE), default=0.0)
-    return spans, [span for span in shifted if span.op < 0 and span.end_s > 0], step_s, alone_s
+    return spans, landing, step_s, alone_s
 
 
 def _shifted(span: Span, num_ops: int, begin_s: float) -> Span:
     """A span of two steps in a row by the second one's clock and numbers; the first one's are below -1 (`StepTrace.op`)."""
-
-    def renumbered(op: int) -> int:
-        return op - num_ops if op >= num_ops else op - num_ops - 1
-
-    return span._replace(
-        op=renumbered(span.op),
-        start_s=span.start_s - begin_s,
-        end_s=span.end_s - begin_s,
-        submitted_s=span.submitted_s - begin_s,
-        ready_s=span.ready_s - begin_s,
-        waits=tuple(renumbered(wait) for wait in span.waits),
+    return Span(
+        span.op - num_ops if span.op >= num_ops else span.op - num_ops - 1,
+        span.lane,
+        span.start_s - begin_s,
+        span.end_s - begin_s,
+        span.submitted_s - begin_s,
+        span.ready_s - begin_s,
+        span.num_bytes,
+        tuple([op - num_ops if op >= num_ops else op - num_ops - 1 for op in span.waits]),
     )
 
 

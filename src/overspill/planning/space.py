@@ -1,9 +1,10 @@
-"""How much room a plan takes in the SSD directory: what is preallocated before the first step."""
+"""How much room a plan takes that its schedule does not count: preallocated in the SSD directory, rounded up in memory."""
 
 from __future__ import annotations
 
+from overspill.planning.pools import SLOT_BYTES
 from overspill.spec.plan import Plan, UpdateTiming
-from overspill.spec.schedule import initial_copies
+from overspill.spec.schedule import BUNDLE_ROLES, initial_copies
 from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, Tier
 from overspill.units import align_up
 
@@ -46,3 +47,10 @@ def boundary_slot_bytes(plan: Plan) -> int:
 def num_boundary_slots(plan: Plan) -> int:
     """Hidden states and their gradients that exist at one time in training: one a boundary, and one unit's gradients."""
     return len(plan.units) * plan.group_size
+
+
+def rounding_bytes(plan: Plan) -> int:
+    """Most by which memory of the device, or of the host, exceeds the pieces in it: homes and slots are rounded up to pages, which neither
+    peaks nor budgets of a plan count. A page for every role of every bundle (all but its last chunk are whole pages) and for every hidden
+    state and its gradient; some MiB of a model of 8B."""
+    return SLOT_BYTES * (len(BUNDLE_ROLES) * len(plan.bundles) + 2 * num_boundary_slots(plan))

@@ -138,6 +138,10 @@ class _Timeline:
         number = len(tasks)
         self.lanes = [_NUMBER[task.lane] for task in tasks]
         self.streams = (_COMPUTE, _H2D, _D2H) if threads.has_streams else ()
+        self.on_stream = [lane in self.streams for lane in self.lanes]
+        self.num_issuable, self.num_over = [0] * number, [0] * number
+        """Of each task's waits, in their order: how many were found to be no hindrance to issuing it, or to have ended. That does not
+        change again, so each is looked at once, but for the one that it stands at."""
         self.submitted = [0.0] * number
         self.start = [-1.0] * number
         self.end = [-1.0] * number
@@ -226,11 +230,26 @@ class _Timeline:
 
     def can_issue(self, index: int) -> bool:
         """Rule 2."""
-        streams, lanes = self.streams, self.lanes
-        waits = self.tasks[index].waits
-        if lanes[index] not in streams:
-            return all(self.ended[wait] for wait in waits)
-        return all(self.ended[wait] or (self.issued[wait] and lanes[wait] in streams) for wait in waits)
+        if not self.on_stream[index]:
+            return self.is_over(index)
+        waits, ended, issued, on_stream = self.tasks[index].waits, self.ended, self.issued, self.on_stream
+        for at in range(self.num_issuable[index], len(waits)):
+            wait = waits[at]
+            if not (ended[wait] or (issued[wait] and on_stream[wait])):
+                self.num_issuable[index] = at
+                return False
+        self.num_issuable[index] = len(waits)
+        return True
+
+    def is_over(self, index: int) -> bool:
+        """Whether all that it waits for has ended."""
+        waits, ended = self.tasks[index].waits, self.ended
+        for at in range(self.num_over[index], len(waits)):
+            if not ended[waits[at]]:
+                self.num_over[index] = at
+                return False
+        self.num_over[index] = len(waits)
+        return True
 
     def issue(self) -> bool:
         """Let each lane's thread take up what it can; whether any did."""
@@ -256,7 +275,7 @@ class _Timeline:
             if not flight or lane in self.running:
                 continue
             index = flight[0]
-            if self.submitted[index] > self.now or not all(self.ended[wait] for wait in self.tasks[index].waits):
+            if self.submitted[index] > self.now or not self.is_over(index):
                 continue
             flight.popleft()
             if self.start[index] < 0:
@@ -290,11 +309,11 @@ class _Timeline:
         return until
 
     def spans(self) -> list[Span]:
-        found = []
+        found, is_free, end = [], [task.is_free for task in self.tasks], self.end
         for index, task in enumerate(self.tasks):
             if not task.is_free:
-                ready = max([self.submitted[index], *(self.end[wait] for wait in task.waits)])
-                waits = tuple(wait for wait in task.waits if not self.tasks[wait].is_free)
+                ready = max([self.submitted[index], *[end[wait] for wait in task.waits]])
+                waits = tuple([wait for wait in task.waits if not is_free[wait]])
                 start = max(self.start[index], ready) if task.lane is Lane.COMPUTE else self.start[index]
-                found.append(Span(index, task.lane, start, self.end[index], self.submitted[index], ready, task.num_bytes, waits))
+                found.append(Span(index, task.lane, start, end[index], self.submitted[index], ready, task.num_bytes, waits))
         return found

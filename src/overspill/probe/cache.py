@@ -43,10 +43,22 @@ def cache_path(identity: MachineIdentity) -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"  # a relative one is to be ignored, says the XDG standard
+        folder = Path(base) if os.path.isabs(base) else _home() / ".cache"  # a relative one is to be ignored, says the XDG standard
     except RuntimeError as error:
         raise StorageError(f"there is no home directory for the cache ({error}); set XDG_CACHE_HOME, or name a file with --out") from error
     return folder / "overspill" / f"machine-{identity.key}.json"
+
+
+def _home() -> Path:
+    """The home directory.
+
+    Raises:
+        RuntimeError: there is none. An empty or relative HOME, which would mean the root or the working directory, is none.
+    """
+    home = Path.home()
+    if not os.path.isabs(os.environ.get("HOME", str(home))):
+        raise RuntimeError(f"HOME is {os.environ['HOME']!r}")
+    return home
 
 
 def read_machine_file(path: Path) -> MachineFile:
@@ -120,6 +132,7 @@ def load_hardware(
             # Its memory says nothing about this one's.
             file = dataclasses.replace(
                 file,
+                footprint=None,
                 capacities=dataclasses.replace(
                     file.capacities, host_budget_bytes=None, memory_total_after_bytes=file.capacities.memory_total_bytes
                 ),

@@ -9,6 +9,8 @@ Rules:
 3. Nothing is left: memory goes back to the system, the drive's file has no name. An interruption leaves as little.
 4. It never fails for want of something to measure: no GPU, no directory, no room are notes. Only wrong input raises.
 
+4. What a process takes beside its tensors is measured first, before other measurements load code.
+
 Costs: 10 to 15 s with a GPU and a drive, most of it the drive's.
 """
 
@@ -30,6 +32,7 @@ from overspill.errors import BudgetError, OverspillError, StorageError
 from overspill.probe.capacities import ROOT, look_again, place_room_bytes, read_capacities
 from overspill.probe.compute import BLOCK_ON_CPU, BLOCK_ON_GPU, MatrixShape, measure_compute
 from overspill.probe.drive import TRIAL_S, TRIALS_BYTES, OpenStore, Passes, choose_depth, measure_drive, measure_trial
+from overspill.probe.footprint import measure_footprint
 from overspill.probe.host_memory import measure_adamw, measure_copy, measure_in_place
 from overspill.probe.identity import read_identity
 from overspill.probe.link import Link, measure_link, open_link
@@ -42,6 +45,7 @@ from overspill.spec.machine_file import (
     MachineFile,
     MachineRates,
     MeasuredRate,
+    ProcessFootprint,
 )
 from overspill.spec.state_formats import STATE_FORMATS
 from overspill.spec.tensors import CHUNK_BYTES, HOST_CHUNK_BYTES
@@ -117,8 +121,9 @@ def probe_machine(
     Raises:
         ValueError: a directory cannot be meant: neither it nor its parent exists, or it is a file.
     """
-    places = [_existing(Path(place)) for place in ssd_places]
+    places = existing_places(ssd_places)
     probe = _Probe(device, places, host_budget_bytes, settings or SETTINGS, progress, root)
+    footprint = probe.footprint()
     rates = probe.rates(open_store)
     capacities = look_again(probe.capacities, root)
     if not capacities.is_memory_steady:
@@ -135,6 +140,7 @@ def probe_machine(
         took_s=time.perf_counter() - probe.begin_s,
         capacities=capacities,
         rates=rates,
+        footprint=footprint,
         ssd_written_bytes=probe.written[0],
         notes=tuple(probe.notes),
     )
@@ -163,6 +169,12 @@ class _Probe:
         self.device_room_bytes = self.host_room_bytes if free is None else int(free * ROOM_FRACTION)
         self.notes: list[str] = []
         self.written = [0]
+
+    def footprint(self) -> ProcessFootprint | None:
+        """Of a training process; first of all, while no kernel is loaded. None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        return self._attempt("what a process takes of the device", lambda end: measure_footprint(self.device, self.device_room_bytes))
 
     def rates(self, open_store: OpenStore | None) -> MachineRates:
         """All of them, the drive last (rule 1)."""
@@ -329,6 +341,15 @@ class _Probe:
 
 def _without_sizes(text: str) -> str:
     return re.sub(r"[0-9.]+ ([KMGT]i)?B", "", text)
+
+
+def existing_places(ssd_places: Sequence[str]) -> list[Path]:
+    """What there is of the directories of an SSD tier.
+
+    Raises:
+        ValueError, StorageError: a directory cannot be meant, or may not be looked at.
+    """
+    return [_existing(Path(place)) for place in ssd_places]
 
 
 def _existing(place: Path) -> Path:

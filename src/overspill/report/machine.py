@@ -97,6 +97,9 @@ def _capacity_rows(file: MachineFile) -> list[tuple[str, str]]:
     if found.device_free_bytes is not None and found.device_total_bytes is not None:
         rows.append(("device memory free", format_bytes(found.device_free_bytes)))
         rows.append(("device memory in all", format_bytes(found.device_total_bytes)))
+    if file.footprint is not None:
+        rows.append(("  a process beside its tensors", format_bytes(file.footprint.context_bytes + file.footprint.library_bytes)))
+        rows.append(("  and in host memory", format_bytes(file.footprint.host_growth_bytes)))
     rows.append(("SSD free", "no --ssd-dir" if found.ssd_free_bytes is None else format_bytes(found.ssd_free_bytes)))
     return rows
 

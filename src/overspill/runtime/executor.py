@@ -26,7 +26,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,6 +36,7 @@ from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs, CudaRecorder
 from overspill.runtime.landing import Landing, find_late, have_homes_landed
 from overspill.runtime.lanes import Abandoned, Completion, Lanes
+from overspill.runtime.machine import without_cycle_collection
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
 from overspill.runtime.step import RunningStep
@@ -127,7 +128,7 @@ class Executor:
         step = RunningStep(self, schedule, micro_batches, context, updates, Recorder(base, base_s, self.landing))
         self.updated, lands_later = step.updated, False
         try:
-            with self._seeded_apart(), _uncollected():
+            with self._seeded_apart(), without_cycle_collection():  # a pass holds every lane up for tens of ms
                 step.dispatch_all()
             self.while_waiting()
             _collect_young()
@@ -320,20 +321,7 @@ class Executor:
             self._leave_visit()
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Python's cycle collector rests inside: with all of torch and transformers to look at, one pass holds every lane up for tens of
-    milliseconds. What a step leaves behind is collected after it."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 def _collect_young() -> None:
-    """What `_uncollected` left for later, of this step alone and while its last work is under way."""
+    """What `without_cycle_collection` left for later, of this step alone and while its last work is under way."""
     if gc.isenabled():
         gc.collect(0)

@@ -17,7 +17,7 @@ from overspill.checkpoint import discard_manifests, open_records
 from overspill.errors import BudgetError
 from overspill.huggingface import Checkpoint, StreamedModel, build_meta_model, copy_without_weights, expected_tensors, open_checkpoint
 from overspill.planning import build_layout, build_plan
-from overspill.planning.space import scratch_bytes, store_bytes, uses_ssd
+from overspill.planning.space import rounding_bytes, scratch_bytes, store_bytes, uses_ssd
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
 from overspill.runtime.homes import Homes
 from overspill.runtime.residency import Residency
@@ -194,9 +194,9 @@ def allocate(
     if source is None and store_bytes(plan) and checkpoints is None:
         for place in plan.ssd_places:
             discard_manifests(Path(place), allowed=False)
-    # Slots are rounded up to pages, which the schedule does not count.
-    rounding = 2 * len(plan.units) * plan.group_size * 4096
-    host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
+    host_budget, device_budget = (
+        None if budget is None else budget + rounding_bytes(plan) for budget in (plan.host_budget_bytes, plan.device_budget_bytes)
+    )
     is_cuda = torch.device(plan.device).type == "cuda"
     host = HostMemory(
         pin=is_cuda,
@@ -206,7 +206,7 @@ def allocate(
     )
     opened: list[HostMemory | DeviceMemory | RecordStore] = [host]
     try:
-        device = DeviceMemory(torch.device(plan.device), budget_bytes=plan.device_budget_bytes)
+        device = DeviceMemory(torch.device(plan.device), budget_bytes=device_budget)
         opened.append(device)
         store, scratch, checkpointer = None, None, None
         if checkpoints is None and store_bytes(plan):

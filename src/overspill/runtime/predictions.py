@@ -7,7 +7,9 @@ Rules:
 2. Rates that the session has measured itself come before those of a machine file.
 3. A model that cannot be described without weights is predicted from what its plan assumes, and the prediction's terms say so.
 4. `if_cheap` predicts the first programs (`FREE_PROGRAMS`), and then one that was not seen before only while all predicting takes less
-   than `SHARE` of the time that was trained: batches padded to many lengths are many programs.
+   than `SHARE` of the time that was trained: batches padded to many lengths are many programs. One of the first that would take longer than
+   `FREE_S` (8B on the SSD are 51,000 ops, 3 s) waits until that is at most `LATE_SHARE` of the time that was trained: no step waits for it
+   that is not used to taking long.
 5. A run does not end because it cannot be predicted: `if_cheap` warns once and leaves it at that.
 """
 
@@ -25,6 +27,7 @@ from overspill.errors import OverspillError
 from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, simulate
 from overspill.planning.memory import device_terms, host_terms
+from overspill.runtime.machine import without_cycle_collection
 from overspill.runtime.programs import Programs
 from overspill.runtime.template_timing import time_templates
 from overspill.spec.hardware import HardwareSpec
@@ -35,6 +38,9 @@ from overspill.spec.schedule import Schedule
 from overspill.spec.workload import TemplateTimes, WorkloadSpec
 
 SHARE = 0.001
+FREE_S, LATE_SHARE = 0.5, 0.01
+S_PER_OP = 60e-6
+"""Of predicting an op of a program that overlaps itself. Measured: 3.1 s for 51,000 ops on one core of a cloud machine."""
 FREE_PROGRAMS = 3
 """The plan's longest step, the first one, and its twin that starts with pending updates."""
 MOST_KEPT = 8
@@ -82,7 +88,8 @@ class Predictions:
         key = (id(schedule), is_masked, hardware, rates, id(self.times))
         if key not in self._kept:
             begun = time.perf_counter()
-            prediction = self._predict(schedule, is_masked=is_masked, hardware=hardware or with_rates(self.hardware, rates))
+            with without_cycle_collection():  # a third of the time: hundreds of thousands of tuples are made, and none is garbage yet
+                prediction = self._predict(schedule, is_masked=is_masked, hardware=hardware or with_rates(self.hardware, rates))
             if len(self._kept) >= MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = schedule, prediction  # the schedule, so that nothing else gets its id
@@ -96,7 +103,7 @@ class Predictions:
     def if_cheap(self, schedule: Schedule, *, is_masked: bool, trained_s: float) -> Prediction | None:
         """The same, or None where it would take too much of the time that was trained (rule 4)."""
         is_known = any(known is schedule and key[1] == is_masked for key, (known, _) in self._kept.items())
-        if self._has_given_up or (not is_known and len(self._kept) >= FREE_PROGRAMS and self.spent_s > SHARE * trained_s):
+        if self._has_given_up or (not is_known and not self._is_cheap(schedule, trained_s)):
             return None
         try:
             return self.predict(schedule, is_masked=is_masked)
@@ -104,6 +111,13 @@ class Predictions:
             self._has_given_up = True
             warnings.warn(f"steps of this run are not predicted: {type(error).__name__}: {error}", RuntimeWarning, stacklevel=3)
             return None
+
+    def _is_cheap(self, schedule: Schedule, trained_s: float) -> bool:
+        """Rule 4, for a program that was not seen before."""
+        if len(self._kept) >= FREE_PROGRAMS:
+            return self.spent_s <= SHARE * trained_s
+        needed_s = S_PER_OP * len(schedule.ops)
+        return needed_s <= FREE_S or needed_s <= LATE_SHARE * trained_s
 
     def _predict(self, schedule: Schedule, *, is_masked: bool, hardware: HardwareSpec) -> Prediction:
         workload = self.workload(is_masked=is_masked)
@@ -116,7 +130,9 @@ class Predictions:
         )
         arena = self.programs.arena(schedule)
         slot_bytes = self.programs.slot_bytes(schedule)
-        device = device_terms(schedule, self.plan, slot_bytes=slot_bytes, workload=workload, replays_graphs=self.replays_graphs)
+        device = device_terms(
+            schedule, self.plan, slot_bytes=slot_bytes, hardware=hardware, workload=workload, replays_graphs=self.replays_graphs
+        )
         return simulate(
             schedule,
             self.plan,

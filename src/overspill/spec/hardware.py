@@ -54,6 +54,11 @@ class HardwareSpec:
     """Host memory that the process holds before overspill allocates anything; it counts against the host budget."""
     device_context_bytes: int = 0
     """Device memory that the driver's context takes; it counts against the device budget."""
+    footprint_context_bytes: int = 0
+    """What a training process takes beside its tensors on this machine's GPU, by `overspill probe`. 0: not measured, and so for the two
+    that follow; predictions then take constants."""
+    footprint_library_bytes: int = 0
+    footprint_host_growth_bytes: int = 0
 
     @property
     def is_measured(self) -> bool:

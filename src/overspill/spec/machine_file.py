@@ -237,6 +237,18 @@ class MachineRates:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessFootprint:
+    """What a process that trains on the GPU takes beside its tensors, once the kernels of a step are loaded."""
+
+    context_bytes: int
+    """What the driver counts as used beside the allocator's; what other programs had on the device while it was probed included."""
+    library_bytes: int
+    """Workspaces that matrix libraries keep, from the allocator."""
+    host_growth_bytes: int
+    """Resident host memory that kernels and libraries took, from a context with none of them on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MachineFile:
     """One probe of one machine."""
 
@@ -247,6 +259,8 @@ class MachineFile:
     took_s: float
     capacities: MachineCapacities
     rates: MachineRates
+    footprint: ProcessFootprint | None = None
+    """None: no GPU, or not measured (a machine file of before)."""
     ssd_written_bytes: int = 0
     """What the probe wrote to the drive and removed."""
     notes: tuple[str, ...] = ()
@@ -313,6 +327,8 @@ def hardware_from(
         ssd: file systems of the directories that will be used; the file's drive figures hold only for the same ones.
     """
     rates, changes, assumed = file.rates, dict[str, float](), []
+    if file.footprint is not None:
+        changes |= {f"footprint_{name}": number for name, number in dataclasses.asdict(file.footprint).items()}
     if rates.link:
         link = _nearest(rates.link)
         changes |= {"h2d_bytes_per_s": link.h2d.median_per_s, "d2h_bytes_per_s": link.d2h.median_per_s}
