@@ -177,7 +177,7 @@ class TensorCache:
             return "cast_of_parameter", storage
         if torch._C._current_graph_task_id() != -1:
             return "in_backward", storage
-        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or tensor.is_inference():
+        if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_quantized or tensor.is_inference():
             return "unsupported", storage
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "capturing", storage
