@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_nets import assert_same_gradients, offload
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 
 from overspill.activations import OffloadActivations
@@ -244,6 +245,23 @@ def test_tensors_on_other_devices_and_of_other_kinds_are_left_alone(active: Offl
     values = torch.randn(8, dtype=torch.complex64, requires_grad=True)
     (values.conj() * values).abs().sum().backward()
     assert packed_bytes(active) > before
+
+
+def test_zero_tensors_of_forward_mode_differentiation_have_no_memory_to_move() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    inputs = torch.randn(4, 8)
+
+    def step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with forward_ad.dual_level():
+            output, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(inputs, torch.ones_like(inputs))))
+            (output.sum() + tangent.square().sum()).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = step()
+    with offload(model) as active:
+        assert_same_gradients(step(), expected)
+    assert active.report().left_alone["unsupported"] > 0
 
 
 def test_small_tensors_are_left_alone() -> None:
