@@ -38,10 +38,13 @@ def parse_bytes(text: str | int) -> int:
         if text < 0:
             raise ValueError(f"a size cannot be negative, got {text}")
         return text
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*([A-Za-z]*)\s*", text) if isinstance(text, str) else None
     suffix = match.group(2).lower() if match else ""
     if match is None or suffix not in _SUFFIXES:
-        raise ValueError(f"{text!r} is not a size; write a number and one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB, PB, such as 8GiB")
+        raise ValueError(
+            f"{text!r} is not a size; write a number and one of B, KiB, MiB, GiB, TiB, KB, MB, GB, TB, PB, such as 8GiB, or a whole number "
+            "of bytes"
+        )
     return round(float(match.group(1)) * _SUFFIXES[suffix])
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import collections
+import concurrent.futures
+import contextlib
+import copy
 import gc
+import io
 import os
 import subprocess
 import sys
@@ -13,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from small_nets import VOCAB, assert_same_gradients, build, offload, run_step
+from small_nets import INPUTS, VOCAB, assert_nothing_left, assert_same_gradients, build, chain_step, offload, run_step
 from torch import nn
 
 import overspill
@@ -35,9 +39,12 @@ Usage = collections.namedtuple("Usage", ["total", "used", "free"])
         ({"host_budget": "900TiB"}, BudgetError, r"host_budget is 900.00 TiB but this machine has"),
         ({"host_budget": "1 banana"}, ValueError, "is not a size"),
         ({"host_budget": -5}, ValueError, "cannot be negative"),
+        ({"host_budget": 1e9}, ValueError, "1000000000.0 is not a size.*or a whole number of bytes"),
         ({"ssd_budget": "1GiB"}, ValueError, "ssd_budget has no effect without ssd_dir"),
         ({"ssd_dir": ".", "ssd_budget": 100}, BudgetError, "ssd_budget is 100 B, less than one page"),
         ({"ssd_dir": "/nowhere/at/all"}, ValueError, "/nowhere/at is no directory"),
+        ({"ssd_dir": ""}, ValueError, "ssd_dir is a directory, or a list of directories, got ''"),
+        ({"ssd_dir": [".", ""]}, ValueError, r"got \['.', ''\]"),
         ({"ssd_dir": 5}, ValueError, "ssd_dir is a directory, or a list of directories, got 5"),
         ({"amount": "most"}, ValueError, "amount='most' is not known; choose one of 'adaptive', 'everything', 'ssdtrain', 'nothing'"),
         ({"storage": "fp4"}, ValueError, "storage='fp4' is not known; choose one of 'as_is', 'bf16', 'int8'"),
@@ -111,6 +118,41 @@ def test_foreign_hooks_that_are_active_already_are_refused_by_name() -> None:
             active.measure_gradient_error(lambda: None)
     with pytest.raises(RuntimeError, match="is not active: enter the block first"):
         active.next_micro_batch()
+
+
+@pytest.mark.parametrize("is_attached", [False, True], ids=["block", "attached"])
+def test_a_copy_of_the_model_made_inside_is_a_plain_model(is_attached: bool) -> None:
+    """As for an average of weights, or for keeping the best model."""
+    model, step = chain_step()
+    active = offload(model)
+    with contextlib.ExitStack() as stack:
+        if is_attached:
+            active.attach()
+            stack.callback(active.detach)
+        else:
+            stack.enter_context(active)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
+        micro_batches = active._tiers.cache._micro_batch
+        for other in copies:
+            run_step(other, lambda other=other: other(INPUTS))
+        assert active._tiers.cache._micro_batch == micro_batches, "their forward is none of the model's"
+        expected = run_step(model, step)[1]
+        assert active.report().num_rounds > 0
+    for other in copies:
+        assert_same_gradients(run_step(other, lambda other=other: other(INPUTS))[1], expected)
+
+
+def test_leaving_in_another_thread_is_refused_and_the_block_goes_on() -> None:
+    model, step = chain_step()
+    expected = run_step(model, step)
+    with offload(model) as active:
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="left in another thread than entered it"):
+            pool.submit(active.__exit__, None, None, None).result()
+        assert_same_gradients(run_step(model, step)[1], expected[1])
+    assert_nothing_left(active)
 
 
 def test_tensors_saved_outside_of_any_module_are_moved_too() -> None:

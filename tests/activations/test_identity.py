@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_nets import offload
+from small_nets import assert_same_gradients, offload
 from torch import nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 
 from overspill.activations import OffloadActivations
@@ -189,6 +191,53 @@ def test_what_is_saved_again_after_a_change_has_its_own_record(active: OffloadAc
     assert leaf.grad is not None and leaf.grad.item() == 1000
 
 
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+@pytest.mark.parametrize("own_count", ["unsafe_chunk", "data"])
+def test_tensors_of_one_storage_that_count_their_changes_apart_are_apart(own_count: str, recompute: str) -> None:
+    """Equal numbers of two counts say nothing. The first is on its way before the second, in the same storage, is changed and saved."""
+    leaf = torch.linspace(-1, 1, 2000, requires_grad=True)
+
+    def chunks() -> torch.Tensor:
+        left, right = (leaf * 1.0).unsafe_chunk(2)
+        left = left.sigmoid_()  # saves its result, in a storage of which it is one half
+        time.sleep(0.01)
+        return (left + right.tanh_()).sum()  # so does this, by then changed as often
+
+    def data() -> torch.Tensor:
+        known = torch.ones(2000)
+        first = leaf * known
+        time.sleep(0.01)
+        known.data.mul_(5.0)
+        return first.detach().sum() + (leaf * known.data).sum()  # what is saved here was never changed, says its count
+
+    def step() -> torch.Tensor:
+        leaf.grad = None
+        (chunks() if own_count == "unsafe_chunk" else data()).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    expected = step()
+    with offload(nn.Linear(2, 2), recompute=recompute):
+        assert torch.equal(step(), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_layers_whose_gates_share_a_storage_get_the_gradients_of_plain_pytorch(kind: type[nn.RNNBase]) -> None:
+    torch.manual_seed(0)
+    model = kind(16, 16, batch_first=True)
+    inputs = torch.randn(3, 6, 16)
+
+    def step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(inputs)[0].tanh().sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = step()
+    for _ in range(10):
+        with offload(model):
+            assert_same_gradients(step(), expected)
+
+
 def test_tensors_on_other_devices_and_of_other_kinds_are_left_alone(active: OffloadActivations) -> None:
     torch.sparse.mm(torch.eye(4).to_sparse(), torch.randn(4, 4, requires_grad=True)).sum().backward()
     assert active.report().left_alone["unsupported"] > 0
@@ -196,6 +245,23 @@ def test_tensors_on_other_devices_and_of_other_kinds_are_left_alone(active: Offl
     values = torch.randn(8, dtype=torch.complex64, requires_grad=True)
     (values.conj() * values).abs().sum().backward()
     assert packed_bytes(active) > before
+
+
+def test_zero_tensors_of_forward_mode_differentiation_have_no_memory_to_move() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    inputs = torch.randn(4, 8)
+
+    def step() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        with forward_ad.dual_level():
+            output, tangent = forward_ad.unpack_dual(model(forward_ad.make_dual(inputs, torch.ones_like(inputs))))
+            (output.sum() + tangent.square().sum()).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+    expected = step()
+    with offload(model) as active:
+        assert_same_gradients(step(), expected)
+    assert active.report().left_alone["unsupported"] > 0
 
 
 def test_small_tensors_are_left_alone() -> None:

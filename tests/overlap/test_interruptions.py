@@ -7,9 +7,11 @@ import itertools
 import signal
 import threading
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
+from test_ctrl_c_anywhere import lent_bytes
 from test_lanes import assert_same, open_session, outcome
 from training_loop import make_batches
 
@@ -25,16 +27,18 @@ from overspill.tiers.calls import SpacePolicy, SpaceWaiter
 BATCHES = make_batches(2, vocab_size=96, seed=0)
 
 
-def test_a_step_stopped_with_pending_updates_done_but_not_written_back_closes_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All arithmetic of the step before was done, but states still waited for their write: the homes are old in part."""
+def test_a_step_stopped_with_pending_updates_whose_write_failed_closes_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arithmetic of the step before was done, but a state did not get home."""
     with open_session(serial=False, parameters="ssd", states="ssd", boundaries="device", clip=1.0) as session:
         session.step(BATCHES)
         num_updates = sum(isinstance(item.op, Update) for item in session.schedule(BATCHES).ops)
-        submit, run = Lanes.submit, UnitRunner.run
+        submit, run, stopped = Lanes.submit, UnitRunner.run, threading.Event()
 
         def late(self, lane, job, waits):  # type: ignore[no-untyped-def]
             def slow_job():  # type: ignore[no-untyped-def]
                 time.sleep(0.02)
+                if stopped.is_set():
+                    raise StorageError("the drive is gone")
                 return job()
 
             return submit(self, lane, slow_job if lane is Lane.SSD_WRITE else job, waits)
@@ -44,6 +48,7 @@ def test_a_step_stopped_with_pending_updates_done_but_not_written_back_closes_th
                 return run(self, op, *rest)
             while len(session.executor.updated) < num_updates:
                 time.sleep(0.001)
+            stopped.set()
             raise KeyboardInterrupt
 
         monkeypatch.setattr(Lanes, "submit", late)
@@ -52,6 +57,100 @@ def test_a_step_stopped_with_pending_updates_done_but_not_written_back_closes_th
             session.step(BATCHES)
         with pytest.raises(RuntimeError, match="half-way"):
             session.flush()
+
+
+CLIPPED_PLACEMENTS: list[dict[str, object]] = [
+    {"parameters": "ssd", "states": "ssd", "boundaries": "ssd", "group_size": 1},
+    {"parameters": "host", "states": "host", "boundaries": "host"},
+    {"parameters": "host", "states": "ssd", "boundaries": "device"},
+    {"parameters": "device", "states": "host", "boundaries": "device"},
+    {"parameters": "ssd", "states": "host", "boundaries": "device", "device_states_bytes": 60_000},
+    {"parameters": "host", "states": "host", "boundaries": "device", "device_states_bytes": 200_000},
+]
+
+
+def stop_at(place: list[int], error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise in the compute op after `place[0]` others; below 0 never."""
+    run = UnitRunner.run
+
+    def stop(self, *arguments):  # type: ignore[no-untyped-def]
+        place[0] -= 1
+        if place[0] == -1:
+            raise error
+        return run(self, *arguments)
+
+    monkeypatch.setattr(UnitRunner, "run", stop)
+
+
+def stop_and_go_on(placement: dict[str, object], error: BaseException, places: Iterable[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some chunks then have had the update of the step before, others wait for theirs: each gets it exactly once."""
+    expected = outcome(open_session(serial=True, clip=0.1, **placement), 2)
+    place = [-1]
+    stop_at(place, error, monkeypatch)
+    for number in places:
+        with open_session(serial=False, clip=0.1, **placement) as session:
+            reports = [session.step(make_batches(2, vocab_size=96, seed=0))]
+            before = lent_bytes(session)
+            for place[0] in (number, number // 2, number):  # again, before the first has been made good
+                with pytest.raises(type(error)):
+                    session.step(make_batches(2, vocab_size=96, seed=1))
+                assert session.step_number == 1
+            place[0] = -1
+            assert lent_bytes(session) == before or session._pending is None
+            if number % 2:
+                session.flush()
+            reports.append(session.step(make_batches(2, vocab_size=96, seed=1)))
+            session.flush()
+            tensors = {name: session.homes.read(name) for name in session.homes.names}
+            tensors |= {f"{name}.exp_avg_sq": session.homes.read_state(name, "exp_avg_sq") for name in session.homes.names}
+            assert_same(([(report.loss, report.grad_norm) for report in reports], tensors), expected)
+
+
+ERRORS = [KeyboardInterrupt(), MemoryError("a block failed")]
+NUM_COMPUTES = 18
+"""Forward and backward of five units, two micro-batches; the tail but once."""
+
+
+@pytest.mark.parametrize(("placement", "error"), list(zip(CLIPPED_PLACEMENTS, itertools.cycle(ERRORS), strict=False)), ids=str)
+def test_a_step_that_stops_in_a_compute_op_loses_only_itself(
+    placement: dict[str, object], error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_and_go_on(placement, error, (1, 4, 7), monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("error", ERRORS, ids=["ctrl-c", "exception"])
+@pytest.mark.parametrize("placement", CLIPPED_PLACEMENTS, ids=str)
+def test_a_step_that_stops_in_any_compute_op_loses_only_itself(
+    placement: dict[str, object], error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_and_go_on(placement, error, range(NUM_COMPUTES), monkeypatch)
+
+
+def test_a_flush_that_stops_is_gone_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"parameters": "ssd", "states": "ssd", "boundaries": "ssd", "clip": 0.1}
+    expected = outcome(open_session(serial=True, **fields), 1)
+    with open_session(serial=False, **fields) as session:
+        report = session.step(make_batches(2, vocab_size=96, seed=0))
+        submit, numbers = Lanes.submit, itertools.count()
+
+        def interrupted(self, lane, job, waits):  # type: ignore[no-untyped-def]
+            if lane is Lane.HOST_UPDATE and next(numbers) in (2, 5):
+                raise KeyboardInterrupt
+            return submit(self, lane, job, waits)
+
+        monkeypatch.setattr(Lanes, "submit", interrupted)
+        num_stopped = 0
+        while session._pending is not None:
+            try:
+                session.flush()
+            except KeyboardInterrupt:
+                num_stopped += 1
+        assert num_stopped == 2
+        tensors = {name: session.homes.read(name) for name in session.homes.names}
+        tensors |= {f"{name}.exp_avg_sq": session.homes.read_state(name, "exp_avg_sq") for name in session.homes.names}
+    assert_same(([(report.loss, report.grad_norm)], tensors), expected)
 
 
 def test_a_step_stopped_after_all_pending_updates_were_written_back_lost_only_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,11 +231,11 @@ def test_ctrl_c_while_a_step_settles_is_told_when_nothing_is_under_way(monkeypat
         time.sleep(0.3)
         ended.append(True)
 
-    def interrupted(self, schedule, completions, failure):  # type: ignore[no-untyped-def]
+    def interrupted(self, step, failure):  # type: ignore[no-untyped-def]
         self.lanes.submit(Lane.SSD_READ, job, ())
         timers = [ctrl_c_after(0.05), ctrl_c_after(0.15)]
         try:
-            return settle(self, schedule, completions, failure)
+            return settle(self, step, failure)
         finally:
             assert ended
             for timer in timers:

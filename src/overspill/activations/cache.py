@@ -9,8 +9,9 @@ Rules:
 1. Every saved tensor has its version checked when it is unpacked, also one that is left alone: with hooks active nobody else does.
 2. No saved object refers to the tensor that was packed, only to a detached alias or to bytes: an output that knows its own graph would keep
    it alive for ever.
-3. Views of one storage are views of one record, as long as the version is the same. A record takes the whole storage where the view that
-   is saved first covers at least half of it, for nothing is freed while another view holds the rest; else its span alone.
+3. Views of one storage are views of one record, as long as they share their version and it is the same. A record takes the whole storage
+   where the view that is saved first covers at least half of it, for nothing is freed while another view holds the rest; else its span
+   alone.
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
 6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach.
@@ -176,7 +177,7 @@ class TensorCache:
             return "cast_of_parameter", storage
         if torch._C._current_graph_task_id() != -1:
             return "in_backward", storage
-        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized or tensor.is_inference():
+        if tensor.is_conj() or tensor.is_neg() or tensor._is_zerotensor() or tensor.is_quantized or tensor.is_inference():
             return "unsupported", storage
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return "capturing", storage
@@ -186,7 +187,7 @@ class TensorCache:
         """A record that covers the tensor in the version that it has now (rule 3)."""
         start, stop = byte_span(tensor)
         for record in self._by_storage.get(storage._cdata, ()):
-            if record.covers(start, stop, tensor.dtype) and record.watch.version == record.watch.now == tensor._version:
+            if record.covers(start, stop, tensor.dtype) and record.watch.covers(tensor):
                 return record
         return None
 

@@ -16,9 +16,10 @@ Rules:
 
 1. Enter the block once around the loop: entering pins memory and opens the file, leaving gives both back. It may be entered again.
 2. A graph may outlive the block. Leaving ends packing at once; what was packed keeps its memory until its graph dies.
-3. Hooks belong to a thread. Forward has to run in the thread that entered; backward may run in any.
+3. Hooks belong to a thread. Forward has to run in the thread that entered, which also has to leave; backward may run in any.
 4. Only the innermost hooks of a thread see a tensor. So the block is not entered inside of other hooks (refused), and what is saved inside
    of somebody else's hooks further in (`torch.utils.checkpoint`) is theirs; what those save at their borders is seen here.
+5. A copy of the model (`copy.deepcopy`, `torch.save`) that is made inside is a plain model: nothing is active in it.
 
 Limits: Linux, CUDA and CPU. One device. torch.func's transforms refuse hooks. A model that is compiled as a whole is refused.
 """
@@ -26,6 +27,7 @@ Limits: Linux, CUDA and CPU. One device. torch.func's transforms refuse hooks. A
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -100,6 +102,8 @@ class OffloadActivations:
         self._tiers: OpenTiers | None = None
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._handles: list[Any] = []
+        self._thread = 0
+        """That the hooks belong to."""
         self._depth = 0
         """Of the model's forward, while attached."""
         self._gradient_error: float | None = None
@@ -122,6 +126,8 @@ class OffloadActivations:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._hooks is not None and self._thread != threading.get_ident():
+            raise RuntimeError("offload_activations is left in another thread than entered it, whose hooks cannot be reached from here")
         try:
             self._pop()
         finally:
@@ -143,6 +149,9 @@ class OffloadActivations:
         """Undo `attach`; what was packed stays until its graph dies. Does nothing if it is not attached."""
         self._remove_handles()
         self._shut()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return object.__new__, (type(self),)  # rule 5: the hooks of a copied model find nothing to do
 
     # -- hints -------------------------------------------------------------------------------------------------------
 
@@ -260,6 +269,7 @@ class OffloadActivations:
     def _push(self) -> None:
         cache = self._cache()
         # Compiled blocks call hooks as well; without this dynamo would compile what they do, for each shape.
+        self._thread = threading.get_ident()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(*map(torch.compiler.disable, (cache.pack, cache.unpack)))
         self._hooks.__enter__()
 
@@ -273,18 +283,26 @@ class OffloadActivations:
         for handle in handles:
             handle.remove()
 
-    def _begin_forward(self, *_: Any) -> None:
-        if torch._C._current_graph_task_id() == -1 and self._tiers is not None:
+    def _watches(self, module: nn.Module) -> bool:
+        """Not a copy of the model (rule 5)."""
+        return module is vars(self).get("_model")
+
+    def _begin_forward(self, module: nn.Module, *_: Any) -> None:
+        if self._watches(module) and torch._C._current_graph_task_id() == -1 and self._tiers is not None:
             self._tiers.cache.next_micro_batch()
 
-    def _enter_forward(self, *_: Any) -> None:
+    def _enter_forward(self, module: nn.Module, *_: Any) -> None:
+        if not self._watches(module):
+            return
         self._depth += 1
         if self._depth == 1 and torch._C._current_graph_task_id() == -1:
             _refuse_foreign_hooks()
-            self._begin_forward()
+            self._begin_forward(module)
             self._push()
 
-    def _leave_forward(self, *_: Any) -> None:
+    def _leave_forward(self, module: nn.Module, *_: Any) -> None:
+        if not self._watches(module):
+            return
         self._depth = max(0, self._depth - 1)
         if self._depth == 0:
             self._pop()

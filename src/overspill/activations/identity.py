@@ -3,7 +3,8 @@
 * **storage**: what torch's `StorageImpl` owns; a tensor is a view of one. Two tensors are the same memory if they have the same storage
   and their spans meet. An address says nothing: the allocator gives it to the next tensor as soon as this one is dead.
 * **span**: the bytes of a storage from a tensor's first to its last element.
-* **version**: torch's count of in-place changes, shared by a tensor and all of its views.
+* **version**: torch's count of in-place changes, shared by a tensor and all of its views. Not by all tensors of a storage: the pieces of
+  `torch.unsafe_chunk` (a GRU's gates) and `tensor.data` have counts of their own, and equal numbers of two counts say nothing.
 
 Rules:
 
@@ -101,6 +102,17 @@ class VersionWatch:
     @property
     def now(self) -> int:
         return self._counter._version
+
+    def covers(self, tensor: torch.Tensor) -> bool:
+        """Whether it sees this tensor's changes as well, and there was none: found by counting one and taking it back.
+
+        Nobody else may look at the count meanwhile.
+        """
+        if not self.version == self.now == tensor._version:
+            return False
+        with torch.autograd._unsafe_preserve_version_counter(tensor):
+            torch.autograd.graph.increment_version(tensor)
+            return self.now != self.version
 
     def check(self, what: str) -> None:
         """Raise RuntimeError, as autograd does, if there was a change."""

@@ -54,9 +54,10 @@ class Rebuild:
     def device(self) -> torch.device:
         return self._like[3]
 
-    def is_of(self, version: int) -> bool:
-        """Whether a tensor of its storage that has this version now is what would be rebuilt."""
-        return self._watch.version == self._watch.now == version
+    def is_of(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of its storage is a view of what would be rebuilt."""
+        with self._lock:
+            return self._watch.covers(tensor)
 
     def span(self) -> torch.Tensor:
         """The result's bytes.
@@ -64,8 +65,8 @@ class Rebuild:
         Raises:
             RuntimeError: the result or an input was changed in place, or the op gives something else than what was saved.
         """
-        self._watch.check(self._name)
         with self._lock:
+            self._watch.check(self._name)
             if self._value is None:
                 self._value = self._rebuild()
             return self._value
@@ -138,7 +139,7 @@ class Rebuilder:
         base = tensor._base if tensor._is_view() else tensor
         assert base is not None
         known = self._known.get(storage._cdata)
-        if known is not None and known.is_of(tensor._version):
+        if known is not None and known.is_of(tensor):
             return SavedRebuilt(known, Geometry.of(tensor, 0)), False
         node = base.grad_fn
         if node is None or base.output_nr != 0 or base.storage_offset() != 0 or type(base) is not torch.Tensor:

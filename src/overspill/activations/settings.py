@@ -133,10 +133,9 @@ def _named(what: str, value: Any, known: dict[str, Any]) -> Any:
 def _places(ssd_dir: Any) -> tuple[str, ...]:
     if ssd_dir is None:
         return ()
-    if isinstance(ssd_dir, str | os.PathLike):
-        return (os.fspath(ssd_dir),)
-    if isinstance(ssd_dir, Sequence) and ssd_dir and all(isinstance(item, str | os.PathLike) for item in ssd_dir):
-        return tuple(os.fspath(item) for item in ssd_dir)
+    given = [ssd_dir] if isinstance(ssd_dir, str | os.PathLike) else ssd_dir
+    if isinstance(given, Sequence) and given and all(isinstance(item, str | os.PathLike) and os.fspath(item) for item in given):
+        return tuple(os.fspath(item) for item in given)
     raise ValueError(f"ssd_dir is a directory, or a list of directories, got {ssd_dir!r}")
 
 

@@ -14,7 +14,9 @@ Rules:
    is computed on the device by `Compress` and travels with the gradient, so no lane but the updating one waits for it. An update on the
    device looks at it there; whether it did anything is read when the step is over.
 4. After a failure nothing more is begun, all that was begun is waited for, and the failure that comes first in the program is
-   raised.
+   raised. Where gradients of the step before wait for their update and it was this thread that failed (an exception in a block, Ctrl-C),
+   what lies in the lanes' queues is first done to its end: no chunk is then left between its update and its home, and whoever goes on
+   knows which chunks have had theirs (`applied`). A second Ctrl-C ends that.
 5. A training step with immediate updates returns when compute has ended and every loss and gradient is known to be finite. What other
    lanes have left to do lands under the next schedule (`runtime/landing`); `finish` waits for it. With `serial`, where gradients wait
    for the next step, and where something has failed or is not finite, nothing is left under way.
@@ -34,7 +36,7 @@ from overspill.huggingface import StreamedModel
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs, CudaRecorder
-from overspill.runtime.landing import Landing, find_late, have_homes_landed
+from overspill.runtime.landing import Chunk, Landing, find_applied, find_late, have_homes_landed
 from overspill.runtime.lanes import Abandoned, Completion, Lanes
 from overspill.runtime.machine import without_cycle_collection
 from overspill.runtime.memory_guard import HostMemoryGuard
@@ -85,6 +87,8 @@ class Executor:
         """Bundles of which the last schedule has begun to update a chunk, for the error that stops it half-way."""
         self.has_landed = False
         """Whether all updates of the last schedule, and all that they wrote back to homes, were complete when it ended, however it did."""
+        self.applied: frozenset[Chunk] | None = None
+        """Chunks whose update by the last schedule, which stopped, is home; None: one is home in part, or nobody has looked."""
         self.landing: Landing | None = None
         """What the last step that returned has left under way; None: nothing (rule 5)."""
         self.landing_failure: BaseException | None = None
@@ -133,9 +137,9 @@ class Executor:
             self.while_waiting()
             _collect_young()
             lands_later = self._leave_under_way(step)
-            failure = None if lands_later else self._settle(schedule, step.completions, None)
+            failure = None if lands_later else self._settle(step, None)
         except BaseException as error:  # also Ctrl-C on the way into settling
-            failure = self._settle(schedule, step.completions, error)
+            failure = self._settle(step, error)
         refusal = None if lands_later else step.judge_gated()
         failure = failure if failure is not None else refusal
         if failure is not None:
@@ -149,7 +153,7 @@ class Executor:
 
     def forget_step(self) -> None:
         """No schedule that was run before has to do with what comes now."""
-        self.updated, self.has_landed = [], False
+        self.updated, self.has_landed, self.applied = [], False, None
 
     def finish(self) -> None:
         """Wait until the last step has landed; does nothing where it has.
@@ -217,13 +221,16 @@ class Executor:
         self.landing = None
         landing.group.taken.clear()
 
-    def _settle(self, schedule: Schedule, completions: Sequence[Completion], failure: BaseException | None) -> BaseException | None:
+    def _settle(self, step: RunningStep, failure: BaseException | None) -> BaseException | None:
         """Rule 4: nothing is under way when this returns; the failure to tell. Ctrl-C is told after that, however often it comes."""
+        schedule, completions = step.schedule, step.completions
         failures: list[BaseException] | None = None
+        is_first = True
         while failures is None:
             try:
                 if failure is not None:
-                    self.lanes.group.has_failed = True
+                    is_first, ends_queues = False, is_first and schedule.starts_pending
+                    self.lanes.group.has_failed |= not ends_queues
                     self.residency.interrupt()
                 self._leave_visit()
                 if failure is not None:
@@ -245,6 +252,8 @@ class Executor:
         self.lanes.reset()
         self.residency.proceed()
         causes = [error for error in failures if not isinstance(error, Abandoned)]
+        if failure is not None or causes:
+            self.applied = find_applied(schedule, completions, step.begun, self.plan)
         self.has_landed = failure is None and not causes or have_homes_landed(schedule, completions, self.plan)
         if self.landing_failure is not None:  # of the step before: whatever this one met may come from it
             if failure is None or isinstance(failure, Exception):

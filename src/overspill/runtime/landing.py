@@ -43,6 +43,9 @@ from overspill.spec.trace import Span
 UNORDERED = (Lane.SSD_READ, Lane.SSD_WRITE)
 """Lanes whose transfers may overtake each other."""
 
+Chunk = tuple[str, int]
+"""Bundle, and number of the chunk in it."""
+
 
 class Landing:
     """The end of one step; made by the executor, and belongs to it.
@@ -166,6 +169,22 @@ def have_homes_landed(schedule: Schedule, completions: Sequence[Completion], pla
         if changes and (index >= len(completions) or completions[index].settle() is not None):
             return False
     return True
+
+
+def find_applied(schedule: Schedule, completions: Sequence[Completion], begun: Sequence[Chunk], plan: Plan) -> frozenset[Chunk] | None:
+    """The chunks of `begun`, if all of their updates have ended well and all that these changed is home; None if not. All have settled."""
+    homeward: dict[Chunk, bool] = {}
+    for index, item in enumerate(schedule.ops):
+        match item.op:
+            case Update(bundle=bundle, chunk=chunk):
+                pass
+            case Fetch(piece=piece, target=target) | Evict(piece=piece, target=target) if _is_home(piece, target, plan):
+                bundle, chunk = piece.owner, piece.index
+            case _:
+                continue
+        is_good = index < len(completions) and completions[index].settle() is None
+        homeward[bundle, chunk] = homeward.get((bundle, chunk), True) and is_good
+    return frozenset(begun) if all(homeward[chunk] for chunk in begun) else None
 
 
 def _is_home(piece: Piece, tier: Tier, plan: Plan) -> bool:

@@ -17,7 +17,7 @@ Rules:
    thread but the one that asks waits for a device.
 3. After a failure no job of its group that has not begun is begun any more: it fails as `Abandoned`. Jobs end in any case, so whoever
    waits is released, and `settle` says when nobody uses a buffer any more. Jobs of other groups go on, but for those that wait for
-   one that has failed.
+   one that has failed. A failure of lane `compute` is raised to the one who dispatches, and he decides what it ends.
 4. On the `cpu` device the links are lanes with threads too, so that everything above it is the same code.
 
 Costs: about 20 us of a lane's thread for each job; five threads a session, started with the first job.
@@ -259,7 +259,8 @@ class Lanes:
                 end.record(stream)
                 completion._begin_event, completion._event = begin, end
         except BaseException as error:
-            completion.group.has_failed = True
+            if completion.lane is not Lane.COMPUTE:  # else who has called it decides
+                completion.group.has_failed = True
             completion._end(error=error)
             return
         completion._end(transfer=transfer)

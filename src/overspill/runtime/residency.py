@@ -29,7 +29,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 
@@ -190,13 +190,18 @@ class Residency:
         region.pieces = {gradient for _, gradient in pieces}
         self._regions[(bundle, Role.GRADIENT, ""), Tier.DEVICE] = region
 
-    def drop_all_but_homes(self, *, pending: bool = False) -> bool:
+    def drop_all_but_homes(self, *, pending: bool = False, applied: Collection[tuple[str, int]] = ()) -> bool:
         """After a step that ended early, at whatever place (rule 7): keep the homes and nothing else; whether all homes are there.
 
         Nothing of the step may be under way. Done again, it does no harm.
 
         Args:
             pending: whether the gradients that wait for their update count as homes.
+            applied: (bundle, chunk) of those among them that have had it: room for a gradient is made anew, its content is nobody's. A
+                gradient that was on its way from the SSD is still there: its record is written by the next step's alone.
+
+        Raises:
+            BudgetError: there is no such room.
         """
         homes = initial_copies(self.plan, pending=pending)
         self._copies = {key: copy for key, copy in self._copies.items() if key in homes and self._is_whole(*key)}
@@ -217,6 +222,9 @@ class Residency:
             self._idle_boundary_records = collections.deque((name, ()) for name in names if self.scratch.has(name))
         self._dying.clear()
         self.resident_bytes = {tier: sum(copy.num_bytes for (_, at), copy in self._copies.items() if at is tier) for tier in Tier}
+        for (piece, tier), size in homes.items():
+            if piece.role is Role.GRADIENT and (tier is Tier.SSD or (piece.owner, piece.index) in applied):
+                self.create(piece, tier, size)
         return homes.keys() <= self._copies.keys()
 
     def _is_whole(self, piece: Piece, tier: Tier) -> bool:

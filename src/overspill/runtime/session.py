@@ -5,7 +5,7 @@ Rules:
 1. All bytes are placed when the session opens; a step allocates nothing that the plan did not count.
 2. Weights are never stale: `evaluate`, `generate`, `save_pretrained` and `save_checkpoint` flush pending updates first.
    Leaving the `with` block saves nothing.
-3. After a failure that may have changed part of the weights the session refuses to go on.
+3. After a failure that may have changed part of the weights, and nobody knows which, the session refuses to go on.
    Without clip a step returns before its last updates are home (`runtime/landing`). Everything here but the next step's forward waits for
    them first; should one of them fail, the next call says so, as of that step, and there is no going on.
 4. A model object given to a session is taken over once the plan stands: its weights move into the tiers, tensor by tensor, and
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from overspill.errors import NonFiniteError
+from overspill.errors import BudgetError, NonFiniteError
 from overspill.huggingface import StreamedModel, write_model_folder
 from overspill.optim import global_norm
 from overspill.probe.capacities import host_available_bytes
@@ -480,7 +480,8 @@ class Session(Closing):
             pool.unplanned.limit_bytes = self._programs.least_pool_bytes(schedule)
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
-        """After a schedule that stopped: go on if weights are all from before its updates, or all from after them; else rule 3."""
+        """After a schedule that stopped: go on if weights are all from before its updates or all from after them, or if it is known of each
+        chunk which it is, and those from before have their gradient still; else rule 3."""
         self._failure = f"{type(error).__name__}: {error}"  # until all is in order again: Ctrl-C may come once more
         with contextlib.suppress(Exception):  # `_check_usable` tells it
             self.executor.finish()  # it stopped on the way into the schedule, or out of it
@@ -490,8 +491,14 @@ class Session(Closing):
             self._pending = None
             self.residency.drop_all_but_homes()
             self._failure = None
-        elif untouched and self.residency.drop_all_but_homes(pending=schedule.starts_pending):
+        elif untouched and not schedule.starts_pending and self.residency.drop_all_but_homes():
             self._failure = None
+        elif schedule.starts_pending and self._pending is not None and (untouched or self.executor.applied is not None):
+            # Chunk for chunk the step before is applied, or its gradient still waits.
+            applied = self._pending.applied | (self.executor.applied or frozenset())
+            with contextlib.suppress(BudgetError):
+                if self.residency.drop_all_but_homes(pending=True, applied=applied):
+                    self._pending.applied, self._failure = applied, None
 
     def _prepare(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[MicroBatch]:
         if not micro_batches:

@@ -19,7 +19,7 @@ import torch
 from overspill.huggingface import share_equal_tensors
 from overspill.runtime.compute import MicroBatch, StepContext
 from overspill.runtime.gradients import Gradients
-from overspill.runtime.landing import Landing
+from overspill.runtime.landing import Chunk, Landing
 from overspill.runtime.lanes import Abandoned, Completion, Job
 from overspill.runtime.residency import Work
 from overspill.runtime.trace import Recorder
@@ -54,6 +54,8 @@ class RunningStep:
         """Of the ops dispatched so far; those of a `Free` are done at once."""
         self.updated: list[str] = []
         """Bundles of which a chunk's update has begun."""
+        self.begun: list[Chunk] = []
+        """Chunks whose update has begun."""
         self.gated: list[str] = []
         """Those with an update on the device, which their verdict may have stopped there."""
 
@@ -176,12 +178,15 @@ class RunningStep:
 
     def _run_update(self, op: Update, updates: UpdateContext, copies: dict[Role, torch.Tensor]) -> None:
         """On the lane that updates."""
+        if (op.bundle, op.chunk) in updates.applied:
+            return
         gates = None
         if op.tier is Tier.DEVICE:
             self.gated.append(op.bundle)
             gates = self.verdicts.gates(op.bundle)
         else:
             self.verdicts.check(op.bundle, self.updated)
+        self.begun.append((op.bundle, op.chunk))
         self.updated.append(op.bundle)  # before: Ctrl-C is told as soon as the native call has returned
         self.executor.updater.run(op, updates, copies, gates=gates)
 

@@ -32,6 +32,8 @@ class UpdateContext:
         self._scalars = tuple(
             optimizer.scalars(step=step, lr=lr, weight_decay=weight_decay, gradient_scale=gradient_scale) for weight_decay in (None, 0.0)
         )
+        self.applied: frozenset[tuple[str, int]] = frozenset()
+        """(bundle, chunk) of the updates that were made already, by a step that then stopped; they are not made again."""
         self._keys: dict[tuple[str, int], int] = {}
 
     @property
