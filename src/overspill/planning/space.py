@@ -1,8 +1,9 @@
-"""How much room a plan takes in the SSD directory: what is preallocated before the first step."""
+"""How much room a plan takes in the SSD directory: what is preallocated before the first step; and what counts as host memory."""
 
 from __future__ import annotations
 
 from overspill.spec.plan import Plan, UpdateTiming
+from overspill.spec.retention import ActivationMode
 from overspill.spec.schedule import initial_copies
 from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, Tier
 from overspill.units import align_up
@@ -15,7 +16,7 @@ def store_bytes(plan: Plan) -> int:
 
 
 def scratch_bytes(plan: Plan) -> int:
-    """Gradients and boundaries that rest on the SSD during a step.
+    """Gradients, boundaries and activations that rest on the SSD during a step.
 
     A gradient waits only if updates do; a partial gradient (fp32) only between groups, or, of a tied weight, from the tail's
     backward to the embedding's.
@@ -30,7 +31,8 @@ def scratch_bytes(plan: Plan) -> int:
         total += resting * bundle.num_elements * 4
     if plan.boundaries is Tier.SSD:
         total += num_boundary_slots(plan) * boundary_slot_bytes(plan)
-    return total
+    moved = [unit for unit, mode in plan.activations.items() if mode is ActivationMode.SSD]
+    return total + (len(moved) * plan.group_size * activation_slot_bytes(plan) if moved else 0)
 
 
 def uses_ssd(plan: Plan) -> bool:
@@ -43,6 +45,16 @@ def boundary_slot_bytes(plan: Plan) -> int:
     return align_up(max(plan.boundary_bytes(unit.name) for unit in plan.units[1:]), CHUNK_ALIGNMENT_ELEMENTS)
 
 
+def activation_slot_bytes(plan: Plan) -> int:
+    """What a micro-batch at its longest stores in a unit, at most, on a direct-I/O boundary."""
+    return align_up(max(plan.stored_bytes.values()), CHUNK_ALIGNMENT_ELEMENTS)
+
+
 def num_boundary_slots(plan: Plan) -> int:
     """Hidden states and their gradients that exist at one time in training: one a boundary, and one unit's gradients."""
     return len(plan.units) * plan.group_size
+
+
+def is_host_memory(device: str) -> bool:
+    """Whether what is on `device` takes host memory too, and so counts against both budgets."""
+    return device == "cpu"
