@@ -5,13 +5,13 @@ A mode that the user fixed holds for every block; if that does not fit, the plan
 1. Candidates are blocks whose graph can be kept and whose launches do not bound them: those are replayed as CUDA graphs, which a graph of
    autograd cannot be. All others are recomputed.
 2. The last blocks are kept on the device, as many as its budget holds: what they store waits the shortest. All that fit beside the
-   placement that recomputation would have; or all that fit at all, and parameters and states get what is left; or shares between.
+   placement that recomputation would have; or all that fit at all, and parameters and states get what is left; or half of these.
 3. Of the blocks before these, evenly spread so that the link has time between two, some go to host memory.
 4. Each such plan is simulated, and the quickest one is taken; of equally quick ones that with the fewest retained blocks, and the one whose
    states and parameters lie highest. So windows, rates of links, and what else crosses them, are weighed as they are, and none of it is a
    rule of thumb.
 
-Groups of micro-batches may be made smaller than recomputation's: what is kept is kept for a whole group.
+Groups of micro-batches are halved as long as that is quicker and not all blocks are retained: what is kept is kept for a whole group.
 
 Pure: no torch. Costs a schedule build a trial, and a simulation for each plan that fits.
 """
@@ -19,7 +19,6 @@ Pure: no torch. Costs a schedule build a trial, and a simulation for each plan t
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -27,15 +26,19 @@ from overspill.errors import BudgetError
 from overspill.planning.cost import build_costs
 from overspill.planning.memory import fragmentation_bytes, is_bound_by_launches
 from overspill.planning.simulate import simulate
+from overspill.planning.space import is_host_memory
 from overspill.scheduling import build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Plan, PlanRequest, UpdateTiming
 from overspill.spec.retention import ActivationMode
+from overspill.spec.tensors import Tier
 from overspill.spec.workload import WorkloadSpec
 from overspill.units import format_bytes, format_seconds
 
-SHARES = (1.0, 0.75, 0.5, 0.25)
-"""Of the blocks that could be kept, or moved: what is tried. Chosen: each costs a simulation."""
+MOVED_SHARES = (0.25, 0.5, 1.0)
+"""Of the blocks that are not kept: what is tried to move. Chosen: each costs a simulation."""
+MOST_CORRECTED = 3
+"""Blocks fewer than estimated that are tried. Chosen."""
 LEAST_GAIN = 0.01
 """Share of a step's time that a plan must save to be taken for one that retains less. Chosen: simulations are not as exact."""
 
@@ -43,6 +46,8 @@ Place = Callable[[Plan, int | None], Plan]
 """Where everything else goes beside the activations of a plan; with groups of so many micro-batches, or of as many as fit.
 
 Raises BudgetError if it does not fit."""
+Excess = Callable[[Plan], Mapping[Tier, int]]
+"""Bytes by which a placed plan's step exceeds each budget that there is (negative: room)."""
 
 
 def force_mode(request: PlanRequest, base: Plan, workload: WorkloadSpec | None) -> Plan:
@@ -86,6 +91,7 @@ def choose_activations(
     workload: WorkloadSpec | None,
     *,
     place: Place,
+    excess: Excess,
     replays_graphs: bool,
 ) -> Plan:
     """The quickest placed plan for `auto`.
@@ -107,13 +113,20 @@ def choose_activations(
         first = base.units[1].name
         why = "their launches bound them, and they are replayed as CUDA graphs" if replayed else _why_unknown(first, workload)
         return note(recomputed, f"activations: all blocks are recomputed (auto: {why})")
-    search = _Search(request, base, hardware, workload, blocks, stored, place)
-    best, best_s = recomputed, search.step_s(recomputed)
-    recomputed_s = best_s
-    for plan in search.plans(recomputed):
-        step_s = search.step_s(plan)
-        if step_s < (1 - LEAST_GAIN) * best_s:
-            best, best_s = plan, step_s
+    search = _Search(base, hardware, workload, blocks, stored, place, excess, prefetch_units=recomputed.prefetch_units)
+    recomputed_s = search.step_s(recomputed)
+    best, best_s = recomputed, recomputed_s
+    size = recomputed.group_size
+    while True:
+        before = best
+        for plan in search.plans(recomputed, size):
+            step_s = search.step_s(plan)
+            if step_s < (1 - LEAST_GAIN) * best_s:
+                best, best_s = plan, step_s
+        is_all = len(best.activations) == len(blocks)
+        if size == 1 or is_all or request.group_size is not None or (best is before and size < recomputed.group_size):
+            break
+        size = -(-size // 2)
     return note(best, describe(best, saved=None if best is recomputed else (recomputed_s, best_s)))
 
 
@@ -122,16 +135,19 @@ class _Search:
 
     def __init__(
         self,
-        request: PlanRequest,
         base: Plan,
         hardware: HardwareSpec,
         workload: WorkloadSpec,
         blocks: Sequence[str],
         stored: Mapping[str, int],
         place: Place,
+        excess: Excess,
+        *,
+        prefetch_units: int,
     ) -> None:
-        self.request, self.base, self.hardware, self.workload = request, base, hardware, workload
-        self.blocks, self.stored, self.place = blocks, stored, place
+        self.prefetch_units = prefetch_units
+        self.base, self.hardware, self.workload = base, hardware, workload
+        self.blocks, self.stored, self.place, self.excess = blocks, stored, place, excess
 
     def step_s(self, plan: Plan) -> float:
         """Of a step in a row of equal ones, on paper."""
@@ -142,67 +158,60 @@ class _Search:
         prediction = simulate(schedule, plan, self.hardware, overlap=True, repeats=True, overlaps_steps=not is_pending, costs=costs)
         return prediction.step_s
 
-    def plans(self, recomputed: Plan) -> Iterator[Plan]:
-        for size in self._group_sizes(recomputed):
-            most = self._most_that_fit(functools.partial(self._keeping, size))
-            numbers = [math.ceil(share * most) for share in reversed(SHARES)]
-            if size == recomputed.group_size:
-                numbers.append(self._most_that_fit(functools.partial(self._beside, recomputed)))
-            for number in sorted(set(numbers)):
-                if number and (plan := self.try_modes(self._modes(number, 0), size)) is not None:
+    def plans(self, recomputed: Plan, size: int) -> Iterator[Plan]:
+        """Those with groups of `size` micro-batches."""
+        kept: dict[int, Plan] = {}
+        lowest = dataclasses.replace(self.base, boundaries=recomputed.boundaries, group_size=size, prefetch_units=recomputed.prefetch_units)
+        for start in (lowest, dataclasses.replace(recomputed, group_size=size)):
+            most = self._estimate_most(start, size)
+            for number in range(most, max(most - MOST_CORRECTED, 0), -1):
+                if number not in kept and (plan := self.try_modes(self._modes(number, 0), size)) is not None:
+                    kept[number] = plan
+                if number in kept:
+                    break
+        most = max(kept, default=0)
+        half = -(-most // 2)
+        if half not in kept and half and (plan := self.try_modes(self._modes(half, 0), size)) is not None:
+            kept[half] = plan
+        yield from (kept[number] for number in sorted(kept))
+        left = len(self.blocks) - most
+        for number in sorted({math.ceil(share * left) for share in MOVED_SHARES} - {0}):
+            for fewer in range(0, MOST_CORRECTED + 1):  # room for what is under way is taken from what is kept
+                if fewer <= most and (plan := self.try_modes(self._modes(most - fewer, number), size)) is not None:
                     yield plan
-            yield from self._with_moved(most, size)
+                    break
 
-    def _keeping(self, size: int, num_kept: int) -> Plan | None:
-        return self.try_modes(self._modes(num_kept, 0), size)
-
-    def _beside(self, recomputed: Plan, num_kept: int) -> Plan | None:
-        """The plan that keeps so many blocks and places everything else as recomputation would; None: there is none."""
-        plan = self.try_modes(self._modes(num_kept, 0), recomputed.group_size)
-        return plan if plan is not None and plan.placements == recomputed.placements else None
-
-    def _with_moved(self, most_kept: int, size: int) -> Iterator[Plan]:
-        """Some blocks kept, and some of those before them moved; room for what is under way is taken from what is kept."""
-        for kept in dict.fromkeys((most_kept, max(0, most_kept - 2))):
-            left = len(self.blocks) - kept
-            for number in dict.fromkeys(math.ceil(share * left) for share in reversed(SHARES)):
-                if number and (plan := self.try_modes(self._modes(kept, number), size)) is not None:
-                    yield plan
+    def _estimate_most(self, start: Plan, size: int) -> int:
+        """Blocks that the device has room to keep beside what `start` has there."""
+        over = self.excess(start).get(Tier.DEVICE)
+        each = size * max(self.stored[unit] for unit in self.blocks)
+        most = len(self.blocks) if over is None else max(0, -over) // (each + self._reserve(each))
+        return min(len(self.blocks), most)
 
     def _modes(self, num_kept: int, num_moved: int) -> dict[str, ActivationMode]:
         """The last blocks kept; of those before, `num_moved` evenly spread to host memory."""
         first_kept = len(self.blocks) - num_kept
+        num_moved = min(num_moved, first_kept)
         modes = {self.blocks[(2 * index + 1) * first_kept // (2 * num_moved)]: ActivationMode.HOST for index in range(num_moved)}
         return modes | dict.fromkeys(self.blocks[first_kept:], ActivationMode.KEEP)
 
     def try_modes(self, modes: Mapping[str, ActivationMode], size: int) -> Plan | None:
-        """The plan with these modes; None: it does not fit."""
+        """The plan with these modes; None: it does not fit, or takes the room in which parameters are fetched ahead."""
         kept = sum(self.stored[unit] for unit, mode in modes.items() if mode is ActivationMode.KEEP) * size
         base = self.base
-        if base.device_budget_bytes is not None and not base.device.startswith("cpu"):
-            reserve = fragmentation_bytes(kept)  # taken from the budget while it is placed
-            base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - reserve))
+        if base.device_budget_bytes is not None:  # the reserve is taken from the budget while it is placed
+            base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
         try:
             placed = self.place(retain(base, modes, self.stored), size)
         except BudgetError:
             return None
+        if placed.prefetch_units < self.prefetch_units:
+            return None
         return dataclasses.replace(placed, device_budget_bytes=self.base.device_budget_bytes)
 
-    def _group_sizes(self, recomputed: Plan) -> Iterator[int]:
-        """Recomputation's, and its halves unless the user fixed it."""
-        size = recomputed.group_size
-        yield size
-        while size > 1 and self.request.group_size is None:
-            size = -(-size // 2)
-            yield size
-
-    def _most_that_fit(self, build: Callable[[int], Plan | None]) -> int:
-        """The largest number of blocks with a plan."""
-        low, high = 0, len(self.blocks)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if build(middle) is not None else (low, middle - 1)
-        return low
+    def _reserve(self, kept_bytes: int) -> int:
+        """What the device's allocator may lose to fragmentation beside so many kept bytes."""
+        return 0 if is_host_memory(self.base.device) else fragmentation_bytes(kept_bytes)
 
 
 def note(plan: Plan, text: str) -> Plan:

@@ -70,7 +70,7 @@ def build_plan(
         return _place(wanted, _choose_group(wanted, base))
 
     if is_automatic(request):
-        return choose_activations(request, base, hardware, workload, place=place, replays_graphs=replays_graphs)
+        return choose_activations(request, base, hardware, workload, place=place, excess=_excess, replays_graphs=replays_graphs)
     placed = place(force_mode(request, base, workload))
     return note(placed, describe(placed, how="as asked")) if placed.activations else placed
 
