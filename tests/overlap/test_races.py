@@ -57,6 +57,21 @@ def test_waits_order_everything_that_shares_bytes(
         assert races.num_across > 50 or clip is not None or parameters == states == "device"
 
 
+@pytest.mark.parametrize(
+    ("activations", "fields"),
+    [("keep", {"boundaries": "host"}), ("host", {"clip": 1.0}), ("ssd", {"group_size": 2, "states": "ssd"})],
+    ids=["keep", "host", "ssd"],
+)
+def test_waits_order_everything_where_activations_are_kept(
+    activations: str, fields: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_session(parameters="host", **{"states": "host", **fields}, activations=activations) as session:
+        with watch(session, monkeypatch) as races:
+            train(session)
+        assert races.found == []
+        assert len(session.plan.activations) == 3
+
+
 def lend_by_size(session: overspill.Session) -> None:
     """As where the device budget has no room for an arena."""
     session.residency.device_pool.follow = lambda places, *, num_bytes: False  # type: ignore[method-assign]

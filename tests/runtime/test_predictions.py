@@ -36,6 +36,12 @@ PLACEMENTS = [
     {"parameters": "host", "states": "host", "boundaries": "host"},
     {"parameters": "device", "states": "device", "boundaries": "device"},
 ]
+RETAINING = [
+    {"parameters": "host", "states": "host", "boundaries": "device", "activations": "keep", "clip": 1.0},
+    {"parameters": "host", "states": "ssd", "boundaries": "host", "activations": "host"},
+    {"parameters": "ssd", "states": "host", "boundaries": "device", "activations": "ssd", "group_size": 1},
+]
+"""Where what blocks save for their backward is not recomputed."""
 
 
 def open_session(*, delay_s: float = 0.0, bytes_per_s: float | None = None, **request: object) -> overspill.Session:
@@ -52,7 +58,7 @@ def batches(number: int = 2) -> list[dict[str, torch.Tensor]]:
     return make_batches(number, vocab_size=96, seed=0)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: "-".join(map(str, placement.values())))
+@pytest.mark.parametrize("placement", PLACEMENTS + RETAINING, ids=lambda placement: "-".join(map(str, placement.values())))
 def test_the_order_on_every_lane_and_what_ops_wait_for_are_the_executors(placement: dict[str, object]) -> None:
     """A real op waits for nothing that the one on paper does not; what had ended before it was submitted is left out there."""
     with open_session(delay_s=0.001, **placement) as session:
@@ -81,7 +87,7 @@ def test_a_step_bound_by_a_drive_of_known_speed_takes_the_time_that_was_predicte
     assert 0.95 * predicted < measured < 1.4 * predicted + 0.1, "what is beside the drive's time is small"
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda placement: "-".join(map(str, placement.values())))
+@pytest.mark.parametrize("placement", PLACEMENTS + RETAINING, ids=lambda placement: "-".join(map(str, placement.values())))
 def test_bytes_and_the_devices_peak_are_exact(placement: dict[str, object]) -> None:
     with open_session(**placement) as session:
         for _ in range(2):

@@ -43,7 +43,7 @@ class OpenTiers:
         mover = Mover(device, open_link(device), self.host, self.ssd, window_bytes=settings.window_bytes)
         earlier = before.cache.rounds if before is not None else None
         rounds = Rounds(mover, settings.amount, DeviceSpace(device, settings, mover), earlier)
-        rebuilder = Rebuilder(model) if settings.is_rebuilding else None
+        rebuilder = Rebuilder.of_model(model) if settings.is_rebuilding else None
         self.cache: TensorCache = TensorCache(
             mover, self.parameters, rounds, min_bytes=settings.min_bytes, form=settings.form, rebuilder=rebuilder
         )

@@ -11,12 +11,15 @@ Rules:
 
 1. Only ops whose result follows from their saved inputs alone, without random numbers, bit for bit: products of two tensors, SiLU, GELU,
    layer norms of the model's own modules, and a cast behind one of these. None of them is slower than copying its result.
+   A cast of a leaf that somebody keeps anyway (`leaf_of`) is another one.
 2. The inputs are held by the op's own node anyway, which backward runs after all that use the result. So a recipe holds no memory of its
    own. It holds the inputs' saved objects, not the node: what happens to the graph is no matter to it.
 3. The result of several saved views is rebuilt once, and let go with the last of them, or at the end of a backward that keeps its graph.
 4. A recipe runs without autocast, for its inputs have been cast already. Its result must have the shape, dtype and device that was saved;
    strides are restored, because kernels choose by them. Versions are checked, of the result and of the inputs.
 5. Where a tensor is stored already, or its op lacks an input (that of a frozen factor is not saved), it is packed like any other.
+6. A widening cast of something that is not there (a norm in fp32 of bf16 hidden states) is stored in the dtype that it was cast from, if
+   there is somebody to store it (`store`): the values are the same.
 
 How the inputs are found: `grad_fn._raw_saved_self.data` is what pack returned for it, read without unpacking. What other hooks packed
 (`torch.utils.checkpoint` inside) is none of our objects, and such an op has no recipe.
@@ -31,10 +34,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from overspill.activations.identity import Geometry, VersionWatch, bytes_of
-from overspill.activations.saved import SavedAlone, SavedView
+from overspill.activations.saved import Saved, SavedAlone
+
+_PLAIN = (torch.Tensor, FakeTensor)
+"""The second has no values, and the sizes of the first."""
+_HALVES, _WIDER = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
 
 
 class Rebuild:
@@ -95,7 +103,7 @@ class Rebuild:
         return bytes_of(result.untyped_storage(), 0, self.num_bytes)
 
 
-class SavedRebuilt:
+class SavedRebuilt(Saved):
     """A saved tensor that is a view of a rebuilt result."""
 
     __slots__ = ("geometry", "rebuild")
@@ -111,28 +119,43 @@ class SavedRebuilt:
         return self.geometry.view(self.rebuild.span())
 
 
-Saved = SavedAlone | SavedView | SavedRebuilt
-"""What pack returned."""
 Recipe = tuple[Callable[..., torch.Tensor], tuple[Saved | None, ...]]
 
 
 class Rebuilder:
-    """Finds recipes (rules 1 and 5).
+    """Finds recipes (rules 1, 5 and 6).
 
     Args:
-        model: whose layer norms are known by their weights; autograd does not save their epsilon.
+        epsilon_of: what is saved of a layer norm's weight -> the norm's epsilon, which autograd does not save; None: not known.
+        leaf_of: a leaf -> what gives it again in backward; None: nothing does.
+        store: keeps a tensor that nobody saved; None: rule 6 does not apply.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._epsilons: dict[int, float | None] = {}
+    def __init__(
+        self,
+        epsilon_of: Callable[[Saved], float | None],
+        *,
+        leaf_of: Callable[[torch.Tensor], Saved | None] = lambda leaf: None,
+        store: Callable[[torch.Tensor], Saved] | None = None,
+    ) -> None:
+        self._epsilon_of, self._leaf_of, self._store = epsilon_of, leaf_of, store
+        self._known: weakref.WeakValueDictionary[int, Rebuild] = weakref.WeakValueDictionary()
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Rebuilder:
+        """Knows the model's layer norms by their weights."""
+        epsilons: dict[int, float | None] = {}
         for module in model.modules():
             if isinstance(module, nn.LayerNorm) and module.weight is not None:
                 identity = getattr(module.weight, "_local_tensor", module.weight).untyped_storage()._cdata
-                known = self._epsilons.setdefault(identity, module.eps)
+                known = epsilons.setdefault(identity, module.eps)
                 if known != module.eps:
-                    self._epsilons[identity] = None  # one weight, two norms
-        self._kinds = (SavedAlone, SavedView, SavedRebuilt)
-        self._known: weakref.WeakValueDictionary[int, Rebuild] = weakref.WeakValueDictionary()
+                    epsilons[identity] = None  # one weight, two norms
+
+        def epsilon_of(weight: Saved) -> float | None:
+            return epsilons.get(weight.alias.untyped_storage()._cdata) if isinstance(weight, SavedAlone) else None
+
+        return cls(epsilon_of)
 
     def pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[SavedRebuilt, bool] | None:
         """A saved object that rebuilds the tensor, and whether its result is new; None: it has no recipe."""
@@ -142,7 +165,7 @@ class Rebuilder:
         if known is not None and known.is_of(tensor):
             return SavedRebuilt(known, Geometry.of(tensor, 0)), False
         node = base.grad_fn
-        if node is None or base.output_nr != 0 or base.storage_offset() != 0 or type(base) is not torch.Tensor:
+        if node is None or base.output_nr != 0 or base.storage_offset() != 0 or type(base) not in _PLAIN:
             return None
         recipe = self._recipe_of(node, base)
         if recipe is None or any(source is not None and source.device != base.device for source in recipe[1]):
@@ -157,15 +180,25 @@ class Rebuilder:
             rebuild.forget()
 
     def _recipe_of(self, node: Any, result: torch.Tensor) -> Recipe | None:
-        if node.name() == "ToCopyBackward0":
-            inner, number = node.next_functions[0]
-            found = self._direct_recipe(inner) if inner is not None and number == 0 else None
-            if found is None:
-                return None
+        return self._cast(node, result) if node.name() == "ToCopyBackward0" else self._direct_recipe(node)
+
+    def _cast(self, node: Any, result: torch.Tensor) -> Recipe | None:
+        """Of something that has a recipe, of a leaf, or (rule 6) of what is stored for it."""
+        inner, number = node.next_functions[0]
+        if inner is None:
+            return None
+        dtype = result.dtype
+        found = self._direct_recipe(inner) if number == 0 else None
+        if found is not None:
             run, sources = found
-            dtype = result.dtype
             return (lambda *tensors: run(*tensors).to(dtype)), sources
-        return self._direct_recipe(node)
+        is_leaf = inner.name() == "torch::autograd::AccumulateGrad"
+        source = self._leaf_of(inner.variable) if is_leaf else None
+        if source is None and not is_leaf and self._store is not None:
+            narrow = _output_dtype(inner, number)
+            if narrow in _HALVES and dtype in _WIDER:
+                source = self._store(result.detach().to(narrow))
+        return ((lambda tensor: tensor.to(dtype)), (source,)) if source is not None else None
 
     def _direct_recipe(self, node: Any) -> Recipe | None:
         match node.name():
@@ -185,10 +218,10 @@ class Rebuilder:
     def _layer_norm(self, node: Any) -> Recipe | None:
         sources = self._sources(node, "input", "weight")
         bias = node._raw_saved_bias.data
-        if not sources or not (bias is None or isinstance(bias, self._kinds)):
+        if not sources or not (bias is None or isinstance(bias, Saved)):
             return None
         weight = sources[1]
-        epsilon = self._epsilons.get(weight.alias.untyped_storage()._cdata) if isinstance(weight, SavedAlone) else None
+        epsilon = self._epsilon_of(weight)
         if epsilon is None:
             return None
         shape = tuple(node._saved_normalized_shape)
@@ -201,7 +234,13 @@ class Rebuilder:
     def _sources(self, node: Any, *names: str) -> tuple[Saved, ...]:
         """The saved objects of a node's inputs; none at all if one of them is not ours."""
         sources = tuple(getattr(node, f"_raw_saved_{name}").data for name in names)
-        return sources if all(isinstance(source, self._kinds) for source in sources) else ()
+        return sources if all(isinstance(source, Saved) for source in sources) else ()
+
+
+def _output_dtype(node: Any, number: int) -> torch.dtype | None:
+    """Of a node's output; None where this torch does not say."""
+    metadata = getattr(node, "_input_metadata", None)  # of the inputs of its backward
+    return metadata[number].dtype if metadata is not None and number < len(metadata) else None
 
 
 def can_read_saved() -> bool:

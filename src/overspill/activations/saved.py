@@ -1,4 +1,5 @@
-"""What pack returns: objects that autograd holds for exactly as long as it may unpack them. The third kind is in `rebuild.py`."""
+"""What pack returns: objects that autograd holds for exactly as long as it may unpack them. More kinds are in `rebuild.py`, and in
+`retaining.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +25,20 @@ def words(tensor: torch.Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
-class SavedAlone:
+class Saved:
+    """What pack returned. The device is where it is wanted; `unpack` gives the tensor, on the device and ready for compute."""
+
+    __slots__ = ()
+
+    @property
+    def device(self) -> torch.device:
+        raise NotImplementedError(f"{type(self).__name__} has to say where it is wanted")
+
+    def unpack(self) -> torch.Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has to say what was saved")
+
+
+class SavedAlone(Saved):
     """A saved tensor that stays as it is: a detached alias of it, and its version."""
 
     __slots__ = ("_restore", "_version", "alias")
@@ -48,7 +62,7 @@ class SavedAlone:
         return alias
 
 
-class SavedView:
+class SavedView(Saved):
     """A saved tensor that is a view of a record."""
 
     __slots__ = ("_cache", "geometry", "record")

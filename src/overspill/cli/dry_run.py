@@ -22,7 +22,7 @@ from overspill.report.lifetime import describe_forecast, describe_wear
 from overspill.report.prediction import prediction_table
 from overspill.report.tables import placement_table
 from overspill.runtime.machine import find_hardware, resolve_device
-from overspill.runtime.opening import make_plan, plan_for_optimizer
+from overspill.runtime.opening import describe_retention, make_plan, plan_for_optimizer, refuse_compiled
 from overspill.runtime.predictions import Predictions
 from overspill.runtime.programs import Programs
 from overspill.spec.hardware import HardwareSpec
@@ -43,10 +43,12 @@ def run_dry(options: FinetuneOptions, console: Console) -> None:
     config = open_config(options.model)
     model = build_streamed(config, resolve_dtype(options))
     request = plan_for_optimizer(build_request(options, options.seq_len), build_optimizer(options))
+    request = refuse_compiled(request) if options.compile else request
     assert isinstance(request, PlanRequest)
     device = resolve_device(request.device)
     hardware = find_hardware(request, device, options.machine)
-    plan = make_plan(request, model, hardware, device=str(device), chunk_bytes=None)
+    workload = describe_retention(request, config, device)
+    plan = make_plan(request, model, hardware, device=str(device), chunk_bytes=None, workload=workload, replays_graphs=options.cuda_graphs)
     console.print(placement_table(plan.table()))
     for note in plan.notes:
         console.print(f"· {note}", highlight=False)

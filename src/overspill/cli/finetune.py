@@ -12,8 +12,10 @@ from rich.console import Console
 from overspill.cli.config_file import use_config_file
 from overspill.cli.failures import failures_as_exit_codes
 from overspill.spec.lifetime import DEFAULT_MIN_YEARS
+from overspill.spec.retention import DEFAULT_ACTIVATIONS
 
 TierChoice = Literal["auto", "device", "host", "ssd"]
+ActivationChoice = Literal["auto", "recompute", "keep", "host", "ssd"]
 Schedule = Literal["constant", "linear", "cosine"]
 Dtype = Literal["auto", "bfloat16", "float32", "float16"]
 StateFormat = Literal["fp32", "bf16", "int8"]
@@ -47,6 +49,7 @@ class FinetuneOptions:
     parameters: TierChoice = "auto"
     states: TierChoice = "auto"
     boundaries: TierChoice = "auto"
+    activations: ActivationChoice = DEFAULT_ACTIVATIONS
     state_format: StateFormat = "fp32"
     device: str = "auto"
     device_states: str | None = None
@@ -120,6 +123,9 @@ def finetune(
     parameters: Annotated[TierChoice, typer.Option(help="Where the parameters rest.", rich_help_panel=_PLACEMENT)] = "auto",
     states: Annotated[TierChoice, typer.Option(help="Where the optimizer states rest.", rich_help_panel=_PLACEMENT)] = "auto",
     boundaries: Annotated[TierChoice, typer.Option(help="Where hidden states between units rest.", rich_help_panel=_PLACEMENT)] = "auto",
+    activations: Annotated[
+        ActivationChoice, typer.Option(help="What blocks save for their backward: made again, or kept there.", rich_help_panel=_PLACEMENT)
+    ] = DEFAULT_ACTIVATIONS,
     state_format: Annotated[
         StateFormat, typer.Option(help="Numbers of the optimizer states: less memory, rounded.", rich_help_panel=_PLACEMENT)
     ] = "fp32",

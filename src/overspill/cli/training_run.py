@@ -136,7 +136,7 @@ def validate_options(options: FinetuneOptions) -> None:
     validate_data_options(options)
     build_optimizer(options)
     validate_clip(options.clip)
-    if "ssd" in (options.parameters, options.states, options.boundaries) and not options.ssd_dir:
+    if "ssd" in (options.parameters, options.states, options.boundaries, options.activations) and not options.ssd_dir:
         raise ValueError("something is to rest on the SSD; name a folder on a local drive with --ssd-dir")
     for device in options.ssd_overwrite or ():
         if device not in (options.ssd_dir or ()):
@@ -187,6 +187,7 @@ def build_request(options: FinetuneOptions, seq_len: int) -> PlanRequest:
         parameters=options.parameters,
         states=options.states,
         boundaries=options.boundaries,
+        activations=options.activations,
         state_format=options.state_format,
         optimizer=build_optimizer(options).kind,
         dtype=resolve_dtype(options),

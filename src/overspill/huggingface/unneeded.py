@@ -14,7 +14,7 @@ Rules:
    two first runs gave the same, else (attention's backward need not) `TOLERANCE`; held by the norm and a sample of the elements. A product
    that did not run with anything in it (an expert without tokens, another kernel) has not been tried and is made.
 2. Candidates are the last `MOST_LEFT_OUT` linear modules that ran: what a block does before, something later reads.
-3. Nothing is left out where no graph is built: a forward's result is needed.
+3. Nothing is left out where no graph is built, nor in a forward whose graph is kept (`making_all`): their result is needed.
 4. In place of the result there are zeros, so that code that looks at it (a check for infinity) always does the same.
 
 Limit: code that reads the product for some batches and not for others, and decides that by something else than the product (the length
@@ -61,6 +61,16 @@ class UnneededProducts:
         self.left_out: dict[str, tuple[str, ...]] = {}
         """Kind -> names within the block of the modules whose product is left out; decided kinds only."""
         self._on_trial: list[nn.Module] = []
+        self._makes_all = False
+
+    @contextlib.contextmanager
+    def making_all(self) -> Iterator[None]:
+        """Inside, nothing is left out (rule 3)."""
+        self._makes_all = True
+        try:
+            yield
+        finally:
+            self._makes_all = False
 
     def is_decided(self, unit: str) -> bool:
         """Whether it is known what the unit's recomputation needs."""
@@ -85,7 +95,7 @@ class UnneededProducts:
         for name, other in self._blocks.items():
             if self._kinds[name] == kind:
                 for path in chosen:
-                    _leave_out(other.get_submodule(path), fill=0.0)
+                    _leave_out(other.get_submodule(path), fill=0.0, is_needed=lambda: self._makes_all)
         self.left_out[kind] = tuple(chosen)
 
     def reset(self) -> None:
@@ -135,11 +145,13 @@ class _NoProduct(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _leave_out(module: nn.Module, *, fill: float, note: Callable[[int], None] | None = None) -> None:
+def _leave_out(
+    module: nn.Module, *, fill: float, note: Callable[[int], None] | None = None, is_needed: Callable[[], bool] = lambda: False
+) -> None:
     forward = type(module).forward.__get__(module)
 
     def without_product(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():  # rule 3
+        if not torch.is_grad_enabled() or is_needed():  # rule 3
             return forward(*args, **kwargs)
         with _NoProduct(fill, note):
             return forward(*args, **kwargs)

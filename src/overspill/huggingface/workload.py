@@ -26,12 +26,12 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from overspill.huggingface.device_kernels import DeviceKernels
@@ -44,7 +44,7 @@ from overspill.huggingface.tail_trace import TailTrace
 from overspill.huggingface.valueless import build_batch, described_arguments, find_classes, shapes_of, without_values
 from overspill.huggingface.weights import open_config
 from overspill.spec.plan import DTYPES
-from overspill.spec.workload import LossWork, Pass, Routing, SavedTensor, UnitWork, WorkloadSpec, default_loss_chunk_rows
+from overspill.spec.workload import LossWork, Pass, Retention, Routing, SavedTensor, UnitWork, Work, WorkloadSpec, default_loss_chunk_rows
 
 DEVICES = ("cuda", "cpu")
 _VALUES_PER_TOKEN, _LEAST_VALUES, _MOST_VALUES = 4, 4096, 1 << 23
@@ -52,7 +52,7 @@ _VALUES_PER_TOKEN, _LEAST_VALUES, _MOST_VALUES = 4, 4096, 1 << 23
 
 
 def describe_workload(
-    model: str | Path | PreTrainedConfig | PreTrainedModel,
+    model: str | Path | PreTrainedConfig | PreTrainedModel | StreamedModel,
     *,
     seq_len: int,
     micro_batch: int,
@@ -60,17 +60,20 @@ def describe_workload(
     device: str = "cuda",
     is_masked: bool = False,
     loss_chunk_rows: int | None = None,
+    open_book: OpenBook | None = None,
 ) -> WorkloadSpec:
     """Bytes, FLOPs and saved tensors of every class of units, for one micro-batch.
 
     Args:
-        model: a folder, a hub name, a configuration, or a model object (which is not touched). No weights are read.
+        model: a folder, a hub name, a configuration, or a model object (which is not touched). No weights are read. A streamed model is
+            put into training mode.
         seq_len: T, tokens of every sample.
         micro_batch: B, samples.
         dtype: what the model computes in.
         device: whose kernels are assumed, `cuda` or `cpu`; it need not be here.
         is_masked: micro-batches bring a padding mask, or are packed.
         loss_chunk_rows: rows of logits at a time; None: as the planner has it.
+        open_book: says what a block's graph stores that lives from forward to backward, for `UnitWork.retention`; None: nobody asks.
 
     Raises:
         ValueError: a size below 1, an unknown dtype or device, more tokens than the model has positions.
@@ -84,14 +87,32 @@ def describe_workload(
         raise ValueError(f"dtype {dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
     if device not in DEVICES:
         raise ValueError(f"there are kernels for {' and '.join(DEVICES)}, not for {device!r}")
-    streamed = build_streamed(model, dtype)
+    streamed = model if isinstance(model, StreamedModel) else build_streamed(model, dtype)
     if streamed.max_positions is not None and seq_len > streamed.max_positions:
         raise ValueError(
             f"{seq_len} tokens were asked for, but {type(streamed.model).__name__} has learned positions for {streamed.max_positions}; "
             f"lower the sequence length to {streamed.max_positions}"
         )
-    tracer = _Tracer(streamed.train(), seq_len, micro_batch, is_cuda=device == "cuda", is_masked=is_masked)
+    tracer = _Tracer(streamed.train(), seq_len, micro_batch, is_cuda=device == "cuda", is_masked=is_masked, open_book=open_book)
     return tracer.trace(dtype, loss_chunk_rows or default_loss_chunk_rows(streamed.config.get_text_config().vocab_size))
+
+
+class RetentionBook(Protocol):
+    """What autograd saves in a forward, booked by who keeps its graph (`activations.retaining.Book`)."""
+
+    refusal: str | None
+    rebuilt_bytes: int
+    num_rebuilt: int
+
+    @property
+    def stored_bytes(self) -> int: ...
+    def saving(self) -> contextlib.AbstractContextManager[None]: ...
+
+
+class OpenBook(Protocol):
+    """Opens a book for a block on tensors without values: its module, boundary, weights, and tensors that stay where they are."""
+
+    def __call__(self, block: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor]) -> RetentionBook: ...
 
 
 def build_streamed(model: str | Path | PreTrainedConfig | PreTrainedModel, dtype: str) -> StreamedModel:
@@ -113,11 +134,14 @@ class _Traced:
     saved: tuple[SavedTensor, ...]
     side_outputs: tuple[Tensor, ...] = ()
     loss: LossWork | None = None
+    retention: Retention | None = None
 
 
 class _Tracer:
-    def __init__(self, streamed: StreamedModel, seq_len: int, micro_batch: int, *, is_cuda: bool, is_masked: bool) -> None:
-        self.streamed = streamed
+    def __init__(
+        self, streamed: StreamedModel, seq_len: int, micro_batch: int, *, is_cuda: bool, is_masked: bool, open_book: OpenBook | None
+    ) -> None:
+        self.streamed, self.open_book = streamed, open_book
         self.seq_len, self.micro_batch = seq_len, micro_batch
         self.is_cuda, self.is_masked = is_cuda, is_masked
         self.kernels = DeviceKernels() if is_cuda else None
@@ -242,7 +266,24 @@ class _Tracer:
             hidden = output.hidden
             del output
             traced = self._differentiate(trace, start, forward, outputs, wanted, hidden)
-        return dataclasses.replace(traced, side_outputs=side_outputs)
+            retention = self._retain(unit, boundary) if self.open_book is not None else None
+        return dataclasses.replace(traced, side_outputs=side_outputs, retention=retention)
+
+    def _retain(self, unit: str, boundary: Tensor) -> Retention | None:
+        """The block's forward once more, as it runs when its graph is kept."""
+        assert self.embedded is not None and self.open_book is not None
+        arguments = self.embedded.arguments
+        leaf = boundary.detach().requires_grad_()
+        sides = [tensor.detach().requires_grad_() for tensor in arguments.side_inputs]
+        book = self.open_book(self.streamed.block(unit), leaf, self.leaves, (*arguments.tensors, *arguments.side_inputs))
+        with torch.enable_grad(), book.saving():
+            output = self.streamed.run_block(unit, leaf, arguments, side_inputs=sides or None)
+        del output
+        if book.refusal is not None:
+            return None
+        moved = 3 * book.rebuilt_bytes
+        rebuilt = Work(moved_bytes=moved, elementwise_bytes=moved, num_ops=book.num_rebuilt)
+        return Retention(stored_bytes=book.stored_bytes, rebuilt=rebuilt)
 
     def _differentiate(
         self, trace: OpTrace, start: int, forward: Pass, outputs: list[Tensor], wanted: Sequence[Tensor], hidden: Tensor
@@ -336,6 +377,7 @@ class _Tracer:
             side_input_bytes=self._side_input_bytes(first),
             side_output_bytes=sum(tensor.nbytes for tensor in traced.side_outputs) if traced is not None else 0,
             routing=routing,
+            retention=traced.retention if traced is not None else None,
             notes=notes,
         )
 

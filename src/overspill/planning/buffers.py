@@ -6,7 +6,7 @@ for that work. So an op may wait for ops that the schedule does not name. Here t
 1. On the device, regions and fetched hidden states lie where `planning.arena` puts them; whoever is given bytes waits for the work that
    is left on any of them.
 2. In host memory a slot of the same size is taken, the one given back first.
-3. A record of scratch is waited for by its next writer; hidden states take the record given back first.
+3. A record of scratch is waited for by its next writer; hidden states, and activations, take the record given back first.
 4. Other steps of the program ran before: all slots and records that it needs are there, and idle ones come before those given back since.
 
 Several programs may be gone through one after the other. An op then also waits for what the program before did to the homes that it
@@ -60,7 +60,8 @@ class BufferWaits:
         self._host_sizes: dict[Piece, int] = {}
         self._idle: collections.defaultdict[int, collections.deque[Work]] = collections.defaultdict(collections.deque)
         self._records: dict[Piece, Work] = {}
-        self._idle_records: collections.deque[Work] = collections.deque()
+        self._idle_records: collections.defaultdict[bool, collections.deque[Work]] = collections.defaultdict(collections.deque)
+        """By whether they are of activations, whose records are larger than those of hidden states."""
         self._on_ssd: set[Piece] = set()
         self._writer: dict[Copy, int] = {}
         self._readers: dict[Copy, list[int]] = {}
@@ -107,17 +108,19 @@ class BufferWaits:
         for (tier, size), number in most_slots(pool_events(schedule, self._plan)).items():
             if tier is Tier.HOST:
                 self._idle[size].extend([()] * number)
-        now, most, known = 0, 0, set()
+        now, most = collections.Counter[bool](), collections.Counter[bool]()
+        known: set[Piece] = set()
         for item in schedule.ops:
             op = item.op
             if isinstance(op, Evict) and op.target is Tier.SSD and op.piece.role not in BUNDLE_ROLES and op.piece not in known:
                 known.add(op.piece)
-                now += 1
-                most = max(most, now)
+                now[_is_stored(op.piece)] += 1
+                most[_is_stored(op.piece)] = max(most[_is_stored(op.piece)], now[_is_stored(op.piece)])
             elif isinstance(op, Free) and op.tier is Tier.SSD and op.piece in known:
                 known.discard(op.piece)
-                now -= 1
-        self._idle_records.extend([()] * most)
+                now[_is_stored(op.piece)] -= 1
+        for is_stored, number in most.items():
+            self._idle_records[is_stored].extend([()] * number)
 
     # -- homes -------------------------------------------------------------------------------------------------------
 
@@ -161,7 +164,8 @@ class BufferWaits:
             self._on_ssd.add(piece)
             if piece.role in BUNDLE_ROLES:
                 return self._records.pop(piece, ())
-            return self._idle_records.popleft() if self._idle_records else ()
+            records = self._idle_records[_is_stored(piece)]
+            return records.popleft() if records else ()
         if piece.role not in BUNDLE_ROLES:
             if not is_fetched or piece in self._fetched:
                 return ()
@@ -187,7 +191,7 @@ class BufferWaits:
             if piece.role in BUNDLE_ROLES:
                 self._records[piece] = work
             else:
-                self._idle_records.append(work)
+                self._idle_records[_is_stored(piece)].append(work)
         elif piece.role not in BUNDLE_ROLES:
             if piece in self._fetched:
                 offset, size = self._fetched.pop(piece)
@@ -205,6 +209,10 @@ class BufferWaits:
         region = self._regions.pop(region_key(effect.drops[0][0]))
         region.pieces = {piece for piece, _, _ in effect.creates}
         self._regions[region_key(effect.creates[0][0])] = region
+
+
+def _is_stored(piece: Piece) -> bool:
+    return piece.role is Role.ACTIVATIONS
 
 
 class _Region:

@@ -15,6 +15,9 @@ Where the seconds of a compute op come from, the first of these that is known:
    part of what that rate was assumed for.
 4. Neither: the FLOPs that the program itself names, without attention.
 
+A unit whose graph is kept (`Compute.is_retained`) computes no recomputation and rebuilds what is not stored: a template's time, which is
+of both passes, less a forward, plus elementwise work over the device's memory.
+
 `Costs.source` says which, beside what the rates are from. Links, drives and updates are bytes and elements over their rates.
 
 Host memory: what an op reads and writes there, in bytes, for each it moves: an update its record, parameter and gradient; a copy to or
@@ -183,7 +186,7 @@ class _ComputeTable:
         self.plan, self.hardware, self.workload, self.replays_graphs = plan, hardware, workload, replays_graphs
         self.timed: Mapping[str, UnitTimes] = {item.name: item for item in (*times.blocks, times.tail)} if times is not None else {}
         self.blocks = {unit.name for unit in plan.units[1:-1]}
-        self.known: dict[tuple[str, Phase], float] = {}
+        self.known: dict[tuple[str, Phase, bool], float] = {}
         """Of a micro-batch at its longest."""
         is_whole = workload is not None and workload.is_complete
         self.is_measured = bool(times) or (is_whole and hardware.matrix_flops > 0)
@@ -199,7 +202,7 @@ class _ComputeTable:
     def seconds(self, op: Compute) -> float:
         if self.workload is None:
             return op.flops / self.hardware.device_flops
-        key = op.unit, op.phase
+        key = op.unit, op.phase, op.is_retained
         if key not in self.known:
             self.known[key] = self._full_seconds(op)
         return self.known[key] * self._share(op)
@@ -215,10 +218,10 @@ class _ComputeTable:
         assert self.workload is not None
         item = self.workload.class_of(op.unit)
         timed = self._timed_seconds(op, item)
-        work = unit_work(item, op.phase)
+        work = unit_work(item, op.phase, is_retained=op.is_retained)
         if timed is None:
             return op.flops / self.hardware.device_flops if work is None else self._work_seconds(work, item, op.phase)
-        is_launched = self.replays_graphs and op.unit in self.blocks
+        is_launched = self.replays_graphs and op.unit in self.blocks and not op.is_retained
         if work is not None and is_launched and work.num_ops * LAUNCH_S > LAUNCH_BOUND * timed:
             return min(timed, self._work_seconds(work, item, op.phase))
         return timed
@@ -233,19 +236,26 @@ class _ComputeTable:
             is_tail = op.unit == self.plan.units[-1].name
             seconds = seconds / 3 if is_tail else found.forward_s  # the tail was timed forward and backward at once
         assert self.workload is not None
+        if op.phase is Phase.BACKWARD and op.is_retained:
+            rebuilt_bytes = item.retention.rebuilt.elementwise_bytes if item.retention is not None else 0
+            share = self.workload.num_tokens / (found.seq_len * found.micro_batch)
+            return max(seconds - found.forward_s, seconds / 2) * share + rebuilt_bytes / self._memory_bytes_per_s
         return seconds * (self.workload.num_tokens / (found.seq_len * found.micro_batch))
 
     def _work_seconds(self, work: Work, item: UnitWork, phase: Phase) -> float:
         hardware = self.hardware
         flops = work.flops - work.causal_flops / 2
         elementwise = work.elementwise_bytes + (self._summing_bytes(item) if phase is Phase.BACKWARD else 0)
-        if self.plan.device.startswith("cpu"):
-            memory = hardware.host_memory_bytes_per_s or ASSUMED_HOST_MEMORY_BYTES_PER_S
-        else:
-            memory = hardware.device_memory_bytes_per_s or ASSUMED_DEVICE_MEMORY_BYTES_PER_S
+        memory = self._memory_bytes_per_s
         if hardware.matrix_flops and hardware.device_memory_bytes_per_s:
             return flops / hardware.matrix_flops + elementwise / memory + work.num_ops * KERNEL_S
         return max(flops / hardware.device_flops, (work.moved_bytes - work.elementwise_bytes + elementwise) / memory)
+
+    @property
+    def _memory_bytes_per_s(self) -> float:
+        if self.plan.device.startswith("cpu"):
+            return self.hardware.host_memory_bytes_per_s or ASSUMED_HOST_MEMORY_BYTES_PER_S
+        return self.hardware.device_memory_bytes_per_s or ASSUMED_DEVICE_MEMORY_BYTES_PER_S
 
     def _summing_bytes(self, item: UnitWork) -> int:
         """Read and written while gradients of parameters are added to their fp32 sums, which begin as zeros."""
@@ -257,8 +267,12 @@ class _ComputeTable:
         return (item.trainable_bytes // width) * (4 + contributions * (8 + width))
 
 
-def unit_work(item: UnitWork, phase: Phase) -> Work | None:
+def unit_work(item: UnitWork, phase: Phase, *, is_retained: bool = False) -> Work | None:
     """What one op of a unit does; None: it could not be traced."""
     if item.forward is None or item.recompute is None or item.backward is None:
         return None
-    return item.forward.work if phase is Phase.FORWARD else item.recompute.work + item.backward.work
+    if phase is Phase.FORWARD:
+        return item.forward.work
+    if is_retained and item.retention is not None:
+        return item.backward.work + item.retention.rebuilt
+    return item.recompute.work + item.backward.work

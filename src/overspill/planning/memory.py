@@ -5,7 +5,8 @@ Device, in the terms of torch's caching allocator (Words and sizes of its docume
 * A request is rounded to 512 B. Up to 1 MiB it is cut from a segment of 2 MiB, up to 10 MiB from one of 20 MiB; a larger one has a
   segment of its own, rounded to 2 MiB. What the driver sees is segments.
 * `homes`: parameters and states that rest there, a segment a region. `slots`: the arena. `boundaries`, `working memory of a unit`: hidden
-  states that the device computed, and what the unit takes while it runs, at the op where both together are most.
+  states that the device computed, and what the unit takes while it runs, at the op where both together are most. `kept activations`:
+  what graphs store there at that op (`spec.retention`).
 * `allocator rounding`: the segments' rounding of all these. `fragmentation`: what of the working memory the allocator could not use
   again, because pieces of other sizes lay in it.
 * `library workspaces`, `CUDA context`: as `overspill probe` measured them (`probe/footprint.py`), else constants; the session's own part of
@@ -23,14 +24,14 @@ from __future__ import annotations
 import dataclasses
 
 from overspill.planning.cost import LAUNCH_BOUND, LAUNCH_S
-from overspill.planning.place import is_host_memory
 from overspill.planning.pools import SLOT_BYTES, pool_demand, pool_events
+from overspill.planning.space import is_host_memory
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
 from overspill.spec.prediction import MemoryTerm
-from overspill.spec.schedule import BUNDLE_ROLES, Compute, Free, Phase, Piece, RegionKey, Schedule, initial_copies, region_key
+from overspill.spec.schedule import BUNDLE_ROLES, Compute, Free, Op, Phase, Piece, RegionKey, Role, Schedule, initial_copies, region_key
 from overspill.spec.tensors import Tier
-from overspill.spec.workload import WorkloadSpec
+from overspill.spec.workload import UnitWork, WorkloadSpec
 from overspill.units import MIB, align_up
 
 SMALL_BYTES, MEDIUM_BYTES = 1 * MIB, 10 * MIB
@@ -83,12 +84,13 @@ def device_terms(
         MemoryTerm(name="homes", num_bytes=sum(homes)),
         MemoryTerm(name="slots", num_bytes=slot_bytes),
         MemoryTerm(name="boundaries", num_bytes=sum(busiest.boundaries)),
+        MemoryTerm(name="kept activations", num_bytes=busiest.stored_bytes),
         MemoryTerm(name="arguments and side outputs", num_bytes=_argument_bytes(plan, workload), is_assumed=is_assumed),
         MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=is_assumed),
         MemoryTerm(name="replayed graphs", num_bytes=_graph_bytes(plan, workload) if replays_graphs else 0, is_assumed=True),
         _footprint_term("library workspaces", found.footprint_library_bytes, LIBRARY_WORKSPACE_BYTES),
         MemoryTerm(name="allocator rounding", num_bytes=rounding),
-        MemoryTerm(name="fragmentation", num_bytes=int(FRAGMENTATION_FRACTION * busiest.working_bytes), is_assumed=True),
+        MemoryTerm(name="fragmentation", num_bytes=fragmentation_bytes(busiest.working_bytes + busiest.stored_bytes), is_assumed=True),
         _footprint_term("CUDA context", found.footprint_context_bytes, CUDA_CONTEXT_BYTES),
         MemoryTerm(
             name="session's part of the context", num_bytes=SESSION_CONTEXT_BYTES if found.footprint_context_bytes else 0, is_assumed=True
@@ -114,10 +116,16 @@ def host_terms(
         busiest = _busiest(schedule, plan, workload)
         terms += [dataclasses.replace(term, name=f"device {term.name}") for term in device]
         terms.append(MemoryTerm(name="boundaries", num_bytes=sum(busiest.boundaries)))
+        terms.append(MemoryTerm(name="kept activations", num_bytes=busiest.stored_bytes))
         terms.append(MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=workload is None))
     else:
         terms.append(_footprint_term("growth beside a GPU", hardware.footprint_host_growth_bytes, CUDA_PROCESS_GROWTH_BYTES))
     return _present(*terms)
+
+
+def fragmentation_bytes(num_bytes: int) -> int:
+    """Assumed beside so many bytes of a unit's tensors."""
+    return int(FRAGMENTATION_FRACTION * num_bytes)
 
 
 def segment_bytes(num_bytes: int) -> int:
@@ -154,10 +162,13 @@ class _Busiest:
     """Of each hidden state that the device has computed and keeps while the op runs."""
     working_bytes: int
     """Of the unit; what the op leaves behind is part of it."""
+    stored_bytes: int = 0
+    """Of activations that graphs keep there while the op runs."""
 
 
 def _busiest(schedule: Schedule, plan: Plan, workload: WorkloadSpec | None) -> _Busiest:
     alive: dict[Piece, int] = {}
+    stored: dict[Piece, int] = {}
     held = 0
     best, best_bytes = _Busiest(boundaries=(), working_bytes=0), -1
     for item in schedule.ops:
@@ -165,24 +176,37 @@ def _busiest(schedule: Schedule, plan: Plan, workload: WorkloadSpec | None) -> _
         if isinstance(op, Compute):
             working = _working_bytes(plan, workload, op)
             if held + working > best_bytes:
-                best, best_bytes = _Busiest(boundaries=tuple(alive.values()), working_bytes=working), held + working
+                best_bytes = held + working
+                best = _Busiest(boundaries=tuple(alive.values()), working_bytes=working, stored_bytes=sum(stored.values()))
             for piece, size in op.produced:
                 if piece.role not in BUNDLE_ROLES:
-                    alive[piece] = size
+                    (stored if piece.role is Role.ACTIVATIONS else alive)[piece] = size
                     held += size
-        elif isinstance(op, Free) and op.tier is Tier.DEVICE and op.piece in alive:
-            held -= alive.pop(op.piece)
+        for piece in _gone(op):
+            held -= alive.pop(piece, 0) + stored.pop(piece, 0)
     return best
 
 
+def _gone(op: Op) -> tuple[Piece, ...]:
+    """Pieces that are on the device no more after an op."""
+    if isinstance(op, Compute):
+        return op.consumed
+    return (op.piece,) if isinstance(op, Free) and op.tier is Tier.DEVICE else ()
+
+
 def _working_bytes(plan: Plan, workload: WorkloadSpec | None, op: Compute) -> int:
-    if workload is not None:
-        item = workload.class_of(op.unit)
-        passes = (item.forward,) if op.phase is Phase.FORWARD else (item.recompute, item.backward)
-        known = [one.peak_bytes for one in passes if one is not None]
-        if len(known) == len(passes):
-            return max(known)
-    return plan.device_working_bytes
+    if workload is None:
+        return plan.device_working_bytes
+    item = workload.class_of(op.unit)
+    if item.forward is None or item.recompute is None or item.backward is None:
+        return plan.device_working_bytes
+    if op.phase is Phase.FORWARD:
+        stored = sum(size for piece, size in op.produced if piece.role is Role.ACTIVATIONS)
+        return min(item.forward.peak_bytes + stored, item.recompute.peak_bytes) if stored else item.forward.peak_bytes
+    working = max(item.recompute.peak_bytes, item.backward.peak_bytes)
+    if op.consumed:  # what is stored is counted as such, or is a slot
+        return max(item.boundary_bytes, working - plan.activation_bytes(op.unit))
+    return working
 
 
 def _argument_bytes(plan: Plan, workload: WorkloadSpec | None) -> int:
@@ -199,10 +223,17 @@ def _graph_bytes(plan: Plan, workload: WorkloadSpec | None) -> int:
     what launches and kernels are assumed to take."""
     found = 0
     for item in workload.classes[1:-1] if workload is not None else ():
-        if item.backward is None or item.recompute is None or item.side_output_bytes or item.side_input_bytes:
-            continue
-        work = item.recompute.work + item.backward.work
-        device_s = (work.flops - work.causal_flops / 2) / JUDGED_FLOPS + work.elementwise_bytes / JUDGED_BYTES_PER_S
-        if work.num_ops * LAUNCH_S > LAUNCH_BOUND * device_s:
+        if is_bound_by_launches(item) and any(unit not in plan.activations for unit in item.units):
+            assert item.backward is not None and item.recompute is not None
             found = max(found, max(item.recompute.peak_bytes, item.backward.peak_bytes) + 3 * item.boundary_bytes)
     return found
+
+
+def is_bound_by_launches(item: UnitWork) -> bool:
+    """Whether a block of a class is replayed as a CUDA graph, because launching its kernels takes longer than they do: judged by what
+    launches and kernels are assumed to take."""
+    if item.backward is None or item.recompute is None or item.side_output_bytes or item.side_input_bytes:
+        return False
+    work = item.recompute.work + item.backward.work
+    device_s = (work.flops - work.causal_flops / 2) / JUDGED_FLOPS + work.elementwise_bytes / JUDGED_BYTES_PER_S
+    return work.num_ops * LAUNCH_S > LAUNCH_BOUND * device_s

@@ -11,6 +11,9 @@ How it decides, in order:
    `device_states_bytes` of states), in host memory first to parameters (they cross a link twice a step), then to states.
 4. The result is simulated once more; if it does not fit after all, the room of step 3 is cut by the excess.
 
+What becomes of activations is decided around these (`planning/activations.py`): a mode that the user fixed before them, `auto` by trying
+several.
+
 Pure: no torch, no measurement. Costs a few schedule builds.
 """
 
@@ -20,15 +23,16 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from overspill.errors import BudgetError
+from overspill.planning.activations import choose_activations, describe, force_mode, is_automatic, note
 from overspill.planning.simulate import resident_peaks, simulate
-from overspill.planning.space import scratch_bytes, store_bytes
+from overspill.planning.space import is_host_memory, scratch_bytes, store_bytes
 from overspill.scheduling import build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
 from overspill.spec.schedule import Schedule
 from overspill.spec.tensors import DTYPE_BYTES, Tier
-from overspill.spec.workload import ModelLayout, default_loss_chunk_rows
+from overspill.spec.workload import ModelLayout, WorkloadSpec, default_loss_chunk_rows
 from overspill.units import format_bytes
 
 FREE_SHARE = 0.92
@@ -36,21 +40,43 @@ FREE_SHARE = 0.92
 _FLAGS = {Tier.DEVICE: "--device-budget", Tier.HOST: "--host-budget", Tier.SSD: "--ssd-budget"}
 
 
-def build_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, *, device: str) -> Plan:
+def build_plan(
+    request: PlanRequest,
+    layout: ModelLayout,
+    hardware: HardwareSpec,
+    *,
+    device: str,
+    workload: WorkloadSpec | None = None,
+    replays_graphs: bool = True,
+) -> Plan:
     """The plan for `layout` under `request` on `hardware`.
 
     Args:
         device: what `request.device` resolved to: `cpu` or `cuda:0`.
+        workload: of the request's batch, with what its blocks' graphs store; needed where activations are not all recomputed.
+        replays_graphs: whether blocks whose launches bound them are replayed as CUDA graphs.
 
     Raises:
         BudgetError: it does not fit; with the missing bytes and the flag.
-        ValueError: the SSD is asked for without a directory.
+        ValueError: the SSD is asked for without a directory, or it is not known what blocks store.
     """
     fixed = [name for name in ("parameters", "states", "boundaries") if getattr(request, name) == Tier.SSD.value]
     if fixed and request.ssd_dir is None:
         raise ValueError(f"--{fixed[0]} ssd needs a directory: give --ssd-dir DIRECTORY on the drive that shall hold it")
     base = _base_plan(request, layout, hardware, device)
-    base = _choose_group(request, base)
+
+    def place(base: Plan, group_size: int | None = None) -> Plan:
+        wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
+        return _place(wanted, _choose_group(wanted, base))
+
+    if is_automatic(request):
+        return choose_activations(request, base, hardware, workload, place=place, excess=_excess, replays_graphs=replays_graphs)
+    placed = place(force_mode(request, base, workload))
+    return note(placed, describe(placed, how="as asked")) if placed.activations else placed
+
+
+def _place(request: PlanRequest, base: Plan) -> Plan:
+    """Steps 3 and 4."""
     room_cut = dict.fromkeys(Tier, 0)
     for _ in range(8):
         plan = _give_away_room(request, base, room_cut)
@@ -176,11 +202,6 @@ def _argument_bytes(plan: Plan) -> int:
     return plan.group_size * plan.micro_batch * plan.seq_len**2
 
 
-def is_host_memory(device: str) -> bool:
-    """Whether what is on `device` takes host memory too, and so counts against both budgets."""
-    return device == "cpu"
-
-
 def _choose_group(request: PlanRequest, base: Plan) -> Plan:
     """The first of (boundary tier, group size) that fits, highest tier and largest group first."""
     if request.boundaries == AUTO:
@@ -201,12 +222,15 @@ def _choose_group(request: PlanRequest, base: Plan) -> Plan:
         cures.append("give --ssd-dir so that states can rest on an SSD")
     if tier is Tier.DEVICE:
         cures.append("lower --micro-batch or --seq-len")
+    if base.activations:
+        cures.append("choose --activations auto or recompute")
     if any(getattr(request, role) == tier.value for role in ("parameters", "states", "boundaries")):
         cures.append(f"let what is fixed to {tier.value} be auto")
     held = {Tier.DEVICE: base.device_budget_bytes, Tier.HOST: base.host_budget_bytes, Tier.SSD: base.ssd_budget_bytes}[tier]
     assert held is not None
+    kept = f", activations in mode {request.activations}" if base.activations else ""
     raise BudgetError(
-        f"{base.model} with parameters on {_lowest(request, request.parameters)}, states on {_lowest(request, request.states)} needs "
+        f"{base.model} with parameters on {_lowest(request, request.parameters)}, states on {_lowest(request, request.states)}{kept} needs "
         f"{format_bytes(held + over)} on {tier}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; "
         + ", or ".join(cures)
     )

@@ -1,9 +1,11 @@
-"""How much room a plan takes that its schedule does not count: preallocated in the SSD directory, rounded up in memory."""
+"""How much room a plan takes that its schedule does not count: preallocated in the SSD directory, rounded up in memory; and what counts
+as host memory."""
 
 from __future__ import annotations
 
 from overspill.planning.pools import SLOT_BYTES
 from overspill.spec.plan import Plan, UpdateTiming
+from overspill.spec.retention import ActivationMode
 from overspill.spec.schedule import BUNDLE_ROLES, initial_copies
 from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, Tier
 from overspill.units import align_up
@@ -16,7 +18,7 @@ def store_bytes(plan: Plan) -> int:
 
 
 def scratch_bytes(plan: Plan) -> int:
-    """Gradients and boundaries that rest on the SSD during a step.
+    """Gradients, boundaries and activations that rest on the SSD during a step.
 
     A gradient waits only if updates do; a partial gradient (fp32) only between groups, or, of a tied weight, from the tail's
     backward to the embedding's.
@@ -31,7 +33,8 @@ def scratch_bytes(plan: Plan) -> int:
         total += resting * bundle.num_elements * 4
     if plan.boundaries is Tier.SSD:
         total += num_boundary_slots(plan) * boundary_slot_bytes(plan)
-    return total
+    moved = [unit for unit, mode in plan.activations.items() if mode is ActivationMode.SSD]
+    return total + (len(moved) * plan.group_size * activation_slot_bytes(plan) if moved else 0)
 
 
 def uses_ssd(plan: Plan) -> bool:
@@ -44,6 +47,11 @@ def boundary_slot_bytes(plan: Plan) -> int:
     return align_up(max(plan.boundary_bytes(unit.name) for unit in plan.units[1:]), CHUNK_ALIGNMENT_ELEMENTS)
 
 
+def activation_slot_bytes(plan: Plan) -> int:
+    """What a micro-batch at its longest stores in a unit, at most, on a direct-I/O boundary."""
+    return align_up(max(plan.stored_bytes.values()), CHUNK_ALIGNMENT_ELEMENTS)
+
+
 def num_boundary_slots(plan: Plan) -> int:
     """Hidden states and their gradients that exist at one time in training: one a boundary, and one unit's gradients."""
     return len(plan.units) * plan.group_size
@@ -54,3 +62,8 @@ def rounding_bytes(plan: Plan) -> int:
     peaks nor budgets of a plan count. A page for every role of every bundle (all but its last chunk are whole pages) and for every hidden
     state and its gradient; some MiB of a model of 8B."""
     return SLOT_BYTES * (len(BUNDLE_ROLES) * len(plan.bundles) + 2 * num_boundary_slots(plan))
+
+
+def is_host_memory(device: str) -> bool:
+    """Whether what is on `device` takes host memory too, and so counts against both budgets."""
+    return device == "cpu"

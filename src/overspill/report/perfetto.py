@@ -29,6 +29,7 @@ _ROLES = {
     Role.PARTIAL_GRADIENT: "partial gradient",
     Role.BOUNDARY: "hidden states",
     Role.BOUNDARY_GRADIENT: "gradient of hidden states",
+    Role.ACTIVATIONS: "activations",
 }
 _VERBS = {
     (Tier.SSD, Tier.HOST): "read",
@@ -68,7 +69,7 @@ class OpNames:
                 return f"update {self._owner(op.bundle)}{self._chunk(op.bundle, op.chunk)}"
 
     def _piece(self, piece: Piece) -> str:
-        if piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT):
+        if piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT, Role.ACTIVATIONS):
             return f"{_ROLES[piece.role]} into {self._units[piece.owner]}, micro-batch {piece.index}"
         reader = f" of the {self._units[piece.reader]}" if piece.reader and piece.owner not in self._units else ""
         return f"{self._owner(piece.owner)} {_ROLES[piece.role]}{reader}{self._chunk(piece.owner, piece.index)}"

@@ -1,7 +1,8 @@
 """One unit on one micro-batch: what a `Compute` op does on the device.
 
 Forward runs without a graph. Backward rebuilds the unit's graph from its detached boundary, takes the gradients by the
-boundary, by side inputs and by the parameters, and drops the graph: nothing of a unit outlives its op but hidden states.
+boundary, by side inputs and by the parameters, and drops the graph: nothing of a unit outlives its op but hidden states, and the graphs
+that the plan keeps (`runtime/retained`), by which the backward then differentiates.
 
 Randomness: before the embedding, each block, and the tail's own code, the generators are seeded from (run, step,
 micro-batch, unit), the same in forward and recomputation, so the order of ops does not matter.
@@ -16,12 +17,14 @@ from typing import Any
 
 import torch
 
+from overspill.activations.retaining import HIDDEN
 from overspill.errors import NonFiniteError, UnsupportedModelError
 from overspill.huggingface import StreamedModel
 from overspill.rng import unit_seed
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs
 from overspill.runtime.residency import Residency
+from overspill.runtime.retained import RetainedGraphs
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Compute, Phase, Piece, Role
@@ -66,6 +69,7 @@ class UnitRunner:
         self.plan, self.model, self.residency, self.graphs = plan, model, residency, graphs
         self.names = [unit.name for unit in plan.units]
         self.device = torch.device(plan.device)
+        self.retained = RetainedGraphs(model)
 
     def run(self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients) -> None:
         """Run one op inside its unit's visit."""
@@ -95,9 +99,29 @@ class UnitRunner:
                 micro_batch.side_inputs = tuple(tensor.detach() for tensor in embedded.side_inputs)
                 micro_batch.side_gradients = [None] * len(micro_batch.side_inputs)
             else:
-                hidden = self._forward_block(op, visit, micro_batch)
+                kept = self._forward_retained(op, visit, micro_batch) if op.is_retained else None
+                if op.is_retained and kept is None:
+                    self._seed(op, context)  # the attempt may have drawn
+                hidden = self._forward_block(op, visit, micro_batch) if kept is None else kept
         self._check_boundary(op, op.produced[0][0], hidden, micro_batch)
         self.residency.put_boundary(op.produced[0][0], hidden)
+
+    def _forward_retained(self, op: Compute, visit: Visit, micro_batch: MicroBatch) -> torch.Tensor | None:
+        """The block's output, its graph kept; None: it could not be kept, and the forward is yet to be done."""
+        piece, room_bytes = next((piece, size) for piece, size in op.produced if piece.role is Role.ACTIVATIONS)
+        visit.outlives = True
+        output = self.retained.forward(
+            piece,
+            self.residency.boundary(self._boundary(op.unit, op)),
+            micro_batch.arguments,
+            parameters=visit.parameters,
+            trainable=visit.trainable,
+            side_inputs=micro_batch.side_inputs,
+            room_bytes=room_bytes,
+        )
+        if output is not None and output.side_outputs:
+            micro_batch.side_outputs[op.unit] = output.side_outputs
+        return output.hidden if output is not None else None
 
     def _forward_block(self, op: Compute, visit: Visit, micro_batch: MicroBatch) -> torch.Tensor:
         source = self.residency.boundary(self._boundary(op.unit, op))
@@ -123,13 +147,18 @@ class UnitRunner:
     ) -> None:
         hidden = self.residency.boundary(self._boundary(op.unit, op)).detach()
         above = self.residency.boundary(self._boundary(self.names[position + 1], op, Role.BOUNDARY_GRADIENT))
+        kept = self.retained.take(op.consumed[0]) if op.consumed else None
         replayed = None
-        if self.graphs.recorder is not None:
+        if self.graphs.recorder is not None and kept is None:
             targets = gradients.targets(op.unit, visit.bundle_of, visit.trainable)
             replayed = self.graphs.backward(op.unit, visit, hidden, above, micro_batch.arguments, targets)
         if replayed is not None:
             hidden_gradient, used = replayed
             gradients.note(op.unit, used)
+        elif kept is not None:
+            sides = micro_batch.side_output_gradients.get(op.unit, ())
+            results = kept.differentiate({HIDDEN: hidden, **visit.parameters}, above, sides)
+            hidden_gradient = self._take_gradients(op, visit, micro_batch, gradients, hidden, results)
         else:
             differentiate = functools.partial(self._differentiate_block, op, visit, micro_batch, hidden.requires_grad_(), above)
             self._decide_unneeded(op, context, differentiate)

@@ -249,6 +249,7 @@ class Executor:
                 torch.cuda.synchronize(self.device)
         except RuntimeError as error:
             failures.append(error)
+        self.units.retained.drop_all()
         self.lanes.reset()
         self.residency.proceed()
         causes = [error for error in failures if not isinstance(error, Abandoned)]

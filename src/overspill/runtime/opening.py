@@ -6,16 +6,20 @@ The order is that of cost and of what can be undone: look at the model, plan, re
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from overspill.activations.retaining import book_without_values
 from overspill.checkpoint import discard_manifests, open_records
-from overspill.errors import BudgetError
+from overspill.errors import BudgetError, OverspillError
 from overspill.huggingface import Checkpoint, StreamedModel, build_meta_model, copy_without_weights, expected_tensors, open_checkpoint
+from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_layout, build_plan
 from overspill.planning.space import rounding_bytes, scratch_bytes, store_bytes, uses_ssd
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
@@ -23,11 +27,12 @@ from overspill.runtime.homes import Homes
 from overspill.runtime.residency import Residency
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.plan import Plan, PlanRequest
+from overspill.spec.plan import AUTO, Plan, PlanRequest
+from overspill.spec.retention import ActivationMode
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, HOST_CHUNK_BYTES
 from overspill.spec.update_rule import Optimizer
-from overspill.spec.workload import ModelLayout
+from overspill.spec.workload import ModelLayout, WorkloadSpec
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 from overspill.tiers.closing import close_after
@@ -105,10 +110,50 @@ def look_at(model: str | Path | PreTrainedModel, dtype: str) -> ModelSource:
     return ModelSource(built=built, expected=expected_tensors(built), generation_config=generation_config, origin=model)
 
 
-def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: HardwareSpec, *, device: str, chunk_bytes: int | None) -> Plan:
+def describe_retention(request: PlanRequest | Plan, model: PreTrainedModel | PreTrainedConfig, device: torch.device) -> WorkloadSpec | None:
+    """What the request's batch costs, and what each block's graph stores if it is kept; None: nobody asks, or (`auto`) it cannot be
+    described.
+
+    Args:
+        model: a model without weights, which is not touched; of a configuration, all parameters are taken to be trainable.
+
+    Raises:
+        ValueError: it cannot be described, and not all blocks are to be recomputed.
+    """
+    if not isinstance(request, PlanRequest) or request.activations == ActivationMode.RECOMPUTE:
+        return None
+    try:
+        return describe_workload(
+            StreamedModel(copy.deepcopy(model)) if isinstance(model, PreTrainedModel) else model,
+            seq_len=request.seq_len,
+            micro_batch=request.micro_batch,
+            dtype=request.dtype,
+            device="cpu" if device.type == "cpu" else "cuda",
+            open_book=book_without_values,
+        )
+    except (OverspillError, ValueError, NotImplementedError, RuntimeError) as error:
+        if request.activations == AUTO:
+            return None  # the plan says so
+        raise ValueError(
+            f"--activations {request.activations} needs to know what each block stores, and the model cannot be described without weights: "
+            f"{type(error).__name__}: {error}; choose --activations recompute, or auto"
+        ) from error
+
+
+def make_plan(
+    request: PlanRequest | Plan,
+    model: StreamedModel,
+    hardware: HardwareSpec,
+    *,
+    device: str,
+    chunk_bytes: int | None,
+    workload: WorkloadSpec | None = None,
+    replays_graphs: bool = True,
+) -> Plan:
     """The plan for `model`, or the one given if it was made for the same model.
 
     Args:
+        workload, replays_graphs: as `build_plan` wants them.
         chunk_bytes: None: `HOST_CHUNK_BYTES` if nothing then moves to an SSD, else `CHUNK_BYTES`; of a plan that is given, its own.
 
     Raises:
@@ -122,7 +167,8 @@ def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: Hardw
         )
     if isinstance(request, PlanRequest):
         sizes = (HOST_CHUNK_BYTES, CHUNK_BYTES) if chunk_bytes is None else (chunk_bytes,)
-        return _build_plan(request, [_read_layout(model, request, size) for size in sizes], hardware, device)
+        build = functools.partial(build_plan, request, hardware=hardware, device=device, workload=workload, replays_graphs=replays_graphs)
+        return _build_plan(build, [_read_layout(model, request, size) for size in sizes])
     layout = _read_layout(model, request, request.chunk_bytes if chunk_bytes is None else chunk_bytes)
     if (request.model, request.units, dict(request.bundles)) != (layout.model, layout.units, layout.bundles):
         raise ValueError(
@@ -131,16 +177,32 @@ def make_plan(request: PlanRequest | Plan, model: StreamedModel, hardware: Hardw
     return dataclasses.replace(request, chunk_bytes=layout.chunk_bytes)
 
 
-def _build_plan(request: PlanRequest, layouts: Sequence[ModelLayout], hardware: HardwareSpec, device: str) -> Plan:
+def _build_plan(build: Callable[[ModelLayout], Plan], layouts: Sequence[ModelLayout]) -> Plan:
     """By the first layout whose plan leaves the SSD alone, else by the last: large chunks cost less to dispatch, small ones less memory
     to pass through it."""
     *larger, last = layouts
     for layout in larger:
         with contextlib.suppress(BudgetError):
-            plan = build_plan(request, layout, hardware, device=device)
+            plan = build(layout)
             if not uses_ssd(plan):
                 return plan
-    return build_plan(request, last, hardware, device=device)
+    return build(last)
+
+
+def refuse_compiled(plan: PlanRequest | Plan) -> PlanRequest | Plan:
+    """`plan` for blocks that are compiled: what their graphs store is the compiler's choice, and nobody knows it beforehand.
+
+    Raises:
+        ValueError: it keeps graphs all the same.
+    """
+    asked = plan.activations if isinstance(plan, PlanRequest) else ",".join(sorted(set(plan.activations.values())))
+    if isinstance(plan, PlanRequest) and asked == AUTO:
+        return dataclasses.replace(plan, activations=ActivationMode.RECOMPUTE.value)
+    if asked and asked != ActivationMode.RECOMPUTE:
+        raise ValueError(
+            f"--activations {asked} cannot be had of compiled blocks, which keep what the compiler chooses; leave --compile out"
+        )
+    return plan
 
 
 def plan_for_optimizer(plan: PlanRequest | Plan, optimizer: Optimizer) -> PlanRequest | Plan:

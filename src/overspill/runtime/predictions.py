@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from transformers import PreTrainedConfig
 
+from overspill.activations.retaining import book_without_values
 from overspill.errors import OverspillError
 from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, simulate
@@ -175,6 +176,7 @@ class Predictions:
                     device="cpu" if plan.device.startswith("cpu") else "cuda",
                     is_masked=is_masked,
                     loss_chunk_rows=plan.loss_chunk_rows,
+                    open_book=book_without_values if plan.activations else None,
                 )
             except (OverspillError, ValueError, NotImplementedError, RuntimeError):
                 self._workloads[is_masked] = None

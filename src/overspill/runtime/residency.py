@@ -8,6 +8,8 @@ A copy of a piece is one of four things:
 | host | a part of its bundle's region in (pinned) host memory | a slot of the host pool |
 | ssd | a record of the store (`tiers/records.py`), one a chunk | a record of scratch, whose file has no name on disk |
 
+Activations are as boundaries are, but that on the device several tensors of a graph (`runtime/retained`) are one piece.
+
 Rules:
 
 1. Parameters, gradients and partial gradients of a bundle are contiguous on the device, so that tensors are views; the
@@ -29,18 +31,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 
-from overspill.planning.space import boundary_slot_bytes
 from overspill.runtime.lanes import Completion
+from overspill.runtime.scratch_records import ScratchRecords, Work, unfinished
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, home_tier, initial_copies, region_key
 from overspill.spec.tensors import Tier
 from overspill.tiers import Arena, DeviceMemory, HostMemory, RecordStore, Slot, SlotPool
 
-Work = Sequence[Completion]
 Release = Callable[[Work], None]
 """Gives a buffer back, with the work that still uses it."""
 
@@ -100,8 +101,7 @@ class Residency:
         self.host_pool = SlotPool(host, "host")
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
         self._regions: dict[tuple[RegionKey, Tier], _Region] = {}
-        self._idle_boundary_records: collections.deque[tuple[str, Work]] = collections.deque()
-        self._num_boundary_records = 0
+        self._scratch_records = ScratchRecords(plan, scratch)
         self._scratch_work: dict[str, Work] = {}
         """Record of scratch -> the work that still uses what it held last."""
         self._dying: collections.deque[tuple[torch.Tensor, Work]] = collections.deque()
@@ -126,7 +126,7 @@ class Residency:
         if (piece, tier) in self._copies:
             return ()
         if piece.role not in BUNDLE_ROLES:
-            copy = self._create_boundary(piece, tier, num_bytes)
+            copy = self._create_unbundled(piece, tier, num_bytes)
         elif tier is Tier.DEVICE:
             copy = self._create_in_region(piece, num_bytes)
         elif tier is Tier.HOST:
@@ -140,6 +140,10 @@ class Residency:
         """Take a hidden state that the device has computed."""
         value = value.contiguous()
         self._add(piece, Tier.DEVICE, _Copy(num_bytes=value.nbytes, tensor=_bytes_of(value), value=value))
+
+    def put_activations(self, piece: Piece, num_bytes: int) -> None:
+        """Count what a graph that is kept has stored on the device; its memory is the graph's."""
+        self._add(piece, Tier.DEVICE, _Copy(num_bytes=num_bytes, tensor=torch.empty(0, dtype=torch.uint8)))
 
     def drop(self, piece: Piece, tier: Tier, work: Work = ()) -> None:
         """Give a copy's buffer back; `work` still uses it (rule 6)."""
@@ -218,8 +222,7 @@ class Residency:
             pool.recover(slot for slot in kept if slot is not None)
         if self.scratch is not None:
             self._scratch_work.clear()
-            names = (f"boundary-{number}" for number in range(1, self._num_boundary_records + 1))
-            self._idle_boundary_records = collections.deque((name, ()) for name in names if self.scratch.has(name))
+            self._scratch_records.recover()
         self._dying.clear()
         self.resident_bytes = {tier: sum(copy.num_bytes for (_, at), copy in self._copies.items() if at is tier) for tier in Tier}
         for (piece, tier), size in homes.items():
@@ -364,9 +367,10 @@ class Residency:
         if late:
             self._dying.append((tensor, late))
 
-    def _create_boundary(self, piece: Piece, tier: Tier, num_bytes: int) -> _Copy:
+    def _create_unbundled(self, piece: Piece, tier: Tier, num_bytes: int) -> _Copy:
         if tier is Tier.SSD:
-            return self._borrow_boundary_record(num_bytes)
+            store, name, after, release = self._scratch_records.borrow(piece.role)
+            return _Copy(num_bytes=num_bytes, record=(store, name), release=release, after=after)
         return _borrow(self.device_pool if tier is Tier.DEVICE else self.host_pool, num_bytes)
 
     def _scratch_copy(self, piece: Piece, num_bytes: int) -> _Copy:
@@ -379,34 +383,12 @@ class Residency:
         def release(work: Work) -> None:
             self._scratch_work[name] = work
 
-        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=_unfinished(self._scratch_work.pop(name, ())))
-
-    def _borrow_boundary_record(self, num_bytes: int) -> _Copy:
-        """A record of scratch that no other hidden state has now; records are made as they are first needed (rule 4)."""
-        assert self.scratch is not None, "boundaries rest on the SSD but there is no scratch store"
-        after: Work = ()
-        if self._idle_boundary_records:
-            name, work = self._idle_boundary_records.popleft()
-            after = _unfinished(work)
-        else:
-            self._num_boundary_records += 1
-            name = f"boundary-{self._num_boundary_records}"
-            self.scratch.create(name, boundary_slot_bytes(self.plan))
-
-        def release(work: Work) -> None:
-            self._idle_boundary_records.append((name, work))
-
-        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=after)
+        return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=unfinished(self._scratch_work.pop(name, ())))
 
 
 def _borrow(pool: Arena | SlotPool, num_bytes: int) -> _Copy:
     slot = pool.acquire(num_bytes)
     return _Copy(num_bytes=num_bytes, tensor=slot.tensor, slot=slot, after=slot.after)  # type: ignore[arg-type]
-
-
-def _unfinished(work: Work) -> Work:
-    """What still has to be waited for; work that failed has ended too, and its failure is told by the step that it belonged to."""
-    return [completion for completion in work if not completion.is_done]
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

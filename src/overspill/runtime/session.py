@@ -44,7 +44,18 @@ from overspill.runtime.generation import generate_greedily, validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
 from overspill.runtime.machine import find_hardware, resolve_device, return_freed_memory
-from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, make_plan, plan_for_optimizer, restore
+from overspill.runtime.opening import (
+    Files,
+    StoreFactory,
+    allocate,
+    describe_retention,
+    load,
+    look_at,
+    make_plan,
+    plan_for_optimizer,
+    refuse_compiled,
+    restore,
+)
 from overspill.runtime.predictions import Predictions, brings_mask
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates
@@ -125,11 +136,21 @@ class Session(Closing):
         return_freed_memory()
         source = look_at(model, plan.dtype)
         self._generation_config = source.generation_config
+        plan = refuse_compiled(plan) if compile else plan
+        workload = describe_retention(plan, source.built, self.device)
         self.model = StreamedModel(source.built)
         if compile:
             self.model.compile()
         self.hardware = find_hardware(plan, self.device, machine)
-        self.plan = make_plan(plan, self.model, self.hardware, device=str(self.device), chunk_bytes=chunk_bytes)
+        self.plan = make_plan(
+            plan,
+            self.model,
+            self.hardware,
+            device=str(self.device),
+            chunk_bytes=chunk_bytes,
+            workload=workload,
+            replays_graphs=cuda_graphs,
+        )
         if checkpoints is not None:
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, describe_room(checkpoints, self.plan)))
         if resume_from is not None:

@@ -3,7 +3,7 @@
 The rules are the executor's (`runtime/executor`). This is the thread that dispatches; a job of another lane is a function and its waits.
 
 One retry: when the device is out of memory, an op that has not yet added to a gradient is run again after idle buffers were freed
-(its inputs are still held), never the whole step.
+(its inputs are still held), never the whole step. It is run again when the error is gone, and with it the frames that hold half a graph.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class RunningStep:
         self.recorder = recorder
         self.executor, self.plan, self.residency, self.lanes = executor, executor.plan, executor.residency, executor.lanes
         self.schedule, self.micro_batches, self.context, self.updates = schedule, micro_batches, context, updates
+        self.retained = executor.units.retained
         self.gradients = Gradients(self.plan, self.residency, self._wait_in_job)
         self.verdicts = Verdicts(self.plan, context, executor.verdict_memory)
         self.completions: list[Completion] = []
@@ -87,11 +88,17 @@ class RunningStep:
             case Free():
                 if op.piece.role is Role.PARAMETER and op.tier is Tier.DEVICE:
                     self.executor.leave_visit_of(op.piece.owner)
+                if op.piece.role is Role.ACTIVATIONS and op.tier is Tier.DEVICE:
+                    self.executor.wait_on_device(waits)  # its memory is the allocator's, which hands it on in the order of compute
+                    self.retained.let_go(op.piece)
                 self.residency.drop(op.piece, op.tier, waits)
                 return self.lanes.done(item.lane)
             case Compute():
                 self.executor.guard.look()
-                return self.lanes.run_here(functools.partial(self._compute, op), waits)
+                completion = self.lanes.run_here(functools.partial(self._compute, op), waits)
+                for piece in op.consumed:
+                    self.residency.drop(piece, Tier.DEVICE, [completion])
+                return completion
             case Compress():
                 return self.lanes.run_here(functools.partial(self._compress, op), waits)
             case Update():
@@ -125,8 +132,12 @@ class RunningStep:
         elif op.source is Tier.SSD:
             store, name = residency.record_of(piece)
             job = functools.partial(store.start_read, name, residency.bytes_of(piece, Tier.HOST))
+        elif piece.role is Role.ACTIVATIONS and op.source is Tier.DEVICE:
+            job = self.retained.copier_out(piece, residency.bytes_of(piece, Tier.HOST))
         else:
             job = _copy(residency.bytes_of(piece, op.target), residency.bytes_of(piece, op.source))
+        if piece.role is Role.ACTIVATIONS and op.target is Tier.DEVICE:
+            self.retained.land(piece, residency.bytes_of(piece, Tier.DEVICE))
         if op.target is Tier.DEVICE and piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT):
             shape = self.micro_batches[piece.index].shape
             residency.fill_boundary(piece, shape, TORCH_DTYPES[self.plan.boundary_dtype(piece.owner)])
@@ -143,15 +154,21 @@ class RunningStep:
         visit = self.executor.enter_visit(op.unit)
         micro_batch, added = self.micro_batches[op.micro_batch], self.gradients.num_added
         run = functools.partial(self.executor.units.run, op, visit, micro_batch, self.context, self.gradients)
+        is_out_of_memory = False
         try:
             run()
         except torch.OutOfMemoryError:
             if self.gradients.num_added != added:
                 raise
+            is_out_of_memory = True
+        if is_out_of_memory:
             gc.collect()
             self.residency.trim()
             torch.cuda.empty_cache()
             run()
+        for piece, size in op.produced:
+            if piece.role is Role.ACTIVATIONS:
+                self.residency.put_activations(piece, size)
         if op.unit == self.plan.units[0].name and op.phase is Phase.FORWARD:
             self._share_arguments(self.micro_batches[: op.micro_batch + 1])
 

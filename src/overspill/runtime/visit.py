@@ -2,7 +2,8 @@
 
 Swapping costs microseconds per tensor, so it is done once a visit and not once a micro-batch. The views are leaves: what the
 backward differentiates by. They alias a region that the next unit's fetch may overwrite, so nothing that autograd saved
-during a visit may outlive it; every graph is built and consumed inside one op (`Compute`).
+during a visit may outlive it: a graph is built and consumed inside one op (`Compute`), or it is kept with its leaves alone
+(`runtime/retained`), which let go of their memory when the visit ends.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Self
 
 import torch
 
+from overspill.activations.retaining import shed
 from overspill.huggingface import StreamedModel
 from overspill.runtime.residency import Residency
 from overspill.spec.plan import Plan
@@ -44,6 +46,8 @@ class Visit:
             for tensor, view in tensor_views(bundle, residency.region(name, Role.PARAMETER), TORCH_DTYPES[bundle.dtype]).items():
                 self.parameters[tensor] = view.detach().requires_grad_(bundle.trainable)
                 self.bundle_of[tensor] = name
+        self.outlives = False
+        """Whether a graph that is kept has these parameters as leaves."""
         self._stack = contextlib.ExitStack()
         self._model = model
 
@@ -63,4 +67,6 @@ class Visit:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.close()
+        for tensor in self.parameters.values() if self.outlives else ():
+            shed(tensor)
         self.parameters = {}

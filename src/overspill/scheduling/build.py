@@ -2,7 +2,8 @@
 
 Order. A *group* of micro-batches goes through a unit before any goes to the next unit, forward and backward: parameters
 cross a link once a pass, not once a micro-batch, and gradients leave once. The tail computes its loss and gradients in one
-visit. A unit's graph is rebuilt from its boundary in the backward.
+visit. A unit's graph is rebuilt from its boundary in the backward, or kept since its forward (`Plan.activations`): what it stores is
+then a piece that the forward makes and the backward consumes (`scheduling/retaining.py`).
 
 Updates. `IMMEDIATE`: a bundle is updated as soon as its gradient is complete. `PENDING`: its gradient waits at its home,
 and the *next* step's forward updates the bundle just before it first reads it, so a step's program is pending updates +
@@ -34,7 +35,8 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 
-from overspill.scheduling.program import LADDER, Emission, Program
+from overspill.scheduling.program import LADDER, Emission
+from overspill.scheduling.retaining import RetainingProgram
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.schedule import (
     Compress,
@@ -92,7 +94,7 @@ class _Visit:
     """Forward: boundaries stay for the backward."""
 
 
-class _Builder(Program):
+class _Builder(RetainingProgram):
     def __init__(self, plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pending: bool, group_size: int | None = None) -> None:
         super().__init__(plan, starts_pending=starts_pending)
         self.tokens = tuple(micro_batch_tokens)
@@ -145,7 +147,7 @@ class _Builder(Program):
         if visit.phase is Phase.BACKWARD:
             for piece in self.inputs(visit, visit.group[0]):
                 if any((piece, tier) in self.copies for tier in LADDER):  # else the visit before makes it
-                    self.bring([piece], Tier.DEVICE)
+                    self.bring_input(piece)
 
     def is_updated_after(self, visit: _Visit, bundle: str) -> bool:
         """Whether an update on the host follows the visit, so that host copies of the parameters stay for it (rule 4)."""
@@ -188,32 +190,38 @@ class _Builder(Program):
         if unit.name == self.names[0]:
             return 0.0
         parameters = sum(self.plan.bundles[bundle].num_parameters for bundle in unit.bundles)
-        passes = 1 if phase is Phase.FORWARD else 4
+        passes = 1 if phase is Phase.FORWARD else 3 if unit.name in self.plan.activations else 4
         if unit.name == self.names[-1] and phase is Phase.BACKWARD:
             passes = 3
         return 2.0 * parameters * self.tokens[micro_batch] * passes
 
     def inputs(self, visit: _Visit, micro_batch: int) -> list[Piece]:
-        """The hidden state that a compute of the visit reads and, in the backward, the gradient of its output."""
+        """The hidden state that a compute of the visit reads and, in the backward, the gradient of its output and what its graph stored."""
         position = self.names.index(visit.unit.name)
         pieces = [self.boundary(visit.unit.name, micro_batch)] if position > 0 else []
         if visit.phase is Phase.BACKWARD and position < len(self.names) - 1:
             pieces.append(self.boundary(self.names[position + 1], micro_batch, Role.BOUNDARY_GRADIENT))
+            stored = self.activations(visit.unit.name, micro_batch)
+            pieces += [stored] if stored is not None else []
         return pieces
 
     def bring_inputs(self, visit: _Visit, number: int) -> None:
         """For the visit's micro-batch `number` and, if there is room to, for the one after it (rule 1)."""
         for micro_batch in visit.group[number : number + 1 + min(self.plan.prefetch_units, 1)]:
             for piece in self.inputs(visit, micro_batch):
-                self.bring([piece], Tier.DEVICE)
+                self.bring_input(piece)
 
-    def emit_compute(self, visit: _Visit, micro_batch: int, produced: tuple[tuple[Piece, int], ...]) -> None:
-        flops = self.flops(visit.unit, micro_batch, visit.phase)
-        op = Compute(unit=visit.unit.name, micro_batch=micro_batch, phase=visit.phase, produced=produced, flops=flops)
-        self.emit(op, Lane.COMPUTE)
+    def compute(self, visit: _Visit, micro_batch: int, produced: tuple[tuple[Piece, int], ...]) -> None:
+        unit, phase = visit.unit, visit.phase
+        stored = self.activations(unit.name, micro_batch)
+        if stored is not None and visit.keep:
+            produced += ((stored, self.plan.activation_bytes(unit.name, self.tokens[micro_batch])),)
+        consumed = (stored,) if stored is not None and phase is Phase.BACKWARD else ()
+        flops = self.flops(unit, micro_batch, phase)
+        self.emit_compute(Compute(unit=unit.name, micro_batch=micro_batch, phase=phase, produced=produced, flops=flops, consumed=consumed))
 
     def forward(self, visit: _Visit) -> None:
-        """All micro-batches of the group, without a graph."""
+        """All micro-batches of the group."""
         position = self.names.index(visit.unit.name)
         home = self.plan.boundaries
         moves = home is not Tier.DEVICE
@@ -223,7 +231,7 @@ class _Builder(Program):
                 above = self.names[position + 1]
                 produced = ((self.boundary(above, micro_batch), self.boundary_bytes(above, micro_batch)),)
             self.bring_inputs(visit, number)
-            self.emit_compute(visit, micro_batch, produced)
+            self.compute(visit, micro_batch, produced)
             if position > 0:
                 tiers = (Tier.DEVICE,) if visit.keep and moves else () if visit.keep else LADDER
                 self.release(self.boundary(visit.unit.name, micro_batch), tiers)
@@ -233,8 +241,9 @@ class _Builder(Program):
                     self.free(produced[0][0], Tier.DEVICE)
 
     def backward(self, visit: _Visit) -> None:
-        """Rebuild each micro-batch's graph from its boundary, take gradients."""
+        """Rebuild each micro-batch's graph from its boundary, or take the one that was kept; take gradients."""
         unit = visit.unit
+        self.let_leave(0)
         self.fetch_partials(unit)
         position = self.names.index(unit.name)
         moves = self.plan.boundaries is not Tier.DEVICE
@@ -244,7 +253,7 @@ class _Builder(Program):
             if position > 0:
                 below = self.boundary(unit.name, micro_batch, Role.BOUNDARY_GRADIENT)
                 produced.append((below, self.boundary_bytes(unit.name, micro_batch)))
-            self.emit_compute(visit, micro_batch, tuple(produced))
+            self.compute(visit, micro_batch, tuple(produced))
             for piece in self.inputs(visit, micro_batch):
                 self.release(piece)
             if position > 0 and moves and len(visit.group) > 1:

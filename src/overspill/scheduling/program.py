@@ -55,11 +55,11 @@ class Program:
         self.copies = {key: _Copy(num_bytes=size, writer=None, readers=[]) for key, size in homes.items()}
         self.ops: list[ScheduledOp] = []
 
-    def emit(self, op: Op, lane: Lane) -> None:
-        """Append `op`, waiting for the ops that made what it reads and that used what it overwrites or drops."""
+    def emit(self, op: Op, lane: Lane, *, after: Sequence[int] = ()) -> None:
+        """Append `op`, waiting for the ops that made what it reads and that used what it overwrites or drops, and for those of `after`."""
         index = len(self.ops)
         effect = effects(op, self.plan)
-        waits: set[int] = set()
+        waits = set(after)
         for key in effect.reads:
             copy = self.copies[key]
             if copy.writer is not None:

@@ -15,9 +15,11 @@ from collections.abc import Mapping
 
 from overspill.spec.documents import to_json
 from overspill.spec.lifetime import DEFAULT_MIN_YEARS
+from overspill.spec.retention import ACTIVATION_CHOICES, DEFAULT_ACTIVATIONS, STORED_ALIGNMENT_BYTES, ActivationMode
 from overspill.spec.state_formats import StateFormat, resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, Bundle, Tier, Unit
 from overspill.spec.update_rule import FP32_MAX, round_fp32
+from overspill.units import align_up
 
 AUTO = "auto"
 TIER_CHOICES = (AUTO, *(tier.value for tier in Tier))
@@ -36,6 +38,9 @@ class PlanRequest:
     """Tier of the optimizer states."""
     boundaries: str = AUTO
     """Tier of the hidden states between units, kept from forward to backward."""
+    activations: str = DEFAULT_ACTIVATIONS
+    """What becomes of what a block's forward saves for its backward: an `ActivationMode` for all blocks, or `auto`: the planner's choice
+    for each."""
     state_format: str = "fp32"
     """Numbers of the optimizer states: `fp32`, `bf16` or `int8` (`spec.state_formats`)."""
     optimizer: str | None = None
@@ -83,6 +88,8 @@ class PlanRequest:
         for field in ("parameters", "states", "boundaries"):
             if getattr(self, field) not in TIER_CHOICES:
                 raise ValueError(f"--{field} {getattr(self, field)!r} is not a tier; choose one of {', '.join(TIER_CHOICES)}")
+        if self.activations not in ACTIVATION_CHOICES:
+            raise ValueError(f"--activations {self.activations!r} is not known; choose one of {', '.join(ACTIVATION_CHOICES)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
         resolve_state_format(self.state_format, self.dtype, self.optimizer or "adamw")  # refuses what is unknown or has no layout
@@ -184,6 +191,10 @@ class Plan:
     ssd_min_years: float = DEFAULT_MIN_YEARS
     chunk_bytes: int = CHUNK_BYTES
     """Bound on the bytes of all roles of one chunk, by which the bundles were cut."""
+    activations: Mapping[str, ActivationMode] = dataclasses.field(default_factory=dict)
+    """Unit -> what becomes of what its forward saves; a unit that is not named is recomputed."""
+    stored_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Retained unit -> what its graph stores of one micro-batch at its longest."""
     notes: tuple[str, ...] = ()
     """Why the plan is as it is, one sentence each."""
 
@@ -201,6 +212,15 @@ class Plan:
         """Hidden states [num_tokens, hidden_size] that enter `unit`; without a number, of one micro-batch at its longest."""
         tokens = self.micro_batch * self.seq_len if num_tokens is None else num_tokens
         return tokens * self.hidden_size * DTYPE_BYTES[self.boundary_dtype(unit)]
+
+    def activation_mode(self, unit: str) -> ActivationMode:
+        """What becomes of what the forward of `unit` saves."""
+        return self.activations.get(unit, ActivationMode.RECOMPUTE)
+
+    def activation_bytes(self, unit: str, num_tokens: int | None = None) -> int:
+        """Counted for what the graph of a retained unit stores of `num_tokens`; without a number, of one micro-batch at its longest."""
+        stored, longest = self.stored_bytes[unit], self.micro_batch * self.seq_len
+        return stored if num_tokens is None else align_up(-(-stored * num_tokens // longest), STORED_ALIGNMENT_BYTES)
 
     @property
     def num_groups(self) -> int:
@@ -255,12 +275,14 @@ class Plan:
                     totals["gradients"] += readers * bundle.num_elements * 4 if self.num_groups > 1 else 0
         entered = sum(self.boundary_bytes(unit.name) for unit in self.units[1:])
         totals["boundaries"] = entered * self.group_size if self.boundaries is tier else 0
-        return totals
+        rest = {ActivationMode.KEEP: Tier.DEVICE, ActivationMode.HOST: Tier.HOST, ActivationMode.SSD: Tier.SSD}
+        stored = sum(self.stored_bytes[unit] for unit, mode in self.activations.items() if rest.get(mode) is tier)
+        return totals | ({"activations": stored * self.group_size} if self.activations else {})
 
     def table(self) -> list[tuple[str, dict[str, int]]]:
         """(role, tier -> bytes) rows for the placement table."""
         per_tier = {tier.value: self.home_bytes(tier) for tier in Tier}
-        return [(role, {tier: per_tier[tier][role] for tier in per_tier}) for role in ("parameters", "states", "gradients", "boundaries")]
+        return [(role, {tier: per_tier[tier][role] for tier in per_tier}) for role in per_tier[Tier.DEVICE.value]]
 
     def to_json(self) -> str:
         return to_json(self)

@@ -51,13 +51,16 @@ class Role(enum.StrEnum):
     """Hidden states that enter a unit."""
     BOUNDARY_GRADIENT = "boundary_gradient"
     """The loss's gradient by these hidden states."""
+    ACTIVATIONS = "activations"
+    """What a unit's graph stores from its forward to its backward (`spec.retention`)."""
 
 
 class Phase(enum.StrEnum):
     FORWARD = "forward"
-    """Without a graph: hidden states out (the tail: the loss)."""
+    """Hidden states out (the tail: the loss); the graph is kept if activations are among what is produced, else there is none."""
     BACKWARD = "backward"
-    """Rebuild the unit's graph from its boundary, then gradients of parameters and boundary (the tail: loss as well)."""
+    """Gradients of parameters and boundary, by the graph whose activations are consumed, or by one that is rebuilt from the boundary (the
+    tail: loss as well)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, order=True)
@@ -66,7 +69,7 @@ class Piece:
 
     role: Role
     owner: str
-    """The bundle, or for boundaries the unit that they enter."""
+    """The bundle; for boundaries the unit that they enter; for activations their unit."""
     index: int
     """Chunk of the bundle, or micro-batch of the step."""
     reader: str = ""
@@ -117,6 +120,13 @@ class Compute:
     """Pieces that it leaves on the device, with their bytes."""
     flops: float
     """Matrix-product work, recomputation included."""
+    consumed: tuple[Piece, ...] = ()
+    """Pieces that it reads on the device and that are gone afterwards: the activations of a unit whose graph was kept."""
+
+    @property
+    def is_retained(self) -> bool:
+        """Whether the unit's graph lives from forward to backward."""
+        return bool(self.consumed) or any(piece.role is Role.ACTIVATIONS for piece, _ in self.produced)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -264,6 +274,7 @@ def _compute_effects(op: Compute, plan: Plan) -> Effects:
     position = names.index(op.unit)
     reads = [(piece, Tier.DEVICE) for bundle in plan.units[position].bundles for piece, _ in parameter_pieces(plan, bundle)]
     changes: list[tuple[Piece, Tier]] = []
+    consumed = tuple((piece, Tier.DEVICE) for piece in op.consumed)
     if position > 0:
         reads.append((Piece(role=Role.BOUNDARY, owner=op.unit, index=op.micro_batch), Tier.DEVICE))
     if op.phase is Phase.BACKWARD:
@@ -275,9 +286,10 @@ def _compute_effects(op: Compute, plan: Plan) -> Effects:
                 partials = [piece for piece, _ in bundle_pieces(plan, bundle, Role.PARTIAL_GRADIENT, 0, reader=op.unit)]
                 changes.extend((piece, Tier.DEVICE) for piece in partials if piece not in made)
     return Effects(
-        reads=tuple(reads + changes),
+        reads=tuple(reads + changes) + consumed,
         changes=tuple(changes),
         creates=tuple((piece, Tier.DEVICE, size) for piece, size in op.produced),
+        drops=consumed,
     )
 
 

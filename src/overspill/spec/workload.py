@@ -145,6 +145,16 @@ class Routing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """What keeping a unit's graph from forward to backward takes (`spec.retention`)."""
+
+    stored_bytes: int
+    """Of one micro-batch: what is neither there anyway nor rebuilt."""
+    rebuilt: Work
+    """Of rebuilding in backward what is not stored. Assumed: each rebuilt tensor is written once, and as much is read twice."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class UnitWork:
     """One class of units.
 
@@ -176,6 +186,8 @@ class UnitWork:
     side_output_bytes: int = 0
     """Of router logits that the loss reads."""
     routing: tuple[Routing, ...] = ()
+    retention: Retention | None = None
+    """None: nobody asked for it, or its graph cannot be kept."""
     notes: tuple[str, ...] = ()
 
     @property

@@ -1,0 +1,272 @@
+"""What the graph of one block saves for one micro-batch, when the graph lives from forward to backward (`spec.retention`).
+
+Words:
+
+* **given**: tensors that backward will have again, perhaps elsewhere: the block's weights, whose slots are refilled in between, and the
+  hidden states that enter. Known by storage *and* span, because slots are parts of one arena.
+* **fixed**: storages that stay where they are: masks and tables of the call, buffers.
+* **stored**: the bytes of a storage that the block's ops have made, once, however many saved tensors are views of it.
+
+Rules:
+
+1. With hooks active autograd does not look at versions. A given tensor is packed as (name, geometry) and unpacked as that view of what has
+   the name in backward; nothing here refers to its memory. Fixed and stored ones have their versions compared.
+2. What follows cheaply from others is rebuilt (`rebuild.py`); what is a widened half is stored as the half.
+3. A stored tensor is a detached alias of its storage. `let_go` drops it, `land` gives it other bytes; unpacking in between is a mistake.
+4. Saved objects refer to the book, the book to nothing of the graph: when the graph dies, all of it goes.
+5. What cannot be told (a view into a slot that is none of the given tensors) is a `refusal`: the caller drops the graph.
+6. Without values (`huggingface.workload` traces so) the same code says how many bytes are stored: `stored_bytes`, `rebuilt_bytes`.
+
+Limits: a custom autograd function that keeps a weight by itself, not through `save_for_backward`, is seen by no hook.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from overspill.activations.identity import Geometry, VersionWatch, byte_span, bytes_of, changed_in_place
+from overspill.activations.rebuild import Rebuilder, can_read_saved
+from overspill.activations.saved import Saved, SavedAlone, words
+from overspill.spec.retention import STORED_ALIGNMENT_BYTES
+from overspill.units import align_up
+
+HIDDEN = "hidden states that enter"
+"""Name of the boundary among the given tensors; no weight has a name with spaces."""
+
+
+class Stored:
+    """The bytes of one storage (rule 3)."""
+
+    def __init__(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, has_values: bool) -> None:
+        self.weak = StorageWeakRef(storage)
+        self.num_bytes = storage.nbytes()
+        self.watch = VersionWatch(tensor)
+        self.name = f"a saved tensor ({words(tensor)})"
+        self.payload = bytes_of(storage, 0, self.num_bytes) if has_values else None
+        self.device = tensor.device
+        self.offset: int | None = None
+        """Where it is in the copy that left; None: it has not left."""
+
+    @property
+    def aligned_bytes(self) -> int:
+        return align_up(self.num_bytes, STORED_ALIGNMENT_BYTES)
+
+
+class SavedStored(Saved):
+    """A saved tensor that is a view of a stored one."""
+
+    __slots__ = ("geometry", "stored")
+
+    def __init__(self, stored: Stored, geometry: Geometry) -> None:
+        self.stored, self.geometry = stored, geometry
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def unpack(self) -> torch.Tensor:
+        payload = self.stored.payload
+        assert payload is not None, f"{self.stored.name} is wanted and not on the device"
+        self.stored.watch.check(self.stored.name)
+        return self.geometry.view(payload)
+
+
+class SavedGiven(Saved):
+    """A saved tensor that is a view of a given one (rule 1)."""
+
+    __slots__ = ("_book", "geometry", "name")
+
+    def __init__(self, book: Book, name: str, geometry: Geometry) -> None:
+        self._book, self.name, self.geometry = book, name, geometry
+
+    @property
+    def device(self) -> torch.device:
+        return self._book.device
+
+    def unpack(self) -> torch.Tensor:
+        tensor = self._book.given_now(self.name)
+        start, stop = byte_span(tensor)
+        return self.geometry.view(bytes_of(tensor.untyped_storage(), start, stop))
+
+
+class Book:
+    """What one graph saved.
+
+    Args:
+        given: name -> tensor, as they are in forward: contiguous.
+        fixed: tensors whose storages stay.
+        epsilons: name of a layer norm's weight -> the norm's epsilon, which autograd does not save.
+        has_values: False for tensors without (rule 6).
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, torch.Tensor],
+        fixed: Iterable[torch.Tensor],
+        *,
+        epsilons: Mapping[str, float],
+        has_values: bool = True,
+    ) -> None:
+        self.device = next(iter(given.values())).device
+        self.stored: list[Stored] = []
+        self.rebuilt_bytes = self.num_rebuilt = 0
+        self.refusal: str | None = None
+        self._has_values = has_values
+        self._given: dict[int, list[tuple[int, int, str]]] = {}
+        for name, tensor in given.items():
+            self._given.setdefault(tensor.untyped_storage()._cdata, []).append((*byte_span(tensor), name))
+        self._versions = {name: (VersionWatch(tensor), words(tensor)) for name, tensor in given.items()}
+        self._fixed = {tensor.untyped_storage()._cdata: StorageWeakRef(tensor.untyped_storage()) for tensor in fixed}
+        self._by_storage: dict[int, Stored] = {}
+        self._bound: Mapping[str, torch.Tensor] | None = None
+        self._leaves = {id(tensor): name for name, tensor in given.items()}
+
+        def epsilon(weight: Saved) -> float | None:
+            return epsilons.get(weight.name) if isinstance(weight, SavedGiven) else None
+
+        self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store) if can_read_saved() else None
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of all stored tensors beside each other."""
+        return sum(item.aligned_bytes for item in self.stored)
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """What autograd saves inside is in the book.
+
+        Raises:
+            RuntimeError: a given tensor was changed in place after it was saved.
+        """
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            yield
+        for watch, name in self._versions.values():
+            if watch.now != watch.version:
+                raise changed_in_place(f"a tensor that backward needs ({name})", watch.version, watch.now)
+        self._rebuilder, self._leaves = None, {}
+        self._by_storage.clear()
+
+    def _pack(self, tensor: torch.Tensor) -> Saved:
+        with torch.no_grad():
+            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and self._has_values or tensor.layout != torch.strided:
+                return SavedAlone(tensor, None)
+            if tensor.device != self.device or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+                return SavedAlone(tensor, None)
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._given:
+                return self._pack_given(tensor, storage)
+            if storage._cdata in self._fixed:
+                return SavedAlone(tensor, None)
+            if self._rebuilder is not None and storage._cdata not in self._by_storage:
+                rebuilt = self._rebuilder.pack(tensor, storage)
+                if rebuilt is not None:
+                    self.num_rebuilt += rebuilt[1]
+                    self.rebuilt_bytes += rebuilt[0].rebuild.num_bytes * rebuilt[1]
+                    return rebuilt[0]
+            return self._view(tensor, storage)
+
+    def _pack_given(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Saved:
+        start, stop = byte_span(tensor)
+        for first, last, name in self._given[storage._cdata]:
+            if first <= start and stop <= last:
+                return SavedGiven(self, name, Geometry.of(tensor, first))
+        self.refusal = f"{words(tensor)} lies in the memory of its weights and is none of them"
+        return SavedAlone(tensor, None)
+
+    def _view(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedStored:
+        stored = self._by_storage.get(storage._cdata)
+        if stored is None:
+            stored = self._by_storage[storage._cdata] = Stored(storage, tensor, has_values=self._has_values)
+            self.stored.append(stored)
+        elif stored.watch.now != stored.watch.version:
+            self.refusal = f"{stored.name} was changed in place between two ops that save it"
+        return SavedStored(stored, Geometry.of(tensor, 0))
+
+    def _store(self, tensor: torch.Tensor) -> SavedStored:
+        return self._view(tensor, tensor.untyped_storage())
+
+    def _leaf(self, leaf: torch.Tensor) -> Saved | None:
+        name = self._leaves.get(id(leaf))
+        return SavedGiven(self, name, Geometry.of(leaf, byte_span(leaf)[0])) if name is not None else None
+
+    # -- between -----------------------------------------------------------------------------------------------------
+
+    def lay_out(self, room_bytes: int) -> int:
+        """Decide what leaves for a copy of at most so many bytes, and where in it; the bytes that it takes."""
+        end = 0
+        for item in self.stored:
+            if end + item.aligned_bytes <= room_bytes:
+                item.offset, end = end, end + item.aligned_bytes
+        return end
+
+    def copy_out(self, target: torch.Tensor) -> None:
+        """Copy what leaves to where it was laid out in `target`, uint8."""
+        for item in self.stored:
+            if item.offset is not None and item.payload is not None:
+                target[item.offset : item.offset + item.num_bytes].copy_(item.payload, non_blocking=True)
+
+    def let_go(self) -> None:
+        """Hold nothing of what has left."""
+        for item in self.stored:
+            if item.offset is not None:
+                item.payload = None
+
+    def land(self, source: torch.Tensor) -> None:
+        """What has left is in `source`, uint8 on the device, where it was laid out."""
+        for item in self.stored:
+            if item.offset is not None:
+                item.payload = source[item.offset : item.offset + item.num_bytes]
+
+    # -- backward ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def bound(self, given: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Backward runs inside, where the given tensors are these."""
+        self._bound = given
+        try:
+            yield
+        finally:
+            self._bound = None
+
+    def given_now(self, name: str) -> torch.Tensor:
+        assert self._bound is not None, f"{name} is wanted outside of its unit's backward"
+        return self._bound[name]
+
+
+def find_epsilons(block: nn.Module, parameters: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Name of the weight -> epsilon of a block's layer norms, but for weights that norms with several epsilons share.
+
+    Args:
+        parameters: what the block is bound to.
+    """
+    names = {id(tensor): name for name, tensor in parameters.items()}
+    found: dict[str, set[float]] = {}
+    for module in block.modules():
+        if isinstance(module, nn.LayerNorm) and (name := names.get(id(module.weight))) is not None:
+            found.setdefault(name, set()).add(module.eps)
+    return {name: epsilons.pop() for name, epsilons in found.items() if len(epsilons) == 1}
+
+
+def book_without_values(
+    block: nn.Module, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor], fixed: Iterable[torch.Tensor]
+) -> Book:
+    """The book of a block whose tensors have no values (rule 6)."""
+    epsilons = find_epsilons(block, parameters)
+    return Book({HIDDEN: hidden, **parameters}, (*fixed, *block.buffers()), epsilons=epsilons, has_values=False)
+
+
+def _unpack(saved: Saved) -> torch.Tensor:
+    with torch.no_grad():
+        return saved.unpack()
+
+
+def shed(tensor: torch.Tensor) -> None:
+    """Let a leaf of a graph go on without its memory: autograd differentiates by the leaf, not by its values."""
+    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,255 @@
+"""Decide what becomes of what each block's forward saves: recompute it, or keep its graph, here or elsewhere (`spec.retention`).
+
+A mode that the user fixed holds for every block; if that does not fit, the plan fails. `auto`:
+
+1. Candidates are blocks whose graph can be kept and whose launches do not bound them: those are replayed as CUDA graphs, which a graph of
+   autograd cannot be. All others are recomputed.
+2. The last blocks are kept on the device, as many as its budget holds: what they store waits the shortest. All that fit beside the
+   placement that recomputation would have; or all that fit at all, and parameters and states get what is left; or half of these.
+3. Of the blocks before these, evenly spread so that the link has time between two, some go to host memory.
+4. Each such plan is simulated, and the quickest one is taken; of equally quick ones that with the fewest retained blocks, and the one whose
+   states and parameters lie highest. So windows, rates of links, and what else crosses them, are weighed as they are, and none of it is a
+   rule of thumb.
+
+Groups of micro-batches are halved as long as that is quicker and not all blocks are retained: what is kept is kept for a whole group.
+
+Pure: no torch. Costs a schedule build a trial, and a simulation for each plan that fits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from overspill.errors import BudgetError
+from overspill.planning.cost import build_costs
+from overspill.planning.memory import fragmentation_bytes, is_bound_by_launches
+from overspill.planning.simulate import simulate
+from overspill.planning.space import is_host_memory
+from overspill.scheduling import build_train_step
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.plan import AUTO, Plan, PlanRequest, UpdateTiming
+from overspill.spec.retention import ActivationMode
+from overspill.spec.tensors import Tier
+from overspill.spec.workload import WorkloadSpec
+from overspill.units import format_bytes, format_seconds
+
+MOVED_SHARES = (0.25, 0.5, 1.0)
+"""Of the blocks that are not kept: what is tried to move. Chosen: each costs a simulation."""
+MOST_CORRECTED = 3
+"""Blocks fewer than estimated that are tried. Chosen."""
+LEAST_GAIN = 0.01
+"""Share of a step's time that a plan must save to be taken for one that retains less. Chosen: simulations are not as exact."""
+
+Place = Callable[[Plan, int | None], Plan]
+"""Where everything else goes beside the activations of a plan; with groups of so many micro-batches, or of as many as fit.
+
+Raises BudgetError if it does not fit."""
+Excess = Callable[[Plan], Mapping[Tier, int]]
+"""Bytes by which a placed plan's step exceeds each budget that there is (negative: room)."""
+
+
+def force_mode(request: PlanRequest, base: Plan, workload: WorkloadSpec | None) -> Plan:
+    """`base` with the mode that was asked for in every block.
+
+    Raises:
+        ValueError: what a block stores is not known.
+    """
+    mode = ActivationMode(request.activations)
+    if mode is ActivationMode.RECOMPUTE:
+        return base
+    stored = stored_bytes(base, workload)
+    unknown = [unit.name for unit in base.units[1:-1] if unit.name not in stored]
+    if unknown:
+        raise ValueError(
+            f"--activations {mode} needs to know what each block stores, and of {len(unknown)} blocks, {unknown[0]} the first, it is not "
+            f"known: {_why_unknown(unknown[0], workload)}; choose --activations recompute, or auto"
+        )
+    if mode is ActivationMode.SSD and request.ssd_dir is None:
+        raise ValueError("--activations ssd needs a directory: give --ssd-dir DIRECTORY on the drive that shall hold them")
+    return retain(base, dict.fromkeys(stored, mode), stored)
+
+
+def stored_bytes(plan: Plan, workload: WorkloadSpec | None) -> dict[str, int]:
+    """Block -> what its graph stores of one micro-batch at its longest; blocks of which it is known."""
+    if workload is None:
+        return {}
+    known = {unit: item.retention for item in workload.classes for unit in item.units}
+    return {unit.name: found.stored_bytes for unit in plan.units[1:-1] if (found := known.get(unit.name)) is not None}
+
+
+def retain(plan: Plan, modes: Mapping[str, ActivationMode], stored: Mapping[str, int]) -> Plan:
+    """`plan` with these modes, in place of those it has."""
+    return dataclasses.replace(plan, activations=dict(modes), stored_bytes={unit: stored[unit] for unit in modes})
+
+
+def choose_activations(
+    request: PlanRequest,
+    base: Plan,
+    hardware: HardwareSpec,
+    workload: WorkloadSpec | None,
+    *,
+    place: Place,
+    excess: Excess,
+    replays_graphs: bool,
+) -> Plan:
+    """The quickest placed plan for `auto`.
+
+    Args:
+        base: nothing placed, all recomputed.
+        replays_graphs: whether blocks whose launches bound them are replayed as CUDA graphs.
+
+    Raises:
+        BudgetError: not even recomputation fits.
+    """
+    recomputed = place(base, None)
+    stored = stored_bytes(base, workload)
+    replayed = set()
+    if replays_graphs and not base.device.startswith("cpu") and workload is not None:
+        replayed = {unit for item in workload.classes[1:-1] if is_bound_by_launches(item) for unit in item.units}
+    blocks = [unit.name for unit in base.units[1:-1] if unit.name in stored and unit.name not in replayed]
+    if not blocks or workload is None:
+        first = base.units[1].name
+        why = "their launches bound them, and they are replayed as CUDA graphs" if replayed else _why_unknown(first, workload)
+        return note(recomputed, f"activations: all blocks are recomputed (auto: {why})")
+    search = _Search(base, hardware, workload, blocks, stored, place, excess, prefetch_units=recomputed.prefetch_units)
+    recomputed_s = search.step_s(recomputed)
+    best, best_s = recomputed, recomputed_s
+    size = recomputed.group_size
+    while True:
+        before = best
+        for plan in search.plans(recomputed, size):
+            step_s = search.step_s(plan)
+            if step_s < (1 - LEAST_GAIN) * best_s:
+                best, best_s = plan, step_s
+        is_all = len(best.activations) == len(blocks)
+        if size == 1 or is_all or request.group_size is not None or (best is before and size < recomputed.group_size):
+            break
+        size = -(-size // 2)
+    return note(best, describe(best, saved=None if best is recomputed else (recomputed_s, best_s)))
+
+
+class _Search:
+    """The plans that are tried (rules 2 and 3), those that retain less before those that retain more."""
+
+    def __init__(
+        self,
+        base: Plan,
+        hardware: HardwareSpec,
+        workload: WorkloadSpec,
+        blocks: Sequence[str],
+        stored: Mapping[str, int],
+        place: Place,
+        excess: Excess,
+        *,
+        prefetch_units: int,
+    ) -> None:
+        self.prefetch_units = prefetch_units
+        self.base, self.hardware, self.workload = base, hardware, workload
+        self.blocks, self.stored, self.place, self.excess = blocks, stored, place, excess
+
+    def step_s(self, plan: Plan) -> float:
+        """Of a step in a row of equal ones, on paper."""
+        tokens = [plan.micro_batch * plan.seq_len] * plan.accumulate
+        is_pending = plan.timing is UpdateTiming.PENDING
+        schedule = build_train_step(plan, tokens, starts_pending=is_pending)
+        costs = build_costs(plan, self.hardware, workload=self.workload)
+        prediction = simulate(schedule, plan, self.hardware, overlap=True, repeats=True, overlaps_steps=not is_pending, costs=costs)
+        return prediction.step_s
+
+    def plans(self, recomputed: Plan, size: int) -> Iterator[Plan]:
+        """Those with groups of `size` micro-batches."""
+        kept: dict[int, Plan] = {}
+        lowest = dataclasses.replace(self.base, boundaries=recomputed.boundaries, group_size=size, prefetch_units=recomputed.prefetch_units)
+        for start in (lowest, dataclasses.replace(recomputed, group_size=size)):
+            most = self._estimate_most(start, size)
+            for number in range(most, max(most - MOST_CORRECTED, 0), -1):
+                if number not in kept and (plan := self.try_modes(self._modes(number, 0), size)) is not None:
+                    kept[number] = plan
+                if number in kept:
+                    break
+        most = max(kept, default=0)
+        half = -(-most // 2)
+        if half not in kept and half and (plan := self.try_modes(self._modes(half, 0), size)) is not None:
+            kept[half] = plan
+        yield from (kept[number] for number in sorted(kept))
+        left = len(self.blocks) - most
+        for number in sorted({math.ceil(share * left) for share in MOVED_SHARES} - {0}):
+            for fewer in range(0, MOST_CORRECTED + 1):  # room for what is under way is taken from what is kept
+                if fewer <= most and (plan := self.try_modes(self._modes(most - fewer, number), size)) is not None:
+                    yield plan
+                    break
+
+    def _estimate_most(self, start: Plan, size: int) -> int:
+        """Blocks that the device has room to keep beside what `start` has there."""
+        over = self.excess(start).get(Tier.DEVICE)
+        each = size * max(self.stored[unit] for unit in self.blocks)
+        most = len(self.blocks) if over is None else max(0, -over) // (each + self._reserve(each))
+        return min(len(self.blocks), most)
+
+    def _modes(self, num_kept: int, num_moved: int) -> dict[str, ActivationMode]:
+        """The last blocks kept; of those before, `num_moved` evenly spread to host memory."""
+        first_kept = len(self.blocks) - num_kept
+        num_moved = min(num_moved, first_kept)
+        modes = {self.blocks[(2 * index + 1) * first_kept // (2 * num_moved)]: ActivationMode.HOST for index in range(num_moved)}
+        return modes | dict.fromkeys(self.blocks[first_kept:], ActivationMode.KEEP)
+
+    def try_modes(self, modes: Mapping[str, ActivationMode], size: int) -> Plan | None:
+        """The plan with these modes; None: it does not fit, or takes the room in which parameters are fetched ahead."""
+        kept = sum(self.stored[unit] for unit, mode in modes.items() if mode is ActivationMode.KEEP) * size
+        base = self.base
+        if base.device_budget_bytes is not None:  # the reserve is taken from the budget while it is placed
+            base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
+        try:
+            placed = self.place(retain(base, modes, self.stored), size)
+        except BudgetError:
+            return None
+        if placed.prefetch_units < self.prefetch_units:
+            return None
+        return dataclasses.replace(placed, device_budget_bytes=self.base.device_budget_bytes)
+
+    def _reserve(self, kept_bytes: int) -> int:
+        """What the device's allocator may lose to fragmentation beside so many kept bytes."""
+        return 0 if is_host_memory(self.base.device) else fragmentation_bytes(kept_bytes)
+
+
+def note(plan: Plan, text: str) -> Plan:
+    return dataclasses.replace(plan, notes=(*plan.notes, text))
+
+
+def describe(plan: Plan, *, saved: tuple[float, float] | None = None, how: str = "auto") -> str:
+    """One sentence on what becomes of activations.
+
+    Args:
+        saved: a step's predicted time if all were recomputed, and as it is.
+    """
+    blocks = [unit.name for unit in plan.units[1:-1]]
+    parts = []
+    for mode, words in (
+        (ActivationMode.KEEP, "kept on the device"),
+        (ActivationMode.HOST, "moved to host memory"),
+        (ActivationMode.SSD, "moved to the SSD"),
+    ):
+        units = [unit for unit in blocks if plan.activation_mode(unit) is mode]
+        if units:
+            stored = sum(plan.stored_bytes[unit] for unit in units) * plan.group_size
+            parts.append(f"of {len(units)} blocks {words} ({format_bytes(stored)})")
+    num_recomputed = sum(unit not in plan.activations for unit in blocks)
+    if num_recomputed:
+        parts.append(f"of {num_recomputed} blocks recomputed")
+    gain = ""
+    if saved is not None:
+        gain = f"; a step is predicted at {format_seconds(saved[1])}, with all recomputed at {format_seconds(saved[0])}"
+    return f"activations: {', '.join(parts)} ({how}{gain})"
+
+
+def _why_unknown(unit: str, workload: WorkloadSpec | None) -> str:
+    if workload is None:
+        return "the model cannot be described without weights"
+    notes = workload.class_of(unit).notes
+    return "; ".join(notes) or "its graph cannot be told from the memory of its weights"
+
+
+def is_automatic(request: PlanRequest) -> bool:
+    return request.activations == AUTO

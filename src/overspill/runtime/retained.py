@@ -1,0 +1,166 @@
+"""Graphs that live from a unit's forward to its backward: what a retained `Compute` does (`spec.retention`).
+
+How. The forward runs with a graph on a detached leaf of the hidden states; a book (`activations/retaining.py`) says what becomes of each
+saved tensor. Kept is the graph by the edges of its outputs, and its leaves, without their memory: slots are refilled in between. The
+backward takes the gradients by these leaves, with the weights and hidden states of its own visit in place of those of the forward's.
+
+Rules:
+
+1. A graph that cannot be kept (out of memory on the device, or a saved tensor of which the book cannot tell what it is) is dropped, and
+   the unit's backward recomputes as in mode `recompute`: its hidden states are there in any mode. The same bits; one warning.
+2. The graph is taken out of these books before its backward begins: one that runs out of memory half-way is recomputed by the op's retry.
+3. Nothing is left of a schedule that has ended, however it did (`drop_all`).
+4. What stores more than the plan has counted (`Plan.activation_bytes`) does not leave in full: the rest stays on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from overspill.activations.retaining import HIDDEN, Book, find_epsilons, shed
+from overspill.huggingface import StreamedModel
+from overspill.huggingface.stand_ins import BlockArguments
+from overspill.spec.schedule import Piece
+
+Edge = torch.autograd.graph.GradientEdge
+
+
+@dataclasses.dataclass(kw_only=True)
+class RetainedGraph:
+    """One unit's graph of one micro-batch."""
+
+    book: Book
+    outputs: tuple[Edge, ...]
+    """Hidden states, then side outputs."""
+    leaves: tuple[torch.Tensor, ...]
+    """What the backward differentiates by, without memory: hidden states, side inputs, trainable weights."""
+
+    def differentiate(
+        self, given: Mapping[str, torch.Tensor], above: torch.Tensor, side_gradients: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Gradients by the leaves.
+
+        Args:
+            given: the boundary and the weights, as they are now.
+            above: gradient of the hidden states that the unit returned.
+            side_gradients: of the side outputs; None: nobody reads that one.
+        """
+        outputs, grad_outputs = [self.outputs[0]], [above]
+        for edge, gradient in zip(self.outputs[1:], side_gradients, strict=True):
+            if gradient is not None:
+                outputs.append(edge)
+                grad_outputs.append(gradient)
+        with self.book.bound(given):
+            return torch.autograd.grad(outputs, self.leaves, grad_outputs, allow_unused=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RetainedForward:
+    """What a retained forward returns: values without a graph."""
+
+    hidden: torch.Tensor
+    side_outputs: tuple[torch.Tensor, ...]
+
+
+class RetainedGraphs:
+    """The graphs of one session's step."""
+
+    def __init__(self, model: StreamedModel) -> None:
+        self._model = model
+        self._graphs: dict[Piece, RetainedGraph] = {}
+        self._has_warned = False
+        self._epsilons: dict[str, dict[str, float]] = {}
+        self.most_bytes: dict[str, int] = {}
+        """Unit -> most bytes that one of its graphs has stored, to be held against the plan's."""
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def forward(
+        self,
+        piece: Piece,
+        hidden: torch.Tensor,
+        arguments: BlockArguments,
+        *,
+        parameters: Mapping[str, torch.Tensor],
+        trainable: Sequence[str],
+        side_inputs: Sequence[torch.Tensor],
+        room_bytes: int,
+    ) -> RetainedForward | None:
+        """Run a block's forward and keep its graph; None: it could not be kept (rule 1), and nothing of it is left.
+
+        Args:
+            piece: the activations.
+            parameters: leaves that the block is bound to; `shed` is for who bound it.
+            room_bytes: what the plan has counted (rule 4).
+        """
+        unit = piece.owner
+        leaf = hidden.detach().requires_grad_()
+        sides = tuple(tensor.detach().requires_grad_() for tensor in side_inputs)
+        block = self._model.block(unit)
+        if unit not in self._epsilons:
+            self._epsilons[unit] = find_epsilons(block, parameters)
+        fixed = (*arguments.tensors, *side_inputs, *block.buffers())
+        book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit])
+        unneeded = self._model.unneeded
+        try:
+            with torch.enable_grad(), book.saving(), unneeded.making_all() if unneeded is not None else contextlib.nullcontext():
+                output = self._model.run_block(unit, leaf, arguments, side_inputs=sides or None)
+        except torch.OutOfMemoryError:
+            self._warn(unit, "the device has no memory left for its graph")
+            return None
+        if book.refusal is not None:
+            self._warn(unit, book.refusal)
+            return None
+        values = RetainedForward(hidden=output.hidden.detach(), side_outputs=tuple(tensor.detach() for tensor in output.side_outputs))
+        edges = tuple(torch.autograd.graph.get_gradient_edge(tensor) for tensor in (output.hidden, *output.side_outputs))
+        book.lay_out(room_bytes)
+        leaves = (leaf, *sides, *(parameters[name] for name in trainable))
+        shed(leaf)
+        self._graphs[piece] = RetainedGraph(book=book, outputs=edges, leaves=leaves)
+        self.most_bytes[unit] = max(self.most_bytes.get(unit, 0), book.stored_bytes)
+        return values
+
+    def take(self, piece: Piece) -> RetainedGraph | None:
+        """The graph, for its backward (rule 2); None: it was not kept."""
+        return self._graphs.pop(piece, None)
+
+    def land(self, piece: Piece, source: torch.Tensor) -> None:
+        """The activations have come back to `source`, uint8."""
+        if piece in self._graphs:
+            self._graphs[piece].book.land(source)
+
+    def copier_out(self, piece: Piece, target: torch.Tensor) -> Callable[[], None]:
+        """What copies activations on the device to `target`, uint8, in host memory."""
+        graph = self._graphs.get(piece)
+        book = graph.book if graph is not None else None  # nothing that waits on a lane holds the graph
+
+        def run() -> None:
+            if book is not None:
+                book.copy_out(target)
+
+        return run
+
+    def let_go(self, piece: Piece) -> None:
+        """The activations have left the device."""
+        if piece in self._graphs:
+            self._graphs[piece].book.let_go()
+
+    def drop_all(self) -> None:
+        """Rule 3."""
+        self._graphs.clear()
+
+    def _warn(self, unit: str, reason: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"the activations of {unit} cannot be kept: {reason}; it is recomputed, as others may be from now on without a word. "
+                "Choose --activations recompute, or a smaller --micro-batch",
+                RuntimeWarning,
+                stacklevel=2,
+            )
