@@ -22,7 +22,7 @@ from overspill.report.lifetime import describe_forecast, describe_wear
 from overspill.report.prediction import prediction_table
 from overspill.report.tables import placement_table
 from overspill.runtime.machine import find_hardware, resolve_device
-from overspill.runtime.opening import describe_retention, make_plan, plan_for_optimizer, refuse_compiled
+from overspill.runtime.opening import describe_batch, make_plan, plan_for_optimizer, refuse_compiled
 from overspill.runtime.predictions import Predictions
 from overspill.runtime.programs import Programs
 from overspill.spec.hardware import HardwareSpec
@@ -47,12 +47,14 @@ def run_dry(options: FinetuneOptions, console: Console) -> None:
     assert isinstance(request, PlanRequest)
     device = resolve_device(request.device)
     hardware = find_hardware(request, device, options.machine)
-    workload = describe_retention(request, config, device)
+    workload = describe_batch(request, config, device)
     plan = make_plan(request, model, hardware, device=str(device), chunk_bytes=None, workload=workload, replays_graphs=options.cuda_graphs)
     console.print(placement_table(plan.table()))
     for note in plan.notes:
         console.print(f"· {note}", highlight=False)
-    predictions = Predictions(plan, config, Programs(plan), hardware, replays_graphs=options.cuda_graphs, serial=options.serial)
+    predictions = Predictions(
+        plan, config, Programs(plan), hardware, replays_graphs=options.cuda_graphs, serial=options.serial, workload=workload
+    )
     if hardware.is_measured:
         predictions.time_templates(device)
     prediction = predictions.predict_whole_step()

@@ -22,6 +22,7 @@ Terms that are assumed say so. Where nobody has described the workload, the plan
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from overspill.planning.cost import LAUNCH_BOUND, LAUNCH_S
 from overspill.planning.pools import SLOT_BYTES, pool_demand, pool_events
@@ -121,6 +122,25 @@ def host_terms(
     else:
         terms.append(_footprint_term("growth beside a GPU", hardware.footprint_host_growth_bytes, CUDA_PROCESS_GROWTH_BYTES))
     return _present(*terms)
+
+
+def context_bytes(hardware: HardwareSpec) -> int:
+    """What a session's process takes of a GPU beside what comes from torch's allocator."""
+    measured = hardware.footprint_context_bytes
+    return measured + SESSION_CONTEXT_BYTES if measured else CUDA_CONTEXT_BYTES
+
+
+def unit_working_bytes(plan_units: Iterable[str], workload: WorkloadSpec, hardware: HardwareSpec) -> int | None:
+    """Most that any unit takes of a GPU while it runs, with what the allocator loses beside it; None: not known of every unit."""
+    peaks = []
+    for name in plan_units:
+        item = workload.class_of(name)
+        passes = [one.peak_bytes for one in (item.forward, item.recompute, item.backward) if one is not None]
+        if not passes or (item.backward is None and name != workload.classes[0].name):
+            return None
+        peaks += passes
+    most = max(peaks)
+    return most + fragmentation_bytes(most) + (hardware.footprint_library_bytes or LIBRARY_WORKSPACE_BYTES)
 
 
 def fragmentation_bytes(num_bytes: int) -> int:

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 
 from overspill.errors import BudgetError
 from overspill.planning.activations import choose_activations, describe, force_mode, is_automatic, note
+from overspill.planning.memory import context_bytes, unit_working_bytes
 from overspill.planning.simulate import resident_peaks, simulate
 from overspill.planning.space import is_host_memory, scratch_bytes, store_bytes
 from overspill.scheduling import build_train_step
@@ -63,7 +64,7 @@ def build_plan(
     fixed = [name for name in ("parameters", "states", "boundaries") if getattr(request, name) == Tier.SSD.value]
     if fixed and request.ssd_dir is None:
         raise ValueError(f"--{fixed[0]} ssd needs a directory: give --ssd-dir DIRECTORY on the drive that shall hold it")
-    base = _base_plan(request, layout, hardware, device)
+    base = _base_plan(request, layout, hardware, workload, device=device)
 
     def place(base: Plan, group_size: int | None = None) -> Plan:
         wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
@@ -105,10 +106,11 @@ def _lowest(request: PlanRequest, choice: str) -> Tier:
     return Tier.SSD if request.ssd_dir is not None else Tier.HOST
 
 
-def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, device: str) -> Plan:
+def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, workload: WorkloadSpec | None, *, device: str) -> Plan:
     states = _lowest(request, request.states)
     placement = Placement(parameters=_lowest(request, request.parameters), states=states, gradients=states)
-    working = _working_bytes(request, layout)
+    working = _working_bytes(request, layout, hardware, workload, device=device)
+    context = 0 if is_host_memory(device) else context_bytes(hardware)
     pending = request.clip is not None or request.dtype == "float16"
     return Plan(
         model=layout.model,
@@ -133,9 +135,19 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
         ssd_dir=next(iter(request.ssd_places), None),
         ssd_stripes=request.ssd_places[1:],
         device_budget_bytes=_allowance(
-            request.device_budget_bytes, hardware.device_capacity_bytes, hardware.device_context_bytes + working, Tier.DEVICE
+            request.device_budget_bytes,
+            hardware.device_capacity_bytes,
+            context + working,
+            Tier.DEVICE,
+            held_bytes=hardware.device_context_held_bytes,
         ),
-        host_budget_bytes=_allowance(request.host_budget_bytes, hardware.host_capacity_bytes, hardware.process_bytes, Tier.HOST),
+        host_budget_bytes=_allowance(
+            request.host_budget_bytes,
+            hardware.host_capacity_bytes,
+            hardware.process_bytes,
+            Tier.HOST,
+            held_bytes=hardware.process_bytes,
+        ),
         ssd_budget_bytes=_allowance(request.ssd_budget_bytes, hardware.ssd_capacity_bytes, 0, Tier.SSD),
         pinned_budget_bytes=request.pinned_budget_bytes,
         ssd_rated_bytes=request.ssd_rated_bytes,
@@ -145,13 +157,16 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
     )
 
 
-def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier) -> int | None:
-    """What the tiers may hold of a budget (or of the free capacity) after what is taken before them."""
+def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier, *, held_bytes: int = 0) -> int | None:
+    """What the tiers may hold of a budget (or of the free capacity) after what is taken before them.
+
+    Args:
+        held_bytes: of what is taken: what is taken already, and so is out of the free capacity.
+    """
     if budget is None:
         if not capacity:
             return None
-        # A capacity is what is free now: the process's own memory is already out of it.
-        return max(0, int(capacity * FREE_SHARE) - (taken if tier is Tier.DEVICE else 0))
+        return max(0, int(capacity * FREE_SHARE) - max(0, taken - held_bytes))
     if budget <= taken:
         what = "context and working memory of one unit take" if tier is Tier.DEVICE else "the process itself takes"
         raise BudgetError(
@@ -165,12 +180,17 @@ def _loss_chunk_rows(layout: ModelLayout) -> int:
     return default_loss_chunk_rows(layout.vocab_size)
 
 
-def _working_bytes(request: PlanRequest, layout: ModelLayout) -> int:
-    """Assumed: what autograd keeps of one block for its backward, the block's gradients, and one chunk of logits.
+def _working_bytes(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, workload: WorkloadSpec | None, *, device: str) -> int:
+    """What a unit takes of the device while it runs: of a GPU, what the workload says.
 
-    A block keeps about one activation for each row and column of its matrices (parameters / hidden of them) and some 16
-    hidden-sized ones, per token; logits exist in compute dtype, fp32, and as fp32 gradient.
+    Assumed where there is none: what autograd keeps of one block for its backward, the block's gradients, and one chunk of logits. A
+    block keeps about one activation for each row and column of its matrices (parameters / hidden of them) and some 16 hidden-sized ones,
+    per token; logits exist in compute dtype, fp32, and as fp32 gradient.
     """
+    if workload is not None and not is_host_memory(device):
+        known = unit_working_bytes((unit.name for unit in layout.units), workload, hardware)
+        if known is not None:
+            return known + layout.buffer_bytes
     blocks = layout.units[1:-1]
     per_block = max((sum(layout.bundles[name].num_parameters for name in unit.bundles) for unit in blocks), default=0)
     bytes_each = DTYPE_BYTES[request.dtype]
@@ -209,14 +229,15 @@ def _choose_group(request: PlanRequest, base: Plan) -> Plan:
     else:
         tiers = [Tier(request.boundaries)]
     sizes = [request.group_size] if request.group_size is not None else list(_halvings(request.accumulate))
-    closest: dict[Tier, int] = {}
+    missing: list[tuple[Tier, int]] = []
     for size, tier in ((size, tier) for size in sizes for tier in tiers):
         for prefetch_units in (1, 0):
             plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate), prefetch_units=prefetch_units)
-            closest = {tier: over for tier, over in _excess(plan).items() if over > 0}
-            if not closest:
+            excess = {tier: over for tier, over in _excess(plan).items() if over > 0}
+            if not excess:
                 return plan
-    tier, over = max(closest.items(), key=lambda item: item[1])
+            missing.append(max(excess.items(), key=lambda item: item[1]))
+    tier, over = min(missing, key=lambda item: item[1])  # of what came closest
     cures = [f"raise {_FLAGS[tier]} by {format_bytes(over)}"]
     if tier is Tier.HOST and request.ssd_dir is None:
         cures.append("give --ssd-dir so that states can rest on an SSD")

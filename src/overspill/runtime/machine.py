@@ -18,8 +18,9 @@ from overspill.spec.plan import AUTO, Plan, PlanRequest
 
 PROCESS_GROWTH_BYTES = 96 * 1024 * 1024
 """Assumed: what the process itself grows by while it trains (threads, kernels, schedules); 50-60 MiB seen on two cores."""
-CUDA_CONTEXT_BYTES = 600 * 1024 * 1024
-"""Assumed: driver context, kernels and library workspaces of one process."""
+MOST_HELD_CONTEXT_BYTES = 512 * 1024 * 1024
+"""Most of the device that is taken for this process's own context when a session opens; what is there beyond it may be another program's.
+Assumed: an H100's context alone takes somewhat more."""
 
 
 def resolve_device(choice: str) -> torch.device:
@@ -54,17 +55,23 @@ def read_hardware(device: torch.device, ssd_places: Sequence[str]) -> HardwareSp
     """
     host = host_available_bytes()
     if device.type == "cuda":
-        device_capacity, context = torch.cuda.mem_get_info(device)[0], CUDA_CONTEXT_BYTES if not torch.cuda.is_initialized() else 0
+        held = _held_context_bytes(device) if torch.cuda.is_initialized() else 0
+        device_capacity = torch.cuda.mem_get_info(device)[0]
     else:
         # Host memory too; the planner holds both together against the host's budget.
-        device_capacity, context = host, 0
+        device_capacity, held = host, 0
     return HardwareSpec(
         device_capacity_bytes=device_capacity,
         host_capacity_bytes=host,
         ssd_capacity_bytes=places_room_bytes(ssd_places),
         process_bytes=host_resident_bytes() + PROCESS_GROWTH_BYTES,
-        device_context_bytes=context,
+        device_context_held_bytes=held,
     )
+
+
+def _held_context_bytes(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return min(MOST_HELD_CONTEXT_BYTES, max(0, total - free - torch.cuda.memory_reserved(device)))
 
 
 def find_hardware(request: PlanRequest | Plan, device: torch.device, machine: str | Path | None) -> HardwareSpec:

@@ -110,9 +110,9 @@ def look_at(model: str | Path | PreTrainedModel, dtype: str) -> ModelSource:
     return ModelSource(built=built, expected=expected_tensors(built), generation_config=generation_config, origin=model)
 
 
-def describe_retention(request: PlanRequest | Plan, model: PreTrainedModel | PreTrainedConfig, device: torch.device) -> WorkloadSpec | None:
-    """What the request's batch costs, and what each block's graph stores if it is kept; None: nobody asks, or (`auto`) it cannot be
-    described.
+def describe_batch(request: PlanRequest | Plan, model: PreTrainedModel | PreTrainedConfig, device: torch.device) -> WorkloadSpec | None:
+    """What the request's batch costs, on a GPU or if activations may be kept, and then also what each block's graph stores; None: nobody
+    asks, or (`auto`, `recompute`) it cannot be described.
 
     Args:
         model: a model without weights, which is not touched; of a configuration, all parameters are taken to be trainable.
@@ -120,7 +120,8 @@ def describe_retention(request: PlanRequest | Plan, model: PreTrainedModel | Pre
     Raises:
         ValueError: it cannot be described, and not all blocks are to be recomputed.
     """
-    if not isinstance(request, PlanRequest) or request.activations == ActivationMode.RECOMPUTE:
+    retains = request.activations != ActivationMode.RECOMPUTE if isinstance(request, PlanRequest) else False
+    if not isinstance(request, PlanRequest) or (device.type == "cpu" and not retains):
         return None
     try:
         return describe_workload(
@@ -129,10 +130,10 @@ def describe_retention(request: PlanRequest | Plan, model: PreTrainedModel | Pre
             micro_batch=request.micro_batch,
             dtype=request.dtype,
             device="cpu" if device.type == "cpu" else "cuda",
-            open_book=book_without_values,
+            open_book=book_without_values if retains else None,
         )
     except (OverspillError, ValueError, NotImplementedError, RuntimeError) as error:
-        if request.activations == AUTO:
+        if not retains or request.activations == AUTO:
             return None  # the plan says so
         raise ValueError(
             f"--activations {request.activations} needs to know what each block stores, and the model cannot be described without weights: "

@@ -56,6 +56,7 @@ class Predictions:
         rates: those that the session has measured; None as long as nobody asked.
         replays_graphs: whether blocks are replayed as CUDA graphs where launches bound them.
         serial: the session runs one op after the other.
+        workload: of the plan's batch without a mask, if somebody has described it.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Predictions:
         rates: Callable[[], LaneRates | None] = lambda: None,
         replays_graphs: bool = True,
         serial: bool = False,
+        workload: WorkloadSpec | None = None,
     ) -> None:
         self.plan, self.config, self.programs, self.hardware = plan, config, programs, hardware
         self.rates, self.replays_graphs, self.serial = rates, replays_graphs, serial
@@ -75,7 +77,8 @@ class Predictions:
         """Of this model on this device, if somebody has measured them; what is predicted from then on uses them."""
         self.spent_s = 0.0
         self._has_given_up = False
-        self._workloads: dict[bool, WorkloadSpec | None] = {}
+        is_known = workload is not None and workload.loss is not None and workload.loss.chunk_rows == plan.loss_chunk_rows
+        self._workloads: dict[bool, WorkloadSpec | None] = {False: workload} if is_known else {}
         self._kept: dict[tuple[object, ...], tuple[Schedule, Prediction]] = {}
 
     def predict(self, schedule: Schedule, *, is_masked: bool = False, hardware: HardwareSpec | None = None) -> Prediction:

@@ -48,7 +48,7 @@ from overspill.runtime.opening import (
     Files,
     StoreFactory,
     allocate,
-    describe_retention,
+    describe_batch,
     load,
     look_at,
     make_plan,
@@ -137,7 +137,7 @@ class Session(Closing):
         source = look_at(model, plan.dtype)
         self._generation_config = source.generation_config
         plan = refuse_compiled(plan) if compile else plan
-        workload = describe_retention(plan, source.built, self.device)
+        workload = describe_batch(plan, source.built, self.device)
         self.model = StreamedModel(source.built)
         if compile:
             self.model.compile()
@@ -195,6 +195,7 @@ class Session(Closing):
             rates=lambda: self._timing.rates if self._timing.has_rates else None,
             replays_graphs=cuda_graphs,
             serial=serial,
+            workload=workload,
         )
 
     # -- work --------------------------------------------------------------------------------------------------------

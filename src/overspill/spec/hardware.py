@@ -52,8 +52,8 @@ class HardwareSpec:
     """Free bytes of the SSD directory's file system. 0: unknown or no directory."""
     process_bytes: int = 0
     """Host memory that the process holds before overspill allocates anything; it counts against the host budget."""
-    device_context_bytes: int = 0
-    """Device memory that the driver's context takes; it counts against the device budget."""
+    device_context_held_bytes: int = 0
+    """Of what this process takes of the device beside its tensors: what is there already, and so is out of the capacity."""
     footprint_context_bytes: int = 0
     """What a training process takes beside its tensors on this machine's GPU, by `overspill probe`. 0: not measured, and so for the two
     that follow; predictions then take constants."""
