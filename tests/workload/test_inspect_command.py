@@ -41,3 +41,19 @@ def test_times_stand_beside_what_was_counted(config_folder: Path) -> None:
 def test_a_folder_without_a_config_is_one_line(tmp_path: Path) -> None:
     code, output = inspect(tmp_path)
     assert code == 2 and "has no config.json" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("null", "is no config transformers"),
+        ('{"model_type": "llama", "quantization_config": "yes"}', "is no config transformers"),
+        ('{"model_type": "llama", "hidden_size": "big"}', "hidden_size"),
+        ('{"model_type": "llama", "hidden_size": 0}', "cannot build the llama model"),
+        ('{"model_type": "t5"}', "model_type 't5' is of no causal language model"),
+    ],
+)
+def test_a_config_that_transformers_trips_over_is_one_line(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    code, output = inspect(tmp_path)
+    assert code == 2 and "error: " in output and reason in output.replace("\n", " ") and "Traceback" not in output, output

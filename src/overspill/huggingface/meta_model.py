@@ -30,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from overspill.errors import UnsupportedModelError
+
 _DRAWS = frozenset({"normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_"})
 """Names that these draws have as methods of a tensor and in `torch.nn.init`."""
 
@@ -43,10 +45,21 @@ def build_meta_model(config: PreTrainedConfig, *, dtype: torch.dtype) -> PreTrai
         dtype: of the parameters, but for those that the model keeps in fp32.
 
     Raises:
-        ValueError: transformers knows no causal LM for this configuration.
+        UnsupportedModelError: transformers has no causal LM for this configuration, or cannot build the one it describes.
     """
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModelError(
+            f"a configuration of model_type {config.model_type!r} is of no causal language model of transformers; give one of a "
+            "decoder-only model (AutoModelForCausalLM)"
+        )
     with _parameters_become_meta(), torch.random.fork_rng(devices=[]), _NoDrawsOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except Exception as error:  # sizes that cannot be, names that transformers has not: all of it stands in the configuration
+            raise UnsupportedModelError(
+                f"transformers cannot build the {config.model_type} model that the configuration describes: {type(error).__name__}: "
+                f"{error}; look at config.json"
+            ) from error
     _declare_fp32_parameters(model, dtype)
     return model
 

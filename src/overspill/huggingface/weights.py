@@ -175,8 +175,10 @@ def open_config(path_or_hub_name: str | Path) -> transformers.PreTrainedConfig:
 def _read_config(folder: Path) -> transformers.PreTrainedConfig:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelFolderError(f"{folder / 'config.json'} is no config transformers {transformers.__version__} knows: {error}") from error
+    except Exception as error:  # whatever a foreign file makes transformers trip over: wrong types, impossible sizes, unknown names
+        raise ModelFolderError(
+            f"{folder / 'config.json'} is no config transformers {transformers.__version__} knows: {type(error).__name__}: {error}"
+        ) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelFolderError(f"{folder} is quantized (quantization_config in config.json); train the full-precision model")
     return config
