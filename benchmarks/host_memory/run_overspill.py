@@ -17,9 +17,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from measure import HostWatch, IoCounters, append_result, provenance, status_bytes
+
+if TYPE_CHECKING:
+    from overspill.spec.report import PoolReport
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -102,6 +105,7 @@ def measure_run(options: argparse.Namespace, watch: HostWatch) -> dict[str, Any]
             print(f"step {step + 1}: {report.step_s:.2f} s, loss {report.loss:.4f}", flush=True)
         training = watch.read()
         plan, pinned_bytes = session.plan, session.residency.host.pinned_bytes
+        pools = [describe_pool(pool) for pool in session.pool_reports()]
     return {
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
@@ -112,6 +116,7 @@ def measure_run(options: argparse.Namespace, watch: HostWatch) -> dict[str, Any]
         "home_bytes": {tier.value: plan.home_bytes(tier) for tier in overspill.Tier},
         "process_own_bytes": own_bytes,
         "pinned_bytes": pinned_bytes,
+        "pools": pools,
         "open_s": open_s,
         "host": {"opening": opening, "training": training},
         "is_peak_resettable": watch.is_resettable,
@@ -119,6 +124,17 @@ def measure_run(options: argparse.Namespace, watch: HostWatch) -> dict[str, Any]
         "steps": steps,
         "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps[1:] or steps),
         "device_peak_bytes": max(step["device_peak_bytes"] for step in steps),
+    }
+
+
+def describe_pool(pool: PoolReport) -> dict[str, Any]:
+    """Slots of exact size at their fullest, and what slots of one size would have taken."""
+    return {
+        "name": pool.name,
+        "peak_bytes": pool.peak_bytes,
+        "waste_fraction": pool.waste_fraction,
+        "one_size_bytes": pool.one_size_bytes,
+        "one_size_waste_fraction": pool.one_size_waste_fraction,
     }
 
 
@@ -131,7 +147,8 @@ def describe(result: dict[str, Any]) -> str:
     return (
         f"{head}: {result['tokens_per_s']:.0f} tokens/s, host peak {training['vm_hwm_bytes'] / gib:.2f} GiB (machine's fall "
         f"{training['available_fall_bytes'] / gib:.2f}), device peak {result['device_peak_bytes'] / gib:.2f} GiB, SSD read "
-        f"{io['process_read_bytes'] / gib:.2f} written {io['process_written_bytes'] / gib:.2f} GiB a step"
+        f"{io['process_read_bytes'] / gib:.2f} written {io['process_written_bytes'] / gib:.2f} GiB a step; waste of "
+        + ", ".join(f"{pool['name']} pool {pool['waste_fraction']:.1%}" for pool in result["pools"])
     )
 
 
