@@ -64,17 +64,3 @@ def test_flags_that_cannot_apply_are_refused(run: Run, flags: tuple, words: str)
     refused = run("--steps", 1, *flags)
     assert refused.exit_code == ExitCode.WRONG_INPUT
     assert words in " ".join(refused.output.split())
-
-
-def test_the_comparison_of_formats_runs_small_and_writes_curves_and_verdicts(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "benchmarks" / "formats" / "finetune_spread.py"
-    flags = "--steps 3 --eval-every 2 --seeds 0,1,2 --formats fp32,int8 --batch 4 --held-out 4 --seq-len 16 --device cpu --lr 1e-3"
-    out = tmp_path / "spread.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, script, model_folder, data_file, "--out", out, *flags.split()], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
-    assert [curve["steps"] for curve in report["curves"]] == [[0, 2, 3]] * 6
-    assert [verdict["state_format"] for verdict in report["verdicts"]] == ["int8"]

@@ -94,7 +94,7 @@ def test_auto_takes_the_highest_tier_that_the_budgets_allow() -> None:
     roomy = make_plan()
     assert {p.parameters for p in roomy.placements.values()} == {Tier.DEVICE}
     assert roomy.boundaries is Tier.DEVICE and roomy.group_size == 4
-    cramped = make_plan(device_budget_bytes=roomy.device_working_bytes + 400_000, host_budget_bytes=3_000_000)
+    cramped = make_plan(device_budget_bytes=CONTEXT + roomy.device_working_bytes + 400_000, host_budget_bytes=3_000_000)
     tiers = {(p.parameters, p.states) for p in cramped.placements.values()}
     assert (Tier.DEVICE, Tier.DEVICE) not in tiers
     assert Tier.HOST in {p.parameters for p in cramped.placements.values()}
@@ -136,7 +136,7 @@ def test_a_budget_that_is_too_small_is_refused_with_missing_bytes_and_flag() -> 
     with pytest.raises(BudgetError, match=r"--device-budget is .* are missing; raise --device-budget"):
         make_plan(device_budget_bytes=1000)
     with pytest.raises(BudgetError, match=r"on host, .*give --ssd-dir"):
-        make_plan(host_budget_bytes=100_000, ssd_dir=None, device_budget_bytes=700_000)
+        make_plan(host_budget_bytes=100_000, ssd_dir=None, device_budget_bytes=CONTEXT + 700_000)
     with pytest.raises(ValueError, match="--ssd-dir DIRECTORY"):
         make_plan(states="ssd", ssd_dir=None)
 
