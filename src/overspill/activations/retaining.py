@@ -226,6 +226,10 @@ class Book:
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
+    def hand_over(self) -> None:
+        """Leave stored tensors to the graph alone: each goes with the last node that reads it."""
+        self.stored = []
+
     @contextlib.contextmanager
     def bound(self, given: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Backward runs inside, where the given tensors are these."""
