@@ -129,6 +129,7 @@ def describe_retention(request: PlanRequest | Plan, model: PreTrainedModel | Pre
             micro_batch=request.micro_batch,
             dtype=request.dtype,
             device="cpu" if device.type == "cpu" else "cuda",
+            is_masked=request.is_masked,
             open_book=book_without_values,
         )
     except (OverspillError, ValueError, NotImplementedError, RuntimeError) as error:
