@@ -26,6 +26,9 @@ PLACEMENTS = {
     "resident-overspill": {"parameters": "device", "states": "device", "boundaries": "device"},
     "overspill-host": {"parameters": "host", "states": "host", "device_states_share": 0.10},
     "overspill-host-states6": {"parameters": "host", "device_states_bytes": DEVICE_STATES_BYTES},
+    "overspill-host-keep": {"parameters": "host", "states": "host", "device_states_share": 0.10, "activations": "keep"},
+    "overspill-host-auto": {"parameters": "host", "states": "host", "device_states_share": 0.10, "activations": "auto"},
+    "overspill-host-states6-auto": {"parameters": "host", "device_states_bytes": DEVICE_STATES_BYTES, "activations": "auto"},
     "overspill-host-bf16": {"parameters": "host", "states": "host", "state_format": "bf16"},
     "overspill-ssd": {"parameters": "ssd", "states": "ssd"},
     "overspill-ssd-states": {"parameters": "host", "states": "ssd"},
@@ -49,6 +52,8 @@ def build_request(row: Row, *, dtype: torch.dtype, ssd_dir: str | None) -> overs
         if "device_states_bytes" not in known:
             raise ValueError(f"{row.system} needs PlanRequest.device_states_bytes, which this overspill does not have")
         options["states"] = "host"
+    if "activations" in options and "activations" not in known:
+        raise ValueError(f"{row.system} needs PlanRequest.activations, which this overspill does not have")
     if (share := options.pop("device_states_share", None)) is not None:
         share = LARGE_SHARE if SHAPES[row.shape].num_parameters > 2e9 else share
         options["device_states_bytes"] = int(share * SHAPES[row.shape].num_parameters * STATE_BYTES)
@@ -111,6 +116,7 @@ class Overspill:
             "group_size": plan.group_size,
             "prefetch_units": plan.prefetch_units,
             "home_bytes": {tier.value: plan.home_bytes(tier) for tier in overspill.Tier},
+            "activations": {unit: mode.value for unit, mode in getattr(plan, "activations", {}).items()},
             "notes": list(plan.notes),
         }
 

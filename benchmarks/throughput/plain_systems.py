@@ -1,6 +1,7 @@
 """Resident training, FSDP2 and torchao: PyTorch's own ways, each as fast as its user can make it with the precision of the others.
 
-All three run transformers' own model with the chunked loss, flash attention through SDPA, every block recomputed (`chunked_loss.py`).
+All three run transformers' own model with the chunked loss, flash attention through SDPA, every block recomputed (`chunked_loss.py`);
+`resident-keep` is resident training with nothing recomputed.
 
 | | parameters | master weights and moments | gradients of a step add up in | update |
 |---|---|---|---|---|
@@ -30,7 +31,8 @@ def build_plain_model(row: Row, *, dtype: torch.dtype, compute_dtype: torch.dtyp
     """The row's shape with weights of its own memory on `device`."""
     model = build_windowed_model(SHAPES[row.shape], dtype=dtype, max_positions=max(4096, row.seq_len))
     place_weights(model, device)
-    recompute_blocks(model)
+    if row.system != "resident-keep":
+        recompute_blocks(model)
     return CausalLoss(model, dtype=compute_dtype)
 
 

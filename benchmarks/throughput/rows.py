@@ -37,6 +37,9 @@ SYSTEMS = {
     "resident": System(
         tokens_per_s=44e3, is_bound_by_device=True, open_s=3, meaning="plain transformers on the device, chunked loss, no autocast"
     ),
+    "resident-keep": System(
+        tokens_per_s=52e3, is_bound_by_device=True, open_s=3, meaning="the same with nothing recomputed: the fastest way if it fits"
+    ),
     "resident-overspill": System(tokens_per_s=42e3, is_bound_by_device=True, open_s=5, meaning="overspill with everything on the device"),
     "overspill-host": System(
         tokens_per_s=36e3,
@@ -46,6 +49,15 @@ SYSTEMS = {
     ),
     "overspill-host-states6": System(
         tokens_per_s=36e3, is_bound_by_device=True, open_s=8, meaning="the same, up to 6 GiB of the states on the device"
+    ),
+    "overspill-host-keep": System(
+        tokens_per_s=40e3, is_bound_by_device=True, open_s=9, meaning="overspill-host with the activations of all blocks kept on the device"
+    ),
+    "overspill-host-auto": System(
+        tokens_per_s=40e3, is_bound_by_device=True, open_s=10, meaning="overspill-host with the planner's choice for the activations"
+    ),
+    "overspill-host-states6-auto": System(
+        tokens_per_s=42e3, is_bound_by_device=True, open_s=10, meaning="the same, up to 6 GiB of the states on the device"
     ),
     "overspill-host-bf16": System(
         tokens_per_s=38e3, is_bound_by_device=True, open_s=6, meaning="overspill, parameters and bf16 states in host memory"
@@ -186,6 +198,9 @@ PARTS = {
     "3.02B": _rows("3.02B:1x8x2048", f"{_OWN} zero2", "resident overspill-host overspill-host-states6") + _rows("3.02B:2x8x2048", _OWN),
     "ssd": _rows("1.10B:1x8x2048", "resident overspill-ssd overspill-ssd-states", "overspill-ssd"),
     "8B": _rows("8B@8GiB:2x8x2048", "overspill-host") + _rows("8B@8GiB:16x1x2048", "overspill-host"),
+    "activations": _rows("1.10B@24GiB:1x8x2048", "overspill-host overspill-host-auto overspill-host-keep")
+    + _rows("1.10B@24GiB:1x8x2048", "overspill-host-states6 overspill-host-states6-auto")
+    + _rows("1.10B:1x8x2048", "resident-keep resident overspill-host overspill-host-auto"),
     "tiny": _rows("tiny:2x1x16", " ".join(SYSTEMS), f"{_OWN_CLIPPED} {_PEERS}"),
     "14B": _rows("14B@24GiB:2x8x2048", "overspill-host-bf16") + _rows("14B@24GiB:16x1x2048", "overspill-host-bf16"),
 }

@@ -8,7 +8,7 @@ How it is made fair:
 
 1. A row is a process of its own. A crash, a hang or an OOM is a line with its error.
 2. The same shape, random weights, tokens, bf16 compute, fp32 Adam states (where a row differs its `precision` says so), and every block
-   recomputed, for all systems and for resident training too.
+   recomputed, for all systems and for resident training too; but for those whose name says what is kept.
 3. A step's time is from before its tokens leave the host to an idle device. Warm-up steps are left out; the rest are kept one by one.
 4. The device's peak is the driver's (`device_watch.py`) beside the allocator's; the host's as in `host_memory/measure.py`.
 5. Lines of one call share `run`: ratios are taken within it.
@@ -305,7 +305,8 @@ def system_of(row: Row) -> Any:
         return Overspill
     import plain_systems
 
-    return {"resident": plain_systems.Resident, "fsdp2": plain_systems.Fsdp2}.get(row.system, plain_systems.TorchAo)
+    resident = plain_systems.Resident
+    return {"resident": resident, "resident-keep": resident, "fsdp2": plain_systems.Fsdp2}.get(row.system, plain_systems.TorchAo)
 
 
 if __name__ == "__main__":

@@ -56,8 +56,11 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     systems = [
         "resident",
         "resident:clip",
+        "resident-keep",
         "resident-overspill",
         "overspill-host",
+        "overspill-host-keep",
+        "overspill-host-auto",
         "overspill-host:clip",
         "overspill-ssd",
         "overspill-ssd-states",

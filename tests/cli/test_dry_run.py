@@ -43,6 +43,17 @@ def test_a_dry_run_reads_no_weights_and_no_data_and_writes_nothing(run: Run, con
     assert "written a step" in text and "a day" not in text, "a day has steps only if their time is known"
 
 
+@pytest.mark.parametrize("mode", ["auto", "keep", "host"])
+def test_a_dry_run_says_what_becomes_of_activations(mode: str, run: Run, config_alone: Path) -> None:
+    done = run("--dry-run", "--activations", mode, model=config_alone)
+    assert done.exit_code == ExitCode.OK, done.output
+    where = "moved to host memory" if mode == "host" else "kept on the device"
+    text = " ".join(done.stdout.split())
+    assert f"activations: of 2 blocks {where}" in text and text.count("activations") >= 2
+    refused = run("--dry-run", "--activations", "keep", "--compile", model=config_alone)
+    assert refused.exit_code == ExitCode.WRONG_INPUT and "leave --compile out" in refused.stderr
+
+
 def test_a_dry_run_of_what_does_not_fit_fails_with_what_is_missing_and_the_flag(run: Run, config_alone: Path) -> None:
     refused = run("--dry-run", "--host-budget", "1MiB", model=config_alone)
     assert refused.exit_code == ExitCode.WRONG_INPUT and "raise --host-budget" in refused.stderr and "missing" in refused.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import types
@@ -165,6 +166,18 @@ def test_weights_and_states_on_the_ssd_give_the_same_losses(run: Run, tmp_path: 
         losses.append([row["loss"] for row in metrics(tmp_path)])
     assert losses[0] == losses[1]
     assert all(row["ssd_read_bytes"] > 0 and row["ssd_written_bytes"] > 0 for row in metrics(tmp_path))
+
+
+def test_kept_activations_give_the_same_losses_and_the_plan_says_where_they_are(run: Run, tmp_path: Path) -> None:
+    first = run("--steps", 3)
+    assert first.exit_code == ExitCode.OK, first.output
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(tmp_path / "out")
+    second = run("--steps", 3, "--activations", "keep")
+    assert second.exit_code == ExitCode.OK, second.output
+    assert [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == losses
+    assert "activations: of 2 blocks kept on the device" in " ".join(second.stdout.split())
+    assert set(json.loads((tmp_path / "out" / "plan.json").read_text())["activations"].values()) == {"keep"}
 
 
 def test_epochs_count_steps_over_the_training_samples(run: Run, tmp_path: Path, scripted: Callable[..., type[ScriptedSession]]) -> None:

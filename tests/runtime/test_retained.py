@@ -152,6 +152,17 @@ def test_what_a_mask_stores_beyond_the_plan_stays_on_the_device_and_changes_no_b
         assert all(found[unit] > planned[unit] for unit in planned), "padded batches bring a mask, the plan's does not"
 
 
+def test_a_plan_for_masked_batches_counts_what_they_store() -> None:
+    with open_session(activations="keep", is_masked=True) as session:
+        batches = make_batches(3, vocab_size=96, seed=0)
+        batches[1]["input_ids"] = batches[0]["input_ids"].clone()  # at their longest, one of them padded
+        batches[1]["labels"] = batches[0]["labels"].clone()
+        batches[1]["attention_mask"] = torch.ones_like(batches[0]["input_ids"])
+        batches[1]["attention_mask"][-1, -3:] = 0
+        session.step(batches)
+        assert session.executor.units.retained.most_bytes == dict(session.plan.stored_bytes)
+
+
 def test_frozen_weights_store_less_than_trainable_ones() -> None:
     with open_session(model=frozen_model(), activations="keep") as session:
         stored = session.plan.stored_bytes

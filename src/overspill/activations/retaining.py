@@ -51,10 +51,7 @@ class Stored:
         self.device = tensor.device
         self.offset: int | None = None
         """Where it is in the copy that left; None: it has not left."""
-
-    @property
-    def aligned_bytes(self) -> int:
-        return align_up(self.num_bytes, STORED_ALIGNMENT_BYTES)
+        self.aligned_bytes = align_up(self.num_bytes, STORED_ALIGNMENT_BYTES)
 
 
 class SavedStored(Saved):
@@ -154,23 +151,23 @@ class Book:
         self._by_storage.clear()
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
-        with torch.no_grad():
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and self._has_values or tensor.layout != torch.strided:
-                return SavedAlone(tensor, None)
-            if tensor.device != self.device or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
-                return SavedAlone(tensor, None)
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._given:
-                return self._pack_given(tensor, storage)
-            if storage._cdata in self._fixed:
-                return SavedAlone(tensor, None)
-            if self._rebuilder is not None and storage._cdata not in self._by_storage:
-                rebuilt = self._rebuilder.pack(tensor, storage)
-                if rebuilt is not None:
-                    self.num_rebuilt += rebuilt[1]
-                    self.rebuilt_bytes += rebuilt[0].rebuild.num_bytes * rebuilt[1]
-                    return rebuilt[0]
-            return self._view(tensor, storage)
+        """Nothing here or in what it calls has a graph: all is detached, or made of bytes."""
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and self._has_values or tensor.layout != torch.strided:
+            return SavedAlone(tensor, None)
+        if tensor.device != self.device or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+            return SavedAlone(tensor, None)
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._given:
+            return self._pack_given(tensor, storage)
+        if storage._cdata in self._fixed:
+            return SavedAlone(tensor, None)
+        if self._rebuilder is not None and storage._cdata not in self._by_storage:
+            rebuilt = self._rebuilder.pack(tensor, storage)
+            if rebuilt is not None:
+                self.num_rebuilt += rebuilt[1]
+                self.rebuilt_bytes += rebuilt[0].rebuild.num_bytes * rebuilt[1]
+                return rebuilt[0]
+        return self._view(tensor, storage)
 
     def _pack_given(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Saved:
         start, stop = byte_span(tensor)
@@ -225,6 +222,10 @@ class Book:
                 item.payload = source[item.offset : item.offset + item.num_bytes]
 
     # -- backward ----------------------------------------------------------------------------------------------------
+
+    def hand_over(self) -> None:
+        """Leave stored tensors to the graph alone: each goes with the last node that reads it."""
+        self.stored = []
 
     @contextlib.contextmanager
     def bound(self, given: Mapping[str, torch.Tensor]) -> Iterator[None]:

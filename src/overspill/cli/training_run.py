@@ -202,6 +202,7 @@ def build_request(options: FinetuneOptions, seq_len: int) -> PlanRequest:
         seq_len=seq_len,
         micro_batch=options.micro_batch,
         accumulate=options.accumulate,
+        is_masked=options.packing or (options.micro_batch > 1 and not options.blocks),
         clip=options.clip,
         device=options.device,
     )

@@ -26,18 +26,19 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from overspill.huggingface.device_kernels import DeviceKernels
 from overspill.huggingface.inspection import NUM_TOKENS
 from overspill.huggingface.meta_model import build_meta_model
 from overspill.huggingface.op_trace import OpTrace
+from overspill.huggingface.retention_book import OpenBook
 from overspill.huggingface.skeleton import copy_without_weights
 from overspill.huggingface.streamed_model import EMBEDDING, TAIL, Embedded, StreamedModel
 from overspill.huggingface.tail_trace import TailTrace
@@ -95,24 +96,6 @@ def describe_workload(
         )
     tracer = _Tracer(streamed.train(), seq_len, micro_batch, is_cuda=device == "cuda", is_masked=is_masked, open_book=open_book)
     return tracer.trace(dtype, loss_chunk_rows or default_loss_chunk_rows(streamed.config.get_text_config().vocab_size))
-
-
-class RetentionBook(Protocol):
-    """What autograd saves in a forward, booked by who keeps its graph (`activations.retaining.Book`)."""
-
-    refusal: str | None
-    rebuilt_bytes: int
-    num_rebuilt: int
-
-    @property
-    def stored_bytes(self) -> int: ...
-    def saving(self) -> contextlib.AbstractContextManager[None]: ...
-
-
-class OpenBook(Protocol):
-    """Opens a book for a block on tensors without values: its module, boundary, weights, and tensors that stay where they are."""
-
-    def __call__(self, block: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor]) -> RetentionBook: ...
 
 
 def build_streamed(model: str | Path | PreTrainedConfig | PreTrainedModel, dtype: str) -> StreamedModel:

@@ -6,10 +6,11 @@ A mode that the user fixed holds for every block; if that does not fit, the plan
    autograd cannot be. All others are recomputed.
 2. The last blocks are kept on the device, as many as its budget holds: what they store waits the shortest. All that fit beside the
    placement that recomputation would have; or all that fit at all, and parameters and states get what is left; or half of these.
-3. Of the blocks before these, evenly spread so that the link has time between two, some go to host memory.
-4. Each such plan is simulated, and the quickest one is taken; of equally quick ones that with the fewest retained blocks, and the one whose
-   states and parameters lie highest. So windows, rates of links, and what else crosses them, are weighed as they are, and none of it is a
-   rule of thumb.
+3. Of the blocks before these, evenly spread so that the link has time between two, some go to host memory; where the rates of compute and
+   links were measured, for else nobody knows what a link carries beside compute, and where host memory is another memory.
+4. Each such plan is simulated, and the quickest one is taken. So windows, rates of links, and what else crosses them, are weighed as they
+   are, and none of it is a rule of thumb. Of equally quick ones it is the one that retains the least; but blocks that are kept in memory
+   which nothing else would have make compute shorter, whatever else bounds the step on paper, and are kept.
 
 Groups of micro-batches are halved as long as that is quicker and not all blocks are retained: what is kept is kept for a whole group.
 
@@ -41,6 +42,8 @@ MOST_CORRECTED = 3
 """Blocks fewer than estimated that are tried. Chosen."""
 LEAST_GAIN = 0.01
 """Share of a step's time that a plan must save to be taken for one that retains less. Chosen: simulations are not as exact."""
+MOST_LOSS = 0.002
+"""Share that it may lose if it only takes device memory that nothing else would have. Chosen."""
 
 Place = Callable[[Plan, int | None], Plan]
 """Where everything else goes beside the activations of a plan; with groups of so many micro-batches, or of as many as fit.
@@ -121,7 +124,7 @@ def choose_activations(
         before = best
         for plan in search.plans(recomputed, size):
             step_s = search.step_s(plan)
-            if step_s < (1 - LEAST_GAIN) * best_s:
+            if step_s < (1 - search.least_gain(plan, recomputed)) * best_s:
                 best, best_s = plan, step_s
         is_all = len(best.activations) == len(blocks)
         if size == 1 or is_all or request.group_size is not None or (best is before and size < recomputed.group_size):
@@ -158,6 +161,13 @@ class _Search:
         prediction = simulate(schedule, plan, self.hardware, overlap=True, repeats=True, overlaps_steps=not is_pending, costs=costs)
         return prediction.step_s
 
+    def least_gain(self, plan: Plan, recomputed: Plan) -> float:
+        """What it must save (rule 4)."""
+        moves = any(mode is not ActivationMode.KEEP for mode in plan.activations.values())
+        places = (plan.placements, plan.boundaries, plan.group_size)
+        is_beside = places == (recomputed.placements, recomputed.boundaries, recomputed.group_size)
+        return -MOST_LOSS if is_beside and not moves else LEAST_GAIN
+
     def plans(self, recomputed: Plan, size: int) -> Iterator[Plan]:
         """Those with groups of `size` micro-batches."""
         kept: dict[int, Plan] = {}
@@ -174,7 +184,7 @@ class _Search:
         if half not in kept and half and (plan := self.try_modes(self._modes(half, 0), size)) is not None:
             kept[half] = plan
         yield from (kept[number] for number in sorted(kept))
-        left = len(self.blocks) - most
+        left = len(self.blocks) - most if self.hardware.is_measured and not is_host_memory(self.base.device) else 0
         for number in sorted({math.ceil(share * left) for share in MOVED_SHARES} - {0}):
             for fewer in range(0, MOST_CORRECTED + 1):  # room for what is under way is taken from what is kept
                 if fewer <= most and (plan := self.try_modes(self._modes(most - fewer, number), size)) is not None:

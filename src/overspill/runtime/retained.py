@@ -128,7 +128,10 @@ class RetainedGraphs:
 
     def take(self, piece: Piece) -> RetainedGraph | None:
         """The graph, for its backward (rule 2); None: it was not kept."""
-        return self._graphs.pop(piece, None)
+        graph = self._graphs.pop(piece, None)
+        if graph is not None:
+            graph.book.hand_over()
+        return graph
 
     def land(self, piece: Piece, source: torch.Tensor) -> None:
         """The activations have come back to `source`, uint8."""

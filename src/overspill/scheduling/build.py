@@ -15,7 +15,7 @@ the order of additions, and with it every bit, is that of one group.
 Overlap. Buffers change hands in the program's order, so what shall overlap must hold its buffers side by side in it:
 
 1. The parameters of the next visit are fetched before the present one computes (`Plan.prefetch_units`), and so is the next
-   micro-batch's hidden state where these rest elsewhere.
+   micro-batch's hidden state where these rest elsewhere. Activations come one visit earlier still.
 2. A gradient's device buffer is freed after the next visit has computed, so that it leaves under that visit's compute.
 3. Chunks are read, updated and written back in a pipeline of `UPDATED_CHUNKS`; see also `scheduling/program.py`.
 4. What an update needs is not read twice: the host copy of a parameter that its backward has fetched stays for its update, and
@@ -120,6 +120,7 @@ class _Builder(RetainingProgram):
             if following is not None:
                 self.prepare(following)
             if prefetches and index + 2 < len(visits):
+                self.bring_early(visits[index + 2])
                 self.pending_updates(visits[index + 2].unit, for_visit=True)
             if visit.phase is Phase.FORWARD:
                 self.forward(visit)
@@ -148,6 +149,12 @@ class _Builder(RetainingProgram):
             for piece in self.inputs(visit, visit.group[0]):
                 if any((piece, tier) in self.copies for tier in LADDER):  # else the visit before makes it
                     self.bring_input(piece)
+
+    def bring_early(self, visit: _Visit) -> None:
+        """The activations that the visit after the next consumes first: the link may need longer for them than a visit computes."""
+        stored = self.activations(visit.unit.name, visit.group[0])
+        if visit.phase is Phase.BACKWARD and stored is not None and any((stored, tier) in self.copies for tier in LADDER):
+            self.bring_input(stored)
 
     def is_updated_after(self, visit: _Visit, bundle: str) -> bool:
         """Whether an update on the host follows the visit, so that host copies of the parameters stay for it (rule 4)."""

@@ -69,6 +69,8 @@ class PlanRequest:
     """Samples of one forward and backward."""
     accumulate: int = 1
     """Micro-batches of one optimizer step."""
+    is_masked: bool = False
+    """Micro-batches bring a padding mask, or are packed: blocks store more then. No effect where activations are recomputed."""
     clip: float | None = None
     """Bound on the global gradient norm; None: no clipping, and updates run under the backward."""
     group_size: int | None = None

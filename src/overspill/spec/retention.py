@@ -8,7 +8,7 @@ Words:
   costs less to make than to keep), or *stored*: the bytes that a mode is about.
 
 Rule. Bytes of a unit are of one micro-batch at its longest; a shorter one is counted in proportion. What a micro-batch stores beyond that
-(another attention kernel under a padding mask) stays on the device.
+(another attention kernel, under a padding mask that `PlanRequest.is_masked` did not announce) stays on the device.
 """
 
 from __future__ import annotations
