@@ -42,6 +42,10 @@ def differentiate(block: nn.Module, hidden: Tensor) -> Sequence[Tensor | None]:
     return torch.autograd.grad([output], [leaf, *block.parameters()], [torch.ones_like(hidden) * 0.3], allow_unused=True)
 
 
+MIX = torch.randn(8, 8, generator=torch.Generator().manual_seed(2))
+"""Fixed: gradients through it do not depend on what is multiplied."""
+
+
 def decide(block: nn.Module) -> tuple[UnneededProducts, Tensor]:
     unneeded = UnneededProducts({"a": block}, {"a": "a"})
     hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
@@ -171,6 +175,9 @@ def test_an_expert_that_had_no_tokens_in_the_trial_is_made_when_it_has_some() ->
         pytest.param(torch.relu, 10.0, id="a rectifier that lets all pass, and would let no zero pass"),
         pytest.param(lambda x: torch.maximum(x, torch.tensor(0.5)), 10.0, id="a floor that nothing reaches"),
         pytest.param(lambda x: torch.where(x > 3.0, 2 * x, x), 0.0, id="a threshold that nothing reaches"),
+        pytest.param(
+            lambda x: torch.where(x @ MIX > 50.0, x @ MIX * 2, x @ MIX), 0.0, id="a threshold behind sums that make NaN of infinity"
+        ),
     ],
 )
 def test_a_comparison_that_shows_nothing_in_the_trials_batch_is_seen(last: Callable[[Tensor], Tensor], shift: float) -> None:

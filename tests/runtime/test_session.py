@@ -262,12 +262,20 @@ def test_a_transfer_that_fails_before_any_update_changes_nothing_and_the_session
         assert [session.step(batches(step)).loss for step in range(3)] == expected
 
 
-@pytest.mark.parametrize("max_new_tokens", [0, -1])
-def test_a_generation_of_no_tokens_is_refused_before_anything_is_done(max_new_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_new_tokens", [0, -1, 1.5])
+def test_a_generation_of_no_tokens_is_refused_before_anything_is_done(max_new_tokens: float, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_session(None, parameters="host", states="host", clip=1.0) as session:
         monkeypatch.setattr(session, "flush", lambda: pytest.fail("the weights were flushed"))
         with pytest.raises(ValueError, match=f"generate makes at least 1 token, got max_new_tokens={max_new_tokens}"):
-            session.generate([[5]], max_new_tokens=max_new_tokens)
+            session.generate([[5]], max_new_tokens=max_new_tokens)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("group_size", "2"), ("accumulate", 1.5), ("host_budget_bytes", 8e9), ("seq_len", None), ("micro_batch", True)]
+)
+def test_a_count_that_is_no_whole_number_is_refused(field: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{field} must be a whole number, got {value!r}"):
+        overspill.PlanRequest(**{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("clip", [0.0, -1.0, 1e39, 1e-60, float("inf"), float("nan")])

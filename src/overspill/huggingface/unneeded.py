@@ -37,8 +37,11 @@ from transformers.pytorch_utils import Conv1D
 
 MOST_LEFT_OUT = 2
 """Parallel attention and MLP (GPT-NeoX, Phi) both end in a sum."""
-FILLS = (float("nan"), 0.0, float("inf"), float("-inf"))
-"""Tried in place of a product's result: what later stands there, what arithmetic passes on, and what is above and below every threshold."""
+LARGE = 2.0**63
+"""Finite with its square, in fp32; at most that in a smaller range."""
+FILLS = (float("nan"), 0.0, float("inf"), float("-inf"), LARGE, -LARGE)
+"""Tried in place of a product's result: what later stands there, what arithmetic passes on, and what is above and below every threshold;
+also finite, for sums on the way to a comparison make NaN of infinities, which is neither above nor below."""
 TOLERANCE = 0.01
 """Relative, of a gradient's norm and of its sample's difference, where a block's backward does not give the same bits twice."""
 MOST_SAMPLED = 4096
@@ -141,7 +144,9 @@ class _NoProduct(TorchDispatchMode):
             left, right = args[-2:]
             if self._note is not None:
                 self._note(left.shape[0] * right.shape[1])
-            return left.new_full((left.shape[0], right.shape[1]), self._fill)
+            most = torch.finfo(left.dtype).max ** 0.5
+            fill = max(-most, min(self._fill, most)) if math.isfinite(self._fill) else self._fill
+            return left.new_full((left.shape[0], right.shape[1]), fill)
         return func(*args, **(kwargs or {}))
 
 

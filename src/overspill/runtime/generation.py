@@ -23,8 +23,8 @@ def validate_generation(prompts: Sequence[Sequence[int]], max_new_tokens: int) -
     """
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("generate needs at least one prompt and at least one token in each")
-    if max_new_tokens < 1:
-        raise ValueError(f"generate makes at least 1 token, got max_new_tokens={max_new_tokens}; raise it")
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"generate makes at least 1 token, got max_new_tokens={max_new_tokens!r}; give a whole number from 1 on")
 
 
 def generate_greedily(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+import numbers
 import os
 from collections.abc import Mapping
 
@@ -26,6 +27,11 @@ TIER_CHOICES = (AUTO, *(tier.value for tier in Tier))
 MOST_EVALUATED_TOGETHER = 32
 """Chosen, not tuned."""
 DTYPES = ("bfloat16", "float16", "float32")
+WHOLE_NUMBERS = (
+    *("seq_len", "micro_batch", "accumulate", "group_size", "device_states_bytes", "device_budget_bytes", "host_budget_bytes"),
+    *("pinned_budget_bytes", "ssd_budget_bytes", "ssd_rated_bytes"),
+)
+"""Fields of a request; None may stand in all but the first three."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +101,10 @@ class PlanRequest:
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype!r} is not supported; choose one of {', '.join(DTYPES)}")
         resolve_state_format(self.state_format, self.dtype, self.optimizer or "adamw")  # refuses what is unknown or has no layout
+        for field in WHOLE_NUMBERS:
+            value = getattr(self, field)
+            if (value is not None or field in WHOLE_NUMBERS[:3]) and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+                raise ValueError(f"{field} must be a whole number, got {value!r}")
         for field in ("seq_len", "micro_batch", "accumulate"):
             if getattr(self, field) < 1:
                 raise ValueError(f"--{field.replace('_', '-')} must be at least 1, got {getattr(self, field)}")
