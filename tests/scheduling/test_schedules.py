@@ -9,6 +9,7 @@ from matrices import PLACEMENTS, make_layout, make_plan
 
 from overspill.errors import BudgetError, ScheduleError
 from overspill.planning import build_plan, predict_step, simulate
+from overspill.planning.memory import context_bytes
 from overspill.planning.space import scratch_bytes, store_bytes
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, render_timeline, validate
 from overspill.spec.documents import from_json
@@ -16,6 +17,8 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.schedule import Compress, Compute, Fetch, Free, Lane, Phase, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
+
+CONTEXT = context_bytes(HardwareSpec())
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -130,12 +130,8 @@ def describe_batch(request: PlanRequest | Plan, model: PreTrainedModel | PreTrai
             micro_batch=request.micro_batch,
             dtype=request.dtype,
             device="cpu" if device.type == "cpu" else "cuda",
-<<<<<<< HEAD
-            open_book=book_without_values if retains else None,
-=======
             is_masked=request.is_masked,
-            open_book=book_without_values,
->>>>>>> s5-act
+            open_book=book_without_values if retains else None,
         )
     except (OverspillError, ValueError, NotImplementedError, RuntimeError) as error:
         if not retains or request.activations == AUTO:

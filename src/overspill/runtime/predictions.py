@@ -56,7 +56,7 @@ class Predictions:
         rates: those that the session has measured; None as long as nobody asked.
         replays_graphs: whether blocks are replayed as CUDA graphs where launches bound them.
         serial: the session runs one op after the other.
-        workload: of the plan's batch without a mask, if somebody has described it.
+        workload: of the plan's batch, if somebody has described it.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Predictions:
         self.spent_s = 0.0
         self._has_given_up = False
         is_known = workload is not None and workload.loss is not None and workload.loss.chunk_rows == plan.loss_chunk_rows
-        self._workloads: dict[bool, WorkloadSpec | None] = {False: workload} if is_known else {}
+        self._workloads: dict[bool, WorkloadSpec | None] = {workload.is_masked: workload} if workload is not None and is_known else {}
         self._kept: dict[tuple[object, ...], tuple[Schedule, Prediction]] = {}
 
     def predict(self, schedule: Schedule, *, is_masked: bool = False, hardware: HardwareSpec | None = None) -> Prediction:
