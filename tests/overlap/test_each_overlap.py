@@ -99,8 +99,7 @@ def _is_meant(span: Span, op: Op, lane: Lane, is_meant: Callable[[Op], bool], ph
     return span.lane is lane and is_meant(op)
 
 
-@pytest.mark.parametrize("clip", [None, 1.0], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("placement", [HOST, DRIVE], ids=["host", "ssd"])
+@pytest.mark.parametrize(("placement", "clip"), [(HOST, None), (DRIVE, 1.0)], ids=["host-unclipped", "ssd-clipped"])
 def test_a_step_is_shorter_than_the_sum_of_its_lanes(
     placement: dict[str, Any], clip: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
