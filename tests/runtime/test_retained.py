@@ -152,6 +152,17 @@ def test_what_a_mask_stores_beyond_the_plan_stays_on_the_device_and_changes_no_b
         assert all(found[unit] > planned[unit] for unit in planned), "padded batches bring a mask, the plan's does not"
 
 
+def test_where_there_is_room_nothing_is_rebuilt_with_the_same_bits_and_the_bytes_that_were_predicted() -> None:
+    """On a CPU that nobody measured, memory is slow beside compute."""
+    with open_session(dtype="bfloat16", activations="auto") as session:
+        assert set(session.plan.activations.values()) == {ActivationMode.KEEP_WHOLE}
+        assert_same(train(session), recomputed("llama", "bfloat16", 3, None))
+    with open_session(dtype="bfloat16", activations="auto") as session, open_session(dtype="bfloat16", activations="keep") as least:
+        session.step(whole_batches(0))
+        assert session.executor.units.retained.most_bytes == dict(session.plan.stored_bytes)
+        assert all(stored > least.plan.stored_bytes[unit] for unit, stored in session.plan.stored_bytes.items())
+
+
 def test_a_plan_for_masked_batches_counts_what_they_store() -> None:
     with open_session(activations="keep", is_masked=True) as session:
         batches = make_batches(3, vocab_size=96, seed=0)

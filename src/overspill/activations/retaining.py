@@ -98,6 +98,7 @@ class Book:
         given: name -> tensor, as they are in forward: contiguous.
         fixed: tensors whose storages stay.
         epsilons: name of a layer norm's weight -> the norm's epsilon, which autograd does not save.
+        rebuilds: whether rule 2 applies; else all that is not there anyway is stored as it is.
         has_values: False for tensors without (rule 6).
     """
 
@@ -107,6 +108,7 @@ class Book:
         fixed: Iterable[torch.Tensor],
         *,
         epsilons: Mapping[str, float],
+        rebuilds: bool = True,
         has_values: bool = True,
     ) -> None:
         self.device = next(iter(given.values())).device
@@ -126,7 +128,7 @@ class Book:
         def epsilon(weight: Saved) -> float | None:
             return epsilons.get(weight.name) if isinstance(weight, SavedGiven) else None
 
-        self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store) if can_read_saved() else None
+        self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store) if rebuilds and can_read_saved() else None
 
     @property
     def stored_bytes(self) -> int:
@@ -256,11 +258,11 @@ def find_epsilons(block: nn.Module, parameters: Mapping[str, torch.Tensor]) -> d
 
 
 def book_without_values(
-    block: nn.Module, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor], fixed: Iterable[torch.Tensor]
+    block: nn.Module, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor], fixed: Iterable[torch.Tensor], *, rebuilds: bool
 ) -> Book:
     """The book of a block whose tensors have no values (rule 6)."""
     epsilons = find_epsilons(block, parameters)
-    return Book({HIDDEN: hidden, **parameters}, (*fixed, *block.buffers()), epsilons=epsilons, has_values=False)
+    return Book({HIDDEN: hidden, **parameters}, (*fixed, *block.buffers()), epsilons=epsilons, rebuilds=rebuilds, has_values=False)
 
 
 def _unpack(saved: Saved) -> torch.Tensor:

@@ -91,6 +91,7 @@ class RetainedGraphs:
         trainable: Sequence[str],
         side_inputs: Sequence[torch.Tensor],
         room_bytes: int,
+        rebuilds: bool = True,
     ) -> RetainedForward | None:
         """Run a block's forward and keep its graph; None: it could not be kept (rule 1), and nothing of it is left.
 
@@ -98,6 +99,7 @@ class RetainedGraphs:
             piece: the activations.
             parameters: leaves that the block is bound to; `shed` is for who bound it.
             room_bytes: what the plan has counted (rule 4).
+            rebuilds: whether what follows from other saved tensors is rebuilt.
         """
         unit = piece.owner
         leaf = hidden.detach().requires_grad_()
@@ -106,7 +108,7 @@ class RetainedGraphs:
         if unit not in self._epsilons:
             self._epsilons[unit] = find_epsilons(block, parameters)
         fixed = (*arguments.tensors, *side_inputs, *block.buffers())
-        book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit])
+        book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit], rebuilds=rebuilds)
         unneeded = self._model.unneeded
         try:
             with torch.enable_grad(), book.saving(), unneeded.making_all() if unneeded is not None else contextlib.nullcontext():
