@@ -175,7 +175,7 @@ def test_the_last_blocks_rebuild_nothing_where_compute_bounds_the_step_and_there
     assert found is not None
     assert plan.home_bytes(Tier.DEVICE)["activations"] == (16 - number) * found.stored_bytes + number * found.whole_bytes
     assert predict(plan).device_peak_bytes < 24 * GIB
-    assert f"of {number} blocks kept there with nothing rebuilt" in plan.notes[-1]
+    assert f"of {number} blocks kept on the device with nothing rebuilt" in plan.notes[-1]
 
 
 @pytest.mark.parametrize("budget_gib", [8, 14])

@@ -266,7 +266,7 @@ def describe(plan: Plan, *, saved: tuple[float, float] | None = None, how: str =
     parts = []
     for mode, words in (
         (ActivationMode.KEEP, "kept on the device"),
-        (ActivationMode.KEEP_WHOLE, "kept there with nothing rebuilt"),
+        (ActivationMode.KEEP_WHOLE, "kept on the device with nothing rebuilt"),
         (ActivationMode.HOST, "moved to host memory"),
         (ActivationMode.SSD, "moved to the SSD"),
     ):

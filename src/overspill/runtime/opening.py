@@ -24,6 +24,7 @@ from overspill.planning import build_layout, build_plan
 from overspill.planning.space import scratch_bytes, store_bytes, uses_ssd
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
 from overspill.runtime.homes import Homes
+from overspill.runtime.machine import find_hardware
 from overspill.runtime.residency import Residency
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
@@ -108,6 +109,38 @@ def look_at(model: str | Path | PreTrainedModel, dtype: str) -> ModelSource:
     built = copy_without_weights(model, dtype=getattr(torch, dtype))
     generation_config = getattr(built, "generation_config", None)
     return ModelSource(built=built, expected=expected_tensors(built), generation_config=generation_config, origin=model)
+
+
+def plan_session(
+    plan: PlanRequest | Plan,
+    source: ModelSource,
+    device: torch.device,
+    *,
+    is_compiled: bool,
+    machine: str | Path | None,
+    chunk_bytes: int | None,
+    replays_graphs: bool,
+) -> tuple[StreamedModel, HardwareSpec, Plan]:
+    """The model taken apart, what the machine has, and where everything goes.
+
+    Args:
+        source: its model belongs to the streamed one from here on.
+        machine, chunk_bytes: as `Session` has them.
+        replays_graphs: whether blocks whose launches bound them are replayed as CUDA graphs.
+
+    Raises:
+        BudgetError: it does not fit.
+        UnsupportedModelError: the model cannot be streamed exactly; with the reason.
+        ValueError: as `make_plan`, `describe_retention` and `refuse_compiled`.
+    """
+    plan = refuse_compiled(plan) if is_compiled else plan
+    workload = describe_retention(plan, source.built, device)
+    model = StreamedModel(source.built)
+    if is_compiled:
+        model.compile()
+    hardware = find_hardware(plan, device, machine)
+    found = make_plan(plan, model, hardware, device=str(device), chunk_bytes=chunk_bytes, workload=workload, replays_graphs=replays_graphs)
+    return model, hardware, found
 
 
 def describe_retention(request: PlanRequest | Plan, model: PreTrainedModel | PreTrainedConfig, device: torch.device) -> WorkloadSpec | None:
@@ -258,7 +291,7 @@ def allocate(
         for place in plan.ssd_places:
             discard_manifests(Path(place), allowed=False)
     # Slots are rounded up to pages, which the schedule does not count.
-    rounding = 2 * len(plan.units) * plan.group_size * 4096
+    rounding = (3 if plan.activations else 2) * len(plan.units) * plan.group_size * 4096
     host_budget = None if plan.host_budget_bytes is None else plan.host_budget_bytes + rounding
     is_cuda = torch.device(plan.device).type == "cuda"
     host = HostMemory(
