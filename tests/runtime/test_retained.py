@@ -136,6 +136,21 @@ def test_one_op_after_the_other_gives_the_same_bits(mode: str) -> None:
         assert_same(train(session), recomputed("llama", "float32", 3, None))
 
 
+def test_under_autocast_casts_of_weights_are_made_again_from_the_weights_that_backward_has() -> None:
+    def wide() -> Any:
+        return tiny_model("llama", intermediate_size=512)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with open_session(model=wide()) as session:
+            expected = train(session)
+        with open_session(model=wide(), activations="host") as session:
+            assert_same(train(session), expected)
+            names = session.model.unit_parameters["model.layers.0"]
+            casts = 2 * sum(session.model.parameters[name].num_elements for name in names)
+            stored = session.executor.units.retained.most_bytes["model.layers.0"]
+    assert stored < casts, "the casts alone would be more"
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "bfloat16"), ("mixtral", "float32")])
 def test_stored_bytes_are_those_that_were_predicted_without_weights(name: str, dtype: str) -> None:
     with open_session(name, dtype=dtype, activations="keep") as session:

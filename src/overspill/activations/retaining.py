@@ -115,7 +115,7 @@ class Book:
         self.stored: list[Stored] = []
         self.rebuilt_bytes = self.num_rebuilt = 0
         self.refusal: str | None = None
-        self._has_values = has_values
+        self._has_values, self._is_open = has_values, True
         self._given: dict[int, list[tuple[int, int, str]]] = {}
         for name, tensor in given.items():
             self._given.setdefault(tensor.untyped_storage()._cdata, []).append((*byte_span(tensor), name))
@@ -144,8 +144,11 @@ class Book:
         Raises:
             RuntimeError: a given tensor was changed in place after it was saved.
         """
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
-            yield
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._is_open = False
         for watch, name in self._versions.values():
             if watch.now != watch.version:
                 raise changed_in_place(f"a tensor that backward needs ({name})", watch.version, watch.now)
@@ -153,7 +156,10 @@ class Book:
         self._by_storage.clear()
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
-        """Nothing here or in what it calls has a graph: all is detached, or made of bytes."""
+        """Nothing here or in what it calls has a graph: all is detached, or made of bytes. Ctrl-C may have left the hooks in place when
+        the forward was over; they do no harm then."""
+        if not self._is_open:
+            return SavedAlone(tensor, None)
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and self._has_values or tensor.layout != torch.strided:
             return SavedAlone(tensor, None)
         if tensor.device != self.device or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:

@@ -148,6 +148,7 @@ class Executor:
 
     def forget_step(self) -> None:
         """No schedule that was run before has to do with what comes now."""
+        self.units.retained.drop_all()
         self.updated, self.has_landed = [], False
 
     def finish(self) -> None:
