@@ -373,6 +373,6 @@ def test_a_backward_that_runs_out_of_memory_half_way_is_recomputed(monkeypatch: 
         return found
 
     monkeypatch.setattr(RetainedGraph, "differentiate", scarce)
-    with open_session(activations="host") as session:
+    with open_session(activations="host") as session, pytest.warns(RuntimeWarning, match="no memory left for its backward"):
         assert_same(train(session), recomputed("llama", "float32", 3, None))
-    assert next(numbers) == 2 * 3 * 3, "every block and micro-batch of two steps"
+    assert 9 < next(numbers) < 2 * 3 * 3, "a block that was given up is recomputed in the next step"

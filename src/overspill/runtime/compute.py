@@ -159,7 +159,11 @@ class UnitRunner:
             gradients.note(op.unit, used)
         elif kept is not None:
             sides = micro_batch.side_output_gradients.get(op.unit, ())
-            results = kept.differentiate({HIDDEN: hidden, **visit.parameters}, above, sides)
+            try:
+                results = kept.differentiate({HIDDEN: hidden, **visit.parameters}, above, sides)
+            except torch.OutOfMemoryError:  # half of the graph is used up; the op's retry recomputes
+                self.retained.give_up(op.unit, "the device has no memory left for its backward")
+                raise
             hidden_gradient = self._take_gradients(op, visit, micro_batch, gradients, hidden, results)
         else:
             differentiate = functools.partial(self._differentiate_block, op, visit, micro_batch, hidden.requires_grad_(), above)
