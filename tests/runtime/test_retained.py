@@ -363,6 +363,33 @@ def test_a_forward_without_memory_for_its_graph_is_recomputed_with_the_same_bits
         assert len([item for item in seen if "cannot be kept" in str(item.message)]) == 1
 
 
+@pytest.mark.parametrize("mode", ["keep", "host"])
+def test_graphs_are_given_up_for_an_op_that_has_no_memory_beside_them(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = UnitRunner.run
+
+    def scarce(self: UnitRunner, op: Compute, *args: Any) -> None:
+        if op.unit == "tail" and op.micro_batch == 1 and len(self.retained) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self, op, *args)
+
+    monkeypatch.setattr(UnitRunner, "run", scarce)
+    with open_session(activations=mode) as session:
+        with pytest.warns(RuntimeWarning, match="model.layers.0 cannot be kept: the device has no memory left beside its graph"):
+            assert_same(train(session), recomputed("llama", "float32", 3, None))
+        assert set(session.executor.units.retained._recomputed) == {"model.layers.0", "model.layers.1"}
+
+
+def test_an_op_that_has_no_memory_at_all_fails_and_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(self: UnitRunner, op: Compute, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with open_session(activations="keep") as session:
+        monkeypatch.setattr(UnitRunner, "_run_tail", scarce)
+        with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="cannot be kept"):
+            session.step(whole_batches(0))
+        assert len(session.executor.units.retained) == 0
+
+
 def test_a_backward_that_runs_out_of_memory_half_way_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     differentiate, numbers = RetainedGraph.differentiate, iter(range(10**6))
 

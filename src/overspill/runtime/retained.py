@@ -6,9 +6,9 @@ backward takes the gradients by these leaves, with the weights and hidden states
 
 Rules:
 
-1. A graph that cannot be kept (out of memory on the device, or a saved tensor of which the book cannot tell what it is) is dropped, and
-   the unit's backward recomputes as in mode `recompute`: its hidden states are there in any mode. The same bits; one warning. The unit is
-   recomputed from then on: running out of memory empties the allocator's caches, which no step should begin with.
+1. A graph that cannot be kept (out of memory on the device, for it or for another op, or a saved tensor of which the book cannot tell what
+   it is) is dropped, and the unit's backward recomputes as in mode `recompute`: its hidden states are there in any mode. The same bits;
+   one warning. The unit is recomputed from then on: running out of memory empties the allocator's caches, which no step should begin with.
 2. The graph is taken out of these books before its backward begins: one that runs out of memory half-way is recomputed by the op's retry,
    and its unit is from then on.
 3. Nothing is left of a schedule that has ended, however it did (`drop_all`).
@@ -164,6 +164,13 @@ class RetainedGraphs:
         """The activations have left the device."""
         if piece in self._graphs:
             self._graphs[piece].book.let_go()
+
+    def give_up_half(self) -> None:
+        """Make room on the device: give up the first half of the units that have graphs."""
+        units = list(dict.fromkeys(piece.owner for piece in self._graphs))
+        for unit in units[: -(-len(units) // 2)]:
+            self.give_up(unit, "the device has no memory left beside its graph")
+            self._graphs = {piece: graph for piece, graph in self._graphs.items() if piece.owner != unit}
 
     def drop_all(self) -> None:
         """Rule 3."""
