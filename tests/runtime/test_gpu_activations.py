@@ -21,7 +21,7 @@ CONFIG = LlamaConfig(
 )  # fmt: skip
 SAMPLES, TOKENS = 8, 1024
 MARGIN = 0.15
-"""By which the allocator's peak may exceed the predicted one: fragmentation and libraries, which are assumed, are much of a small model's."""
+"""By which the allocator may exceed the predicted peak: fragmentation and libraries, which are assumed, are much of a small one."""
 
 
 def open_session(activations: str, tmp_path: Path, *, serial: bool = False, **fields: Any) -> overspill.Session:
