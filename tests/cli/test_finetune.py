@@ -173,6 +173,11 @@ def test_kept_activations_give_the_same_losses_and_the_plan_says_where_they_are(
     assert first.exit_code == ExitCode.OK, first.output
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     shutil.rmtree(tmp_path / "out")
+    moved = run("--steps", 3, "--activations", "ssd", "--ssd-dir", tmp_path / "ssd")
+    assert moved.exit_code == ExitCode.OK, moved.output
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == losses and all(row["ssd_written_bytes"] > 0 for row in rows)
+    shutil.rmtree(tmp_path / "out")
     second = run("--steps", 3, "--activations", "keep")
     assert second.exit_code == ExitCode.OK, second.output
     assert [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()] == losses

@@ -18,11 +18,13 @@ from test_lanes import open_session
 from training_loop import make_batches
 
 import overspill
-from overspill.runtime import executor, landing, lanes, residency, session, step, visit
+from overspill.activations import rebuild, retaining, saved
+from overspill.runtime import executor, landing, lanes, residency, retained, scratch_records, session, step, visit
 from overspill.spec.tensors import Tier
 from overspill.tiers import extents, fake, memory, pool, records
 
-BOOKS = frozenset(str(module.__file__) for module in (residency, pool, memory))
+BOOKS = frozenset(str(module.__file__) for module in (residency, scratch_records, pool, memory))
+GRAPHS = frozenset(str(module.__file__) for module in (rebuild, retained, retaining, saved, scratch_records, visit))
 ALLOCATIONS = BOOKS | {str(module.__file__) for module in (extents, fake, records)}
 STEP = BOOKS | {str(module.__file__) for module in (executor, landing, lanes, session, step, visit)}
 BATCHES = make_batches(2, vocab_size=96, seed=0)
@@ -73,9 +75,9 @@ def lent_bytes(session: overspill.Session) -> dict[Tier, int]:
     return {Tier.DEVICE: session.residency.device_pool.used_bytes, Tier.HOST: session.residency.host_pool.used_bytes}
 
 
-def interrupt_steps(clip: float | None, files: frozenset[str], stride: int) -> int:
+def interrupt_steps(clip: float | None, files: frozenset[str], stride: int, **more: Any) -> int:
     """Interrupt the second step at every `stride`-th place, then step again; how often that was possible."""
-    fields: dict[str, Any] = {"parameters": "ssd", "states": "ssd", "boundaries": "ssd", "clip": clip, "group_size": 1}
+    fields: dict[str, Any] = {"parameters": "ssd", "states": "ssd", "boundaries": "ssd", "clip": clip, "group_size": 1, **more}
     with open_session(serial=True, **fields) as plain:
         expected = {report.step: (report.loss, report.grad_norm) for report in (plain.step(BATCHES) for _ in range(3))}
 
@@ -94,6 +96,7 @@ def interrupt_steps(clip: float | None, files: frozenset[str], stride: int) -> i
             assert "half-way through an update" in str(error), place
         else:
             assert (report.loss, report.grad_norm) == expected[report.step] and lent_bytes(current) == rest, place
+            assert len(current.executor.units.retained) == 0, place
             num_survived += 1
         current.close()
         current = begin()
@@ -105,6 +108,11 @@ def interrupt_steps(clip: float | None, files: frozenset[str], stride: int) -> i
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["immediate", "pending"])
 def test_a_step_interrupted_at_any_place_of_the_books_lends_no_slot_for_ever(clip: float | None) -> None:
     assert interrupt_steps(clip, BOOKS, 557) > 5
+
+
+def test_a_step_interrupted_at_any_place_of_its_kept_graphs_leaves_none_behind() -> None:
+    fields: dict[str, Any] = {"parameters": "host", "states": "host", "boundaries": "device", "activations": "ssd"}
+    assert interrupt_steps(1.0, GRAPHS, 997, **fields) > 5
 
 
 @pytest.mark.slow

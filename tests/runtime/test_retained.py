@@ -136,6 +136,21 @@ def test_one_op_after_the_other_gives_the_same_bits(mode: str) -> None:
         assert_same(train(session), recomputed("llama", "float32", 3, None))
 
 
+def test_under_autocast_casts_of_weights_are_made_again_from_the_weights_that_backward_has() -> None:
+    def wide() -> Any:
+        return tiny_model("llama", intermediate_size=512)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with open_session(model=wide()) as session:
+            expected = train(session)
+        with open_session(model=wide(), activations="host") as session:
+            assert_same(train(session), expected)
+            names = session.model.unit_parameters["model.layers.0"]
+            casts = 2 * sum(session.model.parameters[name].num_elements for name in names)
+            stored = session.executor.units.retained.most_bytes["model.layers.0"]
+    assert stored < casts, "the casts alone would be more"
+
+
 @pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "bfloat16"), ("mixtral", "float32")])
 def test_stored_bytes_are_those_that_were_predicted_without_weights(name: str, dtype: str) -> None:
     with open_session(name, dtype=dtype, activations="keep") as session:
@@ -150,6 +165,17 @@ def test_what_a_mask_stores_beyond_the_plan_stays_on_the_device_and_changes_no_b
         assert_same(train(session), recomputed("llama", "float32", 3, None))
         found, planned = session.executor.units.retained.most_bytes, session.plan.stored_bytes
         assert all(found[unit] > planned[unit] for unit in planned), "padded batches bring a mask, the plan's does not"
+
+
+def test_where_there_is_room_nothing_is_rebuilt_with_the_same_bits_and_the_bytes_that_were_predicted() -> None:
+    """On a CPU that nobody measured, memory is slow beside compute."""
+    with open_session(dtype="bfloat16", activations="auto") as session:
+        assert set(session.plan.activations.values()) == {ActivationMode.KEEP_WHOLE}
+        assert_same(train(session), recomputed("llama", "bfloat16", 3, None))
+    with open_session(dtype="bfloat16", activations="auto") as session, open_session(dtype="bfloat16", activations="keep") as least:
+        session.step(whole_batches(0))
+        assert session.executor.units.retained.most_bytes == dict(session.plan.stored_bytes)
+        assert all(stored > least.plan.stored_bytes[unit] for unit, stored in session.plan.stored_bytes.items())
 
 
 def test_a_plan_for_masked_batches_counts_what_they_store() -> None:
@@ -337,6 +363,33 @@ def test_a_forward_without_memory_for_its_graph_is_recomputed_with_the_same_bits
         assert len([item for item in seen if "cannot be kept" in str(item.message)]) == 1
 
 
+@pytest.mark.parametrize("mode", ["keep", "host"])
+def test_graphs_are_given_up_for_an_op_that_has_no_memory_beside_them(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = UnitRunner.run
+
+    def scarce(self: UnitRunner, op: Compute, *args: Any) -> None:
+        if op.unit == "tail" and op.micro_batch == 1 and len(self.retained) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self, op, *args)
+
+    monkeypatch.setattr(UnitRunner, "run", scarce)
+    with open_session(activations=mode) as session:
+        with pytest.warns(RuntimeWarning, match="model.layers.0 cannot be kept: the device has no memory left beside its graph"):
+            assert_same(train(session), recomputed("llama", "float32", 3, None))
+        assert set(session.executor.units.retained._recomputed) == {"model.layers.0", "model.layers.1"}
+
+
+def test_an_op_that_has_no_memory_at_all_fails_and_keeps_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(self: UnitRunner, op: Compute, *args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with open_session(activations="keep") as session:
+        monkeypatch.setattr(UnitRunner, "_run_tail", scarce)
+        with pytest.raises(torch.OutOfMemoryError), pytest.warns(RuntimeWarning, match="cannot be kept"):
+            session.step(whole_batches(0))
+        assert len(session.executor.units.retained) == 0
+
+
 def test_a_backward_that_runs_out_of_memory_half_way_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     differentiate, numbers = RetainedGraph.differentiate, iter(range(10**6))
 
@@ -347,6 +400,6 @@ def test_a_backward_that_runs_out_of_memory_half_way_is_recomputed(monkeypatch: 
         return found
 
     monkeypatch.setattr(RetainedGraph, "differentiate", scarce)
-    with open_session(activations="host") as session:
+    with open_session(activations="host") as session, pytest.warns(RuntimeWarning, match="no memory left for its backward"):
         assert_same(train(session), recomputed("llama", "float32", 3, None))
-    assert next(numbers) == 2 * 3 * 3, "every block and micro-batch of two steps"
+    assert 9 < next(numbers) < 2 * 3 * 3, "a block that was given up is recomputed in the next step"

@@ -165,6 +165,19 @@ def test_all_blocks_are_kept_where_24_gib_hold_them_and_the_predicted_peak_is_wi
     assert "of 16 blocks kept on the device" in plan.notes[-1] and "with all recomputed at" in plan.notes[-1]
 
 
+def test_the_last_blocks_rebuild_nothing_where_compute_bounds_the_step_and_there_is_room() -> None:
+    quick = dataclasses.replace(H100, host_update_parameters_per_s=40e9, host_memory_bytes_per_s=0.0)
+    plan = plan_for(quick)
+    modes = list(plan.activations.values())
+    number = modes.count(ActivationMode.KEEP_WHOLE)
+    assert 0 < number < 16 and modes == [ActivationMode.KEEP] * (16 - number) + [ActivationMode.KEEP_WHOLE] * number
+    found = workload().classes[1].retention
+    assert found is not None
+    assert plan.home_bytes(Tier.DEVICE)["activations"] == (16 - number) * found.stored_bytes + number * found.whole_bytes
+    assert predict(plan).device_peak_bytes < 24 * GIB
+    assert f"of {number} blocks kept on the device with nothing rebuilt" in plan.notes[-1]
+
+
 @pytest.mark.parametrize("budget_gib", [8, 14])
 def test_the_last_blocks_are_kept_where_the_device_holds_not_all(budget_gib: int) -> None:
     plan = plan_for(device_budget_bytes=budget_gib * GIB)

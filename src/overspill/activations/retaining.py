@@ -98,6 +98,7 @@ class Book:
         given: name -> tensor, as they are in forward: contiguous.
         fixed: tensors whose storages stay.
         epsilons: name of a layer norm's weight -> the norm's epsilon, which autograd does not save.
+        rebuilds: whether rule 2 applies; else all that is not there anyway is stored as it is.
         has_values: False for tensors without (rule 6).
     """
 
@@ -107,13 +108,14 @@ class Book:
         fixed: Iterable[torch.Tensor],
         *,
         epsilons: Mapping[str, float],
+        rebuilds: bool = True,
         has_values: bool = True,
     ) -> None:
         self.device = next(iter(given.values())).device
         self.stored: list[Stored] = []
         self.rebuilt_bytes = self.num_rebuilt = 0
         self.refusal: str | None = None
-        self._has_values = has_values
+        self._has_values, self._is_open = has_values, True
         self._given: dict[int, list[tuple[int, int, str]]] = {}
         for name, tensor in given.items():
             self._given.setdefault(tensor.untyped_storage()._cdata, []).append((*byte_span(tensor), name))
@@ -126,7 +128,7 @@ class Book:
         def epsilon(weight: Saved) -> float | None:
             return epsilons.get(weight.name) if isinstance(weight, SavedGiven) else None
 
-        self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store) if can_read_saved() else None
+        self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store) if rebuilds and can_read_saved() else None
 
     @property
     def stored_bytes(self) -> int:
@@ -142,8 +144,11 @@ class Book:
         Raises:
             RuntimeError: a given tensor was changed in place after it was saved.
         """
-        with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
-            yield
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._is_open = False
         for watch, name in self._versions.values():
             if watch.now != watch.version:
                 raise changed_in_place(f"a tensor that backward needs ({name})", watch.version, watch.now)
@@ -151,7 +156,10 @@ class Book:
         self._by_storage.clear()
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
-        """Nothing here or in what it calls has a graph: all is detached, or made of bytes."""
+        """Nothing here or in what it calls has a graph: all is detached, or made of bytes. Ctrl-C may have left the hooks in place when
+        the forward was over; they do no harm then."""
+        if not self._is_open:
+            return SavedAlone(tensor, None)
         if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and self._has_values or tensor.layout != torch.strided:
             return SavedAlone(tensor, None)
         if tensor.device != self.device or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
@@ -256,11 +264,11 @@ def find_epsilons(block: nn.Module, parameters: Mapping[str, torch.Tensor]) -> d
 
 
 def book_without_values(
-    block: nn.Module, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor], fixed: Iterable[torch.Tensor]
+    block: nn.Module, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor], fixed: Iterable[torch.Tensor], *, rebuilds: bool
 ) -> Book:
     """The book of a block whose tensors have no values (rule 6)."""
     epsilons = find_epsilons(block, parameters)
-    return Book({HIDDEN: hidden, **parameters}, (*fixed, *block.buffers()), epsilons=epsilons, has_values=False)
+    return Book({HIDDEN: hidden, **parameters}, (*fixed, *block.buffers()), epsilons=epsilons, rebuilds=rebuilds, has_values=False)
 
 
 def _unpack(saved: Saved) -> torch.Tensor:

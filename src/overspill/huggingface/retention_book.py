@@ -26,6 +26,9 @@ class RetentionBook(Protocol):
 
 
 class OpenBook(Protocol):
-    """Opens a book for a block on tensors without values: its module, boundary, weights, and tensors that stay where they are."""
+    """Opens a book for a block on tensors without values: its module, boundary, weights, and tensors that stay where they are;
+    and whether what follows from others is rebuilt."""
 
-    def __call__(self, block: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor]) -> RetentionBook: ...
+    def __call__(
+        self, block: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor], *, rebuilds: bool
+    ) -> RetentionBook: ...

@@ -102,7 +102,8 @@ class UnneededProducts:
         self.left_out[kind] = tuple(chosen)
 
     def reset(self) -> None:
-        """After an interruption: nothing is on trial."""
+        """After an interruption: nothing is on trial, and what was found out holds."""
+        self._makes_all = False
         for module in self._on_trial:
             vars(module).pop("forward", None)
         self._on_trial = []

@@ -38,7 +38,7 @@ from overspill.huggingface.device_kernels import DeviceKernels
 from overspill.huggingface.inspection import NUM_TOKENS
 from overspill.huggingface.meta_model import build_meta_model
 from overspill.huggingface.op_trace import OpTrace
-from overspill.huggingface.retention_book import OpenBook
+from overspill.huggingface.retention_book import OpenBook, RetentionBook
 from overspill.huggingface.skeleton import copy_without_weights
 from overspill.huggingface.streamed_model import EMBEDDING, TAIL, Embedded, StreamedModel
 from overspill.huggingface.tail_trace import TailTrace
@@ -253,20 +253,24 @@ class _Tracer:
         return dataclasses.replace(traced, side_outputs=side_outputs, retention=retention)
 
     def _retain(self, unit: str, boundary: Tensor) -> Retention | None:
-        """The block's forward once more, as it runs when its graph is kept."""
+        """The block's forward twice more, as it runs when its graph is kept."""
+        rebuilding, whole = (self._book(unit, boundary, rebuilds=rebuilds) for rebuilds in (True, False))
+        if rebuilding.refusal is not None or whole.refusal is not None:
+            return None
+        moved = 3 * rebuilding.rebuilt_bytes
+        rebuilt = Work(moved_bytes=moved, elementwise_bytes=moved, num_ops=rebuilding.num_rebuilt)
+        return Retention(stored_bytes=rebuilding.stored_bytes, whole_bytes=whole.stored_bytes, rebuilt=rebuilt)
+
+    def _book(self, unit: str, boundary: Tensor, *, rebuilds: bool) -> RetentionBook:
         assert self.embedded is not None and self.open_book is not None
         arguments = self.embedded.arguments
         leaf = boundary.detach().requires_grad_()
         sides = [tensor.detach().requires_grad_() for tensor in arguments.side_inputs]
-        book = self.open_book(self.streamed.block(unit), leaf, self.leaves, (*arguments.tensors, *arguments.side_inputs))
+        fixed = (*arguments.tensors, *arguments.side_inputs)
+        book = self.open_book(self.streamed.block(unit), leaf, self.leaves, fixed, rebuilds=rebuilds)
         with torch.enable_grad(), book.saving():
-            output = self.streamed.run_block(unit, leaf, arguments, side_inputs=sides or None)
-        del output
-        if book.refusal is not None:
-            return None
-        moved = 3 * book.rebuilt_bytes
-        rebuilt = Work(moved_bytes=moved, elementwise_bytes=moved, num_ops=book.num_rebuilt)
-        return Retention(stored_bytes=book.stored_bytes, rebuilt=rebuilt)
+            self.streamed.run_block(unit, leaf, arguments, side_inputs=sides or None)
+        return book
 
     def _differentiate(
         self, trace: OpTrace, start: int, forward: Pass, outputs: list[Tensor], wanted: Sequence[Tensor], hidden: Tensor

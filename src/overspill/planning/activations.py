@@ -11,6 +11,7 @@ A mode that the user fixed holds for every block; if that does not fit, the plan
 4. Each such plan is simulated, and the quickest one is taken. So windows, rates of links, and what else crosses them, are weighed as they
    are, and none of it is a rule of thumb. Of equally quick ones it is the one that retains the least; but blocks that are kept in memory
    which nothing else would have make compute shorter, whatever else bounds the step on paper, and are kept.
+5. Where all blocks are kept on the device and there is still room, the last ones have nothing rebuilt, if that is quicker.
 
 Groups of micro-batches are halved as long as that is quicker and not all blocks are retained: what is kept is kept for a whole group.
 
@@ -31,9 +32,9 @@ from overspill.planning.space import is_host_memory
 from overspill.scheduling import build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Plan, PlanRequest, UpdateTiming
-from overspill.spec.retention import ActivationMode
+from overspill.spec.retention import ON_DEVICE, ActivationMode
 from overspill.spec.tensors import Tier
-from overspill.spec.workload import WorkloadSpec
+from overspill.spec.workload import Retention, WorkloadSpec
 from overspill.units import format_bytes, format_seconds
 
 MOVED_SHARES = (0.25, 0.5, 1.0)
@@ -62,8 +63,8 @@ def force_mode(request: PlanRequest, base: Plan, workload: WorkloadSpec | None) 
     mode = ActivationMode(request.activations)
     if mode is ActivationMode.RECOMPUTE:
         return base
-    stored = stored_bytes(base, workload)
-    unknown = [unit.name for unit in base.units[1:-1] if unit.name not in stored]
+    known = find_retention(base, workload)
+    unknown = [unit.name for unit in base.units[1:-1] if unit.name not in known]
     if unknown:
         raise ValueError(
             f"--activations {mode} needs to know what each block stores, and of {len(unknown)} blocks, {unknown[0]} the first, it is not "
@@ -71,20 +72,25 @@ def force_mode(request: PlanRequest, base: Plan, workload: WorkloadSpec | None) 
         )
     if mode is ActivationMode.SSD and request.ssd_dir is None:
         raise ValueError("--activations ssd needs a directory: give --ssd-dir DIRECTORY on the drive that shall hold them")
-    return retain(base, dict.fromkeys(stored, mode), stored)
+    return retain(base, dict.fromkeys(known, mode), known)
 
 
-def stored_bytes(plan: Plan, workload: WorkloadSpec | None) -> dict[str, int]:
-    """Block -> what its graph stores of one micro-batch at its longest; blocks of which it is known."""
+def find_retention(plan: Plan, workload: WorkloadSpec | None) -> dict[str, Retention]:
+    """Block -> what keeping its graph takes; blocks of which it is known."""
     if workload is None:
         return {}
     known = {unit: item.retention for item in workload.classes for unit in item.units}
-    return {unit.name: found.stored_bytes for unit in plan.units[1:-1] if (found := known.get(unit.name)) is not None}
+    return {unit.name: found for unit in plan.units[1:-1] if (found := known.get(unit.name)) is not None}
 
 
-def retain(plan: Plan, modes: Mapping[str, ActivationMode], stored: Mapping[str, int]) -> Plan:
+def retain(plan: Plan, modes: Mapping[str, ActivationMode], known: Mapping[str, Retention]) -> Plan:
     """`plan` with these modes, in place of those it has."""
-    return dataclasses.replace(plan, activations=dict(modes), stored_bytes={unit: stored[unit] for unit in modes})
+    stored = {unit: _bytes_of(known[unit], mode) for unit, mode in modes.items()}
+    return dataclasses.replace(plan, activations=dict(modes), stored_bytes=stored)
+
+
+def _bytes_of(found: Retention, mode: ActivationMode) -> int:
+    return found.whole_bytes if mode is ActivationMode.KEEP_WHOLE else found.stored_bytes
 
 
 def choose_activations(
@@ -107,16 +113,16 @@ def choose_activations(
         BudgetError: not even recomputation fits.
     """
     recomputed = place(base, None)
-    stored = stored_bytes(base, workload)
+    known = find_retention(base, workload)
     replayed = set()
     if replays_graphs and not base.device.startswith("cpu") and workload is not None:
         replayed = {unit for item in workload.classes[1:-1] if is_bound_by_launches(item) for unit in item.units}
-    blocks = [unit.name for unit in base.units[1:-1] if unit.name in stored and unit.name not in replayed]
+    blocks = [unit.name for unit in base.units[1:-1] if unit.name in known and unit.name not in replayed]
     if not blocks or workload is None:
         first = base.units[1].name
         why = "their launches bound them, and they are replayed as CUDA graphs" if replayed else _why_unknown(first, workload)
         return note(recomputed, f"activations: all blocks are recomputed (auto: {why})")
-    search = _Search(base, hardware, workload, blocks, stored, place, excess, prefetch_units=recomputed.prefetch_units)
+    search = _Search(base, hardware, workload, blocks, known, place, excess, prefetch_units=recomputed.prefetch_units)
     recomputed_s = search.step_s(recomputed)
     best, best_s = recomputed, recomputed_s
     size = recomputed.group_size
@@ -130,6 +136,9 @@ def choose_activations(
         if size == 1 or is_all or request.group_size is not None or (best is before and size < recomputed.group_size):
             break
         size = -(-size // 2)
+    whole = search.keep_whole(best)
+    if whole is not None and (step_s := search.step_s(whole)) < (1 - LEAST_GAIN / 2) * best_s:
+        best, best_s = whole, step_s
     return note(best, describe(best, saved=None if best is recomputed else (recomputed_s, best_s)))
 
 
@@ -142,7 +151,7 @@ class _Search:
         hardware: HardwareSpec,
         workload: WorkloadSpec,
         blocks: Sequence[str],
-        stored: Mapping[str, int],
+        known: Mapping[str, Retention],
         place: Place,
         excess: Excess,
         *,
@@ -150,7 +159,7 @@ class _Search:
     ) -> None:
         self.prefetch_units = prefetch_units
         self.base, self.hardware, self.workload = base, hardware, workload
-        self.blocks, self.stored, self.place, self.excess = blocks, stored, place, excess
+        self.blocks, self.known, self.place, self.excess = blocks, known, place, excess
 
     def step_s(self, plan: Plan) -> float:
         """Of a step in a row of equal ones, on paper."""
@@ -163,7 +172,7 @@ class _Search:
 
     def least_gain(self, plan: Plan, recomputed: Plan) -> float:
         """What it must save (rule 4)."""
-        moves = any(mode is not ActivationMode.KEEP for mode in plan.activations.values())
+        moves = any(mode not in ON_DEVICE for mode in plan.activations.values())
         places = (plan.placements, plan.boundaries, plan.group_size)
         is_beside = places == (recomputed.placements, recomputed.boundaries, recomputed.group_size)
         return -MOST_LOSS if is_beside and not moves else LEAST_GAIN
@@ -194,9 +203,28 @@ class _Search:
     def _estimate_most(self, start: Plan, size: int) -> int:
         """Blocks that the device has room to keep beside what `start` has there."""
         over = self.excess(start).get(Tier.DEVICE)
-        each = size * max(self.stored[unit] for unit in self.blocks)
+        each = size * max(self.known[unit].stored_bytes for unit in self.blocks)
         most = len(self.blocks) if over is None else max(0, -over) // (each + self._reserve(each))
         return min(len(self.blocks), most)
+
+    def keep_whole(self, plan: Plan) -> Plan | None:
+        """`plan` with nothing rebuilt in the last blocks, as many as there is room for that nothing else has; None: not all blocks are kept
+        on the device, or there is none."""
+        if len(plan.activations) < len(self.blocks) or not all(mode in ON_DEVICE for mode in plan.activations.values()):
+            return None
+        over = self.excess(plan).get(Tier.DEVICE)
+        each = plan.group_size * max(self.known[unit].whole_bytes - self.known[unit].stored_bytes for unit in self.blocks)
+        most = len(self.blocks)
+        if over is not None and each:
+            kept = plan.group_size * sum(plan.stored_bytes.values())
+            most = min(most, max(0, -over - self._reserve(kept)) // (each + self._reserve(each)))
+        for number in range(most, max(most - MOST_CORRECTED, 0), -1):
+            modes = dict.fromkeys(self.blocks[:-number], ActivationMode.KEEP)
+            modes |= dict.fromkeys(self.blocks[-number:], ActivationMode.KEEP_WHOLE)
+            found = self.try_modes(modes, plan.group_size)
+            if found is not None and (found.placements, found.boundaries) == (plan.placements, plan.boundaries):
+                return found
+        return None
 
     def _modes(self, num_kept: int, num_moved: int) -> dict[str, ActivationMode]:
         """The last blocks kept; of those before, `num_moved` evenly spread to host memory."""
@@ -207,12 +235,12 @@ class _Search:
 
     def try_modes(self, modes: Mapping[str, ActivationMode], size: int) -> Plan | None:
         """The plan with these modes; None: it does not fit, or takes the room in which parameters are fetched ahead."""
-        kept = sum(self.stored[unit] for unit, mode in modes.items() if mode is ActivationMode.KEEP) * size
+        kept = sum(_bytes_of(self.known[unit], mode) for unit, mode in modes.items() if mode in ON_DEVICE) * size
         base = self.base
         if base.device_budget_bytes is not None:  # the reserve is taken from the budget while it is placed
             base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
         try:
-            placed = self.place(retain(base, modes, self.stored), size)
+            placed = self.place(retain(base, modes, self.known), size)
         except BudgetError:
             return None
         if placed.prefetch_units < self.prefetch_units:
@@ -238,6 +266,7 @@ def describe(plan: Plan, *, saved: tuple[float, float] | None = None, how: str =
     parts = []
     for mode, words in (
         (ActivationMode.KEEP, "kept on the device"),
+        (ActivationMode.KEEP_WHOLE, "kept on the device with nothing rebuilt"),
         (ActivationMode.HOST, "moved to host memory"),
         (ActivationMode.SSD, "moved to the SSD"),
     ):

@@ -31,6 +31,7 @@ from collections.abc import Callable, Mapping
 
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
+from overspill.spec.retention import ActivationMode
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Lane, Op, Phase, Role, Update
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.workload import TemplateTimes, UnitTimes, UnitWork, Work, WorkloadSpec
@@ -219,6 +220,8 @@ class _ComputeTable:
         item = self.workload.class_of(op.unit)
         timed = self._timed_seconds(op, item)
         work = unit_work(item, op.phase, is_retained=op.is_retained)
+        if work is not None and op.consumed:
+            work += self._rebuilt(op, item)
         if timed is None:
             return op.flops / self.hardware.device_flops if work is None else self._work_seconds(work, item, op.phase)
         is_launched = self.replays_graphs and op.unit in self.blocks and not op.is_retained
@@ -237,7 +240,7 @@ class _ComputeTable:
             seconds = seconds / 3 if is_tail else found.forward_s  # the tail was timed forward and backward at once
         assert self.workload is not None
         if op.phase is Phase.BACKWARD and op.is_retained:
-            rebuilt_bytes = item.retention.rebuilt.elementwise_bytes if item.retention is not None else 0
+            rebuilt_bytes = self._rebuilt(op, item).elementwise_bytes
             share = self.workload.num_tokens / (found.seq_len * found.micro_batch)
             return max(seconds - found.forward_s, seconds / 2) * share + rebuilt_bytes / self._memory_bytes_per_s
         return seconds * (self.workload.num_tokens / (found.seq_len * found.micro_batch))
@@ -250,6 +253,11 @@ class _ComputeTable:
         if hardware.matrix_flops and hardware.device_memory_bytes_per_s:
             return flops / hardware.matrix_flops + elementwise / memory + work.num_ops * KERNEL_S
         return max(flops / hardware.device_flops, (work.moved_bytes - work.elementwise_bytes + elementwise) / memory)
+
+    def _rebuilt(self, op: Compute, item: UnitWork) -> Work:
+        """What the backward of a graph that was kept makes again."""
+        is_whole = self.plan.activation_mode(op.unit) is ActivationMode.KEEP_WHOLE
+        return Work() if is_whole or item.retention is None else item.retention.rebuilt
 
     @property
     def _memory_bytes_per_s(self) -> float:
@@ -268,11 +276,11 @@ class _ComputeTable:
 
 
 def unit_work(item: UnitWork, phase: Phase, *, is_retained: bool = False) -> Work | None:
-    """What one op of a unit does; None: it could not be traced."""
+    """What one op of a unit does, but for what a retained one rebuilds; None: it could not be traced."""
     if item.forward is None or item.recompute is None or item.backward is None:
         return None
     if phase is Phase.FORWARD:
         return item.forward.work
-    if is_retained and item.retention is not None:
-        return item.backward.work + item.retention.rebuilt
+    if is_retained:
+        return item.backward.work
     return item.recompute.work + item.backward.work

@@ -59,9 +59,9 @@ def num_boundary_slots(plan: Plan) -> int:
 
 def rounding_bytes(plan: Plan) -> int:
     """Most by which memory of the device, or of the host, exceeds the pieces in it: homes and slots are rounded up to pages, which neither
-    peaks nor budgets of a plan count. A page for every role of every bundle (all but its last chunk are whole pages) and for every hidden
-    state and its gradient; some MiB of a model of 8B."""
-    return SLOT_BYTES * (len(BUNDLE_ROLES) * len(plan.bundles) + 2 * num_boundary_slots(plan))
+    peaks nor budgets of a plan count. A page for every role of every bundle (all but its last chunk are whole pages) for every hidden
+    state and its gradient, and for what a graph stores; some MiB of a model of 8B."""
+    return SLOT_BYTES * (len(BUNDLE_ROLES) * len(plan.bundles) + (3 if plan.activations else 2) * num_boundary_slots(plan))
 
 
 def is_host_memory(device: str) -> bool:

@@ -27,6 +27,7 @@ from overspill.runtime.residency import Residency
 from overspill.runtime.retained import RetainedGraphs
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan
+from overspill.spec.retention import ActivationMode
 from overspill.spec.schedule import Compute, Phase, Piece, Role
 from overspill.tiers.cuda import cuda_index
 
@@ -118,6 +119,7 @@ class UnitRunner:
             trainable=visit.trainable,
             side_inputs=micro_batch.side_inputs,
             room_bytes=room_bytes,
+            rebuilds=self.plan.activation_mode(op.unit) is not ActivationMode.KEEP_WHOLE,
         )
         if output is not None and output.side_outputs:
             micro_batch.side_outputs[op.unit] = output.side_outputs
@@ -157,7 +159,11 @@ class UnitRunner:
             gradients.note(op.unit, used)
         elif kept is not None:
             sides = micro_batch.side_output_gradients.get(op.unit, ())
-            results = kept.differentiate({HIDDEN: hidden, **visit.parameters}, above, sides)
+            try:
+                results = kept.differentiate({HIDDEN: hidden, **visit.parameters}, above, sides)
+            except torch.OutOfMemoryError:  # half of the graph is used up; the op's retry recomputes
+                self.retained.give_up(op.unit, "the device has no memory left for its backward")
+                raise
             hidden_gradient = self._take_gradients(op, visit, micro_batch, gradients, hidden, results)
         else:
             differentiate = functools.partial(self._differentiate_block, op, visit, micro_batch, hidden.requires_grad_(), above)

@@ -153,6 +153,7 @@ class Executor:
 
     def forget_step(self) -> None:
         """No schedule that was run before has to do with what comes now."""
+        self.units.retained.drop_all()
         self.updated, self.has_landed, self.applied = [], False, None
 
     def finish(self) -> None:

@@ -24,6 +24,7 @@ from overspill.planning import build_layout, build_plan
 from overspill.planning.space import rounding_bytes, scratch_bytes, store_bytes, uses_ssd
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
 from overspill.runtime.homes import Homes
+from overspill.runtime.machine import find_hardware
 from overspill.runtime.residency import Residency
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
@@ -108,6 +109,38 @@ def look_at(model: str | Path | PreTrainedModel, dtype: str) -> ModelSource:
     built = copy_without_weights(model, dtype=getattr(torch, dtype))
     generation_config = getattr(built, "generation_config", None)
     return ModelSource(built=built, expected=expected_tensors(built), generation_config=generation_config, origin=model)
+
+
+def plan_session(
+    plan: PlanRequest | Plan,
+    source: ModelSource,
+    device: torch.device,
+    *,
+    is_compiled: bool,
+    machine: str | Path | None,
+    chunk_bytes: int | None,
+    replays_graphs: bool,
+) -> tuple[StreamedModel, HardwareSpec, Plan, WorkloadSpec | None]:
+    """The model taken apart, what the machine has, where everything goes, and what the batch costs if that was asked (`describe_batch`).
+
+    Args:
+        source: its model belongs to the streamed one from here on.
+        machine, chunk_bytes: as `Session` has them.
+        replays_graphs: whether blocks whose launches bound them are replayed as CUDA graphs.
+
+    Raises:
+        BudgetError: it does not fit.
+        UnsupportedModelError: the model cannot be streamed exactly; with the reason.
+        ValueError: as `make_plan`, `describe_batch` and `refuse_compiled`.
+    """
+    plan = refuse_compiled(plan) if is_compiled else plan
+    workload = describe_batch(plan, source.built, device)
+    model = StreamedModel(source.built)
+    if is_compiled:
+        model.compile()
+    hardware = find_hardware(plan, device, machine)
+    found = make_plan(plan, model, hardware, device=str(device), chunk_bytes=chunk_bytes, workload=workload, replays_graphs=replays_graphs)
+    return model, hardware, found, workload
 
 
 def describe_batch(request: PlanRequest | Plan, model: PreTrainedModel | PreTrainedConfig, device: torch.device) -> WorkloadSpec | None:

@@ -6,9 +6,11 @@ backward takes the gradients by these leaves, with the weights and hidden states
 
 Rules:
 
-1. A graph that cannot be kept (out of memory on the device, or a saved tensor of which the book cannot tell what it is) is dropped, and
-   the unit's backward recomputes as in mode `recompute`: its hidden states are there in any mode. The same bits; one warning.
-2. The graph is taken out of these books before its backward begins: one that runs out of memory half-way is recomputed by the op's retry.
+1. A graph that cannot be kept (out of memory on the device, for it or for another op, or a saved tensor of which the book cannot tell what
+   it is) is dropped, and the unit's backward recomputes as in mode `recompute`: its hidden states are there in any mode. The same bits;
+   one warning. The unit is recomputed from then on: running out of memory empties the allocator's caches, which no step should begin with.
+2. The graph is taken out of these books before its backward begins: one that runs out of memory half-way is recomputed by the op's retry,
+   and its unit is from then on.
 3. Nothing is left of a schedule that has ended, however it did (`drop_all`).
 4. What stores more than the plan has counted (`Plan.activation_bytes`) does not leave in full: the rest stays on the device.
 """
@@ -35,8 +37,8 @@ class RetainedGraph:
     """One unit's graph of one micro-batch."""
 
     book: Book
-    outputs: tuple[Edge, ...]
-    """Hidden states, then side outputs."""
+    outputs: tuple[Edge | None, ...]
+    """Hidden states, then side outputs; None: one that depends on nothing that is differentiated by."""
     leaves: tuple[torch.Tensor, ...]
     """What the backward differentiates by, without memory: hidden states, side inputs, trainable weights."""
 
@@ -50,9 +52,10 @@ class RetainedGraph:
             above: gradient of the hidden states that the unit returned.
             side_gradients: of the side outputs; None: nobody reads that one.
         """
-        outputs, grad_outputs = [self.outputs[0]], [above]
-        for edge, gradient in zip(self.outputs[1:], side_gradients, strict=True):
-            if gradient is not None:
+        outputs: list[Edge] = []
+        grad_outputs: list[torch.Tensor] = []
+        for edge, gradient in zip(self.outputs, (above, *side_gradients), strict=True):
+            if gradient is not None and edge is not None:
                 outputs.append(edge)
                 grad_outputs.append(gradient)
         with self.book.bound(given):
@@ -73,7 +76,8 @@ class RetainedGraphs:
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
         self._graphs: dict[Piece, RetainedGraph] = {}
-        self._has_warned = False
+        self._recomputed: set[str] = set()
+        """Units that were given up (rule 1)."""
         self._epsilons: dict[str, dict[str, float]] = {}
         self.most_bytes: dict[str, int] = {}
         """Unit -> most bytes that one of its graphs has stored, to be held against the plan's."""
@@ -91,6 +95,7 @@ class RetainedGraphs:
         trainable: Sequence[str],
         side_inputs: Sequence[torch.Tensor],
         room_bytes: int,
+        rebuilds: bool = True,
     ) -> RetainedForward | None:
         """Run a block's forward and keep its graph; None: it could not be kept (rule 1), and nothing of it is left.
 
@@ -98,27 +103,33 @@ class RetainedGraphs:
             piece: the activations.
             parameters: leaves that the block is bound to; `shed` is for who bound it.
             room_bytes: what the plan has counted (rule 4).
+            rebuilds: whether what follows from other saved tensors is rebuilt.
         """
         unit = piece.owner
+        if unit in self._recomputed:
+            return None
         leaf = hidden.detach().requires_grad_()
         sides = tuple(tensor.detach().requires_grad_() for tensor in side_inputs)
         block = self._model.block(unit)
         if unit not in self._epsilons:
             self._epsilons[unit] = find_epsilons(block, parameters)
         fixed = (*arguments.tensors, *side_inputs, *block.buffers())
-        book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit])
+        book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit], rebuilds=rebuilds)
         unneeded = self._model.unneeded
         try:
             with torch.enable_grad(), book.saving(), unneeded.making_all() if unneeded is not None else contextlib.nullcontext():
                 output = self._model.run_block(unit, leaf, arguments, side_inputs=sides or None)
         except torch.OutOfMemoryError:
-            self._warn(unit, "the device has no memory left for its graph")
+            self.give_up(unit, "the device has no memory left for its graph")
             return None
         if book.refusal is not None:
-            self._warn(unit, book.refusal)
+            self.give_up(unit, book.refusal)
             return None
         values = RetainedForward(hidden=output.hidden.detach(), side_outputs=tuple(tensor.detach() for tensor in output.side_outputs))
-        edges = tuple(torch.autograd.graph.get_gradient_edge(tensor) for tensor in (output.hidden, *output.side_outputs))
+        edges = tuple(
+            torch.autograd.graph.get_gradient_edge(tensor) if tensor.requires_grad else None
+            for tensor in (output.hidden, *output.side_outputs)
+        )
         book.lay_out(room_bytes)
         leaves = (leaf, *sides, *(parameters[name] for name in trainable))
         shed(leaf)
@@ -154,13 +165,21 @@ class RetainedGraphs:
         if piece in self._graphs:
             self._graphs[piece].book.let_go()
 
+    def give_up_half(self) -> None:
+        """Make room on the device: give up the first half of the units that have graphs."""
+        units = list(dict.fromkeys(piece.owner for piece in self._graphs))
+        for unit in units[: -(-len(units) // 2)]:
+            self.give_up(unit, "the device has no memory left beside its graph")
+            self._graphs = {piece: graph for piece, graph in self._graphs.items() if piece.owner != unit}
+
     def drop_all(self) -> None:
         """Rule 3."""
         self._graphs.clear()
 
-    def _warn(self, unit: str, reason: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
+    def give_up(self, unit: str, reason: str) -> None:
+        """Recompute a unit from now on (rule 1)."""
+        self._recomputed.add(unit)
+        if len(self._recomputed) == 1:
             warnings.warn(
                 f"the activations of {unit} cannot be kept: {reason}; it is recomputed, as others may be from now on without a word. "
                 "Choose --activations recompute, or a smaller --micro-batch",

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel
 
 from overspill.errors import BudgetError, NonFiniteError
-from overspill.huggingface import StreamedModel, write_model_folder
+from overspill.huggingface import write_model_folder
 from overspill.optim import global_norm
 from overspill.probe.capacities import host_available_bytes
 from overspill.report.memory import host_peak_bytes
@@ -43,19 +43,8 @@ from overspill.runtime.executor import Executor
 from overspill.runtime.generation import generate_greedily, validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
-from overspill.runtime.machine import find_hardware, resolve_device, return_freed_memory
-from overspill.runtime.opening import (
-    Files,
-    StoreFactory,
-    allocate,
-    describe_batch,
-    load,
-    look_at,
-    make_plan,
-    plan_for_optimizer,
-    refuse_compiled,
-    restore,
-)
+from overspill.runtime.machine import resolve_device, return_freed_memory
+from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, plan_for_optimizer, plan_session, restore
 from overspill.runtime.predictions import Predictions, brings_mask
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates
@@ -136,20 +125,8 @@ class Session(Closing):
         return_freed_memory()
         source = look_at(model, plan.dtype)
         self._generation_config = source.generation_config
-        plan = refuse_compiled(plan) if compile else plan
-        workload = describe_batch(plan, source.built, self.device)
-        self.model = StreamedModel(source.built)
-        if compile:
-            self.model.compile()
-        self.hardware = find_hardware(plan, self.device, machine)
-        self.plan = make_plan(
-            plan,
-            self.model,
-            self.hardware,
-            device=str(self.device),
-            chunk_bytes=chunk_bytes,
-            workload=workload,
-            replays_graphs=cuda_graphs,
+        self.model, self.hardware, self.plan, workload = plan_session(
+            plan, source, self.device, is_compiled=compile, machine=machine, chunk_bytes=chunk_bytes, replays_graphs=cuda_graphs
         )
         if checkpoints is not None:
             self.plan = dataclasses.replace(self.plan, notes=(*self.plan.notes, describe_room(checkpoints, self.plan)))

@@ -2,8 +2,9 @@
 
 The rules are the executor's (`runtime/executor`). This is the thread that dispatches; a job of another lane is a function and its waits.
 
-One retry: when the device is out of memory, an op that has not yet added to a gradient is run again after idle buffers were freed
-(its inputs are still held), never the whole step. It is run again when the error is gone, and with it the frames that hold half a graph.
+Retries: when the device is out of memory, an op that has not yet added to a gradient is run again after idle buffers were freed
+(its inputs are still held), never the whole step; and then again as long as there are graphs that can be given up (`runtime/retained`). It
+is run again when the error is gone, and with it the frames that hold half a graph.
 """
 
 from __future__ import annotations
@@ -154,23 +155,29 @@ class RunningStep:
         visit = self.executor.enter_visit(op.unit)
         micro_batch, added = self.micro_batches[op.micro_batch], self.gradients.num_added
         run = functools.partial(self.executor.units.run, op, visit, micro_batch, self.context, self.gradients)
-        is_out_of_memory = False
-        try:
-            run()
-        except torch.OutOfMemoryError:
-            if self.gradients.num_added != added:
-                raise
-            is_out_of_memory = True
-        if is_out_of_memory:
+        num_tries = 0
+        while not self._runs(run, is_last=num_tries > 0 and not len(self.retained), added=added):
+            if num_tries:
+                self.retained.give_up_half()
             gc.collect()
             self.residency.trim()
             torch.cuda.empty_cache()
-            run()
+            num_tries += 1
         for piece, size in op.produced:
             if piece.role is Role.ACTIVATIONS:
                 self.residency.put_activations(piece, size)
         if op.unit == self.plan.units[0].name and op.phase is Phase.FORWARD:
             self._share_arguments(self.micro_batches[: op.micro_batch + 1])
+
+    def _runs(self, run: Callable[[], None], *, is_last: bool, added: int) -> bool:
+        """Whether an op ran; not if the device was out of memory, and it may be tried again."""
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            if is_last or self.gradients.num_added != added:
+                raise
+            return False
+        return True
 
     def _share_arguments(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Masks and tables that equal the first or the previous micro-batch's of the group are stored once (design 2)."""

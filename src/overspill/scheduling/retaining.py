@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from overspill.scheduling.program import Program
 from overspill.spec.plan import Plan
-from overspill.spec.retention import ActivationMode
+from overspill.spec.retention import ON_DEVICE, ActivationMode
 from overspill.spec.schedule import Compute, Lane, Piece, Role
 from overspill.spec.tensors import Tier
 
@@ -45,7 +45,7 @@ class RetainingProgram(Program):
             self.let_leave(MOST_LEAVING - 1 if self.plan.prefetch_units else 0)
         after, self._read_by = self._read_by, []
         self.emit(op, Lane.COMPUTE, after=after)
-        if stored is not None and (mode := self.plan.activation_mode(stored.owner)) is not ActivationMode.KEEP:
+        if stored is not None and (mode := self.plan.activation_mode(stored.owner)) not in ON_DEVICE:
             self.lower([stored], Tier.DEVICE, Tier.HOST if mode is ActivationMode.HOST else Tier.SSD)
             self._leaving.append(stored)
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 from overspill.spec.documents import to_json
 from overspill.spec.lifetime import DEFAULT_MIN_YEARS
-from overspill.spec.retention import ACTIVATION_CHOICES, DEFAULT_ACTIVATIONS, STORED_ALIGNMENT_BYTES, ActivationMode
+from overspill.spec.retention import ACTIVATION_CHOICES, DEFAULT_ACTIVATIONS, ON_DEVICE, STORED_ALIGNMENT_BYTES, ActivationMode
 from overspill.spec.state_formats import StateFormat, resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, Bundle, Tier, Unit
 from overspill.spec.update_rule import FP32_MAX, round_fp32
@@ -287,7 +287,7 @@ class Plan:
                     totals["gradients"] += readers * bundle.num_elements * 4 if self.num_groups > 1 else 0
         entered = sum(self.boundary_bytes(unit.name) for unit in self.units[1:])
         totals["boundaries"] = entered * self.group_size if self.boundaries is tier else 0
-        rest = {ActivationMode.KEEP: Tier.DEVICE, ActivationMode.HOST: Tier.HOST, ActivationMode.SSD: Tier.SSD}
+        rest = dict.fromkeys(ON_DEVICE, Tier.DEVICE) | {ActivationMode.HOST: Tier.HOST, ActivationMode.SSD: Tier.SSD}
         stored = sum(self.stored_bytes[unit] for unit, mode in self.activations.items() if rest.get(mode) is tier)
         return totals | ({"activations": stored * self.group_size} if self.activations else {})
 

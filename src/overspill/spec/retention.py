@@ -29,11 +29,14 @@ class ActivationMode(enum.StrEnum):
     """None beside the hidden states that enter it."""
     KEEP = "keep"
     """What is stored, on the device."""
+    KEEP_WHOLE = "keep-whole"
+    """All that the graph saved and is not there anyway, on the device: nothing is rebuilt."""
     HOST = "host"
-    """The same in host memory; on the device on its way there and back."""
+    """What is stored, in host memory; on the device on its way there and back."""
     SSD = "ssd"
     """The same on the SSD; in host memory and on the device on its way there and back."""
 
 
-ACTIVATION_CHOICES = ("auto", *(mode.value for mode in ActivationMode))
+ON_DEVICE = (ActivationMode.KEEP, ActivationMode.KEEP_WHOLE)
+ACTIVATION_CHOICES = ("auto", *(mode.value for mode in ActivationMode if mode is not ActivationMode.KEEP_WHOLE))
 """What can be asked for; `auto`: a mode for each block, by what the budgets hold and the links carry."""

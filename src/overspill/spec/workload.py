@@ -150,6 +150,8 @@ class Retention:
 
     stored_bytes: int
     """Of one micro-batch: what is neither there anyway nor rebuilt."""
+    whole_bytes: int
+    """What is not there anyway: with nothing rebuilt."""
     rebuilt: Work
     """Of rebuilding in backward what is not stored. Assumed: each rebuilt tensor is written once, and as much is read twice."""
 
