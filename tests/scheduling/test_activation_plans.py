@@ -15,7 +15,7 @@ from overspill.errors import BudgetError
 from overspill.huggingface.workload import build_streamed
 from overspill.planning import build_costs
 from overspill.planning.space import activation_slot_bytes, scratch_bytes
-from overspill.runtime.opening import describe_retention, refuse_compiled
+from overspill.runtime.opening import describe_batch, refuse_compiled
 from overspill.runtime.opening import make_plan as plan_model
 from overspill.runtime.predictions import Predictions
 from overspill.runtime.programs import Programs
@@ -123,7 +123,7 @@ def request(**fields: object) -> PlanRequest:
 
 @functools.cache
 def workload(micro_batch: int = 8) -> WorkloadSpec:
-    found = describe_retention(request(micro_batch=micro_batch), CONFIG, torch.device("cuda:0"))
+    found = describe_batch(request(micro_batch=micro_batch), CONFIG, torch.device("cuda:0"))
     assert found is not None
     return found
 
