@@ -35,7 +35,6 @@ H100 = HardwareSpec(
     source="measured", h2d_bytes_per_s=55e9, d2h_bytes_per_s=55e9, h2d_duplex_bytes_per_s=45.6e9, d2h_duplex_bytes_per_s=45.6e9,
     host_update_parameters_per_s=4e9, device_flops=400e12, host_memory_bytes_per_s=140e9, matrix_flops=600e12,
     device_memory_bytes_per_s=2.6e12, device_capacity_bytes=79 * GIB, host_capacity_bytes=120 * GIB, process_bytes=GIB,
-    device_context_bytes=GIB,
 )  # fmt: skip
 """Roughly the machine of the design page."""
 
@@ -194,7 +193,7 @@ def test_what_a_link_carries_beside_compute_is_moved_and_more_is_not() -> None:
     wide = dataclasses.replace(
         quick, h2d_bytes_per_s=550e9, d2h_bytes_per_s=550e9, h2d_duplex_bytes_per_s=456e9, d2h_duplex_bytes_per_s=456e9
     )
-    plans = [plan_for(hardware, **fields) for hardware in (quick, wide, HardwareSpec(device_context_bytes=GIB))]
+    plans = [plan_for(hardware, **fields) for hardware in (quick, wide, HardwareSpec())]
     moved = [sum(mode is ActivationMode.HOST for mode in plan.activations.values()) for plan in plans]
     assert 0 < moved[0] <= 6 and moved[1] >= 10, [plan.notes[-1] for plan in plans]
     assert moved[2] == 0 and plans[2].activations, "rates that nobody measured move nothing"

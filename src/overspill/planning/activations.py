@@ -139,7 +139,7 @@ def choose_activations(
     whole = search.keep_whole(best)
     if whole is not None and (step_s := search.step_s(whole)) < (1 - LEAST_GAIN / 2) * best_s:
         best, best_s = whole, step_s
-    return note(best, describe(best, saved=None if best is recomputed else (recomputed_s, best_s)))
+    return note(best, describe(best, saved=(recomputed_s, best_s) if best is not recomputed and hardware.is_measured else None))
 
 
 class _Search:

@@ -82,6 +82,8 @@ class Executor:
         residency.device_work, residency.before_home_access = self.lanes.compute_so_far, self.finish
         self.verdict_memory = VerdictMemory(plan)
         self._visit: Visit | None = None
+        self._most_device_bytes = 0
+        """That any schedule has held so far: of one that still runs the peak may be to come."""
         self.guard = HostMemoryGuard(residency)
         self.updated: list[str] = []
         """Bundles of which the last schedule has begun to update a chunk, for the error that stops it half-way."""
@@ -127,6 +129,7 @@ class Executor:
             StorageError: a transfer failed, of this step or of the landing of the one before.
         """
         self.forget_step()
+        self._most_device_bytes = max(self._most_device_bytes, self.residency.peak_bytes[Tier.DEVICE])
         self.residency.reset_peaks()
         base, base_s = self._mark(), time.perf_counter()
         step = RunningStep(self, schedule, micro_batches, context, updates, Recorder(base, base_s, self.landing))
@@ -266,9 +269,10 @@ class Executor:
         return causes[0] if causes else None
 
     def _has_room(self) -> bool:
-        """Whether the device can hold the activations of one block beside all else."""
+        """Whether the device can hold the activations of one block beside all else: a recording keeps them while any unit runs."""
         budget = self.plan.device_budget_bytes
-        return budget is None or self.residency.peak_bytes[Tier.DEVICE] + self.plan.device_working_bytes <= budget
+        most_bytes = max(self._most_device_bytes, self.residency.peak_bytes[Tier.DEVICE])
+        return budget is None or most_bytes + self.plan.device_working_bytes <= budget
 
     def _judge_launches(self, schedule: Schedule, completions: Sequence[Completion], base: torch.cuda.Event | None, base_s: float) -> None:
         """Tell `graphs` what bounded the blocks of the last schedule, until it knows enough."""
