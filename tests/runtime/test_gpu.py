@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from training_loop import PlainTrainer, make_batches
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import overspill
 
@@ -89,3 +90,19 @@ def test_host_and_device_updates_give_the_same_losses_over_20_steps() -> None:
         with overspill.Session(model("llama", torch.bfloat16), plan=plan, optimizer=OPTIMIZER, seed=SEED) as session:
             losses.append([session.step(make_batches(2, vocab_size=VOCAB, seed=step)).loss for step in range(20)])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("is_deterministic", [True, False])
+def test_the_last_product_of_a_block_is_left_out_of_its_recomputation(is_deterministic: bool) -> None:
+    """Also where attention's backward never gives the same bits twice, and at the first step, when its gradients are mostly rounding."""
+    torch.use_deterministic_algorithms(is_deterministic)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=1024, intermediate_size=2816, num_hidden_layers=2, num_attention_heads=16, num_key_value_heads=4
+    )
+    torch.manual_seed(SEED)
+    plan = overspill.PlanRequest(parameters="host", states="host", dtype="bfloat16", seq_len=1024, micro_batch=4, device="cuda")
+    with overspill.Session(LlamaForCausalLM(config).to(torch.bfloat16), plan=plan, optimizer=OPTIMIZER, seed=SEED) as session:
+        tokens = torch.randint(0, VOCAB, (4, 1024), generator=torch.Generator().manual_seed(SEED))
+        session.step([{"input_ids": tokens, "labels": tokens}])
+        assert session.model.unneeded is not None
+        assert session.model.unneeded.left_out == {"model.layers.0": ("mlp.down_proj",)}

@@ -10,9 +10,11 @@ Rules:
 1. Whether a product is needed is found out, not assumed: at the first backward of a kind of block (`templates`) it is done twice as ever
    and then with each of `FILLS` in place of the product's result. A gradient that depends on the result by arithmetic is NaN with NaN
    there; one that depends on it by comparison (a rectifier, a mask, an order) is another one with some of them. Only if every gradient is
-   what it was with all of them the product is left out from then on, in all blocks of that kind. "What it was" are the same bits if the
-   two first runs gave the same, else (attention's backward need not) `TOLERANCE`; held by the norm and a sample of the elements. A product
-   that did not run with anything in it (an expert without tokens, another kernel) has not been tried and is made.
+   what it was with all of them the product is left out from then on, in all blocks of that kind. "What it was" are the same bits, on a CPU
+   or with deterministic algorithms. Else attention's backward need not give the same bits twice, and may do so by chance where few are
+   looked at: a third run is made, and each gradient may be off by `TOLERANCE`, or by `NOISE_FACTOR` of what it is off among the three.
+   Held by the norm and a sample of the elements. A product that did not run with anything in it (an expert without tokens, another
+   kernel) has not been tried and is made.
 2. Candidates are the last `MOST_LEFT_OUT` linear modules that ran: what a block does before, something later reads.
 3. Nothing is left out where no graph is built, nor in a forward whose graph is kept (`making_all`): their result is needed.
 4. In place of the result there are zeros, so that code that looks at it (a check for infinity) always does the same.
@@ -44,6 +46,8 @@ FILLS = (float("nan"), 0.0, float("inf"), float("-inf"), LARGE, -LARGE)
 also finite, for sums on the way to a comparison make NaN of infinities, which is neither above nor below."""
 TOLERANCE = 0.01
 """Relative, of a gradient's norm and of its sample's difference, where a block's backward does not give the same bits twice."""
+NOISE_FACTOR = 4.0
+"""Chosen: three runs show some of the spread."""
 MOST_SAMPLED = 4096
 """Elements of each gradient that are compared one by one."""
 
@@ -84,14 +88,19 @@ class UnneededProducts:
         kind, block = self._kinds[unit], self._blocks[unit]
         try:
             with _listening(block) as ran:
-                before = [_Seen.of(gradient) for gradient in differentiate()]
+                gradients = differentiate()
+            repeats = all(_repeats(gradient.device) for gradient in gradients if gradient is not None)
+            before = [_Seen.of(gradient) for gradient in gradients]
+            del gradients
             if not any(seen.norm for seen in before) or not all(math.isfinite(seen.norm) for seen in before):
                 return
             again = [_Seen.of(gradient) for gradient in differentiate()]
-            tolerance = 0.0 if _agree(before, again, 0.0) else TOLERANCE
+            allowed = None
+            if not repeats or not _agree(before, again, None):
+                allowed = _allowances(before, [again, [_Seen.of(gradient) for gradient in differentiate()]])
             chosen: list[str] = []
             for path in list(dict.fromkeys(reversed(ran)))[:MOST_LEFT_OUT]:
-                if all(self._is_unread(block, [*chosen, path], fill, differentiate, before, tolerance) for fill in FILLS):
+                if all(self._is_unread(block, [*chosen, path], fill, differentiate, before, allowed) for fill in FILLS):
                     chosen.append(path)
         except torch.OutOfMemoryError:  # there is no room to find out
             chosen = []
@@ -115,7 +124,7 @@ class UnneededProducts:
         fill: float,
         differentiate: Differentiate,
         before: Sequence[_Seen],
-        tolerance: float,
+        allowed: Sequence[_Allowance] | None,
     ) -> bool:
         """Whether all gradients are what they were with `fill` in place of the products, and each of these ran."""
         self._on_trial = [block.get_submodule(path) for path in paths]
@@ -130,7 +139,7 @@ class UnneededProducts:
             after = [_Seen.of(gradient) for gradient in differentiate()]
         finally:
             self.reset()
-        return all(filled) and _agree(before, after, tolerance)
+        return all(filled) and _agree(before, after, allowed)
 
 
 class _NoProduct(TorchDispatchMode):
@@ -197,16 +206,50 @@ class _Seen:
         sample = flat[:: max(1, flat.numel() // MOST_SAMPLED) | 1]  # odd: not one column of a matrix
         return _Seen(float(torch.linalg.vector_norm(gradient, dtype=torch.float32)), sample.to("cpu", torch.float32, copy=True))
 
-    def agrees(self, other: _Seen, tolerance: float) -> bool:
-        """NaN agrees with nothing."""
+    def distance(self, other: _Seen) -> _Allowance:
+        """How far apart two of one gradient are."""
+        if self.sample is None or other.sample is None:
+            return _Allowance(0.0, 0.0)
+        return _Allowance(abs(self.norm - other.norm), float(torch.linalg.vector_norm(self.sample - other.sample)))
+
+    def agrees(self, other: _Seen, allowed: _Allowance | None) -> bool:
+        """NaN agrees with nothing.
+
+        Args:
+            allowed: None: the same bits.
+        """
         if self.sample is None or other.sample is None:
             return self.sample is other.sample
-        if tolerance == 0.0:
+        if allowed is None:
             return self.norm == other.norm and torch.equal(self.sample, other.sample)
-        difference = float(torch.linalg.vector_norm(self.sample - other.sample))
-        size = float(torch.linalg.vector_norm(self.sample))
-        return abs(self.norm - other.norm) <= tolerance * self.norm and difference <= tolerance * size
+        apart = self.distance(other)
+        return apart.norm <= allowed.norm and apart.sample <= allowed.sample
 
 
-def _agree(one: Sequence[_Seen], other: Sequence[_Seen], tolerance: float) -> bool:
-    return all(a.agrees(b, tolerance) for a, b in zip(one, other, strict=True))
+@dataclasses.dataclass(frozen=True)
+class _Allowance:
+    """Of a gradient's norm, and of the norm of its sample's difference."""
+
+    norm: float
+    sample: float
+
+
+def _repeats(device: torch.device) -> bool:
+    """Whether the same backward gives the same bits there, as far as is known beforehand."""
+    return device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+
+
+def _allowances(before: Sequence[_Seen], others: Sequence[Sequence[_Seen]]) -> list[_Allowance]:
+    """What each gradient may be off, by what it is off in equal runs (rule 1)."""
+    found = []
+    for index, seen in enumerate(before):
+        noise = [seen.distance(other[index]) for other in others]
+        size = float(torch.linalg.vector_norm(seen.sample)) if seen.sample is not None else 0.0
+        norm = max(TOLERANCE * seen.norm, *(NOISE_FACTOR * one.norm for one in noise))
+        found.append(_Allowance(norm, max(TOLERANCE * size, *(NOISE_FACTOR * one.sample for one in noise))))
+    return found
+
+
+def _agree(one: Sequence[_Seen], other: Sequence[_Seen], allowed: Sequence[_Allowance] | None) -> bool:
+    each = [None] * len(one) if allowed is None else allowed
+    return all(a.agrees(b, limit) for a, b, limit in zip(one, other, each, strict=True))
