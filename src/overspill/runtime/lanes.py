@@ -246,8 +246,9 @@ class Lanes:
         try:
             for wait in waits:
                 wait.wait_on(stream)
-            if completion.group.has_failed:
-                raise Abandoned(f"not begun on lane {completion.lane}: another op of the step failed")
+            if completion.group.has_failed:  # not raised: a traceback would hold the job, and whatever it was to move
+                completion._end(error=Abandoned(f"not begun on lane {completion.lane}: another op of the step failed"))
+                return
             completion._begin_s = time.perf_counter()
             if stream is None:
                 transfer = job()
