@@ -109,6 +109,8 @@ class UnneededProducts:
                 for path in chosen:
                     _leave_out(other.get_submodule(path), fill=0.0, is_needed=lambda: self._makes_all)
         self.left_out[kind] = tuple(chosen)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # what the trial took lies in other pieces than what every step takes
 
     def reset(self) -> None:
         """After an interruption: nothing is on trial, and what was found out holds."""
