@@ -30,6 +30,7 @@ PLACEMENTS = {
     "overspill-host-auto": {"parameters": "host", "states": "host", "device_states_share": 0.10, "activations": "auto"},
     "overspill-host-states6-auto": {"parameters": "host", "device_states_bytes": DEVICE_STATES_BYTES, "activations": "auto"},
     "overspill-host-bf16": {"parameters": "host", "states": "host", "state_format": "bf16"},
+    "overspill-host-bf16-auto": {"parameters": "host", "states": "host", "state_format": "bf16", "activations": "auto"},
     "overspill-ssd": {"parameters": "ssd", "states": "ssd"},
     "overspill-ssd-states": {"parameters": "host", "states": "ssd"},
 }

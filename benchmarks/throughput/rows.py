@@ -62,6 +62,9 @@ SYSTEMS = {
     "overspill-host-bf16": System(
         tokens_per_s=38e3, is_bound_by_device=True, open_s=6, meaning="overspill, parameters and bf16 states in host memory"
     ),
+    "overspill-host-bf16-auto": System(
+        tokens_per_s=46e3, is_bound_by_device=True, open_s=9, meaning="the same with the planner's choice for the activations"
+    ),
     "overspill-ssd": System(
         tokens_per_s=1.1e3, is_bound_by_device=False, open_s=12, meaning="overspill, parameters and fp32 states on the SSD"
     ),
@@ -199,7 +202,7 @@ PARTS = {
     "ssd": _rows("1.10B:1x8x2048", "resident overspill-ssd overspill-ssd-states", "overspill-ssd"),
     "8B": _rows("8B@8GiB:2x8x2048", "overspill-host") + _rows("8B@8GiB:16x1x2048", "overspill-host"),
     "activations": _rows("1.10B@24GiB:1x8x2048", "overspill-host overspill-host-auto overspill-host-keep")
-    + _rows("1.10B@24GiB:1x8x2048", "overspill-host-states6 overspill-host-states6-auto")
+    + _rows("1.10B@24GiB:1x8x2048", "overspill-host-states6 overspill-host-states6-auto overspill-host-bf16-auto")
     + _rows("1.10B:1x8x2048", "resident-keep resident overspill-host overspill-host-auto"),
     "tiny": _rows("tiny:2x1x16", " ".join(SYSTEMS), f"{_OWN_CLIPPED} {_PEERS}"),
     "14B": _rows("14B@24GiB:2x8x2048", "overspill-host-bf16") + _rows("14B@24GiB:16x1x2048", "overspill-host-bf16"),
