@@ -193,11 +193,11 @@ class _Builder(RetainingProgram):
         return self.plan.boundary_bytes(unit, self.tokens[micro_batch])
 
     def flops(self, unit: Unit, micro_batch: int, phase: Phase) -> float:
-        """2 per parameter and token forward; 3 times that for recomputation and both gradients. The embedding looks up."""
+        """2 per parameter and token forward; 3 times that for recomputation and both gradients, twice for these alone. The embedding looks up."""
         if unit.name == self.names[0]:
             return 0.0
         parameters = sum(self.plan.bundles[bundle].num_parameters for bundle in unit.bundles)
-        passes = 1 if phase is Phase.FORWARD else 3 if unit.name in self.plan.activations else 4
+        passes = 1 if phase is Phase.FORWARD else 2 if unit.name in self.plan.activations else 3
         if unit.name == self.names[-1] and phase is Phase.BACKWARD:
             passes = 3
         return 2.0 * parameters * self.tokens[micro_batch] * passes
