@@ -1,17 +1,22 @@
 """The modes: what is done with saved tensors, ours and others', each as a context manager around steps.
 
-* `keep`: plain PyTorch, no hook. `keep-again`: the same at the end of a process, for drift. `counted`: our hooks, but nothing leaves: tells A.
+* `keep`: plain PyTorch, no hook. `keep-again`: the same at the end of a process, for drift. `counted`: our hooks, but nothing leaves, which
+  tells A.
 * `checkpoint`: every block is recomputed by `torch.utils.checkpoint`. `cheap`: only what is cheap to rebuild, nothing leaves.
-* `host`: adaptive amounts to host memory. `mix`: that and cheap. `mix-97`, `mix-90`: that, and as many blocks recomputed whole as the linear
-  program of `bounds.py` says for this share of keep's throughput, rounded down; skipped where that is none.
+* `host`: adaptive amounts to host memory. `mix`: that and cheap. `mix-97`, `mix-90`: that, and as many blocks recomputed whole as the
+  linear program of `bounds.py` says for this share of keep's throughput, rounded down; skipped where that is none.
 * `ssd`: adaptive amounts to the drive alone; `ssd-7`, `ssd-14`: to a file in RAM whose transfers are paced to 7 and 14 GB/s each way: a
   stand-in for one and two good drives, no measurement of them; what it reached is in the row.
+* `host-wide`: as `host`, with a window of `WIDE_RECORDS` of the largest tensors instead of two, and at most 1 GiB: on paper the window is what
+  keeps `host` from the bound at hidden 12288.
 * `*-everything`, `*-ssdtrain`: the two other rules of `activations/amounts.py`.
 * `save_on_cpu`, `save_on_cpu-pinned`: torch's. `trl`, `torchtune`: their `OffloadActivations`, pinned and with streams; where the package
   is not installed the row says so.
 
-Budgets are so large that they never bind in the end, and no larger, for pinning takes time: of host memory half as much again as the link can
-take in a forward, of an SSD four times what the drive can. In the first rounds, when nothing has been measured, they do bind.
+Budgets are so large that they never bind in the end, and no larger, for pinning takes time: of host memory half as much again as the link
+can take in a forward, of an SSD more than twice what the drive can. In the first rounds, when nothing has been measured, they do bind.
+
+A peer that would take more than `MOST_PEER_FRACTION` of the free host memory is left out: the machine would end the process, or others.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -34,8 +40,12 @@ from overspill.tiers.ssd import SsdStore
 
 ASSUMED_DRIVE_BYTES_PER_S = 2.5e9
 """For the budget of `ssd`; more than the drives of rented machines write."""
-HOST_SLACK, SSD_SLACK = 1.5, 4.0
+HOST_SLACK, SSD_SLACK = 1.5, 2.5
 LEAST_STAGING_BYTES, MOST_STAGING_BYTES = 256 * 1024, 1 << 30
+MOST_PEER_FRACTION = 0.8
+WIDE_RECORDS = 3
+ROUNDING = {True: 1.6, False: 1.05}
+"""Of what a peer takes, pinned or not: torch's pinned memory comes in powers of two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +59,7 @@ class Mode:
     blocks: float = 0.0
     """Of keep's throughput, for which whole blocks are chosen; 1.0: all of them."""
     paced_bytes_per_s: float | None = None
+    is_wide: bool = False
     peer: str | None = None
     """Whose hooks."""
 
@@ -62,6 +73,7 @@ MODES = {
     "mix": Mode(tier="host", recompute="cheap"),
     "mix-97": Mode(tier="host", recompute="cheap", blocks=0.97),
     "mix-90": Mode(tier="host", recompute="cheap", blocks=0.90),
+    "host-wide": Mode(tier="host", is_wide=True),
     "keep-again": Mode(),
     "ssd": Mode(tier="ssd"),
     "ssd-7": Mode(tier="ssd", paced_bytes_per_s=7e9),
@@ -99,6 +111,8 @@ class Known:
     """What earlier modes of the process found out."""
 
     all_bytes: int
+    largest_bytes: int
+    """Of one record, about: the inner width of an MLP."""
     forward_s: float
     d2h_bytes_per_s: float
     fits: bool = True
@@ -158,6 +172,8 @@ def context(
         Missing: there is no such package, drive or folder.
     """
     if mode.tier is None:
+        if mode.peer is not None and known is not None:
+            _refuse_too_much(mode.peer, known, net)
         return contextlib.nullcontext() if mode.peer is None else _peer(mode.peer)
     host_bytes, ssd_bytes = places.most_host_bytes, 0
     if known is not None:
@@ -184,7 +200,7 @@ def context(
         **{
             "host_budget": max(host_bytes, 4 * LEAST_STAGING_BYTES), "ssd_dir": None, "ssd_budget": None, "device_budget": device_budget,
             "amount": mode.amount, "storage": "as_is", "recompute": mode.recompute, "min_bytes": places.min_bytes,
-            "window": places.window_bytes, "open_store": None, **more,
+            "window": WIDE_RECORDS * known.largest_bytes if mode.is_wide and known is not None else places.window_bytes, "open_store": None, **more,
         }
     )  # fmt: skip
     if mode.tier == "ssd":  # the drive alone: host memory is the way to it, and nothing rests there
@@ -196,6 +212,17 @@ def context(
 
 def _within(wanted: float, least: int, most: int) -> int:
     return int(min(max(wanted, least), most)) // 4096 * 4096
+
+
+def _refuse_too_much(peer: str, known: Known, net: nn.Module) -> None:
+    """Peers pack whatever is saved; save_on_cpu packs weights as well."""
+    weights_bytes = sum(parameter.numel() * parameter.itemsize for parameter in net.parameters()) if peer.startswith("save_on_cpu") else 0
+    wanted_bytes = ROUNDING[peer != "save_on_cpu"] * (known.all_bytes + weights_bytes)
+    free_bytes = psutil.virtual_memory().available
+    if wanted_bytes > MOST_PEER_FRACTION * free_bytes:
+        raise Missing(
+            f"{peer} would take about {wanted_bytes / 1e9:.0f} GB of host memory, and {free_bytes / 1e9:.0f} GB are free; use fewer --rows"
+        )
 
 
 def _peer(name: str) -> contextlib.AbstractContextManager[Any]:

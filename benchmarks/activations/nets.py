@@ -2,9 +2,10 @@
 
 `bert-8192x4` is four blocks of hidden size 8192 without embedding and head, whose share shrinks with the width: here the blocks count.
 
-* `gpt`: pre-norm, causal. `bert`: post-norm, every token sees every other. Attention by torch's SDPA, an MLP of four times the width with GELU.
-* `t5`: the first half of the blocks encodes as BERT's mask does, pre-norm; the others, rounded down, decode: causal, and a cross attention
-  to what the encoder gave. (As in SSDTrain's artifact; no relative positions, which flash attention does not take.)
+* `gpt`: pre-norm, causal. `bert`: post-norm, every token sees every other. Attention by torch's SDPA, an MLP of four times the width with
+  GELU.
+* `t5`: blocks that encode, without a mask, pre-norm; half of all, rounded down, decode: causal, with a cross attention to what the encoder
+  gave. (No relative positions, which flash attention does not take.)
 * `llama-1.10B`, `llama-3.02B`: transformers' own, with the loss of `throughput/chunked_loss.py`, which never has all logits.
 
 Random weights; a sum of squares for the loss of the first three. No dropout. `blocks` of a net are what recomputation may wrap.
@@ -62,7 +63,7 @@ SHAPES = {
     "llama-3.02B-16384": NetShape(kind="3.02B", hidden=3072, layers=28, rows=1, length=16384),
 }
 """In the order of a call: wherever it ends, the widths come first, and kinds have been had about equally often. Rows are chosen: a step of
-0.1 to 0.7 s on an H100, so that a table fits into two calls; the bound does not depend on them, for bytes and forward time grow together."""
+0.1 to 0.7 s on an H100, so that a table fits into two calls; the bound hardly depends on them: bytes and forward time grow together."""
 TINY = {
     "gpt-64x4": NetShape(kind="gpt", hidden=64, layers=4, rows=2, length=16),
     "bert-64x2": NetShape(kind="bert", hidden=64, layers=2, rows=2, length=16),
@@ -176,8 +177,8 @@ def build_inputs(shape: NetShape, rows: int, device: torch.device, dtype: torch.
 
 
 def spread(count: int, total: int) -> list[int]:
-    """`count` of `total` block numbers, evenly; never the last unless all: rebuilding it is the first thing that backward does, while memory
-    is fullest."""
+    """`count` of `total` block numbers, evenly; never the last unless all: rebuilding it is the first thing that backward does, while
+    memory is fullest."""
     return [int((index + 0.5) * total / count) for index in range(count)] if count else []
 
 

@@ -134,8 +134,8 @@ class Job:
                 return {"missing": "keep (or checkpoint), and cheap, have to be measured first", "mode_wall_s": 0.0}
             num_full = math.floor(found.full_fraction * self.bench.num_blocks + 1e-6)
             if num_full == 0:
-                return {"missing": f"at {share:.0%} the linear program recomputes {found.full_fraction:.2f} of the blocks, less than one of "
-                        f"{self.bench.num_blocks}: the same as mix", "mode_wall_s": 0.0}  # fmt: skip
+                words = f"at {share:.0%} the linear program recomputes {abs(found.full_fraction):.2f} of {self.bench.num_blocks} blocks"
+                return {"missing": f"{words}, less than one: the same as mix", "mode_wall_s": 0.0}
         order = self.order
         return self.bench.measure(mode, self.places, self.known(), num_full=num_full, steps=order.steps, steps_s=order.steps_s)
 
@@ -151,28 +151,31 @@ class Job:
         """What `modes.context` wants to know; None: not yet."""
         from modes import Known
 
-        counted, plain = self._line("counted", "cheap"), self._line("keep", "counted", "checkpoint")
+        counted, plain = self._line("counted", "cheap", "host", "mix"), self._line("keep", "counted", "checkpoint")
         if not counted or not plain:
             return None
         return Known(
             all_bytes=counted["packed_bytes"] + counted["rebuilt_bytes"], forward_s=plain["forward_s"],
+            largest_bytes=4 * self.bench.shape.tokens() * self.bench.shape.hidden * self.bench.dtype.itemsize,
             d2h_bytes_per_s=self.bench.rates["d2h_bytes_per_s"], fits="step_s" in self._line("keep", "counted"),
         )  # fmt: skip
 
     def terms(self) -> Any:
-        """Of the linear program; None where something was not measured. Without keep (it does not fit), its step is that of full recomputation
-        less a forward."""
+        """Of the linear program; None where something was not measured. Without keep (it does not fit), its step is that of full
+        recomputation less a forward."""
         from bounds import Terms
 
         known, keep, full, cheap = self.known(), self._line("keep"), self._line("checkpoint"), self._line("cheap")
         if known is None or not full:
             return None
-        shape, bench = self.bench.shape, self.bench
+        shape, bench, counted = self.bench.shape, self.bench, self._line("counted")
+        inputs_bytes = bench.num_blocks * shape.tokens() * shape.hidden * bench.dtype.itemsize
         step_s = keep["step_s"] if keep else full["step_s"] - full["forward_s"]
+        without_s = counted["step_s"] if counted else step_s  # so that what hooks cost is not the recomputation's
         return Terms(
-            all_bytes=known.all_bytes, inputs_bytes=min(known.all_bytes, bench.num_blocks * shape.tokens() * shape.hidden * bench.dtype.itemsize),
+            all_bytes=known.all_bytes, inputs_bytes=min(known.all_bytes, inputs_bytes),
             cheap_bytes=cheap.get("rebuilt_bytes", 0), forward_s=known.forward_s, step_s=step_s, full_s=max(0.0, full["step_s"] - step_s),
-            cheap_s=max(0.0, cheap["step_s"] - step_s) if cheap else 0.0, **bench.rates,
+            cheap_s=max(0.0, cheap["step_s"] - without_s) if cheap else 0.0, **bench.rates,
         )  # fmt: skip
 
     def mix(self, share: float) -> Any:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import json
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ from workers import Crew, on_termination  # noqa: E402
 
 GIB = 1 << 30
 MODES_OF = {
-    "core": ("keep", "counted", "checkpoint", "cheap", "host", "mix", "mix-90", "mix-97", "keep-again"),
+    "core": ("keep", "counted", "checkpoint", "cheap", "host", "mix", "mix-90", "host-wide", "mix-97", "keep-again"),
     "ssd": ("ssd", "ssd-7", "ssd-14"),
     "peers": ("save_on_cpu-pinned", "host-ssdtrain", "trl", "torchtune", "save_on_cpu"),
     "fit": ("keep", "checkpoint", "cheap", "host", "mix", "save_on_cpu-pinned"),
@@ -49,9 +48,11 @@ FIT_SHAPES = ("llama-1.10B-2048", "gpt-8192x4")
 """Whose largest micro-batch is looked for; with 12288 x 3, weights and gradients alone take 22 GiB."""
 ESTIMATED_S = {"core": 38.0, "ssd": 20.0, "peers": 28.0, "fit": 75.0}
 """Of a job before one of its kind was seen. On paper, for an H100; the longest seen counts afterwards."""
+LOADING_S = 20.0
+"""Of a batch of processes, before one was seen."""
 LEAST_SHARE = 0.4
 """Of its estimate that must be left for a job to begin: it ends itself between modes."""
-CLOSING_S = 8.0
+CLOSING_S, LEAST_JOB_S = 8.0, 4.0
 MOST_ATTEMPTS = 2
 """Of a job in one call: a second process where the first one ended early."""
 
@@ -83,7 +84,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps-s", type=float, default=1.0, help="more are, up to four times as many, while they take less")
     parser.add_argument("--dtype")
     parser.add_argument("--host-gib", type=float, default=48.0, help="most host memory for saved tensors")
-    parser.add_argument("--fit-gib", type=float, default=24.0)
+    parser.add_argument("--fit-gib", type=float, default=24.0, help="of the device, for the largest micro-batch")
+    parser.add_argument("--fit-host-gib", type=float, default=24.0, help="most host memory for it; pinning takes 0.1 s a quarter GiB")
     parser.add_argument("--deadline-s", type=float, default=530.0, help="of the whole call")
     parser.add_argument("--waiting", type=int, help="processes that load side by side; without: two cores stay free, 12 at most")
     parser.add_argument("--tiny", action="store_true", help="shapes and budgets for a CPU")
@@ -124,6 +126,7 @@ class Call:
         self._options, self._shapes = options, shapes
         self._started_s = time.monotonic()
         self._longest_s: dict[str, float] = {}
+        self._loading_s = 5.0 if options.tiny else LOADING_S
         self._provenance = provenance()
 
     def run(self, wanted: list[tuple[str, str]]) -> None:
@@ -137,7 +140,9 @@ class Call:
                 estimate_s = max(ESTIMATED_S[job] if not options.tiny else 1.0, self._longest_s.get(job, 0.0))
                 if not modes:
                     continue
-                if self._left_s() < LEAST_SHARE * estimate_s * len(modes) / len(MODES_OF[job]):
+                needed_s = LEAST_SHARE * estimate_s * len(modes) / len(MODES_OF[job])
+                needed_s += 0.0 if crew.num_ready else self._loading_s
+                if self._left_s() < needed_s:
                     print(f"{name} {job}: not started, about {estimate_s:.0f} s, and {max(0, self._left_s()):.0f} s are left", flush=True)
                     continue
                 self._run_job(job, name, modes, crew, len(queue) + 1)
@@ -168,8 +173,14 @@ class Call:
         with tempfile.TemporaryDirectory() as folder:
             running = Path(folder) / "running"
             try:
+                was_loading_s = crew.loading_s
                 worker = crew.take(num_wanted)
+                self._loading_s = max(self._loading_s, crew.loading_s - was_loading_s)
                 begun_s, limit_s = time.monotonic(), self._left_s()
+                if limit_s < LEAST_JOB_S:
+                    worker.close()
+                    print(f"{name} {job}: loading has taken the time that was left", flush=True)
+                    return
                 outcome = worker.run(self._order(job, name, modes, running, limit_s), limit_s=limit_s)
                 self._longest_s[job] = max(self._longest_s.get(job, 0.0), time.monotonic() - begun_s)
             except RuntimeError as error:
@@ -184,13 +195,14 @@ class Call:
 
     def _order(self, job: str, name: str, modes: list[str], running: Path, limit_s: float) -> dict[str, Any]:
         options, tiny = self._options, self._options.tiny
+        host_bytes = 16 << 20 if tiny else int((options.fit_host_gib if job == "fit" else options.host_gib) * GIB)
         earlier = {line["mode"]: line for line in newest(self._lines()) if line["shape"] == name and line["job"] == "core"}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         return {
             "job": job, "shape_name": name, "shape": dataclasses.asdict(self._shapes[name]), "modes": modes, "known": earlier,
             "places": {
                 "ssd_dir": options.ssd_dir, "shm_dir": options.shm_dir, "min_bytes": 1024 if tiny else 1 << 20,
-                "window_bytes": 16384 if tiny else None, "most_host_bytes": 16 << 20 if tiny else int(options.host_gib * GIB),
+                "window_bytes": 16384 if tiny else None, "most_host_bytes": host_bytes,
                 "least_host_bytes": 1 << 20 if tiny else GIB,
             },
             "dtype": options.dtype or ("float32" if tiny else "bfloat16"), "steps": options.steps, "steps_s": options.steps_s,

@@ -9,8 +9,8 @@ Rules:
    loaded kernels, cuBLAS' workspaces; the first mode's warm-up pays for them, and no timed step.
 3. Amounts are decided anew in each mode. It warms up until they have settled (two rounds alike), and `keep` is run first and last: their
    difference is the drift of a process, beside the spread of steps.
-4. A step is forward, backward, SGD and the end of it on the device. Its activation peak is taken from torch's allocation history in one step
-   more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
+4. A step is forward, backward, SGD and the end of it on the device. Its activation peak is taken from torch's allocation history in one
+   step more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
    device's peak would count gradients, which come while activations go.)
 """
 
@@ -39,6 +39,8 @@ WARMUP, WARMUP_ADAPTIVE, MOST_WARMUP = 2, 5, 9
 """Rounds 2 and 3 of our own are measured, and decide."""
 SETTLED_FRACTION = 0.01
 HISTORY_ENTRIES = 400_000
+LEAST_SLOW_STEPS, MOST_PEER_S = 2, 15.0
+"""Of peers whose steps take seconds fewer are timed; the row says how many."""
 
 
 class Bench:
@@ -125,7 +127,9 @@ class Bench:
             if num_full:
                 stack.callback(recompute(self.net, spread(num_full, self.num_blocks)))
             active = stack.enter_context(context(mode, self.net, places, known, device_budget=device_budget))
-            num_warm = self._warm_up(active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"))
+            num_warm, warm_s = self._warm_up(active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"))
+            if mode.peer is not None:
+                steps = min(steps, max(LEAST_SLOW_STEPS, int(MOST_PEER_S / warm_s)))
             if self.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
             timed: list[dict[str, float]] = []
@@ -142,14 +146,14 @@ class Bench:
                 line |= _amounts(to_plain(active.report()))
         return line
 
-    def _warm_up(self, active: Any, *, is_adaptive: bool) -> int:
-        """Steps until nothing changes (rule 3); how many."""
+    def _warm_up(self, active: Any, *, is_adaptive: bool) -> tuple[int, float]:
+        """Steps until nothing changes (rule 3); how many, and seconds of the last."""
         least = WARMUP_ADAPTIVE if active is not None and is_adaptive else WARMUP
         for number in range(1, MOST_WARMUP + 1):
-            self.step()
+            last_s = self.step()["step_s"]
             if number >= least and (active is None or not is_adaptive or _has_settled(active.report().rounds)):
                 break
-        return number
+        return number, last_s
 
     def _activation_peak(self) -> int | None:
         """Rule 4; None where this torch keeps no such history."""
@@ -159,15 +163,19 @@ class Bench:
         except (TypeError, RuntimeError):
             return None
         try:
+            num_before = len(self._history())
             self.net(self.inputs).backward()
             self.synchronize()
-            index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-            events = torch.cuda.memory._snapshot()["device_traces"][index]
+            events = self._history()[num_before:]
             gradients = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
             return activation_peak_bytes(events, {gradient.untyped_storage().data_ptr() for gradient in gradients})
         finally:
             record(None)
             self.net.zero_grad(set_to_none=True)
+
+    def _history(self) -> list[dict[str, Any]]:
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        return list(torch.cuda.memory._snapshot()["device_traces"][index])
 
     def _link_rates(self) -> dict[str, float]:
         """Bytes per second out and back of one large copy."""
