@@ -154,8 +154,10 @@ def largest_rows(*, fits: dict[int, bool], predicted: int, most: int) -> int | N
     if bad - good <= 1:
         return None
     guess = min(max(predicted, 1), most)
-    if guess not in fits and good < guess < bad:
+    if good < guess < bad:
         return guess
-    if good == guess or (good > guess and bad > most):
-        return min(bad - 1, good + max(1, good // 16))
-    return max(good + 1, min(bad - max(1, bad // 16), bad - 1)) if good < bad - max(1, bad // 16) else (good + bad) // 2
+    if bad > most:  # nothing has failed: a little more
+        return min(most, good + max(1, good // 16))
+    if good == 0:  # nothing has fit: a little less
+        return bad - max(1, bad // 16)
+    return (good + bad) // 2

@@ -7,8 +7,8 @@
   linear program of `bounds.py` says for this share of keep's throughput, rounded down; skipped where that is none.
 * `ssd`: adaptive amounts to the drive alone; `ssd-7`, `ssd-14`: to a file in RAM whose transfers are paced to 7 and 14 GB/s each way: a
   stand-in for one and two good drives, no measurement of them; what it reached is in the row.
-* `host-wide`: as `host`, with a window of `WIDE_RECORDS` of the largest tensors instead of two, and at most 1 GiB: on paper the window is what
-  keeps `host` from the bound at hidden 12288.
+* `host-wide`: as `host`, with a window of `WIDE_RECORDS` of the largest tensors, and not of two and at most 1 GiB: on paper the window is
+  what keeps `host` from the bound at hidden 12288.
 * `*-everything`, `*-ssdtrain`: the two other rules of `activations/amounts.py`.
 * `save_on_cpu`, `save_on_cpu-pinned`: torch's. `trl`, `torchtune`: their `OffloadActivations`, pinned and with streams; where the package
   is not installed the row says so.
@@ -196,11 +196,12 @@ def context(
             pace = mode.paced_bytes_per_s
             more["open_store"] = lambda size: PacedStore(SsdStore([place], capacity_bytes=size, unlink=True), pace)
     refuse_what_cannot_work(net)
+    window_bytes = WIDE_RECORDS * known.largest_bytes if mode.is_wide and known is not None else places.window_bytes
     settings = build_settings(
         **{
             "host_budget": max(host_bytes, 4 * LEAST_STAGING_BYTES), "ssd_dir": None, "ssd_budget": None, "device_budget": device_budget,
             "amount": mode.amount, "storage": "as_is", "recompute": mode.recompute, "min_bytes": places.min_bytes,
-            "window": WIDE_RECORDS * known.largest_bytes if mode.is_wide and known is not None else places.window_bytes, "open_store": None, **more,
+            "window": window_bytes, "open_store": None, **more,
         }
     )  # fmt: skip
     if mode.tier == "ssd":  # the drive alone: host memory is the way to it, and nothing rests there

@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from summarize import figures, newest, read_lines  # noqa: E402
+from tables import figures, newest, read_lines  # noqa: E402
 
 COLOURS = {"keep": "#8a8a8a", "checkpoint": "#8a8a8a", "cheap": "#5b8bd0", "host": "#1b7f5c", "mix": "#0b4f3a", "ssd": "#b08a00"}
 PEER = "#c0703a"

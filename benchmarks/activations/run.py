@@ -5,7 +5,7 @@
     python benchmarks/activations/run.py --list
     python benchmarks/activations/run.py --tiny --out tiny.jsonl --ssd-dir DIRECTORY             (a CPU, a minute)
 
-`nets.py` has the shapes, `modes.py` the modes, `bounds.py` what the links allow, `summarize.py` the tables, `plot.py` the plots. Protocol:
+`nets.py` has the shapes, `modes.py` the modes, `bounds.py` what the links allow, `tables.py` the tables, `plot.py` the plots. Protocol:
 
 1. A job is a shape and some modes in one process (`one_shape.py`): `core` (kept, recomputed, host, mix), `ssd`, `peers` (others' tools, and
    SSDTrain's rule), `fit` (the largest micro-batch in a share of the device). Twelve processes load side by side, before anything is
@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "host_memory"), str(HERE.parent / "
 
 from attempt import Outcome  # noqa: E402
 from measure import append_result, provenance  # noqa: E402
-from summarize import newest, read_lines, summarize  # noqa: E402
+from tables import newest, read_lines, summarize  # noqa: E402
 from workers import Crew, on_termination  # noqa: E402
 
 GIB = 1 << 30

@@ -23,6 +23,6 @@ fi
 python3 "$here/run.py" --out "$out" --done "$@" --ssd-dir "${SSD_DIR:-/tmp/activations-ssd}" --shm-dir "${SHM_DIR:-/dev/shm/activations}" \
   --deadline-s "$((${DEADLINE_S:-535} - SECONDS))" ${ARGS:-} 2>&1 | tee "$results/activations.log" | tail -c 11000
 code=${PIPESTATUS[0]}
-python3 "$here/summarize.py" "$@" "$out" --out "$results/activations.md" > /dev/null || code=1
+python3 "$here/tables.py" "$@" "$out" --out "$results/activations.md" > /dev/null || code=1
 python3 -c 'import matplotlib' 2> /dev/null && python3 "$here/plot.py" "$results" "$@" "$out"
 exit "$code"

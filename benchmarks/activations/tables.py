@@ -1,11 +1,13 @@
 """Tables of results of `run.py`, and what the claims ask for.
 
-    python benchmarks/activations/summarize.py results.jsonl [more.jsonl] [--tbw 600]
+    python benchmarks/activations/tables.py results.jsonl [more.jsonl] [--tbw 600]
 
-The newest line of a mode counts. Columns: `of keep`: throughput beside the keep of the same process; `peak`: of activations; `fell`: how much lower than keep's; `gone`: share
-of all saved bytes that does not stay on the device (moved, rebuilt, or of recomputed blocks); `moved`: bytes that leave in a step;
-`allowed`: the link's bound for `host`, the linear program's optimum for a mix, at the throughput of its name (`mix`: 97 %), for `ssd` the
-drive's bound at the rate that was measured; `reached`: gone over allowed, for `ssd` moved over allowed.
+The newest line of a mode counts. Columns:
+
+* `of keep`: throughput beside the keep of the same process. `peak`: of activations. `fell`: how much lower than keep's.
+* `gone`: share of all saved bytes that does not stay on the device: moved, rebuilt, or of recomputed blocks. `moved`: bytes that leave.
+* `allowed`: the link's bound for `host`; for a mix the linear program's optimum at the throughput of its name (`mix`: 97 %); for `ssd` the
+  drive's bound at the rate that was measured. `reached`: gone over allowed; for `ssd` moved over allowed.
 
 SSD lifetime: what the mode writes in a step, all day without a pause, against the rated bytes of a drive (`--tbw`; 600 TB are what common
 drives of 1 TB promise). No factor for shorter retention, and none for write amplification.
