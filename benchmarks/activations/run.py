@@ -97,8 +97,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
-    options = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     from nets import SHAPES, TINY  # torch loads with it
 
     known = TINY if options.tiny else SHAPES
