@@ -1,238 +1,215 @@
-"""Forward and backward of GPT blocks with saved tensors kept, moved to host memory or to the SSD, and beside torch's `save_on_cpu`.
+"""Throughput against activation peak: saved tensors kept, recomputed, moved to host memory or SSD, mixed, and moved by others' tools.
 
-    python benchmarks/activations/run.py --hidden 8192 --layers 4 --rows 8 --ssd-dir /nvme/overspill --out results.jsonl
+    python benchmarks/activations/run.py --out results.jsonl --ssd-dir DIRECTORY [--shm-dir /dev/shm/overspill] [--deadline-s 530]
+    python benchmarks/activations/run.py --out more.jsonl --done results.jsonl --ssd-dir ...     (goes on where the first call ended)
+    python benchmarks/activations/run.py --list
+    python benchmarks/activations/run.py --tiny --out tiny.jsonl --ssd-dir DIRECTORY             (a CPU, a minute)
 
-A line a mode: time of a step (forward + backward, no update), what of it is forward, the device's peak, what left and how fast. Beside
-them the bound of `activations/amounts.py`: the share of all saved bytes that the link can take while forward runs,
-min(1, B_d2h · T_forward / A), from the plain step's forward time and the rate that was measured. SSDTrain's shapes are (hidden, layers)
-8192 x 4, 12288 x 3, 16384 x 2, at 1024 tokens a row and heads of 128.
+`nets.py` has the shapes, `modes.py` the modes, `bounds.py` what the links allow, `tables.py` the tables, `plot.py` the plots. Protocol:
 
-Blocks: pre-norm, causal attention by torch's SDPA, MLP of four times the width with GELU; random weights; a sum of squares for a loss.
-A mode that fails is a line with its error.
+1. A job is a shape and some modes in one process (`one_shape.py`): `core` (kept, recomputed, host, mix), `ssd`, `peers` (others' tools, and
+   SSDTrain's rule), `fit` (the largest micro-batch in a share of the device). Twelve processes load side by side, before anything is
+   measured; then one works at a time, on an empty device. `steps.py` says why modes may share a process, and checks it.
+2. A step is forward, backward, SGD. After warm-up, and once amounts have settled, at least `--steps` steps are timed, one by one: median
+   and range. Every job measures `keep` first; a row's throughput is compared with the keep of its own process.
+3. A line a mode, as soon as it has ended. What does not fit is a line with its error, what is not installed one that says so.
+4. Order: `core` of all shapes, widest first; then `ssd` and `peers` of each, and `fit`. No mode is begun that would not end before the
+   deadline, by the longest of its process so far; what is missing is done by the next call. Failures other than lack of memory are tried
+   again then.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import gc
-import json
-import platform
-import statistics
-import subprocess
+import collections
+import dataclasses
+import sys
+import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "host_memory"), str(HERE.parent / "prediction")]
 
-import overspill
-from overspill.activations.amounts import most_without_slowdown
-from overspill.spec.documents import to_plain
-from overspill.units import format_bytes
+from attempt import Outcome  # noqa: E402
+from measure import append_result, provenance  # noqa: E402
+from tables import newest, read_lines, summarize  # noqa: E402
+from workers import Crew, on_termination  # noqa: E402
 
-HEAD_SIZE = 128
-"""As in SSDTrain's models."""
-MODES = {
-    "keep": ("host", "nothing", "none"),
-    "rebuild": ("host", "nothing", "cheap"),
-    "host": ("host", "adaptive", "none"),
-    "host-everything": ("host", "everything", "none"),
-    "host-rebuild": ("host", "adaptive", "cheap"),
-    "host-ssdtrain": ("host", "ssdtrain", "none"),
-    "ssd": ("ssd", "adaptive", "none"),
-    "ssd-everything": ("ssd", "everything", "none"),
-    "ssd-ssdtrain": ("ssd", "ssdtrain", "none"),
-    "save_on_cpu": None,
-    "save_on_cpu-pinned": None,
+GIB = 1 << 30
+MODES_OF = {
+    "core": ("keep", "counted", "checkpoint", "cheap", "host", "mix", "mix-90", "host-wide", "mix-97", "keep-again"),
+    "ssd": ("ssd", "ssd-7", "ssd-14"),
+    "peers": ("save_on_cpu-pinned", "host-ssdtrain", "trl", "torchtune", "save_on_cpu"),
+    "fit": ("keep", "checkpoint", "cheap", "host", "mix", "save_on_cpu-pinned"),
 }
-"""Tier, amount and recompute; None: torch's own."""
+FIT_SHAPES = ("llama-1.10B-2048", "gpt-8192x4")
+"""Whose largest micro-batch is looked for; with 12288 x 3, weights and gradients alone take 22 GiB."""
+ESTIMATED_S = {"core": 38.0, "ssd": 20.0, "peers": 28.0, "fit": 75.0}
+"""Of a job before one of its kind was seen. On paper, for an H100; the longest seen counts afterwards."""
+LOADING_S = 20.0
+"""Of a batch of processes, before one was seen."""
+LEAST_SHARE = 0.4
+"""Of its estimate that must be left for a job to begin: it ends itself between modes."""
+CLOSING_S, LEAST_JOB_S = 8.0, 4.0
+MOST_ATTEMPTS = 2
+"""Of a job in one call: a second process where the first one ended early."""
 
 
-class GptBlock(nn.Module):
-    """[rows, length, hidden] to the same."""
-
-    def __init__(self, hidden: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.norm_1, self.norm_2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
-        self.up, self.down = nn.Linear(hidden, 4 * hidden), nn.Linear(4 * hidden, hidden)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        rows, length, width = hidden.shape
-        heads = self.qkv(self.norm_1(hidden)).view(rows, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(heads[0], heads[1], heads[2], is_causal=True)
-        hidden = hidden + self.out(mixed.transpose(1, 2).reshape(rows, length, width))
-        return hidden + self.down(nn.functional.gelu(self.up(self.norm_2(hidden)), approximate="tanh"))
+def jobs(shapes: list[str], kinds: list[str]) -> list[tuple[str, str]]:
+    """(job, shape) in the order of rule 4."""
+    ordered = [("core", shape) for shape in shapes]
+    fits = [shape for shape in FIT_SHAPES if shape in shapes] or shapes[:1]
+    for index, shape in enumerate(shapes):
+        ordered += [("ssd", shape), ("peers", shape)]
+        if index % 4 == 1 and fits:
+            ordered.append(("fit", fits.pop(0)))
+    ordered += [("fit", shape) for shape in fits]
+    return [(job, shape) for job, shape in ordered if job in kinds]
 
 
-class Gpt(nn.Module):
-    """Blocks without an embedding and a head: their share shrinks with the width, and here it is the blocks that count."""
-
-    def __init__(self, hidden: int, num_layers: int, num_heads: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(GptBlock(hidden, num_heads) for _ in range(num_layers))
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            hidden = block(hidden)
-        return hidden.float().square().mean()
-
-
-class Stopwatch:
-    """Seconds on the device, or on the CPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
-
-    def mark(self) -> Any:
-        if not self._is_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        return begin.elapsed_time(end) / 1e3 if self._is_cuda else end - begin
-
-
-def main() -> None:
-    options = parse()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    num_heads = max(1, options.hidden // HEAD_SIZE)
-    with torch.device(device):
-        model = Gpt(options.hidden, options.layers, num_heads).to(getattr(torch, options.dtype))
-        inputs = torch.randn(options.rows, options.length, options.hidden).to(getattr(torch, options.dtype))
-    lines = {mode: measure(mode, model, inputs, options, device) for mode in options.modes}
-    plain = lines.get("keep", {})
-    rates = [line["report"]["rates"] for line in lines.values() if line.get("report")]
-    known = next((item for item in rates if item["d2h_bytes_per_s"]), None)
-    packed = max((line["packed_bytes"] for line in lines.values() if "packed_bytes" in line), default=0)
-    bound = None
-    if known and packed and "forward_s" in plain:
-        bound = most_without_slowdown(device_bytes=packed, forward_s=plain["forward_s"], d2h_bytes_per_s=known["d2h_bytes_per_s"])
-    with options.out.open("a") as file:
-        for mode, line in lines.items():
-            line.update(bound_fraction=bound, **about(options, device))
-            file.write(json.dumps(line, sort_keys=True) + "\n")
-            print(describe(mode, line, plain))
-    if bound is not None and known is not None:
-        rate = known["d2h_bytes_per_s"] / 1e9
-        print(f"bound: {bound:.0%} of {format_bytes(packed)} can leave in {plain['forward_s'] * 1e3:.1f} ms of forward at {rate:.1f} GB/s")
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--hidden", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--host-budget", default="32GiB")
-    parser.add_argument("--ssd-host-budget", default="4GiB", help="of the modes ssd: little, so that the SSD has to take the rest")
-    parser.add_argument("--ssd-dir")
-    parser.add_argument("--ssd-budget", default="64GiB")
-    parser.add_argument("--min-bytes", default="1MiB")
-    parser.add_argument("--window")
-    parser.add_argument("--steps", type=int, default=5, help="measured, after six that warm up and settle the amounts")
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    if options.ssd_dir is None:
-        options.modes = [mode for mode in options.modes if not mode.startswith("ssd")]
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--out", type=Path, help="a line a mode is added here")
+    parser.add_argument("--done", type=Path, nargs="*", default=[], help="results of earlier calls: what has a line there is not run again")
+    parser.add_argument("--ssd-dir", help="a directory on the drive; without it `ssd` says that it is missing")
+    parser.add_argument("--shm-dir", help="a directory in RAM, for the paced modes")
+    parser.add_argument("--shapes", nargs="+", help="without: all")
+    parser.add_argument("--jobs", nargs="+", choices=MODES_OF, default=list(MODES_OF))
+    parser.add_argument("--modes", nargs="+", help="of the jobs; any of modes.py with exactly one job; without: the job's own")
+    parser.add_argument("--rows", type=int, help="sequences of a micro-batch, of every shape; without: the shape's own")
+    parser.add_argument("--steps", type=int, default=5, help="least that are timed")
+    parser.add_argument("--steps-s", type=float, default=1.0, help="more are, up to four times as many, while they take less")
+    parser.add_argument("--dtype")
+    parser.add_argument("--host-gib", type=float, default=48.0, help="most host memory for saved tensors")
+    parser.add_argument("--fit-gib", type=float, default=24.0, help="of the device, for the largest micro-batch")
+    parser.add_argument("--fit-host-gib", type=float, default=24.0, help="most host memory for it; pinning takes 0.1 s a quarter GiB")
+    parser.add_argument("--deadline-s", type=float, default=530.0, help="of the whole call")
+    parser.add_argument("--waiting", type=int, help="processes that load side by side; without: two cores stay free, 12 at most")
+    parser.add_argument("--tiny", action="store_true", help="shapes and budgets for a CPU")
+    options = parser.parse_args(arguments)
+    if not options.list and options.out is None:
+        parser.error("give --out; --list shows what would run")
+    if options.modes and len(options.jobs) != 1:
+        parser.error("--modes goes with exactly one of --jobs")
     return options
 
 
-def context(mode: str, model: nn.Module, options: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
-    """What a mode does with saved tensors."""
-    chosen = MODES[mode]
-    if chosen is None:
-        return torch.autograd.graph.save_on_cpu(pin_memory=mode.endswith("pinned"))
-    tier, amount, recompute = chosen
-    ssd = {"ssd_dir": options.ssd_dir, "ssd_budget": options.ssd_budget} if tier == "ssd" else {}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is on the CPU")
-        return overspill.offload_activations(
-            model, host_budget=options.ssd_host_budget if ssd else options.host_budget, amount=amount, min_bytes=options.min_bytes,
-            window=options.window, recompute=recompute, **ssd,
-        )  # fmt: skip
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    from nets import SHAPES, TINY  # torch loads with it
+
+    known = TINY if options.tiny else SHAPES
+    unknown = sorted(set(options.shapes or ()) - set(known))
+    if unknown:
+        print(f"{', '.join(unknown)}: no such shape; there are {', '.join(known)}", file=sys.stderr)
+        return 2
+    shapes = {name: shape for name, shape in known.items() if options.shapes is None or name in options.shapes}
+    if options.rows:
+        shapes = {name: dataclasses.replace(shape, rows=options.rows) for name, shape in shapes.items()}
+    wanted = jobs(list(shapes), options.jobs)
+    if options.list:
+        for job, name in wanted:
+            print(f"{name:20} {job:6} {ESTIMATED_S[job]:4.0f} s  {' '.join(options.modes or MODES_OF[job])}")
+        print(f"about {sum(ESTIMATED_S[job] for job, _ in wanted):.0f} s, loading not counted")
+        return 0
+    Call(options, shapes).run(wanted)
+    return 0
 
 
-def measure(mode: str, model: nn.Module, inputs: torch.Tensor, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """One mode's line."""
-    watch = Stopwatch(device)
-    try:
-        forward_s, step_s, wall_s = [], [], []
-        with context(mode, model, options) as active:
-            for number in range(6 + options.steps):
-                if number == 6 and device.type == "cuda":
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                begun, marks = time.perf_counter(), [watch.mark()]
-                loss = model(inputs)
-                marks.append(watch.mark())
-                loss.backward()
-                marks.append(watch.mark())
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if number >= 6:
-                    wall_s.append(time.perf_counter() - begun)
-                    forward_s.append(watch.seconds(marks[0], marks[1]))
-                    step_s.append(watch.seconds(marks[0], marks[2]))
-                del loss
-                model.zero_grad(set_to_none=True)
-            report = to_plain(active.report()) if hasattr(active, "report") else None
-    except Exception as error:  # a line too: that a mode does not fit is a result
-        return {"mode": mode, "error": f"{type(error).__name__}: {error}"[:500]}
-    finally:
-        _forget(model, device)
-    line: dict[str, Any] = {"mode": mode, "report": report}
-    for name, values in (("forward_s", forward_s), ("step_s", step_s), ("wall_s", wall_s)):
-        line[name], line[f"{name}_spread"] = statistics.median(values), [min(values), max(values)]
-    if device.type == "cuda":
-        line["device_peak_bytes"] = torch.cuda.max_memory_allocated()
-    if report is not None:
-        last = report["rounds"][-1]
-        line["packed_bytes"], line["moved_bytes"] = last["packed_bytes"], last["host_bytes"] + last["ssd_bytes"]
-        line["rebuilt_bytes"] = last["rebuilt_bytes"]
-    return line
+class Call:
+    """One call: jobs one after the other until the deadline."""
 
+    def __init__(self, options: argparse.Namespace, shapes: dict[str, Any]) -> None:
+        self._options, self._shapes = options, shapes
+        self._started_s = time.monotonic()
+        self._longest_s: dict[str, float] = {}
+        self._loading_s = 5.0 if options.tiny else LOADING_S
+        self._provenance = provenance()
 
-def _forget(model: nn.Module, device: torch.device) -> None:
-    model.zero_grad(set_to_none=True)
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    def run(self, wanted: list[tuple[str, str]]) -> None:
+        options, attempts = self._options, collections.Counter[tuple[str, str]]()
+        queue = collections.deque(wanted)
+        with Crew(HERE / "one_shape.py", num_waiting=options.waiting) as crew:
+            on_termination(crew.close)
+            while queue:
+                job, name = queue.popleft()
+                modes = self._pending(job, name)
+                estimate_s = max(ESTIMATED_S[job] if not options.tiny else 1.0, self._longest_s.get(job, 0.0))
+                if not modes:
+                    continue
+                needed_s = LEAST_SHARE * estimate_s * len(modes) / len(MODES_OF[job])
+                needed_s += 0.0 if crew.num_ready else self._loading_s
+                if self._left_s() < needed_s:
+                    print(f"{name} {job}: not started, about {estimate_s:.0f} s, and {max(0, self._left_s()):.0f} s are left", flush=True)
+                    continue
+                self._run_job(job, name, modes, crew, len(queue) + 1)
+                attempts[job, name] += 1
+                if self._pending(job, name) and attempts[job, name] < MOST_ATTEMPTS and self._left_s() > 10:
+                    queue.appendleft((job, name))
+            print(f"{time.monotonic() - self._started_s:.0f} s, of which {crew.loading_s:.0f} s were loading", flush=True)
+        print(summarize(self._lines()))
 
+    def _left_s(self) -> float:
+        return float(self._options.deadline_s) - (time.monotonic() - self._started_s) - CLOSING_S
 
-def describe(mode: str, line: dict[str, Any], plain: dict[str, Any]) -> str:
-    """A line for people."""
-    if "error" in line:
-        return f"{mode:20} {line['error'][:100]}"
-    words = [f"{mode:20} step {line['step_s'] * 1e3:8.1f} ms"]
-    if "step_s" in plain:
-        words.append(f"({line['step_s'] / plain['step_s']:.2f} of keep)")
-    if "device_peak_bytes" in line:
-        words.append(f"peak {format_bytes(line['device_peak_bytes'])}")
-    if line.get("packed_bytes"):
-        words.append(f"moved {format_bytes(line['moved_bytes'])} of {format_bytes(line['packed_bytes'])}")
-    return "  ".join(words)
+    def _lines(self) -> list[dict[str, Any]]:
+        return [line for path in (*self._options.done, self._options.out) for line in read_lines(path)]
 
+    def _pending(self, job: str, name: str) -> list[str]:
+        """Modes without a result (rule 4)."""
+        had = {
+            line["mode"]
+            for line in self._lines()
+            if (line["shape"], line["job"]) == (name, job) and ("step_s" in line or "missing" in line or line.get("is_oom"))
+        }
+        return [mode for mode in self._options.modes or MODES_OF[job] if mode not in had]
 
-def about(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What a result is of."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "hidden": options.hidden, "layers": options.layers, "rows": options.rows, "length": options.length, "dtype": options.dtype,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d"),
-        "steps": options.steps,
-    }  # fmt: skip
+    def _run_job(self, job: str, name: str, modes: list[str], crew: Crew, num_wanted: int) -> None:
+        """The job in a process of its own; a mode at which that was ended has a line too."""
+        limit_s = self._left_s()
+        with tempfile.TemporaryDirectory() as folder:
+            running = Path(folder) / "running"
+            try:
+                was_loading_s = crew.loading_s
+                worker = crew.take(num_wanted)
+                self._loading_s = max(self._loading_s, crew.loading_s - was_loading_s)
+                begun_s, limit_s = time.monotonic(), self._left_s()
+                if limit_s < LEAST_JOB_S:
+                    worker.close()
+                    print(f"{name} {job}: loading has taken the time that was left", flush=True)
+                    return
+                outcome = worker.run(self._order(job, name, modes, running, limit_s), limit_s=limit_s)
+                self._longest_s[job] = max(self._longest_s.get(job, 0.0), time.monotonic() - begun_s)
+            except RuntimeError as error:
+                outcome = Outcome(return_code=1, wall_s=0.0, output_tail=str(error))
+            stopped_at = running.read_text() if running.exists() else "loading"
+        print(outcome.output_tail.strip()[-3000:], flush=True)
+        if outcome.return_code != 0:
+            error = outcome.describe_failure(limit_s)
+            line = {"shape": name, "job": job, "mode": stopped_at or "the end", "error": error, "is_oom": False, **self._provenance}
+            append_result(self._options.out, line)
+            print(f"{name} {job} {stopped_at}: {error}", flush=True)
+
+    def _order(self, job: str, name: str, modes: list[str], running: Path, limit_s: float) -> dict[str, Any]:
+        options, tiny = self._options, self._options.tiny
+        host_bytes = 16 << 20 if tiny else int((options.fit_host_gib if job == "fit" else options.host_gib) * GIB)
+        earlier = {line["mode"]: line for line in newest(self._lines()) if line["shape"] == name and line["job"] == "core"}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        return {
+            "job": job, "shape_name": name, "shape": dataclasses.asdict(self._shapes[name]), "modes": modes, "known": earlier,
+            "places": {
+                "ssd_dir": options.ssd_dir, "shm_dir": options.shm_dir, "min_bytes": 1024 if tiny else 1 << 20,
+                "window_bytes": 16384 if tiny else None, "most_host_bytes": host_bytes,
+                "least_host_bytes": 1 << 20 if tiny else GIB,
+            },
+            "dtype": options.dtype or ("float32" if tiny else "bfloat16"), "steps": options.steps, "steps_s": options.steps_s,
+            "limit_s": limit_s, "fit_bytes": int(options.fit_gib * GIB), "out": str(options.out), "running": str(running),
+            "provenance": self._provenance,
+        }  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -126,6 +126,11 @@ class Crew:
             self._load(min(self._most, max(1, num_wanted)))
         return self._waiting.pop(0)
 
+    @property
+    def num_ready(self) -> int:
+        """Workers that can be taken without loading any."""
+        return len(self._waiting)
+
     def _load(self, number: int) -> None:
         started = time.monotonic()
         self._waiting = [Worker(self._command) for _ in range(number)]

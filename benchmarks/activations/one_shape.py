@@ -1,0 +1,233 @@
+"""One job of `run.py` in a process of its own: one net, and one mode after the other; a line each as soon as it has ended.
+
+    python benchmarks/activations/one_shape.py READY_FD      (started by `prediction/workers.py`)
+
+It loads everything, says so on `READY_FD`, and waits for an order on its input, as `prediction/one_run.py` does; nothing has touched the
+device before. `steps.py` says why modes that share a process have a fresh one's figures.
+
+`keep` is measured first in every job, whatever is asked for, so that each row has the keep of its own process beside it. What earlier
+jobs found out about the shape (`known`) is in the order, for a job that goes on where another call ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory"), str(HERE.parent / "throughput")]
+
+CLOSING_S = 3.0
+"""Left before the limit for ending."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a process is told to do."""
+
+    job: str
+    """`core`, `ssd`, `peers` or `fit`."""
+    shape_name: str
+    shape: dict[str, Any]
+    modes: list[str]
+    known: dict[str, Any]
+    """Lines of this shape's modes that earlier jobs measured, by mode."""
+    places: dict[str, Any]
+    dtype: str
+    steps: int
+    steps_s: float
+    limit_s: float
+    fit_bytes: int
+    """Of the device, for `fit`."""
+    out: str
+    running: str
+    """File that has the name of the mode that runs, and is empty after the last."""
+    provenance: dict[str, Any]
+
+
+def main(ready_fd: int) -> int:
+    load_all()
+    os.write(ready_fd, b"!")
+    os.close(ready_fd)
+    line = sys.stdin.readline()
+    if not line.strip():
+        return 0
+    try:
+        Job(Order(**json.loads(line))).run()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def load_all() -> None:
+    """Import what a job will import; nothing is called."""
+    import chunked_loss  # noqa: F401
+    import fit  # noqa: F401
+    import shapes  # noqa: F401
+    import steps  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+
+class Job:
+    """One order under way."""
+
+    def __init__(self, order: Order) -> None:
+        import torch
+        from modes import Places
+        from nets import NetShape
+        from steps import Bench
+
+        self.order, self.begun_s = order, time.monotonic()
+        self.lines: dict[str, dict[str, Any]] = {}
+        """Of this process, by mode."""
+        self._write_running("the net")
+        self.places = Places(**order.places)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.bench = Bench(NetShape(**order.shape), device, getattr(torch, order.dtype))
+        self.build_s = time.monotonic() - self.begun_s
+        self._longest_s = 0.0
+
+    def run(self) -> None:
+        from fit import fit_mode
+        from steps import MOST_RESIDUE_BYTES
+
+        asked = list(self.order.modes)
+        if self.order.job == "fit":
+            for mode in asked:
+                if not self._has_time():
+                    break
+                self._write_running(mode)
+                self._append(
+                    mode, fit_mode(self.bench, mode, self.places, self.order.fit_bytes, steps=self.order.steps, is_late=self._is_late)
+                )
+        else:
+            for mode in ["keep", *(mode for mode in asked if mode != "keep")]:
+                if not self._has_time():
+                    print(f"{mode}: not started, {self._left_s():.0f} s are left")
+                    break
+                self._write_running(mode)
+                self._append(mode, self._measure(mode))
+                if self.bench.residue_bytes > MOST_RESIDUE_BYTES:
+                    print(f"{mode} left {self.bench.residue_bytes} B on the device: the modes after it want another process")
+                    break
+            self._append_bounds()
+        self._write_running("")
+
+    def _measure(self, mode: str) -> dict[str, Any]:
+        from modes import MODES
+
+        num_full = 0
+        share = MODES[mode].blocks
+        if share == 1.0:
+            num_full = self.bench.num_blocks
+        elif share:
+            found = self.mix(share)
+            if found is None:
+                return {"missing": "keep (or checkpoint), and cheap, have to be measured first", "mode_wall_s": 0.0}
+            num_full = math.floor(found.full_fraction * self.bench.num_blocks + 1e-6)
+            if num_full == 0:
+                words = f"at {share:.0%} the linear program recomputes {abs(found.full_fraction):.2f} of {self.bench.num_blocks} blocks"
+                return {"missing": f"{words}, less than one: the same as mix", "mode_wall_s": 0.0}
+        order = self.order
+        return self.bench.measure(mode, self.places, self.known(), num_full=num_full, steps=order.steps, steps_s=order.steps_s)
+
+    def _line(self, *modes: str) -> dict[str, Any]:
+        """The figures of the first of these modes that has any, of this process or of an earlier one."""
+        for lines in (self.lines, self.order.known):
+            for mode in modes:
+                if "step_s" in lines.get(mode, {}):
+                    return lines[mode]
+        return {}
+
+    def known(self) -> Any:
+        """What `modes.context` wants to know; None: not yet."""
+        from modes import Known
+
+        counted, plain = self._line("counted", "cheap", "host", "mix"), self._line("keep", "counted", "checkpoint")
+        if not counted or not plain:
+            return None
+        return Known(
+            all_bytes=counted["packed_bytes"] + counted["rebuilt_bytes"], forward_s=plain["forward_s"],
+            largest_bytes=4 * self.bench.shape.tokens() * self.bench.shape.hidden * self.bench.dtype.itemsize,
+            d2h_bytes_per_s=self.bench.rates["d2h_bytes_per_s"], fits="step_s" in self._line("keep", "counted"),
+        )  # fmt: skip
+
+    def terms(self) -> Any:
+        """Of the linear program; None where something was not measured. Without keep (it does not fit), its step is that of full
+        recomputation less a forward."""
+        from bounds import Terms
+
+        known, keep, full, cheap = self.known(), self._line("keep"), self._line("checkpoint"), self._line("cheap")
+        if known is None or not full:
+            return None
+        shape, bench, counted = self.bench.shape, self.bench, self._line("counted")
+        inputs_bytes = bench.num_blocks * shape.tokens() * shape.hidden * bench.dtype.itemsize
+        step_s = keep["step_s"] if keep else full["step_s"] - full["forward_s"]
+        without_s = counted["step_s"] if counted else step_s  # so that what hooks cost is not the recomputation's
+        return Terms(
+            all_bytes=known.all_bytes, inputs_bytes=min(known.all_bytes, inputs_bytes),
+            cheap_bytes=cheap.get("rebuilt_bytes", 0), forward_s=known.forward_s, step_s=step_s, full_s=max(0.0, full["step_s"] - step_s),
+            cheap_s=max(0.0, cheap["step_s"] - without_s) if cheap else 0.0, **bench.rates,
+        )  # fmt: skip
+
+    def mix(self, share: float) -> Any:
+        from bounds import best_mix
+
+        terms = self.terms()
+        return best_mix(terms, throughput_fraction=share) if terms is not None else None
+
+    def _append_bounds(self) -> None:
+        """A line with the bound and the optima, once all that they need is there."""
+        terms = self.terms()
+        if self.order.job != "core" or terms is None:
+            return
+        bound = min(1.0, terms.d2h_bytes_per_s * terms.forward_s / terms.all_bytes)
+        mixes = {f"mix_{round(share * 100)}": dataclasses.asdict(self.mix(share)) for share in (0.98, 0.97, 0.90)}
+        self._append(
+            "bounds", {"bound_fraction": bound, "terms": dataclasses.asdict(terms), "is_keep_measured": bool(self._line("keep")), **mixes}
+        )
+
+    def _append(self, mode: str, line: dict[str, Any]) -> None:
+        import torch
+
+        order, keep = self.order, self.lines.get("keep", {})
+        self._longest_s = max(self._longest_s, line.get("mode_wall_s", 0.0))
+        known = self.known() if order.job != "fit" else None
+        beside = {
+            "shape": order.shape_name, "job": order.job, "mode": mode, "net": order.shape, "dtype": order.dtype, "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self.bench.is_cuda else "cpu", "tokens": self.bench.shape.tokens(),
+            "link": self.bench.rates, "static_bytes": self.bench.static_bytes, "build_s": round(self.build_s, 2),
+            "keep_step_s": keep.get("step_s"), "keep_activation_peak_bytes": keep.get("activation_peak_bytes"),
+            "all_bytes": known.all_bytes if known is not None else None,
+        }  # fmt: skip
+        line = {**beside, **order.provenance, **line}
+        self.lines[mode] = line
+        with Path(order.out).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        step = f"{line['step_s'] * 1e3:.1f} ms" if "step_s" in line else line.get("error") or line.get("missing") or ""
+        print(f"{order.shape_name} {order.job} {mode}: {step[:160]} ({line.get('mode_wall_s', 0):.1f} s)", flush=True)
+
+    def _left_s(self) -> float:
+        return self.order.limit_s - (time.monotonic() - self.begun_s) - CLOSING_S
+
+    def _has_time(self) -> bool:
+        """For a mode like the longest so far; the first may always try."""
+        return self._left_s() > 1.2 * self._longest_s
+
+    def _is_late(self) -> bool:
+        return self._left_s() <= 0
+
+    def _write_running(self, mode: str) -> None:
+        Path(self.order.running).write_text(mode)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

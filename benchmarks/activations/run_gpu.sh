@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The table of saved tensors on a machine with a GPU, in calls that each end within DEADLINE_S (535) seconds, the build included.
+#   bash benchmarks/activations/run_gpu.sh RESULTS_DIR [EARLIER.jsonl...]
+# EARLIER: results of the calls before; what has a line there is not run again.
+#   SSD_DIR     a directory on the drive (/tmp/activations-ssd)
+#   SHM_DIR     one in RAM (/dev/shm/activations)
+#   ARGS        further arguments of run.py, such as "--jobs core ssd --rows 8"
+#   PEERS_SITE  folder with an installed trl or torchtune; without it their rows say that they are missing
+#   INSTALL=0   overspill is importable already
+# Writes RESULTS_DIR/activations.jsonl (a line a mode, failures too), .log, activations.md over all results, and plots if there is matplotlib.
+set -uo pipefail
+results=$1
+shift
+here=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "$results"
+out=$results/activations.jsonl
+export PYTHONUNBUFFERED=1
+if [ "${INSTALL:-1}" = 1 ]; then
+  (cd "$here/../.." && env -u CFLAGS -u LDFLAGS python3 -m pip install -q --no-deps --no-build-isolation --upgrade --target /tmp/site .) || exit 1
+  export PYTHONPATH=/tmp/site${PYTHONPATH:+:$PYTHONPATH}
+fi
+[ -n "${PEERS_SITE:-}" ] && export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PEERS_SITE
+python3 "$here/run.py" --out "$out" --done "$@" --ssd-dir "${SSD_DIR:-/tmp/activations-ssd}" --shm-dir "${SHM_DIR:-/dev/shm/activations}" \
+  --deadline-s "$((${DEADLINE_S:-535} - SECONDS))" ${ARGS:-} 2>&1 | tee "$results/activations.log" | tail -c 11000
+code=${PIPESTATUS[0]}
+python3 "$here/tables.py" "$@" "$out" --out "$results/activations.md" > /dev/null || code=1
+python3 -c 'import matplotlib' 2> /dev/null && python3 "$here/plot.py" "$results" "$@" "$out"
+exit "$code"
