@@ -219,24 +219,24 @@ class Rebuilder:
     def _direct_recipe(self, node: Any) -> Recipe | None:
         match node.name():
             case "MulBackward0":
-                sources = self._sources(node, "self", "other")
-                return (torch.mul, sources) if sources else None
+                one, other = node._raw_saved_self.data, node._raw_saved_other.data
+                return (torch.mul, (one, other)) if isinstance(one, Saved) and isinstance(other, Saved) else None
             case "SiluBackward0":
-                sources = self._sources(node, "self")
-                return (nn.functional.silu, sources) if sources else None
+                source = node._raw_saved_self.data
+                return (nn.functional.silu, (source,)) if isinstance(source, Saved) else None
             case "GeluBackward0":
-                sources, approximate = self._sources(node, "self"), node._saved_approximate
-                return ((lambda tensor: nn.functional.gelu(tensor, approximate=approximate)), sources) if sources else None
+                source, approximate = node._raw_saved_self.data, node._saved_approximate
+                if not isinstance(source, Saved):
+                    return None
+                return (lambda tensor: nn.functional.gelu(tensor, approximate=approximate)), (source,)
             case "NativeLayerNormBackward0":
                 return self._layer_norm(node)
         return None
 
     def _layer_norm(self, node: Any) -> Recipe | None:
-        sources = self._sources(node, "input", "weight")
-        bias = node._raw_saved_bias.data
-        if not sources or not (bias is None or isinstance(bias, Saved)):
+        source, weight, bias = node._raw_saved_input.data, node._raw_saved_weight.data, node._raw_saved_bias.data
+        if not isinstance(source, Saved) or not isinstance(weight, Saved) or not (bias is None or isinstance(bias, Saved)):
             return None
-        weight = sources[1]
         epsilon = self._epsilon_of(weight)
         if epsilon is None:
             return None
@@ -245,12 +245,7 @@ class Rebuilder:
         def run(tensor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return nn.functional.layer_norm(tensor, shape, weight, bias, epsilon)
 
-        return run, (*sources, bias)
-
-    def _sources(self, node: Any, *names: str) -> tuple[Saved, ...]:
-        """The saved objects of a node's inputs; none at all if one of them is not ours."""
-        sources = tuple(getattr(node, f"_raw_saved_{name}").data for name in names)
-        return sources if all(isinstance(source, Saved) for source in sources) else ()
+        return run, (source, weight, bias)
 
 
 def _output_dtype(node: Any, number: int) -> torch.dtype | None:
