@@ -86,7 +86,7 @@ class Geometry:
 
     def view(self, span: torch.Tensor) -> torch.Tensor:
         """The tensor in the bytes of a span (uint8, 1-D, aligned as rule 3 says)."""
-        return self.within(span, span.storage_offset())
+        return self.within(span, int(span.storage_offset()))
 
     def within(self, tensor: torch.Tensor, span_start: int) -> torch.Tensor:
         """The tensor in the storage of another one, of any dtype, where the span begins at a byte.

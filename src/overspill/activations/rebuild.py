@@ -13,7 +13,8 @@ Rules:
    layer norms of the model's own modules, and a cast behind one of these. None of them is slower than copying its result.
    A cast of a leaf that somebody keeps anyway (`leaf_of`) is another one.
 2. The inputs are held by the op's own node anyway, which backward runs after all that use the result. So a recipe holds no memory of its
-   own. It holds the inputs' saved objects, not the node: what happens to the graph is no matter to it.
+   own. It holds the inputs' saved objects: what backward lets go of in the node is no matter to it. The node itself tells whether another
+   tensor is of the same result.
 3. The result of several saved views is rebuilt once, and let go with the last of them, or at the end of a backward that keeps its graph.
 4. A recipe runs without autocast, for its inputs have been cast already. Its result must have the shape, dtype and device that was saved;
    strides are restored, because kernels choose by them. Versions are checked, of the result and of the inputs.
@@ -185,8 +186,11 @@ class Rebuilder:
         if node is None or base.output_nr != 0 or base.storage_offset() != 0 or type(base) not in _PLAIN:
             return None
         recipe = self._recipe_of(node, base)
-        if recipe is None or any(source is not None and source.device != base.device for source in recipe[1]):
+        if recipe is None:
             return None
+        for source in recipe[1]:
+            if source is not None and source.device != base.device:
+                return None
         rebuild = self._known[storage._cdata] = Rebuild(base, storage, node, recipe)
         return SavedRebuilt(rebuild, None if tensor is base else Geometry.of(tensor, 0)), True
 

@@ -43,21 +43,27 @@ class Stored:
 
     def __init__(self, storage: torch.UntypedStorage, tensor: torch.Tensor) -> None:
         self.num_bytes = storage.nbytes()
-        self.aligned_bytes = align_up(self.num_bytes, STORED_ALIGNMENT_BYTES)
-        self.device = tensor.device
-        self._form = (tensor.dtype, tensor.shape)
         self._alias, self._version = tensor.detach(), tensor._version  # the alias shares the count of changes
         self.here: torch.Tensor | None = self._alias
         """A tensor of the storage where the bytes are, from `start_bytes` on; None: they are not on the device."""
         self.start_bytes = 0
         self._first: Geometry | None = None
-        """Of the alias, once it has no memory."""
+        """The view that the alias was, once it has no memory."""
         self.offset: int | None = None
         """Where it is in the copy that left; None: it has not left."""
 
     @property
+    def aligned_bytes(self) -> int:
+        """What it takes in a copy."""
+        return align_up(self.num_bytes, STORED_ALIGNMENT_BYTES)
+
+    @property
+    def device(self) -> torch.device:
+        return self._alias.device
+
+    @property
     def name(self) -> str:
-        return f"a saved tensor ({words_of(*self._form)})"
+        return f"a saved tensor ({words_of(self._alias.dtype, self._alias.shape if self._first is None else self._first.size)})"
 
     @property
     def payload(self) -> torch.Tensor | None:
@@ -95,7 +101,7 @@ class Stored:
 
     def land(self, source: torch.Tensor, start: int) -> None:
         """The bytes are in `source`, uint8 of a storage, from `start` on."""
-        self.here, self.start_bytes = source, source.storage_offset() + start
+        self.here, self.start_bytes = source, int(source.storage_offset()) + start
 
 
 class SavedStored(Saved):
@@ -169,7 +175,9 @@ class Book:
         def epsilon(weight: Saved) -> float | None:
             return epsilons.get(weight.name) if isinstance(weight, SavedGiven) else None
 
-        self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store, is_of_one_forward=True) if rebuilds and can_read_saved() else None
+        self._rebuilder: Rebuilder | None = None
+        if rebuilds and can_read_saved():
+            self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store, is_of_one_forward=True)
 
     @property
     def stored_bytes(self) -> int:

@@ -79,8 +79,6 @@ class RetainedGraphs:
         self._recomputed: set[str] = set()
         """Units that were given up (rule 1)."""
         self._epsilons: dict[str, dict[str, float]] = {}
-        self._buffers: dict[str, tuple[Mapping[str, torch.Tensor | None], ...]] = {}
-        """Unit -> the buffers of each of its modules, as they are: to walk over the modules takes longer than to pack a tensor."""
         self.most_bytes: dict[str, int] = {}
         """Unit -> most bytes that one of its graphs has stored, to be held against the plan's."""
 
@@ -112,12 +110,9 @@ class RetainedGraphs:
             return None
         leaf = hidden.detach().requires_grad_()
         sides = tuple(tensor.detach().requires_grad_() for tensor in side_inputs)
-        block = self._model.block(unit)
         if unit not in self._epsilons:
-            self._epsilons[unit] = find_epsilons(block, parameters)
-            self._buffers[unit] = tuple(module._buffers for module in block.modules())
-        buffers = [tensor for owned in self._buffers[unit] for tensor in owned.values() if tensor is not None]
-        fixed = (*arguments.tensors, *side_inputs, *buffers)
+            self._epsilons[unit] = find_epsilons(self._model.block(unit), parameters)
+        fixed = (*arguments.tensors, *side_inputs, *self._model.block_buffers(unit))
         book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit], rebuilds=rebuilds)
         unneeded = self._model.unneeded
         try:
