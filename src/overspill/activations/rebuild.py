@@ -51,8 +51,7 @@ class Rebuild:
 
     def __init__(self, base: torch.Tensor, storage: torch.UntypedStorage, node: Any, recipe: Recipe) -> None:
         self.weak, self.num_bytes = StorageWeakRef(storage), storage.nbytes()
-        self._like = (base.shape, base.dtype, base.device)
-        self._stride = base.stride()
+        self._like, self._stride = (base.shape, base.dtype, base.device), base.stride()
         self._watch = VersionWatch(base)
         self._node = node
         self._run, self._sources = recipe

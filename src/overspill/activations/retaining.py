@@ -36,6 +36,9 @@ from overspill.units import align_up
 
 HIDDEN = "hidden states that enter"
 """Name of the boundary among the given tensors; no weight has a name with spaces."""
+_KINDS = (torch.Tensor, nn.Parameter)
+_REAL = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.bool))
+"""Dtypes of most saved tensors: neither quantized nor ever conjugated, so nobody has to ask."""
 
 
 class Stored:
@@ -207,11 +210,11 @@ class Book:
     def _pack(self, tensor: torch.Tensor) -> Saved:
         """Nothing here or in what it calls has a graph: all is detached, or made of bytes. Ctrl-C may have left the hooks in place when
         the forward was over; they do no harm then."""
-        if not self._is_open:
+        if not self._is_open or (type(tensor) not in _KINDS and self._has_values):
             return SavedAlone(tensor, None)
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and self._has_values or tensor.layout != torch.strided:
+        if tensor.device != self.device or tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_neg():
             return SavedAlone(tensor, None)
-        if tensor.device != self.device or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        if tensor.dtype not in _REAL and (tensor.is_conj() or tensor.is_quantized):
             return SavedAlone(tensor, None)
         storage = tensor.untyped_storage()
         identity = storage._cdata
