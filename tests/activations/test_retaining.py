@@ -154,3 +154,115 @@ def test_layer_norms_are_rebuilt_by_their_own_epsilon_and_not_where_one_weight_h
     assert find_epsilons(norms, parameters) == {"0.weight": 1e-3, "1.weight": 1e-5}
     norms[1].weight = norms[0].weight
     assert find_epsilons(norms, parameters) == {}
+
+
+class SavesViews(torch.autograd.Function):
+    """Saves a tensor, and views of it: turned, a part, and its bits in another dtype; the gradient depends on all of them."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tensor, tensor.t(), tensor[1:3, 2:], tensor.view(torch.int16))
+        return tensor * 1.0
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *gradients: torch.Tensor) -> torch.Tensor:
+        tensor, turned, part, bits = ctx.saved_tensors
+        return gradients[0] * (tensor + turned.t() * part.sum() + bits[:, ::2] % 7)
+
+
+def test_views_of_a_stored_tensor_are_cut_from_its_bytes_at_home_and_after_they_came_back() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(8, 16)
+
+    def run(leaf: torch.Tensor) -> torch.Tensor:
+        return SavesViews.apply(leaf.exp())
+
+    leaf = hidden.clone().requires_grad_()
+    expected = torch.autograd.grad(run(leaf).sum(), [leaf])[0]
+    for leaves in (False, True):
+        leaf = hidden.clone().requires_grad_()
+        book = Book({HIDDEN: leaf}, (), epsilons={})
+        with book.saving():
+            output = run(leaf).sum()
+        assert [item.num_bytes for item in book.stored] == [hidden.nbytes]
+        if leaves:
+            book.lay_out(10**9)
+            back = torch.empty(DEVICE_BYTES + book.stored_bytes, dtype=torch.uint8)[DEVICE_BYTES:]
+            book.copy_out(back)
+            book.let_go()
+            assert book.stored[0].payload is None
+            book.land(back)
+        with book.bound({HIDDEN: hidden}):
+            assert torch.equal(torch.autograd.grad(output, [leaf])[0], expected)
+
+
+def test_what_was_changed_before_it_left_is_an_error_after_it_came_back() -> None:
+    leaf = torch.randn(8, 16).requires_grad_()
+    book = Book({HIDDEN: leaf}, (), epsilons={})
+    with book.saving():
+        wide = leaf.exp()
+        output = wide.sum()
+    book.lay_out(10**9)
+    back = torch.empty(book.stored_bytes, dtype=torch.uint8)
+    with torch.no_grad():
+        wide.add_(1)
+    book.copy_out(back)
+    book.let_go()
+    book.land(back)
+    with book.bound({HIDDEN: leaf}), pytest.raises(RuntimeError, match=r"float32 of shape \(8, 16\)\) has been modified by an inplace"):
+        torch.autograd.grad(output, [leaf])
+
+
+def test_views_of_one_result_share_its_recipe_and_what_has_other_counts_of_changes_is_stored() -> None:
+    _, weights = leaves_in_one_slot()
+    leaf = torch.randn(8, 16).requires_grad_()
+    book = Book({HIDDEN: leaf, **weights}, (), epsilons={})
+    with book.saving():
+        product = torch.nn.functional.silu(leaf) * torch.nn.functional.silu(leaf * 2)
+        output = product @ weights["one"] + product.view(2, 4, 16).flatten(0, 1) @ weights["other"]
+        one_recipe = book.num_rebuilt, book.stored_bytes
+        output = output + product.detach() @ weights["one"]
+        assert (book.num_rebuilt, book.stored_bytes) == one_recipe, "a detached alias shares the count"
+        output = output + product.data @ weights["one"]
+        assert (book.num_rebuilt, book.stored_bytes) == (one_recipe[0], one_recipe[1] + DEVICE_BYTES)
+    with book.bound({HIDDEN: leaf, **weights}):
+        found = torch.autograd.grad(output.sum(), [leaf, *weights.values()], retain_graph=True)
+    for again in range(2):
+        with book.bound({HIDDEN: leaf, **weights}):
+            repeated = torch.autograd.grad(output.sum(), [leaf, *weights.values()], retain_graph=not again)
+        assert all(torch.equal(one, other) for one, other in zip(found, repeated, strict=True))
+
+
+def test_a_result_that_was_changed_between_two_ops_that_save_it_is_not_one_result_and_its_first_value_is_an_error() -> None:
+    _, weights = leaves_in_one_slot()
+    leaf = torch.randn(8, 16).requires_grad_()
+    book = Book({HIDDEN: leaf, **weights}, (), epsilons={})
+    with book.saving():
+        product = torch.nn.functional.silu(leaf)
+        output = product @ weights["one"]
+        with torch.no_grad():
+            product.add_(1)
+        output = output + product @ weights["other"]
+    with book.bound({HIDDEN: leaf, **weights}), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.sum(), [weights["one"], weights["other"]])
+
+
+@pytest.mark.parametrize("how", ["a graph of its own", "autocast"])
+def test_a_backward_that_makes_a_graph_or_runs_in_autocast_gives_the_gradients_of_plain_autograd(how: str) -> None:
+    torch.manual_seed(0)
+    _, weights = leaves_in_one_slot()
+    leaf = torch.randn(8, 16).requires_grad_()
+    inputs = [leaf, *weights.values()]
+
+    def differentiate(output: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            return torch.autograd.grad(output, inputs, create_graph=how != "autocast")
+
+    expected = differentiate(forward(leaf, weights).sum())
+    book = Book({HIDDEN: leaf, **weights}, (), epsilons={})
+    with book.saving():
+        output = forward(leaf, weights).sum()
+    assert book.num_rebuilt
+    with book.bound({HIDDEN: leaf, **weights}):
+        found = differentiate(output)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

@@ -120,3 +120,22 @@ def test_embedding_and_tail_are_not_bound_at_once() -> None:
     embedding, tail = ({name: weights[name] for name in streamed.unit_parameters[unit]} for unit in ("embedding", "tail"))
     with streamed.bound("embedding", embedding), pytest.raises(AssertionError, match="cannot be bound"), streamed.bound("tail", tail):
         pass
+
+
+@pytest.mark.parametrize("how", ["written", "replaced", "added"])
+def test_a_block_that_changes_its_buffers_later_is_refused(how: str) -> None:
+    model = fake_model("plain")
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    streamed = StreamedModel(model)
+    unit = streamed.block_names[1]
+    block = streamed.block(unit)
+    tensors = {name: values[name] for name in streamed.unit_parameters[unit]}
+    with streamed.bound(unit, tensors):
+        assert [id(buffer) for buffer in streamed.block_buffers(unit)] == [id(block.count)]
+    with pytest.raises(UnsupportedModelError, match=f"{unit} writes to a buffer"), streamed.bound(unit, tensors):
+        if how == "written":
+            block.count.add_(1)
+        elif how == "replaced":
+            block.count = torch.zeros(())
+        else:
+            block.linear.register_buffer("other", torch.zeros(()))

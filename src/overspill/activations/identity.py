@@ -46,15 +46,23 @@ _MOST_NODES = 8
 """How far a chain of them is followed. Chosen: autocast's cast and a transposition are two."""
 
 
+_MOST_FORMS = 64
+"""Sizes and strides that are remembered: a block of Llama has 15, and its layers all the same. Chosen."""
+
 LEAST_KNOWN = 4096
 """Storages of parameters, before the dead among them are looked for. Chosen."""
 
 
 def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     """[first, last + 1) byte of a strided tensor in its storage; at least one element."""
-    first = int(tensor.storage_offset())
-    last = first + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first * tensor.itemsize, (last + 1) * tensor.itemsize
+    first, itemsize = int(tensor.storage_offset()), tensor.itemsize
+    return first * itemsize, (first + _extent(tensor.shape, tensor.stride())) * itemsize
+
+
+@functools.lru_cache(maxsize=_MOST_FORMS)
+def _extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
+    """Elements from the first to the last."""
+    return 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
 
 
 def bytes_of(storage: torch.UntypedStorage, start: int, stop: int) -> torch.Tensor:
@@ -72,21 +80,38 @@ class Geometry:
     start_bytes: int
     """After the span's first byte."""
 
-    @classmethod
-    def of(cls, tensor: torch.Tensor, span_start: int) -> Geometry:
-        start = int(tensor.storage_offset()) * tensor.itemsize - span_start
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), start)
+    @staticmethod
+    def of(tensor: torch.Tensor, span_start: int) -> Geometry:
+        return _geometry(tensor.dtype, tensor.shape, tensor.stride(), int(tensor.storage_offset()) * tensor.itemsize - span_start)
 
     def view(self, span: torch.Tensor) -> torch.Tensor:
         """The tensor in the bytes of a span (uint8, 1-D, aligned as rule 3 says)."""
-        start = span.storage_offset() + self.start_bytes
-        empty = torch.empty(0, dtype=self.dtype, device=span.device)
-        return empty.set_(span.untyped_storage(), start // self.dtype.itemsize, self.size, self.stride)
+        return self.within(span, int(span.storage_offset()))
+
+    def within(self, tensor: torch.Tensor, span_start: int) -> torch.Tensor:
+        """The tensor in the storage of another one, of any dtype, where the span begins at a byte.
+
+        Called without a graph: the result is a view of a tensor of the same dtype.
+        """
+        start = (span_start + self.start_bytes) // self.dtype.itemsize
+        if tensor.dtype == self.dtype:
+            return tensor.as_strided(self.size, self.stride, start)
+        empty = torch.empty(0, dtype=self.dtype, device=tensor.device)
+        return empty.set_(tensor.untyped_storage(), start, self.size, self.stride)
+
+
+_geometry = functools.lru_cache(maxsize=_MOST_FORMS)(Geometry)
+"""Equal ones are one: to look one up is faster than to make it."""
 
 
 @functools.cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=dtype, device=device)
+
+
+def shed(tensor: torch.Tensor) -> None:
+    """Let a tensor go on without its memory: its count of changes stays, and a leaf of a graph is differentiated by as before."""
+    tensor.data = _nothing(tensor.dtype, tensor.device)
 
 
 class VersionWatch:
@@ -96,7 +121,7 @@ class VersionWatch:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._counter = tensor.detach()  # shares the count
-        self._counter.data = _nothing(tensor.dtype, tensor.device)  # and lets go of the memory
+        shed(self._counter)
         self.version = tensor._version
 
     @property

@@ -13,7 +13,8 @@ Rules:
    layer norms of the model's own modules, and a cast behind one of these. None of them is slower than copying its result.
    A cast of a leaf that somebody keeps anyway (`leaf_of`) is another one.
 2. The inputs are held by the op's own node anyway, which backward runs after all that use the result. So a recipe holds no memory of its
-   own. It holds the inputs' saved objects, not the node: what happens to the graph is no matter to it.
+   own. It holds the inputs' saved objects: what backward lets go of in the node is no matter to it. The node itself tells whether another
+   tensor is of the same result.
 3. The result of several saved views is rebuilt once, and let go with the last of them, or at the end of a backward that keeps its graph.
 4. A recipe runs without autocast, for its inputs have been cast already. Its result must have the shape, dtype and device that was saved;
    strides are restored, because kernels choose by them. Versions are checked, of the result and of the inputs.
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from overspill.activations.identity import Geometry, VersionWatch, bytes_of
-from overspill.activations.saved import Saved, SavedAlone
+from overspill.activations.identity import Geometry, VersionWatch
+from overspill.activations.saved import Saved, SavedAlone, words_of
 
 _PLAIN = (torch.Tensor, FakeTensor)
 """The second has no values, and the sizes of the first."""
@@ -48,33 +49,42 @@ _HALVES, _WIDER = (torch.bfloat16, torch.float16), (torch.float32, torch.float64
 class Rebuild:
     """One result and its recipe, shared by all saved views of it (rule 3)."""
 
-    def __init__(self, base: torch.Tensor, recipe: Recipe, name: str) -> None:
-        self.weak = StorageWeakRef(base.untyped_storage())
-        self.num_bytes = base.untyped_storage().nbytes()
-        self._like = (base.shape, base.stride(), base.dtype, base.device)
+    def __init__(self, base: torch.Tensor, storage: torch.UntypedStorage, node: Any, recipe: Recipe) -> None:
+        self.weak, self.num_bytes = StorageWeakRef(storage), storage.nbytes()
+        self._like, self._stride = (base.shape, base.dtype, base.device), base.stride()
         self._watch = VersionWatch(base)
+        self._node = node
         self._run, self._sources = recipe
-        self._name = name
         self._value: torch.Tensor | None = None
         self._lock = threading.Lock()
 
     @property
     def device(self) -> torch.device:
-        return self._like[3]
+        return self._like[2]
 
-    def is_of(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor of its storage is a view of what would be rebuilt."""
+    @property
+    def name(self) -> str:
+        return f"a rebuilt tensor ({self._node.name()}, {words_of(self._like[1], self._like[0])})"
+
+    def is_of(self, tensor: torch.Tensor, base: torch.Tensor) -> bool:
+        """Whether a tensor of its storage, a view of `base`, is a view of what would be rebuilt.
+
+        What is made by the same node, and was not changed since, is. Of what has no history the counts of changes tell.
+        """
         with self._lock:
+            if base.grad_fn is self._node:
+                return self._watch.now == self._watch.version
             return self._watch.covers(tensor)
 
-    def span(self) -> torch.Tensor:
-        """The result's bytes.
+    def result(self) -> torch.Tensor:
+        """What was saved: at the start of a storage of its own, in its dtype.
 
         Raises:
             RuntimeError: the result or an input was changed in place, or the op gives something else than what was saved.
         """
         with self._lock:
-            self._watch.check(self._name)
+            if self._watch.now != self._watch.version:
+                self._watch.check(self.name)
             if self._value is None:
                 self._value = self._rebuild()
             return self._value
@@ -85,22 +95,25 @@ class Rebuild:
             self._value = None
 
     def _rebuild(self) -> torch.Tensor:
+        shape, dtype, device = self._like
         alive = torch.UntypedStorage._new_with_weak_ptr(self.weak.cdata)
         if alive is not None and alive.nbytes() == self.num_bytes:
-            return bytes_of(alive, 0, self.num_bytes)
-        shape, stride, dtype, device = self._like
-        with torch.autocast(device.type, enabled=False):
-            result = self._run(*(source.unpack() if source is not None else None for source in self._sources))
-        if (result.shape, result.dtype, result.device) != (shape, dtype, device):
+            return torch.empty(0, dtype=dtype, device=device).set_(alive, 0, shape, self._stride)
+        inputs = [source.unpack() if source is not None else None for source in self._sources]
+        if torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                result = self._run(*inputs)
+        else:
+            result = self._run(*inputs)
+        if (result.shape, result.dtype, result.device) != self._like:
             raise RuntimeError(
-                f"{self._name} was {dtype} of shape {tuple(shape)} on {device} when it was saved, and rebuilding it gave {result.dtype} of "
+                f"{self.name} was {dtype} of shape {tuple(shape)} on {device} when it was saved, and rebuilding it gave {result.dtype} of "
                 f"shape {tuple(result.shape)} on {result.device}; leave recompute at 'none' for this model"
             )
-        if result.stride() != stride or result.storage_offset() or result.untyped_storage().nbytes() != self.num_bytes:
+        if result.stride() != self._stride or result.storage_offset() or result.untyped_storage().nbytes() != self.num_bytes:
             whole = torch.empty(self.num_bytes, dtype=torch.uint8, device=device)
-            torch.empty(0, dtype=dtype, device=device).set_(whole.untyped_storage(), 0, shape, stride).copy_(result)
-            return whole
-        return bytes_of(result.untyped_storage(), 0, self.num_bytes)
+            return torch.empty(0, dtype=dtype, device=device).set_(whole.untyped_storage(), 0, shape, self._stride).copy_(result)
+        return result
 
 
 class SavedRebuilt(Saved):
@@ -108,7 +121,8 @@ class SavedRebuilt(Saved):
 
     __slots__ = ("geometry", "rebuild")
 
-    def __init__(self, rebuild: Rebuild, geometry: Geometry) -> None:
+    def __init__(self, rebuild: Rebuild, geometry: Geometry | None) -> None:
+        """Without a geometry it is all of the result."""
         self.rebuild, self.geometry = rebuild, geometry
 
     @property
@@ -116,7 +130,8 @@ class SavedRebuilt(Saved):
         return self.rebuild.device
 
     def unpack(self) -> torch.Tensor:
-        return self.geometry.view(self.rebuild.span())
+        result = self.rebuild.result()
+        return result if self.geometry is None else self.geometry.within(result, 0)
 
 
 Recipe = tuple[Callable[..., torch.Tensor], tuple[Saved | None, ...]]
@@ -129,6 +144,7 @@ class Rebuilder:
         epsilon_of: what is saved of a layer norm's weight -> the norm's epsilon, which autograd does not save; None: not known.
         leaf_of: a leaf -> what gives it again in backward; None: nothing does.
         store: keeps a tensor that nobody saved; None: rule 6 does not apply.
+        is_of_one_forward: it is dropped when a forward is over, and may hold the recipes until then; else they die with their users.
     """
 
     def __init__(
@@ -137,9 +153,10 @@ class Rebuilder:
         *,
         leaf_of: Callable[[torch.Tensor], Saved | None] = lambda leaf: None,
         store: Callable[[torch.Tensor], Saved] | None = None,
+        is_of_one_forward: bool = False,
     ) -> None:
         self._epsilon_of, self._leaf_of, self._store = epsilon_of, leaf_of, store
-        self._known: weakref.WeakValueDictionary[int, Rebuild] = weakref.WeakValueDictionary()
+        self._known: MutableMapping[int, Rebuild] = {} if is_of_one_forward else weakref.WeakValueDictionary()
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Rebuilder:
@@ -162,17 +179,19 @@ class Rebuilder:
         base = tensor._base if tensor._is_view() else tensor
         assert base is not None
         known = self._known.get(storage._cdata)
-        if known is not None and known.is_of(tensor):
-            return SavedRebuilt(known, Geometry.of(tensor, 0)), False
+        if known is not None and known.is_of(tensor, base):
+            return SavedRebuilt(known, None if tensor is base else Geometry.of(tensor, 0)), False
         node = base.grad_fn
         if node is None or base.output_nr != 0 or base.storage_offset() != 0 or type(base) not in _PLAIN:
             return None
         recipe = self._recipe_of(node, base)
-        if recipe is None or any(source is not None and source.device != base.device for source in recipe[1]):
+        if recipe is None:
             return None
-        name = f"a rebuilt tensor ({node.name()}, {base.dtype} of shape {tuple(base.shape)})"
-        rebuild = self._known[storage._cdata] = Rebuild(base, recipe, name)
-        return SavedRebuilt(rebuild, Geometry.of(tensor, 0)), True
+        for source in recipe[1]:
+            if source is not None and source.device != base.device:
+                return None
+        rebuild = self._known[storage._cdata] = Rebuild(base, storage, node, recipe)
+        return SavedRebuilt(rebuild, None if tensor is base else Geometry.of(tensor, 0)), True
 
     def forget_results(self) -> None:
         """At the end of a backward that may have kept its graph (rule 3)."""
@@ -203,24 +222,24 @@ class Rebuilder:
     def _direct_recipe(self, node: Any) -> Recipe | None:
         match node.name():
             case "MulBackward0":
-                sources = self._sources(node, "self", "other")
-                return (torch.mul, sources) if sources else None
+                one, other = node._raw_saved_self.data, node._raw_saved_other.data
+                return (torch.mul, (one, other)) if isinstance(one, Saved) and isinstance(other, Saved) else None
             case "SiluBackward0":
-                sources = self._sources(node, "self")
-                return (nn.functional.silu, sources) if sources else None
+                source = node._raw_saved_self.data
+                return (nn.functional.silu, (source,)) if isinstance(source, Saved) else None
             case "GeluBackward0":
-                sources, approximate = self._sources(node, "self"), node._saved_approximate
-                return ((lambda tensor: nn.functional.gelu(tensor, approximate=approximate)), sources) if sources else None
+                source, approximate = node._raw_saved_self.data, node._saved_approximate
+                if not isinstance(source, Saved):
+                    return None
+                return (lambda tensor: nn.functional.gelu(tensor, approximate=approximate)), (source,)
             case "NativeLayerNormBackward0":
                 return self._layer_norm(node)
         return None
 
     def _layer_norm(self, node: Any) -> Recipe | None:
-        sources = self._sources(node, "input", "weight")
-        bias = node._raw_saved_bias.data
-        if not sources or not (bias is None or isinstance(bias, Saved)):
+        source, weight, bias = node._raw_saved_input.data, node._raw_saved_weight.data, node._raw_saved_bias.data
+        if not isinstance(source, Saved) or not isinstance(weight, Saved) or not (bias is None or isinstance(bias, Saved)):
             return None
-        weight = sources[1]
         epsilon = self._epsilon_of(weight)
         if epsilon is None:
             return None
@@ -229,12 +248,7 @@ class Rebuilder:
         def run(tensor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
             return nn.functional.layer_norm(tensor, shape, weight, bias, epsilon)
 
-        return run, (*sources, bias)
-
-    def _sources(self, node: Any, *names: str) -> tuple[Saved, ...]:
-        """The saved objects of a node's inputs; none at all if one of them is not ours."""
-        sources = tuple(getattr(node, f"_raw_saved_{name}").data for name in names)
-        return sources if all(isinstance(source, Saved) for source in sources) else ()
+        return run, (source, weight, bias)
 
 
 def _output_dtype(node: Any, number: int) -> torch.dtype | None:

@@ -27,31 +27,84 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from overspill.activations.identity import Geometry, VersionWatch, byte_span, bytes_of, changed_in_place
+from overspill.activations.identity import Geometry, byte_span, bytes_of, changed_in_place, shed
 from overspill.activations.rebuild import Rebuilder, can_read_saved
-from overspill.activations.saved import Saved, SavedAlone, words
+from overspill.activations.saved import Saved, SavedAlone, words, words_of
 from overspill.spec.retention import STORED_ALIGNMENT_BYTES
 from overspill.units import align_up
 
 HIDDEN = "hidden states that enter"
 """Name of the boundary among the given tensors; no weight has a name with spaces."""
+_KINDS = (torch.Tensor, nn.Parameter)
+_REAL = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.bool))
+"""Dtypes of most saved tensors: neither quantized nor ever conjugated, so nobody has to ask."""
 
 
 class Stored:
     """The bytes of one storage (rule 3)."""
 
-    def __init__(self, storage: torch.UntypedStorage, tensor: torch.Tensor, *, has_values: bool) -> None:
-        self.weak = StorageWeakRef(storage)
+    def __init__(self, storage: torch.UntypedStorage, tensor: torch.Tensor) -> None:
         self.num_bytes = storage.nbytes()
-        self.watch = VersionWatch(tensor)
-        self.name = f"a saved tensor ({words(tensor)})"
-        self.payload = bytes_of(storage, 0, self.num_bytes) if has_values else None
-        self.device = tensor.device
+        self._alias, self._version = tensor.detach(), tensor._version  # the alias shares the count of changes
+        self.here: torch.Tensor | None = self._alias
+        """A tensor of the storage where the bytes are, from `start_bytes` on; None: they are not on the device."""
+        self.start_bytes = 0
+        self._first: Geometry | None = None
+        """The view that the alias was, once it has no memory."""
         self.offset: int | None = None
         """Where it is in the copy that left; None: it has not left."""
-        self.aligned_bytes = align_up(self.num_bytes, STORED_ALIGNMENT_BYTES)
+
+    @property
+    def aligned_bytes(self) -> int:
+        """What it takes in a copy."""
+        return align_up(self.num_bytes, STORED_ALIGNMENT_BYTES)
+
+    @property
+    def device(self) -> torch.device:
+        return self._alias.device
+
+    @property
+    def name(self) -> str:
+        return f"a saved tensor ({words_of(self._alias.dtype, self._alias.shape if self._first is None else self._first.size)})"
+
+    @property
+    def payload(self) -> torch.Tensor | None:
+        """The bytes, uint8 [num_bytes]; None: they are not on the device."""
+        if self.here is None:
+            return None
+        return bytes_of(self.here.untyped_storage(), self.start_bytes, self.start_bytes + self.num_bytes)
+
+    @property
+    def is_changed(self) -> bool:
+        """In place, since it was saved."""
+        return self._alias._version != self._version
+
+    def tensor(self, geometry: Geometry | None) -> torch.Tensor:
+        """A view of the bytes; None: the one that was saved first.
+
+        Raises:
+            RuntimeError: they were changed in place.
+        """
+        assert self.here is not None, f"{self.name} is wanted and not on the device"
+        if self.is_changed:
+            raise changed_in_place(self.name, self._version, self._alias._version)
+        if geometry is None:
+            if self._first is None:
+                return self._alias
+            geometry = self._first
+        return geometry.within(self.here, self.start_bytes)
+
+    def let_go(self) -> None:
+        """Hold no bytes."""
+        if self._first is None:
+            self._first = Geometry.of(self._alias, 0)
+        self.here = None
+        shed(self._alias)
+
+    def land(self, source: torch.Tensor, start: int) -> None:
+        """The bytes are in `source`, uint8 of a storage, from `start` on."""
+        self.here, self.start_bytes = source, int(source.storage_offset()) + start
 
 
 class SavedStored(Saved):
@@ -59,7 +112,7 @@ class SavedStored(Saved):
 
     __slots__ = ("geometry", "stored")
 
-    def __init__(self, stored: Stored, geometry: Geometry) -> None:
+    def __init__(self, stored: Stored, geometry: Geometry | None) -> None:
         self.stored, self.geometry = stored, geometry
 
     @property
@@ -67,10 +120,7 @@ class SavedStored(Saved):
         return self.stored.device
 
     def unpack(self) -> torch.Tensor:
-        payload = self.stored.payload
-        assert payload is not None, f"{self.stored.name} is wanted and not on the device"
-        self.stored.watch.check(self.stored.name)
-        return self.geometry.view(payload)
+        return self.stored.tensor(self.geometry)
 
 
 class SavedGiven(Saved):
@@ -87,8 +137,7 @@ class SavedGiven(Saved):
 
     def unpack(self) -> torch.Tensor:
         tensor = self._book.given_now(self.name)
-        start, stop = byte_span(tensor)
-        return self.geometry.view(bytes_of(tensor.untyped_storage(), start, stop))
+        return self.geometry.within(tensor, int(tensor.storage_offset()) * tensor.itemsize)
 
 
 class Book:
@@ -116,19 +165,22 @@ class Book:
         self.rebuilt_bytes = self.num_rebuilt = 0
         self.refusal: str | None = None
         self._has_values, self._is_open = has_values, True
-        self._given: dict[int, list[tuple[int, int, str]]] = {}
+        # Held while the book is open, so that what they are known by is theirs alone.
+        self._given, self._versions = dict(given), [tensor._version for tensor in given.values()]
+        self._given_spans: dict[int, list[tuple[int, int, str]]] = {}
         for name, tensor in given.items():
-            self._given.setdefault(tensor.untyped_storage()._cdata, []).append((*byte_span(tensor), name))
-        self._versions = {name: (VersionWatch(tensor), words(tensor)) for name, tensor in given.items()}
-        self._fixed = {tensor.untyped_storage()._cdata: StorageWeakRef(tensor.untyped_storage()) for tensor in fixed}
+            self._given_spans.setdefault(tensor.untyped_storage()._cdata, []).append((*byte_span(tensor), name))
+        self._names = {id(tensor): name for name, tensor in given.items()}
+        self._fixed = {tensor.untyped_storage()._cdata: tensor for tensor in fixed}
         self._by_storage: dict[int, Stored] = {}
         self._bound: Mapping[str, torch.Tensor] | None = None
-        self._leaves = {id(tensor): name for name, tensor in given.items()}
 
         def epsilon(weight: Saved) -> float | None:
             return epsilons.get(weight.name) if isinstance(weight, SavedGiven) else None
 
-        self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store) if rebuilds and can_read_saved() else None
+        self._rebuilder: Rebuilder | None = None
+        if rebuilds and can_read_saved():
+            self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store, is_of_one_forward=True)
 
     @property
     def stored_bytes(self) -> int:
@@ -149,27 +201,28 @@ class Book:
                 yield
         finally:
             self._is_open = False
-        for watch, name in self._versions.values():
-            if watch.now != watch.version:
-                raise changed_in_place(f"a tensor that backward needs ({name})", watch.version, watch.now)
-        self._rebuilder, self._leaves = None, {}
-        self._by_storage.clear()
+            given = tuple(self._given.values())
+            self._rebuilder, self._given, self._names, self._fixed, self._by_storage = None, {}, {}, {}, {}
+        for tensor, version in zip(given, self._versions, strict=True):
+            if tensor._version != version:
+                raise changed_in_place(f"a tensor that backward needs ({words(tensor)})", version, tensor._version)
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
         """Nothing here or in what it calls has a graph: all is detached, or made of bytes. Ctrl-C may have left the hooks in place when
         the forward was over; they do no harm then."""
-        if not self._is_open:
+        if not self._is_open or (type(tensor) not in _KINDS and self._has_values):
             return SavedAlone(tensor, None)
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) and self._has_values or tensor.layout != torch.strided:
+        if tensor.device != self.device or tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_neg():
             return SavedAlone(tensor, None)
-        if tensor.device != self.device or tensor.numel() == 0 or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        if tensor.dtype not in _REAL and (tensor.is_conj() or tensor.is_quantized):
             return SavedAlone(tensor, None)
         storage = tensor.untyped_storage()
-        if storage._cdata in self._given:
-            return self._pack_given(tensor, storage)
-        if storage._cdata in self._fixed:
+        identity = storage._cdata
+        if identity in self._given_spans:
+            return self._pack_given(tensor, identity)
+        if identity in self._fixed:
             return SavedAlone(tensor, None)
-        if self._rebuilder is not None and storage._cdata not in self._by_storage:
+        if self._rebuilder is not None and identity not in self._by_storage:
             rebuilt = self._rebuilder.pack(tensor, storage)
             if rebuilt is not None:
                 self.num_rebuilt += rebuilt[1]
@@ -177,9 +230,9 @@ class Book:
                 return rebuilt[0]
         return self._view(tensor, storage)
 
-    def _pack_given(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Saved:
+    def _pack_given(self, tensor: torch.Tensor, identity: int) -> Saved:
         start, stop = byte_span(tensor)
-        for first, last, name in self._given[storage._cdata]:
+        for first, last, name in self._given_spans[identity]:
             if first <= start and stop <= last:
                 return SavedGiven(self, name, Geometry.of(tensor, first))
         self.refusal = f"{words(tensor)} lies in the memory of its weights and is none of them"
@@ -188,9 +241,10 @@ class Book:
     def _view(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedStored:
         stored = self._by_storage.get(storage._cdata)
         if stored is None:
-            stored = self._by_storage[storage._cdata] = Stored(storage, tensor, has_values=self._has_values)
+            stored = self._by_storage[storage._cdata] = Stored(storage, tensor)
             self.stored.append(stored)
-        elif stored.watch.now != stored.watch.version:
+            return SavedStored(stored, None)
+        if stored.is_changed:
             self.refusal = f"{stored.name} was changed in place between two ops that save it"
         return SavedStored(stored, Geometry.of(tensor, 0))
 
@@ -198,7 +252,7 @@ class Book:
         return self._view(tensor, tensor.untyped_storage())
 
     def _leaf(self, leaf: torch.Tensor) -> Saved | None:
-        name = self._leaves.get(id(leaf))
+        name = self._names.get(id(leaf))
         return SavedGiven(self, name, Geometry.of(leaf, byte_span(leaf)[0])) if name is not None else None
 
     # -- between -----------------------------------------------------------------------------------------------------
@@ -214,20 +268,20 @@ class Book:
     def copy_out(self, target: torch.Tensor) -> None:
         """Copy what leaves to where it was laid out in `target`, uint8."""
         for item in self.stored:
-            if item.offset is not None and item.payload is not None:
-                target[item.offset : item.offset + item.num_bytes].copy_(item.payload, non_blocking=True)
+            if item.offset is not None and (payload := item.payload) is not None:
+                target[item.offset : item.offset + item.num_bytes].copy_(payload, non_blocking=True)
 
     def let_go(self) -> None:
         """Hold nothing of what has left."""
         for item in self.stored:
             if item.offset is not None:
-                item.payload = None
+                item.let_go()
 
     def land(self, source: torch.Tensor) -> None:
         """What has left is in `source`, uint8 on the device, where it was laid out."""
         for item in self.stored:
             if item.offset is not None:
-                item.payload = source[item.offset : item.offset + item.num_bytes]
+                item.land(source, item.offset)
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
@@ -272,10 +326,7 @@ def book_without_values(
 
 
 def _unpack(saved: Saved) -> torch.Tensor:
+    if not torch.is_grad_enabled():  # as ever in a backward that makes no graph of its own
+        return saved.unpack()
     with torch.no_grad():
         return saved.unpack()
-
-
-def shed(tensor: torch.Tensor) -> None:
-    """Let a leaf of a graph go on without its memory: autograd differentiates by the leaf, not by its values."""
-    tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -22,7 +22,11 @@ class Bringer(Protocol):
 
 
 def words(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+    return words_of(tensor.dtype, tensor.shape)
+
+
+def words_of(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} of shape {tuple(shape)}"
 
 
 class Saved:

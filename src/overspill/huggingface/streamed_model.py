@@ -107,6 +107,7 @@ class StreamedModel:
         _bring_buffers(model)
         self._block_slots = {name: ParameterSlots((m, canonical) for m in block.modules()) for name, block in found.blocks.items()}
         self._blocks = dict(found.blocks)
+        self._block_buffers = {name: tuple(module._buffers for module in block.modules()) for name, block in found.blocks.items()}
         self._stack = StandInStack(type(model).__name__, found.blocks, found.container)
         self._rotary = RotaryStates(model.modules())
         self._outer_slots = ParameterSlots((module, canonical) for module in model.modules())
@@ -157,6 +158,10 @@ class StreamedModel:
     def block(self, unit: str) -> nn.Module:
         """The module of a block; it has weights only inside `bound`."""
         return self._blocks[unit]
+
+    def block_buffers(self, unit: str) -> list[Tensor]:
+        """The buffers that a block has now; asked for at every visit, so no walk over its modules."""
+        return [buffer for owned in self._block_buffers[unit] for buffer in owned.values() if buffer is not None]
 
     def reset_rotary(self) -> None:
         """Self-writing rotary embeddings are as they were built (`rotary_state`)."""
@@ -234,7 +239,7 @@ class StreamedModel:
             slots, filled = self._block_slots[unit], dict(tensors)
         else:
             slots, filled = self._outer_slots, {**self._zeros_for(unit), **tensors}
-        buffers = list(self._blocks[unit].buffers()) if unit in self._blocks else []
+        buffers = self.block_buffers(unit) if unit in self._blocks else []  # held, so that no other has their ids
         before = [(id(buffer), buffer._version) for buffer in buffers]
         with slots.filled(filled):
             self._bound[unit] = tensors
@@ -243,7 +248,7 @@ class StreamedModel:
             finally:
                 if self._bound.get(unit) is tensors:  # `unbind` may have been there first
                     del self._bound[unit]
-        if unit in self._blocks and [(id(buffer), buffer._version) for buffer in self._blocks[unit].buffers()] != before:
+        if unit in self._blocks and [(id(buffer), buffer._version) for buffer in self.block_buffers(unit)] != before:
             self._stack.refuse(f"{unit} writes to a buffer")
 
     def unbind(self) -> None:

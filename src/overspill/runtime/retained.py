@@ -110,10 +110,9 @@ class RetainedGraphs:
             return None
         leaf = hidden.detach().requires_grad_()
         sides = tuple(tensor.detach().requires_grad_() for tensor in side_inputs)
-        block = self._model.block(unit)
         if unit not in self._epsilons:
-            self._epsilons[unit] = find_epsilons(block, parameters)
-        fixed = (*arguments.tensors, *side_inputs, *block.buffers())
+            self._epsilons[unit] = find_epsilons(self._model.block(unit), parameters)
+        fixed = (*arguments.tensors, *side_inputs, *self._model.block_buffers(unit))
         book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit], rebuilds=rebuilds)
         unneeded = self._model.unneeded
         try:
