@@ -193,7 +193,7 @@ class _Builder(RetainingProgram):
         return self.plan.boundary_bytes(unit, self.tokens[micro_batch])
 
     def flops(self, unit: Unit, micro_batch: int, phase: Phase) -> float:
-        """2 per parameter and token forward; 3 times that for recomputation and both gradients, twice for these alone. The embedding looks up."""
+        """2 per parameter and token forward; 3 times that for recomputation and both gradients, twice for these. The embedding looks up."""
         if unit.name == self.names[0]:
             return 0.0
         parameters = sum(self.plan.bundles[bundle].num_parameters for bundle in unit.bundles)
