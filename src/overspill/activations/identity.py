@@ -47,7 +47,7 @@ _MOST_NODES = 8
 
 
 _MOST_FORMS = 64
-"""Sizes and strides that are remembered: a block of Llama has 15, and its layers all the same. Chosen."""
+"""Sizes and strides that are remembered: a block of Llama has 10, and its layers the same ones. Chosen."""
 
 LEAST_KNOWN = 4096
 """Storages of parameters, before the dead among them are looked for. Chosen."""

@@ -13,9 +13,14 @@ Rules:
    the name in backward; nothing here refers to its memory. Fixed and stored ones have their versions compared.
 2. What follows cheaply from others is rebuilt (`rebuild.py`); what is a widened half is stored as the half.
 3. A stored tensor is a detached alias of its storage. `let_go` drops it, `land` gives it other bytes; unpacking in between is a mistake.
+   The alias itself goes on without memory: it shares the count of in-place changes.
 4. Saved objects refer to the book, the book to nothing of the graph: when the graph dies, all of it goes.
 5. What cannot be told (a view into a slot that is none of the given tensors) is a `refusal`: the caller drops the graph.
 6. Without values (`huggingface.workload` traces so) the same code says how many bytes are stored: `stored_bytes`, `rebuilt_bytes`.
+
+Cost: a block of Llama saves 38 tensors, and the hooks run in the thread that feeds the device, 5 to 15 us to pack one and 1 to 5 us to
+unpack it (on a CPU; its recipes' ops come on top). So nothing is made here that only an error's text needs, and what was saved first of a
+storage is unpacked as the alias itself.
 
 Limits: a custom autograd function that keeps a weight by itself, not through `save_for_backward`, is seen by no hook.
 """
