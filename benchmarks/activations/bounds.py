@@ -123,13 +123,14 @@ def activation_peak_bytes(events: Sequence[dict[str, object]], gradient_addresse
         events: torch's allocation history of one forward and backward, in order (`action`, `addr`, `size`).
         gradient_addresses: of what is a gradient when it has ended; what was allocated there last is that gradient, from then on.
     """
-    last = {
-        event["addr"]: index for index, event in enumerate(events) if event["action"] == "alloc" and event["addr"] in gradient_addresses
-    }
+    last: dict[object, int] = {}
+    for index, event in enumerate(events):
+        if event["action"] == "alloc" and event["addr"] in gradient_addresses:
+            last[event["addr"]] = index
     live: dict[object, int] = {}
     now = most = 0
     for index, event in enumerate(events):
-        address = event["addr"]
+        address = event.get("addr")
         if event["action"] == "alloc" and last.get(address) != index:
             size = event["size"]
             assert isinstance(size, int)

@@ -174,7 +174,7 @@ def context(
     if mode.tier is None:
         if mode.peer is not None and known is not None:
             _refuse_too_much(mode.peer, known, net)
-        return contextlib.nullcontext() if mode.peer is None else _peer(mode.peer)
+        return contextlib.nullcontext() if mode.peer is None else _peer(mode.peer, net)
     host_bytes, ssd_bytes = places.most_host_bytes, 0
     if known is not None:
         host_bytes = _within(HOST_SLACK * known.d2h_bytes_per_s * known.forward_s, places.least_host_bytes, host_bytes)
@@ -226,7 +226,7 @@ def _refuse_too_much(peer: str, known: Known, net: nn.Module) -> None:
         )
 
 
-def _peer(name: str) -> contextlib.AbstractContextManager[Any]:
+def _peer(name: str, net: nn.Module) -> contextlib.AbstractContextManager[Any]:
     if name.startswith("save_on_cpu"):
         return torch.autograd.graph.save_on_cpu(pin_memory=name.endswith("pinned") and torch.cuda.is_available())
     try:
@@ -235,4 +235,7 @@ def _peer(name: str) -> contextlib.AbstractContextManager[Any]:
         raise Missing(f"{name} has no OffloadActivations here: {error}"[:200]) from error
     if not torch.cuda.is_available():
         raise Missing(f"{name} moves tensors of accelerators only")
-    return offload(use_pin_memory=True, use_streams=True)
+    found = offload(use_pin_memory=True, use_streams=True)
+    if hasattr(found, "update_model_params"):
+        found.update_model_params(net)  # so that weights are left alone, as its trainer does
+    return found

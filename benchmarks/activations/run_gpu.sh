@@ -5,7 +5,8 @@
 #   SSD_DIR     a directory on the drive (/tmp/activations-ssd)
 #   SHM_DIR     one in RAM (/dev/shm/activations)
 #   ARGS        further arguments of run.py, such as "--jobs core ssd --rows 8"
-#   PEERS_SITE  folder with an installed trl or torchtune; without it their rows say that they are missing
+#   PEERS_SITE  folder with trl or torchtune (pip install --no-deps --target FOLDER trl accelerate: 12 MB, beside transformers); without it
+#               their rows say that they are missing
 #   INSTALL=0   overspill is importable already
 # Writes RESULTS_DIR/activations.jsonl (a line a mode, failures too), .log, activations.md over all results, and plots if there is matplotlib.
 set -uo pipefail

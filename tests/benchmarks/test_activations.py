@@ -106,6 +106,28 @@ def test_a_call_that_ends_early_is_gone_on_with_and_nothing_is_run_twice(
     assert all(line["rows"] >= 1 and line["tokens_per_s"] > 0 for line in found if line["job"] == "fit")
 
 
+def test_a_process_that_is_ended_leaves_a_line_that_says_at_which_mode_and_is_tried_again(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    options = calls.parse_arguments(["--tiny", "--out", str(out)])
+    under_test = calls.Call(options, nets.TINY)
+
+    class Worker:
+        def run(self, order: dict[str, Any], *, limit_s: float) -> Any:
+            assert order["modes"] == list(calls.MODES_OF["ssd"]) and order["limit_s"] == limit_s
+            Path(order["running"]).write_text("ssd-7")
+            return calls.Outcome(return_code=None, wall_s=limit_s, output_tail="")
+
+    crew: Any = SimpleNamespace(take=lambda number: Worker(), loading_s=0.0)
+    under_test._run_job("ssd", "gpt-64x4", under_test._pending("ssd", "gpt-64x4"), crew, 1)
+    (line,) = tables.read_lines(out)
+    assert line["mode"] == "ssd-7" and "ran past its limit" in line["error"] and not line["is_oom"]
+    assert "ssd-7" in under_test._pending("ssd", "gpt-64x4")
+    for more in ({"step_s": 1.0}, {"error": "OutOfMemoryError", "is_oom": True}, {"missing": "no drive"}):
+        with out.open("a") as file:
+            file.write(json.dumps({"shape": "gpt-64x4", "job": "ssd", "mode": f"ssd{'-7' if 'step_s' in more else '-14'}", **more}) + "\n")
+    assert under_test._pending("ssd", "gpt-64x4") == ["ssd"]
+
+
 def test_jobs_come_widest_first_and_core_of_all_before_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--list") == 0
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:-1]]
