@@ -117,7 +117,7 @@ def main() -> None:
                 {
                     "step_s": step_s,
                     "bytes": report.ssd_read_bytes + report.ssd_written_bytes,
-                    "busy_fraction": busy_s(spans, Lane.SSD_READ, Lane.SSD_WRITE) / window_s,
+                    "busy_fraction": min(1.0, busy_s(spans, Lane.SSD_READ, Lane.SSD_WRITE) / window_s),  # a sum of parts may round up
                     "peak_to_mean": peak_to_mean(profile),
                     "lane_busy_s": dict(report.lane_busy_s),
                 }
