@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import sys
 import time
 import traceback
@@ -22,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory"), str(HERE.parent / "throughput")]
+sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in (".", "host_memory", "prediction", "throughput"))]
+
+from workers import take_order  # noqa: E402
 
 CLOSING_S = 3.0
 """Left before the limit for ending."""
@@ -54,13 +55,11 @@ class Order:
 
 def main(ready_fd: int) -> int:
     load_all()
-    os.write(ready_fd, b"!")
-    os.close(ready_fd)
-    line = sys.stdin.readline()
-    if not line.strip():
+    told = take_order(ready_fd)
+    if told is None:
         return 0
     try:
-        Job(Order(**json.loads(line))).run()
+        Job(Order(**told)).run()
     except BaseException:
         traceback.print_exc()
         return 1

@@ -16,10 +16,13 @@ drives of 1 TB promise). No factor for shorter retention, and none for write amp
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "host_memory"))
+
+from measure import read_lines  # noqa: E402
 
 DAYS_A_YEAR, SECONDS_A_DAY = 365.25, 86400.0
 DEFAULT_TBW = 600.0
@@ -34,17 +37,6 @@ CLAIMS = (
 """Mode, least share of keep's throughput, least share of what is allowed."""
 FALLS = (("host", 0.98, 0.47, 12288), ("mix", 0.97, 0.75, 8192))
 """Mode, least share of keep's throughput, least fall of the activation peak, from this hidden size on."""
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results of a file; a line that was cut off by an early end is none."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(dict(json.loads(text)))
-        except ValueError:
-            print(f"{path}: a line that is no JSON is left out: {text[:60]!r}", file=sys.stderr)
-    return found
 
 
 def newest(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -207,6 +207,17 @@ def append_result(path: Path, result: dict[str, Any]) -> None:
         file.write(json.dumps(result) + "\n")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The results of a file; a line that was cut off by an early end is none."""
+    found = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            found.append(dict(json.loads(text)))
+        except ValueError:
+            print(f"{path}: a line that is no JSON is left out: {text[:60]!r}", file=sys.stderr)
+    return found
+
+
 def provenance() -> dict[str, Any]:
     """Where a result comes from."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)

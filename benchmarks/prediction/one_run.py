@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "host_memory")]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory")]
+
+from workers import take_order  # noqa: E402
 
 MOST_TOKENS_TOGETHER = 8192
 """Of a micro-batch."""
@@ -54,12 +56,9 @@ class Order:
 
 def main(ready_fd: int) -> int:
     load_all()
-    os.write(ready_fd, b"!")
-    os.close(ready_fd)
-    line = sys.stdin.readline()
-    if not line.strip():
+    told = take_order(ready_fd)
+    if told is None:
         return 0
-    told = json.loads(line)
     if "probe" in told:
         return probe(told["probe"])
     order = Order(**told)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import os
 import shutil
 import statistics
@@ -41,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "host_memory")]
 
 from attempt import Outcome, read_json  # noqa: E402
-from measure import append_result, provenance  # noqa: E402
+from measure import append_result, provenance, read_lines  # noqa: E402
 from workers import Crew, on_termination  # noqa: E402
 
 TOKENS = 16384
@@ -202,17 +201,6 @@ def measure_all(names: list[str], options: argparse.Namespace) -> int:
         print(f"{time.monotonic() - started:.0f} s, of which {crew.loading_s:.0f} s were loading", flush=True)
     print(summarize(read_lines(options.out)))
     return 0
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The results of a file; a line that was cut off by an early end is none."""
-    found = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            found.append(dict(json.loads(text)))
-        except ValueError:
-            print(f"{path}: a line that is no JSON is left out: {text[:60]!r}", file=sys.stderr)
-    return found
 
 
 def estimate_s(run: dict[str, Any]) -> float:

@@ -33,6 +33,14 @@ MOST_WAITING = 12
 """Chosen: what a call has time for needs two or three batches."""
 
 
+def take_order(ready_fd: int) -> dict[str, Any] | None:
+    """The worker's own side: say that all is loaded, and wait for the order. None: nobody gives one any more."""
+    os.write(ready_fd, b"!")
+    os.close(ready_fd)
+    line = sys.stdin.readline()
+    return dict(json.loads(line)) if line.strip() else None
+
+
 class Worker:
     """One process.
 
