@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from overspill.errors import OverspillError
 from overspill.huggingface.device_kernels import DeviceKernels
 from overspill.huggingface.inspection import NUM_TOKENS
 from overspill.huggingface.meta_model import build_meta_model
@@ -50,6 +51,9 @@ from overspill.spec.workload import LossWork, Pass, Retention, Routing, SavedTen
 DEVICES = ("cuda", "cpu")
 _VALUES_PER_TOKEN, _LEAST_VALUES, _MOST_VALUES = 4, 4096, 1 << 23
 """Bounds on what is computed beside a trace: a few numbers a token, no mask of T x T, at most 64 MiB a tensor. Chosen, not tuned."""
+
+UNDESCRIBABLE = (OverspillError, ValueError, NotImplementedError, RuntimeError)
+"""What `describe_workload` may raise of a model that cannot be described without weights."""
 
 
 def describe_workload(

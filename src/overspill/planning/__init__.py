@@ -3,9 +3,10 @@
 from overspill.planning.arena import ArenaPlan, plan_arena
 from overspill.planning.cost import Costs, build_costs
 from overspill.planning.layout import build_layout
-from overspill.planning.place import build_plan, full_step, predict_step
+from overspill.planning.place import build_plan, predict_step
 from overspill.planning.pools import pool_demand, pool_events
 from overspill.planning.simulate import resident_peaks, simulate
+from overspill.scheduling import full_step
 
 __all__ = [
     "ArenaPlan",

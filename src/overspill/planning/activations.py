@@ -29,9 +29,9 @@ from overspill.planning.cost import build_costs
 from overspill.planning.memory import fragmentation_bytes, is_bound_by_launches
 from overspill.planning.simulate import simulate
 from overspill.planning.space import is_host_memory
-from overspill.scheduling import build_train_step
+from overspill.scheduling import full_step
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.plan import AUTO, Plan, PlanRequest, UpdateTiming
+from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.retention import ON_DEVICE, ActivationMode
 from overspill.spec.tensors import Tier
 from overspill.spec.workload import Retention, WorkloadSpec
@@ -163,11 +163,9 @@ class _Search:
 
     def step_s(self, plan: Plan) -> float:
         """Of a step in a row of equal ones, on paper."""
-        tokens = [plan.micro_batch * plan.seq_len] * plan.accumulate
-        is_pending = plan.timing is UpdateTiming.PENDING
-        schedule = build_train_step(plan, tokens, starts_pending=is_pending)
         costs = build_costs(plan, self.hardware, workload=self.workload)
-        prediction = simulate(schedule, plan, self.hardware, overlap=True, repeats=True, overlaps_steps=not is_pending, costs=costs)
+        overlaps_steps = plan.timing is UpdateTiming.IMMEDIATE
+        prediction = simulate(full_step(plan), plan, self.hardware, overlap=True, repeats=True, overlaps_steps=overlaps_steps, costs=costs)
         return prediction.step_s
 
     def least_gain(self, plan: Plan, recomputed: Plan) -> float:
@@ -288,7 +286,3 @@ def _why_unknown(unit: str, workload: WorkloadSpec | None) -> str:
         return "the model cannot be described without weights"
     notes = workload.class_of(unit).notes
     return "; ".join(notes) or "its graph cannot be told from the memory of its weights"
-
-
-def is_automatic(request: PlanRequest) -> bool:
-    return request.activations == AUTO

@@ -22,14 +22,13 @@ Terms that are assumed say so. Where nobody has described the workload, the plan
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 
 from overspill.planning.cost import LAUNCH_BOUND, LAUNCH_S
 from overspill.planning.pools import SLOT_BYTES, pool_demand, pool_events
 from overspill.planning.space import is_host_memory
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
-from overspill.spec.prediction import MemoryTerm
+from overspill.spec.prediction import MemoryTerm, total_bytes
 from overspill.spec.schedule import BUNDLE_ROLES, Compute, Free, Op, Phase, Piece, RegionKey, Role, Schedule, initial_copies, region_key
 from overspill.spec.tensors import Tier
 from overspill.spec.workload import UnitWork, WorkloadSpec
@@ -89,13 +88,10 @@ def device_terms(
         MemoryTerm(name="arguments and side outputs", num_bytes=_argument_bytes(plan, workload), is_assumed=is_assumed),
         MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=is_assumed),
         MemoryTerm(name="replayed graphs", num_bytes=_graph_bytes(plan, workload) if replays_graphs else 0, is_assumed=True),
-        _footprint_term("library workspaces", found.footprint_library_bytes, LIBRARY_WORKSPACE_BYTES),
+        _workspace_term(found),
         MemoryTerm(name="allocator rounding", num_bytes=rounding),
         MemoryTerm(name="fragmentation", num_bytes=fragmentation_bytes(busiest.working_bytes + busiest.stored_bytes), is_assumed=True),
-        _footprint_term("CUDA context", found.footprint_context_bytes, CUDA_CONTEXT_BYTES),
-        MemoryTerm(
-            name="session's part of the context", num_bytes=SESSION_CONTEXT_BYTES if found.footprint_context_bytes else 0, is_assumed=True
-        ),
+        *_context_terms(found),
     )
 
 
@@ -126,21 +122,17 @@ def host_terms(
 
 def context_bytes(hardware: HardwareSpec) -> int:
     """What a session's process takes of a GPU beside what comes from torch's allocator."""
-    measured = hardware.footprint_context_bytes
-    return measured + SESSION_CONTEXT_BYTES if measured else CUDA_CONTEXT_BYTES
+    return total_bytes(_context_terms(hardware))
 
 
-def unit_working_bytes(plan_units: Iterable[str], workload: WorkloadSpec, hardware: HardwareSpec) -> int | None:
+def unit_working_bytes(workload: WorkloadSpec, hardware: HardwareSpec) -> int | None:
     """Most that any unit takes of a GPU while it runs, with what the allocator loses beside it; None: not known of every unit."""
-    peaks = []
-    for name in plan_units:
-        item = workload.class_of(name)
-        passes = [one.peak_bytes for one in (item.forward, item.recompute, item.backward) if one is not None]
-        if not passes or (item.backward is None and name != workload.classes[0].name):
-            return None
-        peaks += passes
-    most = max(peaks)
-    return most + fragmentation_bytes(most) + (hardware.footprint_library_bytes or LIBRARY_WORKSPACE_BYTES)
+    embedding, *others = workload.classes
+    if embedding.forward is None or any(item.backward is None for item in others):
+        return None
+    passes = (one for item in workload.classes for one in (item.forward, item.recompute, item.backward) if one is not None)
+    most = max(one.peak_bytes for one in passes)
+    return most + fragmentation_bytes(most) + _workspace_term(hardware).num_bytes
 
 
 def fragmentation_bytes(num_bytes: int) -> int:
@@ -159,6 +151,19 @@ def segment_bytes(num_bytes: int) -> int:
 
 def _footprint_term(name: str, measured_bytes: int, assumed_bytes: int) -> MemoryTerm:
     return MemoryTerm(name=name, num_bytes=measured_bytes or assumed_bytes, is_assumed=not measured_bytes)
+
+
+def _workspace_term(hardware: HardwareSpec) -> MemoryTerm:
+    return _footprint_term("library workspaces", hardware.footprint_library_bytes, LIBRARY_WORKSPACE_BYTES)
+
+
+def _context_terms(hardware: HardwareSpec) -> tuple[MemoryTerm, MemoryTerm]:
+    """Of a training process, and of the session in it where that was measured without one."""
+    session_bytes = SESSION_CONTEXT_BYTES if hardware.footprint_context_bytes else 0
+    return (
+        _footprint_term("CUDA context", hardware.footprint_context_bytes, CUDA_CONTEXT_BYTES),
+        MemoryTerm(name="session's part of the context", num_bytes=session_bytes, is_assumed=True),
+    )
 
 
 def _present(*terms: MemoryTerm) -> tuple[MemoryTerm, ...]:

@@ -23,15 +23,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from overspill.errors import BudgetError
-from overspill.planning.activations import choose_activations, describe, force_mode, is_automatic, note
+from overspill.planning.activations import choose_activations, describe, force_mode, note
 from overspill.planning.memory import context_bytes, unit_working_bytes
 from overspill.planning.simulate import resident_peaks, simulate
 from overspill.planning.space import is_host_memory, scratch_bytes, store_bytes
-from overspill.scheduling import build_train_step
+from overspill.scheduling import full_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
-from overspill.spec.schedule import Schedule
 from overspill.spec.tensors import DTYPE_BYTES, Tier
 from overspill.spec.workload import ModelLayout, WorkloadSpec, default_loss_chunk_rows
 from overspill.units import format_bytes
@@ -70,7 +69,7 @@ def build_plan(
         wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
         return _place(wanted, _choose_group(wanted, base))
 
-    if is_automatic(request):
+    if request.activations == AUTO:
         return choose_activations(request, base, hardware, workload, place=place, excess=_excess, replays_graphs=replays_graphs)
     placed = place(force_mode(request, base, workload))
     return note(placed, describe(placed, how="as asked")) if placed.activations else placed
@@ -92,12 +91,6 @@ def _place(request: PlanRequest, base: Plan) -> Plan:
 def predict_step(plan: Plan, hardware: HardwareSpec) -> Prediction:
     """A full step of the plan's batch at its longest, with pending updates if the plan has them."""
     return simulate(full_step(plan), plan, hardware)
-
-
-def full_step(plan: Plan) -> Schedule:
-    """The program of a step of the plan's batch at its longest, with pending updates if the plan has them."""
-    tokens = [plan.micro_batch * plan.seq_len] * plan.accumulate
-    return build_train_step(plan, tokens, starts_pending=plan.timing is UpdateTiming.PENDING)
 
 
 def _lowest(request: PlanRequest, choice: str) -> Tier:
@@ -188,7 +181,7 @@ def _working_bytes(request: PlanRequest, layout: ModelLayout, hardware: Hardware
     per token; logits exist in compute dtype, fp32, and as fp32 gradient.
     """
     if workload is not None and not is_host_memory(device):
-        known = unit_working_bytes((unit.name for unit in layout.units), workload, hardware)
+        known = unit_working_bytes(workload, hardware)
         if known is not None:
             return known + layout.buffer_bytes
     blocks = layout.units[1:-1]

@@ -17,9 +17,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from overspill.activations.retaining import book_without_values
 from overspill.checkpoint import discard_manifests, open_records
-from overspill.errors import BudgetError, OverspillError
+from overspill.errors import BudgetError
 from overspill.huggingface import Checkpoint, StreamedModel, build_meta_model, copy_without_weights, expected_tensors, open_checkpoint
-from overspill.huggingface.workload import describe_workload
+from overspill.huggingface.workload import UNDESCRIBABLE, describe_workload
 from overspill.planning import build_layout, build_plan
 from overspill.planning.space import rounding_bytes, scratch_bytes, store_bytes, uses_ssd
 from overspill.runtime.checkpointing import Checkpointer, restore_homes
@@ -166,7 +166,7 @@ def describe_batch(request: PlanRequest | Plan, model: PreTrainedModel | PreTrai
             is_masked=request.is_masked,
             open_book=book_without_values if retains else None,
         )
-    except (OverspillError, ValueError, NotImplementedError, RuntimeError) as error:
+    except UNDESCRIBABLE as error:
         if not retains or request.activations == AUTO:
             return None  # the plan says so
         raise ValueError(

@@ -24,8 +24,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from overspill.activations.retaining import book_without_values
-from overspill.errors import OverspillError
-from overspill.huggingface.workload import describe_workload
+from overspill.huggingface.workload import UNDESCRIBABLE, describe_workload
 from overspill.planning import build_costs, simulate
 from overspill.planning.memory import device_terms, host_terms
 from overspill.runtime.machine import without_cycle_collection
@@ -77,8 +76,9 @@ class Predictions:
         """Of this model on this device, if somebody has measured them; what is predicted from then on uses them."""
         self.spent_s = 0.0
         self._has_given_up = False
-        is_known = workload is not None and workload.loss is not None and workload.loss.chunk_rows == plan.loss_chunk_rows
-        self._workloads: dict[bool, WorkloadSpec | None] = {workload.is_masked: workload} if workload is not None and is_known else {}
+        self._workloads: dict[bool, WorkloadSpec | None] = {}
+        if workload is not None and workload.loss is not None and workload.loss.chunk_rows == plan.loss_chunk_rows:
+            self._workloads[workload.is_masked] = workload
         self._kept: dict[tuple[object, ...], tuple[Schedule, Prediction]] = {}
 
     def predict(self, schedule: Schedule, *, is_masked: bool = False, hardware: HardwareSpec | None = None) -> Prediction:
@@ -181,7 +181,7 @@ class Predictions:
                     loss_chunk_rows=plan.loss_chunk_rows,
                     open_book=book_without_values if plan.activations else None,
                 )
-            except (OverspillError, ValueError, NotImplementedError, RuntimeError):
+            except UNDESCRIBABLE:
                 self._workloads[is_masked] = None
         found = self._workloads[is_masked]
         known = {unit for item in found.classes for unit in item.units} if found is not None else set()

@@ -30,8 +30,7 @@ class Programs:
 
     def whole_step(self) -> Schedule:
         """The training step over all that the plan was made for, as it is in a row of such steps."""
-        tokens = (self.plan.micro_batch * self.plan.seq_len,) * self.plan.accumulate
-        return self.train(tokens, pending=self.plan.timing is UpdateTiming.PENDING)
+        return self.train(self.plan.longest_step, pending=self.plan.timing is UpdateTiming.PENDING)
 
     def evaluate(self, tokens: tuple[int, ...]) -> Schedule:
         return self._get(("evaluate", tokens, False), lambda: build_evaluation(self.plan, tokens))

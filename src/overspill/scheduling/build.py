@@ -68,6 +68,11 @@ def build_train_step(plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pe
     return builder.finish("train", ends_pending=plan.timing is UpdateTiming.PENDING)
 
 
+def full_step(plan: Plan) -> Schedule:
+    """The program of a step of the plan's batch at its longest, with pending updates if the plan has them."""
+    return build_train_step(plan, plan.longest_step, starts_pending=plan.timing is UpdateTiming.PENDING)
+
+
 def build_evaluation(plan: Plan, micro_batch_tokens: Sequence[int]) -> Schedule:
     """The loss of micro-batches, nothing kept; weights must have been flushed."""
     builder = _Builder(plan, micro_batch_tokens, starts_pending=False, group_size=plan.evaluation_group_size)

@@ -220,6 +220,11 @@ class Plan:
         names = [item.name for item in self.units]
         return self.hidden_dtypes.get(names[names.index(unit) - 1], self.dtype)
 
+    @property
+    def longest_step(self) -> tuple[int, ...]:
+        """Tokens of each micro-batch of the step that the plan is made for, at its longest."""
+        return (self.micro_batch * self.seq_len,) * self.accumulate
+
     def boundary_bytes(self, unit: str, num_tokens: int | None = None) -> int:
         """Hidden states [num_tokens, hidden_size] that enter `unit`; without a number, of one micro-batch at its longest."""
         tokens = self.micro_batch * self.seq_len if num_tokens is None else num_tokens
