@@ -1,8 +1,13 @@
-"""What holds on the CPU holds on a GPU: kept activations give the bits of recomputed ones, and take the memory that was predicted."""
+"""What holds on the CPU holds on a GPU: kept activations give the bits of recomputed ones, and take the memory that was predicted.
+
+Limits: as in `test_gpu.py`, deterministic algorithms are on: attention's backward adds its parts in any order without them.
+"""
 
 from __future__ import annotations
 
+import gc
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +27,17 @@ CONFIG = LlamaConfig(
 SAMPLES, TOKENS = 8, 1024
 MARGIN = 0.15
 """By which the allocator may exceed the predicted peak: fragmentation and libraries, which are assumed, are much of a small one."""
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """And a device that holds nothing of the tests before."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def open_session(activations: str, tmp_path: Path, *, serial: bool = False, **fields: Any) -> overspill.Session:

@@ -360,4 +360,5 @@ def _describe(unit: str, size: Size, times: Sequence[tuple[float, float]], note:
 
 
 def _timing(seconds: Sequence[float]) -> Timing:
-    return Timing(median_s=statistics.median(seconds), spread_s=max(seconds) - min(seconds), num_repetitions=len(seconds))
+    lower, _, upper = statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else (0.0, 0.0, 0.0)
+    return Timing(median_s=statistics.median(seconds), spread_s=upper - lower, num_repetitions=len(seconds))

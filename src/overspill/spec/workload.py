@@ -284,7 +284,7 @@ class Timing:
 
     median_s: float
     spread_s: float
-    """Slowest less fastest; 0 with one repetition."""
+    """Upper quartile less the lower one, so that one disturbed repetition does not make it; 0 with one."""
     num_repetitions: int
 
 
