@@ -61,6 +61,7 @@ from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_
 from overspill.spec.workload import TemplateTimes
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 from overspill.tiers.closing import Closing, close_after
+from overspill.tiers.cuda import let_segments_grow
 
 
 class Session(Closing):
@@ -122,6 +123,8 @@ class Session(Closing):
         self._wear: SsdWear | None = None
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
+        if self.device.type == "cuda":
+            let_segments_grow()
         return_freed_memory()
         source = look_at(model, plan.dtype)
         self._generation_config = source.generation_config

@@ -1,8 +1,13 @@
-"""Two things that everything which talks to a CUDA device asks for."""
+"""What everything that talks to a CUDA device asks for."""
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where users choose settings of torch's allocator."""
 
 
 def cuda_index(device: torch.device) -> int:
@@ -16,3 +21,21 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     From pageable memory a copy to CUDA would wait for what the device has to do before. torch keeps the pinned copy while it is read.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def let_segments_grow() -> bool:
+    """Let torch's allocator extend what it has reserved of a GPU, page for page, and not reserve in pieces of fixed size; of the process.
+
+    Pieces of fixed size leave holes that no later request fits, 9 % of what a session of 1.10B took. What the user has chosen stays:
+    `PYTORCH_ALLOC_CONF=expandable_segments:False` keeps pieces, and an allocator that is not torch's own is left alone.
+
+    Returns:
+        Whether it was asked for here. A platform that cannot do it warns, and goes on as before.
+    """
+    chosen = "".join(os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
+    if "expandable_segments" in chosen or torch.cuda.get_allocator_backend() != "native":
+        return False
+    # torch 2.11 has the second alone, 2.13 warns of it. The first allocation of a process may be long past: later segments grow.
+    choose = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    choose("expandable_segments:True")
+    return True
