@@ -241,3 +241,38 @@ def test_a_stale_home_is_found() -> None:
     kept = [dataclasses.replace(item, waits=tuple(w for w in item.waits if w < index)) for item in kept]
     with pytest.raises(ScheduleError, match="stale at the end"):
         validate(dataclasses.replace(schedule, ops=tuple(kept)), plan)
+
+
+def plan_with_device_states(num_bundles: int, **request: object) -> Plan:
+    """Of eight blocks, clipped; the states of the first bundles are on the device, all else is where `request` says."""
+    fields = {"parameters": "host", "states": "host", "boundaries": "device", "dtype": "float32", "seq_len": 8, "clip": 1.0, **request}
+    layout = make_layout(tied=False, blocks=8)
+    none = build_plan(PlanRequest(**fields, ssd_dir="/nowhere"), layout, HardwareSpec(), device="cuda:0")  # type: ignore[arg-type]
+    limit = sum(none.state_bytes(name) for name in list(none.bundles)[:num_bundles])
+    wanted = PlanRequest(**fields, ssd_dir="/nowhere", device_states_bytes=limit)  # type: ignore[arg-type]
+    return build_plan(wanted, layout, HardwareSpec(), device="cuda:0")
+
+
+def first_host_updates(plan: Plan) -> tuple[list[str], int]:
+    """Bundles by their first pending update on the host, and how many visits have computed before the first of them."""
+    ops = [item.op for item in build_train_step(plan, [16], starts_pending=True).ops]
+    updates = [index for index, op in enumerate(ops) if isinstance(op, Update) and op.tier is Tier.HOST]
+    bundles = list(dict.fromkeys(op.bundle for op in (ops[index] for index in updates) if isinstance(op, Update)))
+    return bundles, sum(isinstance(op, Compute) for op in ops[: updates[0]])
+
+
+def test_the_host_updates_from_the_first_visit_on_while_blocks_of_the_device_compute() -> None:
+    plan = plan_with_device_states(6)
+    bundles, visits_before = first_host_updates(plan)
+    assert visits_before == 0
+    assert bundles == list(plan.bundles)[6:], "in the order in which they are read"
+    validate(build_train_step(plan, [16], starts_pending=True), plan)
+
+
+def test_an_update_that_needs_buffers_is_not_begun_early() -> None:
+    """Its chunks would take host memory while nobody waits for them; nor is any where there is no room to prefetch."""
+    _, visits_before = first_host_updates(plan_with_device_states(6, states="ssd"))
+    assert visits_before == 4
+    cramped = dataclasses.replace(plan_with_device_states(6), prefetch_units=0)
+    _, visits_before = first_host_updates(cramped)
+    assert visits_before == 6

@@ -22,8 +22,10 @@ Overlap. Buffers change hands in the program's order, so what shall overlap must
    the one that a pending update has made stays for the visit that waits for it.
 5. An update on the device waits on the host for its gradient's verdict, so it is emitted after the next visit's compute: the device
    has work meanwhile.
+6. A pending update of what rests in host memory borrows no buffer, so one bundle a visit is updated from the first visit on, past those
+   that the device updates: the host has work while these compute, and need not begin when a visit is about to wait for it.
 
-Without prefetching (`prefetch_units` 0: there is no room for it) rules 1, 2, 4 and 5 do not apply.
+Without prefetching (`prefetch_units` 0: there is no room for it) rules 1, 2, 4, 5 and 6 do not apply.
 
 This file decides the order and nothing else; it is pure (plan in, schedule out) and imports no torch. Source of the
 order: GreedySnake's vertical schedule (arXiv 2512.17570), design 2.
@@ -127,6 +129,8 @@ class _Builder(RetainingProgram):
             if prefetches and index + 2 < len(visits):
                 self.bring_early(visits[index + 2])
                 self.pending_updates(visits[index + 2].unit, for_visit=True)
+            if prefetches:
+                self.update_ahead()
             if visit.phase is Phase.FORWARD:
                 self.forward(visit)
             else:
@@ -386,9 +390,21 @@ class _Builder(RetainingProgram):
     def pending_updates(self, unit: Unit, *, for_visit: bool) -> None:
         for bundle in self.trainable(unit):
             if bundle.name in self.pending:
-                self.pending.remove(bundle.name)
-                pieces = bundle_pieces(self.plan, bundle.name, Role.GRADIENT, bundle.element_bytes)
-                self.update(bundle, [piece for piece, _ in pieces], for_visit=for_visit)
+                self.update_pending(bundle, for_visit=for_visit)
+
+    def update_pending(self, bundle: Bundle, *, for_visit: bool) -> None:
+        self.pending.remove(bundle.name)
+        pieces = bundle_pieces(self.plan, bundle.name, Role.GRADIENT, bundle.element_bytes)
+        self.update(bundle, [piece for piece, _ in pieces], for_visit=for_visit)
+
+    def update_ahead(self) -> None:
+        """The next bundle that the host updates, if all of it is in host memory (rule 6)."""
+        for bundle in (bundle for unit in self.plan.units for bundle in self.trainable(unit) if bundle.name in self.pending):
+            placement = self.plan.placements[bundle.name]
+            if placement.update_tier is Tier.HOST:
+                if {placement.parameters, placement.states, placement.gradients} == {Tier.HOST}:
+                    self.update_pending(bundle, for_visit=True)
+                return
 
     def finish(self, name: str, *, ends_pending: bool) -> Schedule:
         assert not self.pending, f"bundles never updated: {sorted(self.pending)}"
