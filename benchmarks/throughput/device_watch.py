@@ -30,10 +30,14 @@ class DeviceWatch:
     def read(self) -> dict[str, int]:
         """Peaks since the last `read` (or the start), in bytes; then they start again."""
         if self._device.type != "cuda":
-            return {"driver_peak_bytes": 0, "reserved_peak_bytes": 0}
+            return dict.fromkeys(("driver_peak_bytes", "reserved_peak_bytes", "allocated_peak_bytes"), 0)
         self._look()
         peak, self._peak_bytes = self._peak_bytes, 0
-        return {"driver_peak_bytes": peak, "reserved_peak_bytes": torch.cuda.max_memory_reserved(self._device)}
+        return {
+            "driver_peak_bytes": peak,
+            "reserved_peak_bytes": torch.cuda.max_memory_reserved(self._device),
+            "allocated_peak_bytes": torch.cuda.max_memory_allocated(self._device),
+        }
 
     def close(self) -> None:
         self._stop.set()
