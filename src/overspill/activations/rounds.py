@@ -8,21 +8,24 @@ grow together. What is beyond the places that were seen stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from overspill.activations.amounts import Amount, Profile, Room, Target, decide_targets
+from overspill.activations.amounts import Amount, Room, Target
+from overspill.activations.flight import Pace, Profile
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
 from overspill.activations.tally import Tally
 from overspill.activations.timeline import Timeline, is_watched
+from overspill.activations.windows import Windows, decide
 from overspill.spec.activations import ActivationRates
 
 
 class Space(Protocol):
     """Knows how much room there is."""
 
-    def look(self, kept_bytes: int) -> Room:
-        """The room now; the last round kept so much on the device."""
+    def look(self, kept_bytes: int, peak_bytes: int) -> Room:
+        """The room now; the last round kept so much on the device, and at its fullest moment had so much of records there."""
         ...
 
     def has_shrunk(self) -> bool:
@@ -45,6 +48,10 @@ class Rounds:
         self._profile: Profile | None = before._profile if before is not None else None
         self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
+        self._pace: Pace | None = before._pace if before is not None else None
+        self._windows: Windows | None = before._windows if before is not None else None
+        if self._windows is not None:
+            mover.set_windows(self._windows)
         self.timeline: Timeline | None = None
         """Of the round that runs, if it is watched."""
         self._unread: Timeline | None = before._unread if before is not None else None
@@ -78,6 +85,19 @@ class Rounds:
             return True
         return self._keep_bytes is not None and self._mover.device_bytes + record.num_bytes > self._keep_bytes
 
+    def gone_when_packed(self, micro_batch: int, index: int) -> Callable[[Record], bool] | None:
+        """Says of which records the copy should have ended now that this one is packed; None: of none."""
+        pace = self._pace
+        if pace is None:
+            return None
+        here = pace.num_gone[min(index, len(pace.num_gone) - 1)]
+        return lambda record: record.index < (here if record.micro_batch == micro_batch else pace.num_gone_at_turn)
+
+    def gone_in_backward(self) -> Callable[[Record], bool] | None:
+        """The same, whenever backward wants one."""
+        pace = self._pace
+        return (lambda record: record.index < pace.num_gone_at_turn) if pace is not None else None
+
     def _decide(self) -> None:
         """Once the device has passed the last watched round, and again if there is less room than then."""
         watched = self._unread
@@ -88,6 +108,9 @@ class Rounds:
         elif self._profile is None or not self._space.has_shrunk():
             return
         if self._profile is not None:
-            room = self._space.look(self.tally.rounds[-1].kept_bytes if self.tally.rounds else 0)
+            last = self.tally.rounds[-1] if self.tally.rounds else None
+            room = self._space.look(*((last.kept_bytes, last.device_peak_bytes) if last is not None else (0, 0)))
             self._keep_bytes = room.keep_bytes
-            self._targets = decide_targets(self._amount, self._profile, self.rates, room)
+            found = decide(self._amount, self._profile, self.rates, room, may_choose=self._mover.has_own_windows)
+            self._targets, self._pace, self._windows = found.targets, found.pace, found.windows
+            self._mover.set_windows(found.windows)

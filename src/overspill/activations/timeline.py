@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import math
 
-from overspill.activations.amounts import Profile
+from overspill.activations.flight import Profile
 from overspill.activations.links import End, Link, Mark
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
