@@ -220,6 +220,8 @@ def _amounts(report: dict[str, Any]) -> dict[str, Any]:
         **{name: last[name] for name in ("packed_bytes", "kept_bytes", "host_bytes", "ssd_bytes", "rebuilt_bytes", "forwarded_bytes")},
         "moved_bytes": last["host_bytes"] + last["ssd_bytes"],
         "records_peak_bytes": last["device_peak_bytes"],
+        "window_bytes": last["window_bytes"],
+        "back_window_bytes": last["back_window_bytes"],
         "wait_s": last["wait_s"],
         "num_records": last["num_records"],
         "settling_bytes": [item["host_bytes"] + item["ssd_bytes"] for item in report["rounds"]][:12],

@@ -210,8 +210,8 @@ class TensorCache:
             start -= start % ALIGNMENT_BYTES
         index, self.num_packed = self.num_packed, self.num_packed + 1
         record = Record(
-            index=index, micro_batch=self._micro_batch, position=len(self._moved), storage=storage, start=start, stop=stop, dtype=tensor.dtype, form=form,
-            watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
+            index=index, micro_batch=self._micro_batch, position=len(self._moved), storage=storage, start=start, stop=stop,
+            dtype=tensor.dtype, form=form, watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
         )  # fmt: skip
         try:
             self._send(record, storage)

@@ -76,7 +76,7 @@ def offload_activations(
             (`rebuild.py`).
         min_bytes: smaller saved tensors are left alone.
         window: device memory that may be on its way out, and as much that may have come back early; one tensor may always. None: two of
-            the largest tensor, from 128 MiB to 1 GiB.
+            the largest tensor, from 128 MiB to 1 GiB, until a round was measured; then what has the lowest peak (`windows.py`).
         open_store: opens something else than files in `ssd_dir`, such as a `FakeStore`, for so many bytes.
 
     Raises:

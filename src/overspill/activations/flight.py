@@ -127,9 +127,12 @@ def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: fl
     """
     result, fetched = list(leaves), [False] * len(leaves)
     moved = [number for number, is_moved in enumerate(leaves) if is_moved]
-    free_s = profile.forward_s
+    free_s, num_left = profile.forward_s, len(moved)
     for wanted_s, number in sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf):
-        result[number] = result[number] and fetched[number]
+        if result[number] and not fetched[number]:
+            result[number], num_left = False, num_left - 1
+        if num_left == 0:
+            continue  # all of them are back or on their way
         near_bytes = 0
         for place in range(bisect.bisect_left(moved, number) - 1, -1, -1):
             other = moved[place]
@@ -142,9 +145,9 @@ def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: fl
                 took_s = size / bytes_per_s
                 end_s = max(free_s, wanted_s) + took_s
                 if end_s + SLACK_FRACTION * took_s > profile.needed_s[other]:
-                    result[other] = False
+                    result[other], num_left = False, num_left - 1
                     continue
-                free_s, fetched[other] = end_s, True
+                free_s, fetched[other], num_left = end_s, True, num_left - 1
             near_bytes += size
     return result
 

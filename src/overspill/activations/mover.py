@@ -47,8 +47,6 @@ class Mover:
         self.device, self.link, self.host, self.ssd = device, link, host, ssd
         self._asked_window_bytes = window_bytes
         self._windows: Windows | None = None
-        self._windows_largest_bytes = 1
-        """The largest record when they were chosen."""
         self._largest_bytes = 0
         self._leaving: collections.deque[Record] = collections.deque()
         self._leaving_bytes = 0
@@ -81,20 +79,17 @@ class Mover:
     @property
     def window_bytes(self) -> int:
         """Device memory that may be on its way out."""
-        return self.usual_window_bytes if self._windows is None else self._grown(self._windows.out_bytes)
+        return self.usual_window_bytes if self._windows is None else self._windows.grown(self._largest_bytes).out_bytes
 
     @property
     def back_window_bytes(self) -> int:
         """Device memory that may have come back early."""
-        return self.usual_window_bytes if self._windows is None else self._grown(self._windows.back_bytes)
+        return self.usual_window_bytes if self._windows is None else self._windows.grown(self._largest_bytes).back_bytes
 
     def set_windows(self, windows: Windows) -> None:
-        """From a measured round, for rounds like it; larger records than it had make them wider."""
-        if self._asked_window_bytes is None:
-            self._windows, self._windows_largest_bytes = windows, max(1, self._largest_bytes)
-
-    def _grown(self, num_bytes: int) -> int:
-        return num_bytes * max(self._largest_bytes, self._windows_largest_bytes) // self._windows_largest_bytes
+        """From a measured round, for rounds like it; nothing, if a window was asked for."""
+        if self.has_own_windows:
+            self._windows = windows
 
     # -- out ---------------------------------------------------------------------------------------------------------
 

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Protocol
 
 from overspill.activations.amounts import Amount, Room, Target
-from overspill.activations.flight import Pace, Profile
+from overspill.activations.flight import Profile
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
 from overspill.activations.tally import Tally
 from overspill.activations.timeline import Timeline, is_watched
-from overspill.activations.windows import Windows, decide
+from overspill.activations.windows import Decision, decide, next_caution, slowed
 from overspill.spec.activations import ActivationRates
 
 
@@ -48,10 +48,11 @@ class Rounds:
         self._profile: Profile | None = before._profile if before is not None else None
         self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
-        self._pace: Pace | None = before._pace if before is not None else None
-        self._windows: Windows | None = before._windows if before is not None else None
-        if self._windows is not None:
-            mover.set_windows(self._windows)
+        self._decision: Decision | None = before._decision if before is not None else None
+        self._caution: float = before._caution if before is not None else 1.0
+        """Of the rates, what is decided with."""
+        if self._decision is not None:
+            mover.set_windows(self._decision.windows)
         self.timeline: Timeline | None = None
         """Of the round that runs, if it is watched."""
         self._unread: Timeline | None = before._unread if before is not None else None
@@ -61,7 +62,7 @@ class Rounds:
         self._decide()
         number = self.tally.begin(is_planned=self._targets is not None)
         if self._amount.needs_profile and is_watched(number):
-            self.timeline = Timeline(self._mover.link)
+            self.timeline = Timeline(self._mover.link, is_free=self._decision is not None and self._decision.is_free)
             self._mover.holds = self.timeline.holds
             if self._mover.ssd is not None:
                 self._mover.ssd.clear_spans()
@@ -87,7 +88,7 @@ class Rounds:
 
     def gone_when_packed(self, micro_batch: int, index: int) -> Callable[[Record], bool] | None:
         """Says of which records the copy should have ended now that this one is packed; None: of none."""
-        pace = self._pace
+        pace = self._decision.pace if self._decision is not None else None
         if pace is None:
             return None
         here = pace.num_gone[min(index, len(pace.num_gone) - 1)]
@@ -95,7 +96,7 @@ class Rounds:
 
     def gone_in_backward(self) -> Callable[[Record], bool] | None:
         """The same, whenever backward wants one."""
-        pace = self._pace
+        pace = self._decision.pace if self._decision is not None else None
         return (lambda record: record.index < pace.num_gone_at_turn) if pace is not None else None
 
     def _decide(self) -> None:
@@ -104,6 +105,8 @@ class Rounds:
         if watched is not None and watched.is_readable():
             self._unread = None
             self.rates = watched.rates(self._mover, self.rates)
+            if watched.is_free:
+                self._caution = next_caution(self._caution, watched.waited_fraction())
             self._profile = watched.profile() or self._profile
         elif self._profile is None or not self._space.has_shrunk():
             return
@@ -111,6 +114,7 @@ class Rounds:
             last = self.tally.rounds[-1] if self.tally.rounds else None
             room = self._space.look(*((last.kept_bytes, last.device_peak_bytes) if last is not None else (0, 0)))
             self._keep_bytes = room.keep_bytes
-            found = decide(self._amount, self._profile, self.rates, room, may_choose=self._mover.has_own_windows)
-            self._targets, self._pace, self._windows = found.targets, found.pace, found.windows
-            self._mover.set_windows(found.windows)
+            rates = slowed(self.rates, self._caution)
+            self._decision = decide(self._amount, self._profile, rates, room, may_choose=self._mover.has_own_windows)
+            self._targets = self._decision.targets
+            self._mover.set_windows(self._decision.windows)

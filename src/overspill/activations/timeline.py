@@ -18,8 +18,9 @@ from overspill.activations.mover import Mover
 from overspill.activations.records import Record
 from overspill.spec.activations import ActivationRates
 
-FIRST_WATCHED = (2, 3)
-"""The first round allocates, compiles and pins; the second is measured, and the third again, as it runs with what that decided."""
+FIRST_WATCHED = (2, 3, 5)
+"""The first round allocates, compiles and pins; the second is measured, and the third and the fifth again, as they run with what that
+decided (the third only where the host sees the second's end before it begins)."""
 WATCHED_EVERY = 32
 """Rounds, from then on: links are shared, and shapes change. Chosen."""
 
@@ -32,8 +33,8 @@ def is_watched(number: int) -> bool:
 class Timeline:
     """The marks of one round."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, *, is_free: bool) -> None:
+        self._link, self.is_free = link, is_free
         self._sizes: list[tuple[int, int]] = []
         self._packed: list[Mark] = []
         self._needed: dict[int, Mark] = {}
@@ -88,6 +89,13 @@ class Timeline:
             needed_s=tuple(needed_s.get(index, math.inf) for index in range(len(self._sizes))),
             forward_s=min(needed_s.values()),
         )
+
+    def waited_fraction(self) -> float:
+        """Of the time from the first record to the last one that was wanted: that in which compute waited for copies."""
+        if not self._packed or not self._needed:
+            return 0.0
+        all_s = self._link.seconds(self._packed[0], list(self._needed.values())[-1])
+        return sum(self._link.seconds(before, after) for before, after in self.holds) / all_s if all_s > 0 else 0.0
 
     def rates(self, mover: Mover, before: ActivationRates) -> ActivationRates:
         """What the copies of the round ran at; as before where there were none."""

@@ -13,6 +13,8 @@ Rules:
 3. What is chosen has room: its peak is at most `Room.peak_bytes`, or it is no wider than what rule 1 says. Where something must leave that
    costs time, or goes to a drive (which is not on this paper), the windows are rule 1's.
 4. A window is the most. In forward the mover lets go of what is gone by the pace that follows (`flight.py`), which is earlier.
+5. A round that was decided so and in which compute waited all the same was too bold: the link does not give beside compute what single
+   copies were measured at. The next decision takes less for its rates (`next_caution`), and part of that back when nothing waits.
 
 Costs: some 15 walks over the records of a micro-batch, each time that a round was measured.
 """
@@ -37,6 +39,14 @@ BACK_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
 NEARLY = 0.98
 """Of the bytes that could leave. Chosen: what is lost is less than what the claim of 0.9 of the bound leaves."""
 
+MOST_WAITED_FRACTION = 0.004
+"""Of a round: what events around waits that are none add up to stays below. Chosen."""
+FORWARDS_A_ROUND = 3.0
+"""Backward takes twice forward: what waited was a share of forward three times as large."""
+MOST_CORRECTION = 0.1
+LEAST_CAUTION = 0.6
+"""Both chosen: one round with a hiccup of something else shall not end all moving."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Windows:
@@ -44,6 +54,17 @@ class Windows:
 
     out_bytes: int
     back_bytes: int
+    largest_bytes: int
+    """The largest record of the round that they were chosen for; of rounds with larger ones they are as much wider."""
+
+    def grown(self, largest_bytes: int) -> Windows:
+        """For rounds whose largest record has so many bytes."""
+        most = max(largest_bytes, self.largest_bytes)
+        return Windows(
+            out_bytes=self.out_bytes * most // self.largest_bytes,
+            back_bytes=self.back_bytes * most // self.largest_bytes,
+            largest_bytes=most,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +75,21 @@ class Decision:
     windows: Windows
     pace: Pace | None
     """None: no rate is known."""
+    is_free: bool
+    """Whether compute never waits, on paper; not said of amounts that do not ask, nor of drives."""
+
+
+def next_caution(caution: float, waited_fraction: float) -> float:
+    """Rule 5: of the rates, what the next decision takes, after a decided round in which compute waited for so much of the time."""
+    if waited_fraction > MOST_WAITED_FRACTION:
+        return max(LEAST_CAUTION, caution * (1 - min(FORWARDS_A_ROUND * waited_fraction, MOST_CORRECTION)))
+    return min(1.0, caution + (1 - caution) / 4)
+
+
+def slowed(rates: ActivationRates, caution: float) -> ActivationRates:
+    """The rates of the link, times so much."""
+    out, back = rates.d2h_bytes_per_s, rates.h2d_bytes_per_s
+    return dataclasses.replace(rates, d2h_bytes_per_s=out and out * caution, h2d_bytes_per_s=back and back * caution)
 
 
 def default_window_bytes(largest_bytes: int) -> int:
@@ -68,20 +104,22 @@ def decide(amount: Amount, profile: Profile, rates: ActivationRates, room: Room,
         room: with the windows of rule 1.
         may_choose: whether nobody has asked for a window.
     """
-    chosen = _chosen_room(amount, profile, rates, room) if may_choose and isinstance(amount, Adaptive) else room
+    is_adaptive, rate = isinstance(amount, Adaptive), rates.d2h_bytes_per_s
+    chosen = _chosen_room(amount, profile, rates, room) if may_choose and is_adaptive else room
     targets = decide_targets(amount, profile, rates, chosen)
-    if chosen is not room and not _is_free(targets, amount.leaves(profile, rates, chosen)):
+    is_free = rate is not None and is_adaptive and _is_free(targets, amount.leaves(profile, rates, chosen))
+    if chosen is not room and not is_free:
         chosen, targets = room, decide_targets(amount, profile, rates, room)
-    rate = rates.d2h_bytes_per_s
     leaves = [target is not Target.KEEP for target in targets]
     return Decision(
         targets=targets,
-        windows=Windows(out_bytes=chosen.window_bytes, back_bytes=chosen.back_bytes),
+        windows=Windows(out_bytes=chosen.window_bytes, back_bytes=chosen.back_bytes, largest_bytes=max(profile.stored_bytes)),
         pace=_fly(profile, leaves, rate, chosen).pace if rate is not None else None,
+        is_free=is_free,
     )
 
 
-def _chosen_room(amount: Adaptive, profile: Profile, rates: ActivationRates, room: Room) -> Room:
+def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room: Room) -> Room:
     """Rules 2 and 3; the same room if there is nothing to choose."""
     rate = rates.d2h_bytes_per_s
     unlimited = dataclasses.replace(room, window_bytes=_ALL, back_window_bytes=_ALL)
