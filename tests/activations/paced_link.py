@@ -8,8 +8,8 @@ Rules:
 3. Whatever waits for a copy moves compute's clock to the copy's end (`stalled_s`).
 4. The host is for ever ahead: no copy is seen to be done before compute has waited for it or the step has ended (`synchronize`).
 
-`pace` gives the nets of `benchmarks/activations/nets.py` the times that a device would take at another width, so that a net of 256 has the
-clock of one of 12288: bytes shrink, and the link's rate with them.
+`PacedNet` gives the nets of `benchmarks/activations/nets.py` the times that a device would take at another width, so that a net of 256 has
+the clock of one of 12288: bytes shrink, and the link's rate with them.
 """
 
 from __future__ import annotations
@@ -26,10 +26,12 @@ from overspill.activations.links import End
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "activations"))
 
-from nets import Attention, Block, NetShape, WideNet, build_net  # noqa: E402
+from nets import SHAPES, Attention, Block, NetShape, WideNet, build_net  # noqa: E402
+
+__all__ = ["LINK_BYTES_PER_S", "SHAPES", "PacedLink", "PacedNet"]
 
 FLOPS = 600e12
-"""Of large bf16 products on an H100: what the shares in `docs` and the design of this benchmark assume. Assumed, not measured."""
+"""Of large bf16 products on an H100: what gives the link's bound of 80 % at hidden 12288. Assumed, not measured."""
 MEMORY_BYTES_PER_S = 2.5e12
 """Of ops that only read and write. Assumed."""
 LINK_BYTES_PER_S = 55e9
@@ -62,6 +64,10 @@ class PacedLink:
     def spend(self, seconds: float) -> None:
         """Compute is busy."""
         self.now_s += seconds
+
+    def slow_down(self, factor: float) -> None:
+        """Copies take so much longer from here on."""
+        self._rates = {way: rate / factor for way, rate in self._rates.items()}
 
     def synchronize(self) -> None:
         """The step has ended, and the host has seen it; copies that nobody waits for go on."""
@@ -127,39 +133,38 @@ class PacedNet:
         length: tokens of one of its sequences.
     """
 
-    def __init__(self, shape: NetShape, *, hidden: int = 256, length: int = 16, slowdown: float = 1.0) -> None:
+    def __init__(self, shape: NetShape, *, hidden: int = 256, length: int = 16) -> None:
         self.shape = shape
         self.small = NetShape(kind=shape.kind, hidden=hidden, layers=shape.layers, rows=shape.rows, length=length)
         net = build_net(self.small, torch.device("cpu"), torch.bfloat16)
         assert isinstance(net, WideNet)
-        self.net, self.link = net, None
+        self.net = net
         torch.manual_seed(1)
         self.inputs = torch.randn(shape.rows, length, hidden).bfloat16()
         self.scale = shape.tokens() * shape.hidden / (self.small.tokens() * hidden)
         """Bytes of the shape's tensors over bytes of those that run."""
         self.bytes_per_s = LINK_BYTES_PER_S / self.scale
-        self._now: PacedLink | None = None
+        self.link = PacedLink(1.0, 1.0)
         for module in net.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm):
-                seconds = slowdown * self._seconds(module)
+                seconds = self._seconds(module)
                 module.register_forward_pre_hook(self._before(2 * seconds))
                 module.register_forward_hook(self._after(seconds))
         for module in net.modules():
             if isinstance(module, Attention):
-                seconds = slowdown * 4 * shape.length * shape.hidden * shape.tokens() / (2 if module.is_causal else 1) / FLOPS
+                seconds = 4 * shape.length * shape.hidden * shape.tokens() / (2 if module.is_causal else 1) / FLOPS
                 module.out.register_forward_pre_hook(self._both(2 * seconds, seconds))
             if isinstance(module, Block):
-                seconds = slowdown * 8 * 2 * shape.tokens() * shape.hidden / MEMORY_BYTES_PER_S  # GELU reads and writes
+                seconds = 8 * 2 * shape.tokens() * shape.hidden / MEMORY_BYTES_PER_S  # GELU reads and writes
                 module.down.register_forward_pre_hook(self._both(seconds, seconds))
 
     def open_link(self, device: torch.device) -> PacedLink:
-        self._now = PacedLink(self.bytes_per_s, self.bytes_per_s)
-        return self._now
+        self.link = PacedLink(self.bytes_per_s, self.bytes_per_s)
+        return self.link
 
     def step(self) -> tuple[float, list[torch.Tensor]]:
         """Seconds of one forward and backward on the clock, and gradients."""
-        link = self._now or PacedLink(1.0, 1.0)
-        self._now = link
+        link = self.link
         self.net.zero_grad(set_to_none=True)
         begun_s = link.now_s
         self.net(self.inputs).backward()
@@ -167,8 +172,7 @@ class PacedNet:
         return link.now_s - begun_s, [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
 
     def spend(self, seconds: float) -> None:
-        assert self._now is not None
-        self._now.spend(seconds)
+        self.link.spend(seconds)
 
     def _seconds(self, module: nn.Module) -> float:
         tokens, factor = self.shape.tokens(), self.shape.hidden / self.small.hidden
