@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import statistics
 import sys
@@ -28,10 +29,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bounds import activation_peak_bytes  # noqa: E402
+from bounds import activation_peak_bytes, simulate_host  # noqa: E402
 from modes import MODES, Known, Missing, Places, context  # noqa: E402
 from nets import NetShape, build_inputs, build_net, recompute, spread  # noqa: E402
 
+from overspill.activations.windows import default_window_bytes  # noqa: E402
 from overspill.spec.documents import to_plain  # noqa: E402
 
 MOST_RESIDUE_BYTES = 64 << 20
@@ -144,6 +146,8 @@ class Bench:
                 line["activation_peak_bytes"] = self._activation_peak()
             if mode.tier is not None:
                 line |= _amounts(to_plain(active.report()))
+            if mode.tier == "host" and mode.amount == "adaptive":
+                line["on_paper"] = _on_paper(active)
         return line
 
     def _warm_up(self, active: Any, *, is_adaptive: bool) -> tuple[int, float]:
@@ -211,6 +215,20 @@ def _has_settled(rounds: Any) -> bool:
         return False
     before, now = (item.host_bytes + item.ssd_bytes for item in rounds[-2:])
     return abs(now - before) <= SETTLED_FRACTION * max(now, before, 1)
+
+
+def _on_paper(active: Any) -> dict[str, Any]:
+    """What `bounds.simulate_host` says of the measured round: with the windows that are chosen, and with the usual ones."""
+    profile, rates = active.profile(), active.report().rates
+    if profile is None or rates.d2h_bytes_per_s is None:
+        return {}
+    usual = default_window_bytes(max(profile.stored_bytes))
+    found = {}
+    for name, windows in (("chosen", None), ("usual", (usual, usual))):
+        back = rates.h2d_bytes_per_s or rates.d2h_bytes_per_s
+        item = simulate_host(profile, d2h_bytes_per_s=rates.d2h_bytes_per_s, h2d_bytes_per_s=back, windows=windows)
+        found[name] = dataclasses.asdict(item)
+    return found
 
 
 def _amounts(report: dict[str, Any]) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from overspill.activations.links import End
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "activations"))
 
+from bounds import simulate_host  # noqa: E402
 from nets import SHAPES, Attention, Block, NetShape, WideNet, build_net  # noqa: E402
 
-__all__ = ["LINK_BYTES_PER_S", "SHAPES", "PacedLink", "PacedNet"]
+__all__ = ["LINK_BYTES_PER_S", "SHAPES", "PacedLink", "PacedNet", "simulate_host"]
 
 FLOPS = 600e12
 """Of large bf16 products on an H100: what gives the link's bound of 80 % at hidden 12288. Assumed, not measured."""

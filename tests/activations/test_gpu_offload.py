@@ -117,13 +117,15 @@ def test_streams_that_run_late_change_no_bit(tier: str, tmp_path: Path, monkeypa
 
 
 def peak_bytes(model: nn.Module, ids: torch.Tensor) -> int:
-    run(model, ids)
-    torch.cuda.synchronize()
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run(model, ids)
-    torch.cuda.synchronize()
+    """Beyond the weights, of a second step. Without gradients before it: its beginning frees them, and they would be taken off its peak."""
+    for _ in range(2):
+        model.zero_grad()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(input_ids=ids, labels=ids).loss.backward()
+        torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 

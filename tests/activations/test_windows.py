@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paced_link import LINK_BYTES_PER_S, SHAPES, PacedLink, PacedNet
+from paced_link import LINK_BYTES_PER_S, SHAPES, PacedLink, PacedNet, simulate_host
 from small_nets import offload
 
 from overspill.activations import windows
@@ -82,6 +82,17 @@ def test_without_a_rate_there_is_no_pace_and_with_tiny_records_the_least_window(
     assert decide(Adaptive(), blocks(2), ActivationRates(), room(), may_choose=True).pace is None
     small = decide(Adaptive(), blocks(3, unit=MB), LINK, room(), may_choose=True).windows
     assert small.out_bytes == small.back_bytes == windows.LEAST_WINDOW_BYTES
+
+
+def test_the_benchmark_walks_the_same_round() -> None:
+    """`bounds.simulate_host` gives what is decided, and the peak that follows."""
+    profile = blocks(3)
+    decided = decide(Adaptive(), profile, LINK, room(), may_choose=True)
+    chosen = simulate_host(profile, d2h_bytes_per_s=55e9, h2d_bytes_per_s=55e9)
+    usual = simulate_host(profile, d2h_bytes_per_s=55e9, h2d_bytes_per_s=55e9, windows=(800 * MB, 800 * MB))
+    assert chosen.gone_fraction == pytest.approx(moved(profile, decided.targets))
+    assert (chosen.window_bytes, chosen.back_window_bytes) == (decided.windows.out_bytes, decided.windows.back_bytes)
+    assert usual.gone_fraction < chosen.gone_fraction and chosen.peak_fraction < usual.peak_fraction
 
 
 def test_larger_records_make_chosen_windows_as_much_wider() -> None:
@@ -160,7 +171,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                     net.link.slow_down(slower)
                 step_s, found = net.step()
                 assert all(map(torch.equal, found, expected))
-            profile = active._cache().rounds._profile
+            profile = active.profile()
             report = active.report()
         last = report.rounds[-1]
         assert last.is_planned and profile is not None and report.num_live == 0
@@ -210,6 +221,28 @@ def test_gaps_between_copies_that_no_rate_shows_make_the_next_decision_careful(p
     first, later = paced("gpt-8192x4", num_rounds=3), paced("gpt-8192x4", num_rounds=6)
     assert first.of_keep < 0.99 < later.of_keep, (first, later)
     assert later.reached > 0.75
+
+
+def test_micro_batches_in_flight_share_the_link_of_their_own_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or three forwards before the first backward: each has the link for its own time, and not for that of the others."""
+    for num_ahead in (2, 3):
+        net = PacedNet(SHAPES["gpt-8192x4"])
+        monkeypatch.setattr("overspill.activations.opened.open_link", net.open_link)
+        monkeypatch.setattr(windows, "LEAST_WINDOW_BYTES", int(128 * MIB / net.scale))
+
+        def step(net: PacedNet = net, num_ahead: int = num_ahead) -> float:
+            begun_s = net.link.now_s
+            for loss in [net.net(net.inputs * (1 + number)) for number in range(num_ahead)]:
+                loss.backward()
+            net.link.synchronize()
+            return net.link.now_s - begun_s
+
+        keep_s = step()
+        with offload(net.net, amount="adaptive", host_budget="256MiB", min_bytes=int(MIB / net.scale), window=None) as active:
+            for _ in range(7):
+                step_s = step()
+        last = active.report().rounds[-1]
+        assert keep_s / step_s >= 0.99 and last.kept_bytes < 0.6 * last.packed_bytes
 
 
 def test_amounts_that_may_wait_keep_their_bits_beside_a_paced_link(paced: Any) -> None:

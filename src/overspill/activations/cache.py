@@ -121,7 +121,7 @@ class TensorCache:
                     record = self._find(tensor, storage) or self._make(tensor, storage)
                     geometry = Geometry.of(tensor, record.start)
                     record.num_users += 1
-                    self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed - 1))
+                    self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
                     return SavedView(self, record, geometry)
             finally:
                 self._burial()

@@ -38,7 +38,7 @@ class Profile:
     needed_s: tuple[float, ...]
     """When backward asked for it first; infinite if it never did."""
     forward_s: float
-    """When backward asked for the first of them."""
+    """When the micro-batch's forward had ended: another one began, or backward asked for the first of them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -149,15 +149,15 @@ class Mover:
 
         Args:
             is_gone: says of which records the copy should have ended by now; compute waits for it.
-            spared_bytes: so much of those stays.
+            spared_bytes: so much stays in any case, the newest.
         """
-        while self._leaving:
+        while self._leaving and self._leaving_bytes > spared_bytes:
             record = self._leaving[0]
             end = record.leaving
             assert end is not None
             if record.num_users and not record.is_forwarded:
                 if not end.is_done:
-                    is_due = is_gone is not None and self._leaving_bytes > spared_bytes and is_gone(record)
+                    is_due = is_gone is not None and is_gone(record)
                     if not is_due and (self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1):
                         return
                     self._hold(end)

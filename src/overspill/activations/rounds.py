@@ -45,7 +45,7 @@ class Rounds:
         self.tally: Tally = before.tally if before is not None else Tally()
         self.tally.mover = mover
         self.rates: ActivationRates = before.rates if before is not None else ActivationRates()
-        self._profile: Profile | None = before._profile if before is not None else None
+        self.profile: Profile | None = before.profile if before is not None else None
         self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
         self._decision: Decision | None = before._decision if before is not None else None
@@ -86,12 +86,12 @@ class Rounds:
             return True
         return self._keep_bytes is not None and self._mover.device_bytes + record.num_bytes > self._keep_bytes
 
-    def gone_when_packed(self, micro_batch: int, index: int) -> Callable[[Record], bool] | None:
-        """Says of which records the copy should have ended now that this one is packed; None: of none."""
+    def gone_when_packed(self, micro_batch: int, num_packed: int) -> Callable[[Record], bool] | None:
+        """Says of which records the copy should have ended, now that so many of this micro-batch are packed; None: of none."""
         pace = self._decision.pace if self._decision is not None else None
         if pace is None:
             return None
-        here = pace.num_gone[min(index, len(pace.num_gone) - 1)]
+        here = pace.num_gone[min(num_packed, len(pace.num_gone)) - 1] if num_packed else 0
         return lambda record: record.index < (here if record.micro_batch == micro_batch else pace.num_gone_at_turn)
 
     def gone_in_backward(self) -> Callable[[Record], bool] | None:
@@ -107,14 +107,14 @@ class Rounds:
             self.rates = watched.rates(self._mover, self.rates)
             if watched.is_free:
                 self._caution = next_caution(self._caution, watched.waited_fraction())
-            self._profile = watched.profile() or self._profile
-        elif self._profile is None or not self._space.has_shrunk():
+            self.profile = watched.profile() or self.profile
+        elif self.profile is None or not self._space.has_shrunk():
             return
-        if self._profile is not None:
+        if self.profile is not None:
             last = self.tally.rounds[-1] if self.tally.rounds else None
             room = self._space.look(*((last.kept_bytes, last.device_peak_bytes) if last is not None else (0, 0)))
             self._keep_bytes = room.keep_bytes
             rates = slowed(self.rates, self._caution)
-            self._decision = decide(self._amount, self._profile, rates, room, may_choose=self._mover.has_own_windows)
+            self._decision = decide(self._amount, self.profile, rates, room, may_choose=self._mover.has_own_windows)
             self._targets = self._decision.targets
             self._mover.set_windows(self._decision.windows)

@@ -38,6 +38,9 @@ class Timeline:
         self._sizes: list[tuple[int, int]] = []
         self._packed: list[Mark] = []
         self._needed: dict[int, Mark] = {}
+        self._micro_batch = 0
+        self._later: Mark | None = None
+        """Where the first record of another micro-batch was made."""
         self.holds: list[tuple[Mark, Mark]] = []
         """Before and after each wait of compute for a copy."""
         self.ends_out: list[End] = []
@@ -46,7 +49,11 @@ class Timeline:
 
     def pack(self, record: Record) -> None:
         """A record was made."""
-        if record.index == len(self._sizes):  # else of a later micro-batch
+        if not self._packed:
+            self._micro_batch = record.micro_batch
+        if record.micro_batch != self._micro_batch:
+            self._later = self._later if self._later is not None else self._link.time_mark()
+        elif record.index == len(self._sizes):
             record.is_watched = True
             self._sizes.append((record.num_bytes, record.stored_bytes))
             self._packed.append(self._link.time_mark())
@@ -64,7 +71,8 @@ class Timeline:
 
     def is_readable(self) -> bool:
         """Whether the device has passed every mark."""
-        last = [*self._packed[-1:], *list(self._needed.values())[-1:], *(after for _, after in self.holds[-1:])]
+        later = [self._later] if self._later is not None else []
+        last = [*later, *self._packed[-1:], *list(self._needed.values())[-1:], *(after for _, after in self.holds[-1:])]
         return self.is_complete and all(map(self._link.has_passed, last)) and all(end.is_done for end in (*self.ends_out, *self.ends_in))
 
     def profile(self) -> Profile | None:
@@ -87,7 +95,7 @@ class Timeline:
             stored_bytes=tuple(stored for _, stored in self._sizes),
             packed_s=tuple(map(time_s, self._packed)),
             needed_s=tuple(needed_s.get(index, math.inf) for index in range(len(self._sizes))),
-            forward_s=min(needed_s.values()),
+            forward_s=min([*needed_s.values(), *([time_s(self._later)] if self._later is not None else [])]),
         )
 
     def waited_fraction(self) -> float:
