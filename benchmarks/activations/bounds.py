@@ -17,8 +17,16 @@ second out and back.
   C_f and C_c are measured: full recomputation's, and cheap recomputation's step less keep's. Backward's time includes the update, which
   is small here.
 
-Limits: shares of blocks and bytes are real numbers here, tensors and blocks are whole. Memory in flight is not counted, nor that the last
-block's tensors are made too late to leave; so nothing reaches these figures quite.
+* **The window** is what the two above do not have: whole tensors, of which what is under way is on the device still. In a block of hidden
+  size h and t tokens 4 h t elements are made twice at once (the MLP's inner state and its activation), and smaller ones before. If at most
+  W bytes may be under way, what does not fit beside them stays, in every block; and W is on the device while memory is fullest, unless what
+  has left by then is let go. `simulate_host` walks a measured round that way, with the code that decides in `overspill.activations`: what
+  leaves without a wait and the peak of it, for windows W out and V back. Its peak is at most what stays and W while forward runs, and what
+  stays and V (or what has not left yet, if that is more) when backward begins.
+
+Limits: shares of blocks and bytes are real numbers in the program, tensors and blocks are whole. Neither the bound nor the program counts
+memory in flight, nor that the last block's tensors are made too late to leave; so nothing reaches these figures quite. `simulate_host` has
+both, and no compute that runs slower because a copy runs beside it.
 """
 
 from __future__ import annotations
@@ -26,6 +34,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+
+from overspill.activations.amounts import Adaptive, Room, Target
+from overspill.activations.flight import Profile, simulate_flight
+from overspill.activations.windows import decide, default_window_bytes
+from overspill.spec.activations import ActivationRates
 
 NUM_UNKNOWNS = 5
 
@@ -98,6 +111,40 @@ def best_mix(terms: Terms, *, throughput_fraction: float) -> Mix:
             best, best_gone = point, gone
     assert best is not None, "keeping everything is a corner"
     return Mix(gone_fraction=best_gone, moved_bytes=best[2] * unit, full_fraction=best[0], cheap_fraction=best[1])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HostRound:
+    """A round of the host tier on paper."""
+
+    window_bytes: int
+    """W."""
+    back_window_bytes: int
+    """V."""
+    gone_fraction: float
+    """Of A."""
+    peak_fraction: float
+    """Most bytes on the device at one time, of A."""
+
+
+def simulate_host(profile: Profile, *, d2h_bytes_per_s: float, h2d_bytes_per_s: float, windows: tuple[int, int] | None = None) -> HostRound:
+    """What leaves without a wait in a round like this one, with windows W and V; None: those that are chosen by default."""
+    largest = max(profile.stored_bytes)
+    usual = default_window_bytes(largest)
+    room = Room(
+        host_bytes=sum(profile.stored_bytes), ssd_bytes=0, staging_bytes=0, keep_bytes=None,
+        window_bytes=windows[0] if windows else usual, back_window_bytes=windows[1] if windows else None,
+    )  # fmt: skip
+    rates = ActivationRates(d2h_bytes_per_s=d2h_bytes_per_s, h2d_bytes_per_s=h2d_bytes_per_s)
+    found = decide(Adaptive(), profile, rates, room, may_choose=windows is None)
+    leaves = [target is not Target.KEEP for target in found.targets]
+    flight = simulate_flight(profile, leaves, d2h_bytes_per_s, found.windows.out_bytes, found.windows.back_bytes)
+    everything = sum(profile.device_bytes)
+    kept = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if not is_moved)
+    return HostRound(
+        window_bytes=found.windows.out_bytes, back_window_bytes=found.windows.back_bytes, gone_fraction=1 - kept / everything,
+        peak_fraction=flight.peak_bytes / everything,
+    )  # fmt: skip
 
 
 def _solve(matrix: list[list[float]], limits: Sequence[float]) -> tuple[float, ...] | None:

@@ -7,8 +7,8 @@
   linear program of `bounds.py` says for this share of keep's throughput, rounded down; skipped where that is none.
 * `ssd`: adaptive amounts to the drive alone; `ssd-7`, `ssd-14`: to a file in RAM whose transfers are paced to 7 and 14 GB/s each way: a
   stand-in for one and two good drives, no measurement of them; what it reached is in the row.
-* `host-wide`: as `host`, with a window of `WIDE_RECORDS` of the largest tensors, and not of two and at most 1 GiB: on paper the window is
-  what keeps `host` from the bound at hidden 12288.
+* `host-wide`: as `host`, with windows of `WIDE_RECORDS` of the largest tensors each way, asked for; `host` chooses its own, and they are in
+  its row (`window_bytes`, `back_window_bytes`). On paper `host` gets as much away with a lower peak.
 * `*-everything`, `*-ssdtrain`: the two other rules of `activations/amounts.py`.
 * `save_on_cpu`, `save_on_cpu-pinned`: torch's. `trl`, `torchtune`: their `OffloadActivations`, pinned and with streams; where the package
   is not installed the row says so.

@@ -17,6 +17,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import statistics
 import sys
@@ -28,10 +29,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bounds import activation_peak_bytes  # noqa: E402
+from bounds import activation_peak_bytes, simulate_host  # noqa: E402
 from modes import MODES, Known, Missing, Places, context  # noqa: E402
 from nets import NetShape, build_inputs, build_net, recompute, spread  # noqa: E402
 
+from overspill.activations.windows import default_window_bytes  # noqa: E402
 from overspill.spec.documents import to_plain  # noqa: E402
 
 MOST_RESIDUE_BYTES = 64 << 20
@@ -144,6 +146,8 @@ class Bench:
                 line["activation_peak_bytes"] = self._activation_peak()
             if mode.tier is not None:
                 line |= _amounts(to_plain(active.report()))
+            if mode.tier == "host" and mode.amount == "adaptive":
+                line["on_paper"] = _on_paper(active)
         return line
 
     def _warm_up(self, active: Any, *, is_adaptive: bool) -> tuple[int, float]:
@@ -213,6 +217,20 @@ def _has_settled(rounds: Any) -> bool:
     return abs(now - before) <= SETTLED_FRACTION * max(now, before, 1)
 
 
+def _on_paper(active: Any) -> dict[str, Any]:
+    """What `bounds.simulate_host` says of the measured round: with the windows that are chosen, and with the usual ones."""
+    profile, rates = active.profile(), active.report().rates
+    if profile is None or rates.d2h_bytes_per_s is None:
+        return {}
+    usual = default_window_bytes(max(profile.stored_bytes))
+    found = {}
+    for name, windows in (("chosen", None), ("usual", (usual, usual))):
+        back = rates.h2d_bytes_per_s or rates.d2h_bytes_per_s
+        item = simulate_host(profile, d2h_bytes_per_s=rates.d2h_bytes_per_s, h2d_bytes_per_s=back, windows=windows)
+        found[name] = dataclasses.asdict(item)
+    return found
+
+
 def _amounts(report: dict[str, Any]) -> dict[str, Any]:
     """Of the last round, and how the rounds came to it."""
     last = report["rounds"][-1]
@@ -220,6 +238,8 @@ def _amounts(report: dict[str, Any]) -> dict[str, Any]:
         **{name: last[name] for name in ("packed_bytes", "kept_bytes", "host_bytes", "ssd_bytes", "rebuilt_bytes", "forwarded_bytes")},
         "moved_bytes": last["host_bytes"] + last["ssd_bytes"],
         "records_peak_bytes": last["device_peak_bytes"],
+        "window_bytes": last["window_bytes"],
+        "back_window_bytes": last["back_window_bytes"],
         "wait_s": last["wait_s"],
         "num_records": last["num_records"],
         "settling_bytes": [item["host_bytes"] + item["ssd_bytes"] for item in report["rounds"]][:12],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_nets import assert_same_gradients, offload
+from small_nets import NAMES, assert_same_gradients, build, offload
 from torch import nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
@@ -66,6 +66,29 @@ def test_views_and_transposes_of_one_storage_are_moved_once(active: OffloadActiv
     assert packed_bytes(active) - before == base.untyped_storage().nbytes() + 4  # and the scalar
     for found, view, copy in zip(back, views, copies, strict=True):
         assert torch.equal(found, copy) and found.stride() == view.stride() and found.dtype == view.dtype
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_byte_that_autograd_saves_is_packed_twice(name: str) -> None:
+    """Against every storage that a hook of its own sees, once, and without those of parameters and buffers."""
+    model, step = build(name)
+    known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage())._cdata not in known:
+            storages[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = step()
+    saved_bytes = sum(storage.nbytes() for storage in storages.values())
+    del loss
+    with offload(model) as active:
+        step().backward()
+        packed_bytes = active.report().packed_bytes
+    assert packed_bytes <= saved_bytes, "less where a small part of a storage was saved"
+    assert packed_bytes == saved_bytes or name not in ("llama", "bert", "t5")
 
 
 def test_what_is_restored_has_the_alignment_it_had(active: OffloadActivations) -> None:

@@ -10,7 +10,9 @@ from late_link import LateLink
 from small_nets import assert_same_gradients, build, offload, run_step
 from torch import nn
 
+from overspill.activations.amounts import Target
 from overspill.tiers import FakeStore
+from overspill.units import MIB
 
 
 @pytest.fixture
@@ -46,6 +48,40 @@ def test_copies_that_happen_as_late_as_they_may_change_no_bit(name: str, tier: s
             assert active.report().num_live == 0
     assert [link.violations for link in links] == [[]] * 3
     assert all(link.num_late > 0 for link in links)
+
+
+@pytest.mark.parametrize("links", [0.0, 0.5], indirect=True, ids=["late", "mixed"])
+@pytest.mark.parametrize("schedule", ["F0 B0", "F0 F1 B1 B0", "F0 F1 B0 F2 B2 B1"])
+def test_what_is_let_go_by_a_measured_pace_waits_for_its_copy(
+    schedule: str, links: list[LateLink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pace says when a copy should have ended; no copy has before somebody waits. Windows are chosen, small, and not asked for."""
+    monkeypatch.setattr("overspill.activations.windows.LEAST_WINDOW_BYTES", 8192)
+    model, _ = build("llama")
+    batches = [torch.randint(0, 96, (2, 12 + number)) for number in range(3)]
+
+    def train() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        losses: dict[str, torch.Tensor] = {}
+        for word in schedule.split():
+            if word[0] == "F":
+                ids = batches[int(word[1])]
+                losses[word[1]] = model(input_ids=ids, labels=ids).loss
+            else:
+                losses.pop(word[1]).backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    expected = train()
+    with offload(model, amount="adaptive", window=None) as active:
+        for _ in range(7):
+            assert_same_gradients(train(), expected)
+            links[0].close()  # the device has done everything, and the round can be read
+        cache = active._cache()
+        decision = cache.rounds._decision
+        assert decision is not None and decision.pace is not None and active.report().rounds[-1].is_planned
+        assert decision.pace.num_gone_at_turn > 0 and any(target is not Target.KEEP for target in decision.targets)
+        assert cache.mover.window_bytes < 128 * MIB and active.report().num_live == 0
+    assert [link.violations for link in links] == [[]] and links[0].num_late > 0
 
 
 def test_memory_stays_bounded_though_no_copy_is_ever_seen_to_be_done(links: list[LateLink]) -> None:

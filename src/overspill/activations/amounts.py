@@ -6,10 +6,11 @@ no slowdown at most B_d2h · T_forward of A bytes can leave: a share of min(1, B
 Three rules to choose from; each is a type:
 
 * `Everything`: whatever has room. Compute waits for the link where it must. Also what happens in a first round, before anything is known.
-* `Adaptive`: walk the records in the order in which forward made them, with the link's time beside it. A record leaves if (1) the bytes
-  that wait for the link stay within the window, so compute never waits for room, (2) its copy has ended when forward ends, (3) it can be
-  back when backward wants it. Rule 1 spreads what leaves evenly over forward instead of taking all of the first layers: the link is busy
-  as long, and the memory in flight is a window instead of a backlog.
+* `Adaptive`: walk the records in the order in which forward made them, with the link's time beside it. A record leaves if (1) with it,
+  whole records that are not gone yet stay within the window, so compute never waits for room, (2) its copy has ended when forward ends,
+  (3) it can be back when backward wants it. Rule 1 spreads what leaves evenly over forward instead of taking all of the first layers: the
+  link is busy as long, and the memory in flight is a window instead of a backlog. How wide it is `windows.py` says, what "gone" means
+  `flight.py`.
 * `SsdTrain`: the published baseline (SSDTrain, and its artifact): go through the records in order; at record n compare the volume of
   everything before it plus twice its own with the time from forward's start until backward wants it, taking backward for twice forward.
   The first n that asks for more than the write rate, and all after it, stay.
@@ -28,6 +29,7 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
+from overspill.activations.flight import Profile, those_back_in_time, those_out_in_time
 from overspill.spec.activations import ActivationRates
 
 
@@ -43,21 +45,6 @@ class Target(enum.StrEnum):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What one round was like, record by record in the order of forward; seconds after the first record, time in which compute waited
-    for copies taken out."""
-
-    device_bytes: tuple[int, ...]
-    stored_bytes: tuple[int, ...]
-    """What crosses the link for each; equal to `device_bytes` if records are stored as they are."""
-    packed_s: tuple[float, ...]
-    needed_s: tuple[float, ...]
-    """When backward asked for it first; infinite if it never did."""
-    forward_s: float
-    """When backward asked for the first of them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Room:
     """What there is to go to."""
 
@@ -67,9 +54,18 @@ class Room:
     staging_bytes: int
     """Host memory on the way to and from the SSD."""
     window_bytes: int
-    """Device memory that may be on its way out, or have come back early."""
+    """Device memory that may be on its way out."""
     keep_bytes: int | None
     """Most bytes that may stay on the device; None: all of them."""
+    back_window_bytes: int | None = None
+    """Device memory that may have come back early; None: as much as may be on its way out."""
+    peak_bytes: int | None = None
+    """Most bytes of records that the device has room for at one time, as far as that is known; None: no limit. It decides how wide
+    windows may be chosen (`windows.py`)."""
+
+    @property
+    def back_bytes(self) -> int:
+        return self.window_bytes if self.back_window_bytes is None else self.back_window_bytes
 
 
 class Amount(Protocol):
@@ -138,40 +134,8 @@ class Adaptive:
         out, back = rates.d2h_bytes_per_s, rates.h2d_bytes_per_s or rates.d2h_bytes_per_s
         if out is None or back is None:
             return [True] * len(profile.device_bytes)
-        free_s = 0.0
-        chosen = []
-        for size, packed_s in zip(profile.stored_bytes, profile.packed_s, strict=True):
-            begin_s = max(free_s, packed_s)
-            waiting_bytes = (begin_s - packed_s) * out + size
-            end_s = begin_s + size / out
-            fits = waiting_bytes <= max(room.window_bytes, size) and end_s <= profile.forward_s
-            chosen.append(fits)
-            if fits:
-                free_s = end_s
-        return _those_back_in_time(profile, chosen, back, room.window_bytes)
-
-
-def _those_back_in_time(profile: Profile, chosen: Sequence[bool], rate: float, window_bytes: int) -> list[bool]:
-    """Rule 3: go through backward; a fetch begins when the link is free and what came early fits the window."""
-    order = sorted((index for index, leaves in enumerate(chosen) if leaves), key=lambda index: profile.needed_s[index])
-    kept_back: list[tuple[float, int]] = []  # (when it is used, bytes) of those accepted, in this order
-    result = list(chosen)
-    free_s, first = profile.forward_s, 0
-    ahead_bytes = 0
-    for index in order:
-        size = profile.device_bytes[index]
-        begin_s = free_s
-        while ahead_bytes + size > window_bytes and first < len(kept_back):
-            used_s, used_bytes = kept_back[first]
-            begin_s, ahead_bytes, first = max(begin_s, used_s), ahead_bytes - used_bytes, first + 1
-        end_s = begin_s + profile.stored_bytes[index] / rate
-        if end_s > profile.needed_s[index]:
-            result[index] = False
-            continue
-        free_s = end_s
-        ahead_bytes += size
-        kept_back.append((profile.needed_s[index], size))
-    return result
+        chosen = those_out_in_time(profile, out, room.window_bytes)
+        return those_back_in_time(profile, chosen, back, room.back_bytes)
 
 
 def decide_targets(amount: Amount, profile: Profile, rates: ActivationRates, room: Room) -> tuple[Target, ...]:

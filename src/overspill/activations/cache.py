@@ -121,7 +121,7 @@ class TensorCache:
                     record = self._find(tensor, storage) or self._make(tensor, storage)
                     geometry = Geometry.of(tensor, record.start)
                     record.num_users += 1
-                    self.mover.drop_left()
+                    self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
                     return SavedView(self, record, geometry)
             finally:
                 self._burial()
@@ -145,6 +145,8 @@ class TensorCache:
                 if self.rounds.timeline is not None:
                     self.rounds.timeline.need(record)
                 span = self._on_device(record)
+                # What is wanted soon stays: it would be fetched again at once.
+                self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
                 self._prefetch(record.position)
                 return geometry.view(span)
         finally:
@@ -208,8 +210,8 @@ class TensorCache:
             start -= start % ALIGNMENT_BYTES
         index, self.num_packed = self.num_packed, self.num_packed + 1
         record = Record(
-            index=index, position=len(self._moved), storage=storage, start=start, stop=stop, dtype=tensor.dtype, form=form,
-            watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
+            index=index, micro_batch=self._micro_batch, position=len(self._moved), storage=storage, start=start, stop=stop,
+            dtype=tensor.dtype, form=form, watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
         )  # fmt: skip
         try:
             self._send(record, storage)
@@ -272,7 +274,7 @@ class TensorCache:
         """Rule 6, for the records before `position`."""
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
-        mover, passed_bytes, num_dead = self.mover, 0, 0
+        mover, window_bytes, passed_bytes, num_dead = self.mover, self.mover.back_window_bytes, 0, 0
         for index in range(min(position, len(self._moved)) - 1, -1, -1):
             record = self._moved[index]
             if record is None:
@@ -280,12 +282,12 @@ class TensorCache:
                 if num_dead > MOST_DEAD_PASSED:
                     return
                 continue
-            if passed_bytes and passed_bytes + record.stored_bytes > mover.window_bytes:
+            if passed_bytes and passed_bytes + record.stored_bytes > window_bytes:
                 return
             passed_bytes += record.stored_bytes
             if record.payload is not None or record.coming is not None or not record.weak.expired():
                 continue
-            if mover.ahead_bytes and mover.ahead_bytes + record.stored_bytes > mover.window_bytes:
+            if mover.ahead_bytes and mover.ahead_bytes + record.stored_bytes > window_bytes:
                 return
             if not mover.fetch(record, must=False, is_timed=self.rounds.timeline is not None):
                 return

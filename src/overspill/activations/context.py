@@ -38,6 +38,7 @@ from torch import nn
 
 from overspill.activations.amounts import Amount
 from overspill.activations.cache import TensorCache
+from overspill.activations.flight import Profile
 from overspill.activations.forms import Form
 from overspill.activations.opened import OpenTiers
 from overspill.activations.settings import MIN_BYTES, Settings, Size, build_settings, device_of, refuse_what_cannot_work
@@ -76,7 +77,7 @@ def offload_activations(
             (`rebuild.py`).
         min_bytes: smaller saved tensors are left alone.
         window: device memory that may be on its way out, and as much that may have come back early; one tensor may always. None: two of
-            the largest tensor, from 128 MiB to 1 GiB.
+            the largest tensor, from 128 MiB to 1 GiB, until a round was measured; then what has the lowest peak (`windows.py`).
         open_store: opens something else than files in `ssd_dir`, such as a `FakeStore`, for so many bytes.
 
     Raises:
@@ -222,6 +223,10 @@ class OffloadActivations:
             rounds=tuple(tally.rounds),
             gradient_error=self._gradient_error,
         )
+
+    def profile(self) -> Profile | None:
+        """Bytes and times of the last round that was measured, which the amounts were decided from; None: none was."""
+        return self._tiers.cache.rounds.profile if self._tiers is not None else None
 
     def measure_gradient_error(self, step: Callable[[], object]) -> float:
         """‖g − g₀‖₂ / ‖g₀‖₂ of one step, g₀ without offloading; it is also in `report()` from then on.

@@ -155,7 +155,10 @@ class CudaLink:
 
     def hold(self, end: End) -> None:
         assert isinstance(end, _StreamEnd)
-        torch.cuda.current_stream(self._device).wait_event(end.event)
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(end.event)
+        if end.owner != stream:  # rule 3: what is freed goes back to where it was made
+            end.owner.wait_event(end.event)
 
     def touch(self, tensor: torch.Tensor, mark: Mark) -> None:
         stream = torch.cuda.current_stream(self._device)

@@ -5,7 +5,8 @@ Rules:
 1. A record that leaves keeps its device memory until its copy has ended, or until compute has been told to wait for the copy
    (`drop_left`): then torch's allocator may give the memory to what compute does afterwards. At most `window_bytes` are on their way out;
    beyond it compute waits for the oldest, on the device and not on the host. So the host may run as far ahead as it likes and memory
-   stays bounded.
+   stays bounded. What should have left by a measured round's pace is let go earlier: compute is told to wait for it as well, and finds
+   it done.
 2. What is wanted while the device still has it is given from there (forwarded), and a write to the SSD that has not begun is cancelled.
    What is wanted while host memory still has it, on its way to the SSD, is given from host memory.
 3. A fetch gets its device memory from compute's own pool and starts behind compute so far; compute waits for the copy, the host does not.
@@ -29,12 +30,7 @@ from overspill.activations.identity import bytes_of
 from overspill.activations.links import End, Link, Mark
 from overspill.activations.records import Record
 from overspill.activations.ssd_lane import SsdCopy, SsdLane, again
-from overspill.units import MIB
-
-LEAST_WINDOW_BYTES = 128 * MIB
-"""2.4 ms of a link of 55 GB/s: enough to reach from one record to the next. Chosen."""
-MOST_WINDOW_BYTES = 1024 * MIB
-"""So that a few huge tensors, such as logits, do not hold as much memory as what has left. Chosen."""
+from overspill.activations.windows import Windows, default_window_bytes
 
 
 class Mover:
@@ -44,12 +40,13 @@ class Mover:
         host: where records rest in host memory.
         ssd: None: there is none.
         window_bytes: device memory that may be on its way out, and as much that may have come back early; one record may always.
-            None: two of the largest record seen, within `LEAST_WINDOW_BYTES` and `MOST_WINDOW_BYTES`.
+            None: what `windows.py` says, of the largest record seen.
     """
 
     def __init__(self, device: torch.device, link: Link, host: HostArena, ssd: SsdLane | None, *, window_bytes: int | None) -> None:
         self.device, self.link, self.host, self.ssd = device, link, host, ssd
         self._asked_window_bytes = window_bytes
+        self._windows: Windows | None = None
         self._largest_bytes = 0
         self._leaving: collections.deque[Record] = collections.deque()
         self._leaving_bytes = 0
@@ -70,10 +67,29 @@ class Mover:
         """Where to note how long compute waits; None: nowhere."""
 
     @property
+    def has_own_windows(self) -> bool:
+        """Whether nobody has asked for one."""
+        return self._asked_window_bytes is None
+
+    @property
+    def usual_window_bytes(self) -> int:
+        """While nothing is measured."""
+        return self._asked_window_bytes if self._asked_window_bytes is not None else default_window_bytes(self._largest_bytes)
+
+    @property
     def window_bytes(self) -> int:
-        if self._asked_window_bytes is not None:
-            return self._asked_window_bytes
-        return max(LEAST_WINDOW_BYTES, min(2 * self._largest_bytes, MOST_WINDOW_BYTES))
+        """Device memory that may be on its way out."""
+        return self.usual_window_bytes if self._windows is None else self._windows.grown(self._largest_bytes).out_bytes
+
+    @property
+    def back_window_bytes(self) -> int:
+        """Device memory that may have come back early."""
+        return self.usual_window_bytes if self._windows is None else self._windows.grown(self._largest_bytes).back_bytes
+
+    def set_windows(self, windows: Windows) -> None:
+        """From a measured round, for rounds like it; nothing, if a window was asked for."""
+        if self.has_own_windows:
+            self._windows = windows
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
@@ -128,15 +144,21 @@ class Mover:
         record.target = tier
         return True
 
-    def drop_left(self) -> None:
-        """Let go of device memory whose copy has ended, and of the oldest beyond the window (rule 1)."""
-        while self._leaving:
+    def drop_left(self, is_gone: Callable[[Record], bool] | None = None, *, spared_bytes: int = 0) -> None:
+        """Let go of device memory whose copy has ended, and of the oldest beyond the window (rule 1).
+
+        Args:
+            is_gone: says of which records the copy should have ended by now; compute waits for it.
+            spared_bytes: so much stays in any case, the newest.
+        """
+        while self._leaving and self._leaving_bytes > spared_bytes:
             record = self._leaving[0]
             end = record.leaving
             assert end is not None
             if record.num_users and not record.is_forwarded:
                 if not end.is_done:
-                    if self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1:
+                    is_due = is_gone is not None and is_gone(record)
+                    if not is_due and (self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1):
                         return
                     self._hold(end)
                 self._let_go(record)

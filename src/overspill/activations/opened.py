@@ -79,20 +79,22 @@ class DeviceSpace:
         """On the device, at the last look, with nothing saved."""
         self._keep_bytes: int | None = None
 
-    def look(self, kept_bytes: int) -> Room:
-        settings = self._settings
+    def look(self, kept_bytes: int, peak_bytes: int) -> Room:
+        settings, window_bytes = self._settings, self._mover.usual_window_bytes
         keep_bytes = settings.device_budget_bytes
+        most_bytes = keep_bytes + 2 * window_bytes if keep_bytes is not None else None
         if keep_bytes is None and self._device.type == "cuda":
             free_bytes, _ = torch.cuda.mem_get_info(self._device)
             headroom = free_bytes + torch.cuda.memory_reserved(self._device) - torch.cuda.max_memory_allocated(self._device)
-            keep_bytes = kept_bytes + int(HEADROOM_FRACTION * max(0, headroom))
+            keep_bytes, most_bytes = (before + int(HEADROOM_FRACTION * max(0, headroom)) for before in (kept_bytes, peak_bytes))
             self._allocated_bytes, self._keep_bytes = torch.cuda.memory_allocated(self._device), keep_bytes
         return Room(
             host_bytes=settings.resting_bytes,
             ssd_bytes=settings.ssd_budget_bytes,
             staging_bytes=settings.staging_bytes,
-            window_bytes=self._mover.window_bytes,
+            window_bytes=window_bytes,
             keep_bytes=keep_bytes,
+            peak_bytes=most_bytes,
         )
 
     def has_shrunk(self) -> bool:

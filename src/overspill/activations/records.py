@@ -39,6 +39,7 @@ class Record:
         self,
         *,
         index: int,
+        micro_batch: int,
         position: int,
         storage: torch.UntypedStorage,
         start: int,
@@ -50,6 +51,7 @@ class Record:
     ) -> None:
         self.index = index
         """Which one of its micro-batch, in the order of forward."""
+        self.micro_batch = micro_batch
         self.position = position
         """How many records of the round were moved before it."""
         self.cdata, self.weak = storage._cdata, StorageWeakRef(storage)

@@ -8,21 +8,24 @@ grow together. What is beyond the places that were seen stays.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
-from overspill.activations.amounts import Amount, Profile, Room, Target, decide_targets
+from overspill.activations.amounts import Amount, Room, Target
+from overspill.activations.flight import Profile
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
 from overspill.activations.tally import Tally
 from overspill.activations.timeline import Timeline, is_watched
+from overspill.activations.windows import Decision, decide, next_caution, slowed
 from overspill.spec.activations import ActivationRates
 
 
 class Space(Protocol):
     """Knows how much room there is."""
 
-    def look(self, kept_bytes: int) -> Room:
-        """The room now; the last round kept so much on the device."""
+    def look(self, kept_bytes: int, peak_bytes: int) -> Room:
+        """The room now; the last round kept so much on the device, and at its fullest moment had so much of records there."""
         ...
 
     def has_shrunk(self) -> bool:
@@ -42,9 +45,14 @@ class Rounds:
         self.tally: Tally = before.tally if before is not None else Tally()
         self.tally.mover = mover
         self.rates: ActivationRates = before.rates if before is not None else ActivationRates()
-        self._profile: Profile | None = before._profile if before is not None else None
+        self.profile: Profile | None = before.profile if before is not None else None
         self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
+        self._decision: Decision | None = before._decision if before is not None else None
+        self._caution: float = before._caution if before is not None else 1.0
+        """Of the rates, what is decided with."""
+        if self._decision is not None:
+            mover.set_windows(self._decision.windows)
         self.timeline: Timeline | None = None
         """Of the round that runs, if it is watched."""
         self._unread: Timeline | None = before._unread if before is not None else None
@@ -54,7 +62,7 @@ class Rounds:
         self._decide()
         number = self.tally.begin(is_planned=self._targets is not None)
         if self._amount.needs_profile and is_watched(number):
-            self.timeline = Timeline(self._mover.link)
+            self.timeline = Timeline(self._mover.link, is_free=self._decision is not None and self._decision.is_free)
             self._mover.holds = self.timeline.holds
             if self._mover.ssd is not None:
                 self._mover.ssd.clear_spans()
@@ -78,16 +86,35 @@ class Rounds:
             return True
         return self._keep_bytes is not None and self._mover.device_bytes + record.num_bytes > self._keep_bytes
 
+    def gone_when_packed(self, micro_batch: int, num_packed: int) -> Callable[[Record], bool] | None:
+        """Says of which records the copy should have ended, now that so many of this micro-batch are packed; None: of none."""
+        pace = self._decision.pace if self._decision is not None else None
+        if pace is None:
+            return None
+        here = pace.num_gone[min(num_packed, len(pace.num_gone)) - 1] if num_packed else 0
+        return lambda record: record.index < (here if record.micro_batch == micro_batch else pace.num_gone_at_turn)
+
+    def gone_in_backward(self) -> Callable[[Record], bool] | None:
+        """The same, whenever backward wants one."""
+        pace = self._decision.pace if self._decision is not None else None
+        return (lambda record: record.index < pace.num_gone_at_turn) if pace is not None else None
+
     def _decide(self) -> None:
         """Once the device has passed the last watched round, and again if there is less room than then."""
         watched = self._unread
         if watched is not None and watched.is_readable():
             self._unread = None
             self.rates = watched.rates(self._mover, self.rates)
-            self._profile = watched.profile() or self._profile
-        elif self._profile is None or not self._space.has_shrunk():
+            if watched.is_free:
+                self._caution = next_caution(self._caution, watched.waited_fraction())
+            self.profile = watched.profile() or self.profile
+        elif self.profile is None or not self._space.has_shrunk():
             return
-        if self._profile is not None:
-            room = self._space.look(self.tally.rounds[-1].kept_bytes if self.tally.rounds else 0)
+        if self.profile is not None:
+            last = self.tally.rounds[-1] if self.tally.rounds else None
+            room = self._space.look(*((last.kept_bytes, last.device_peak_bytes) if last is not None else (0, 0)))
             self._keep_bytes = room.keep_bytes
-            self._targets = decide_targets(self._amount, self._profile, self.rates, room)
+            rates = slowed(self.rates, self._caution)
+            self._decision = decide(self._amount, self.profile, rates, room, may_choose=self._mover.has_own_windows)
+            self._targets = self._decision.targets
+            self._mover.set_windows(self._decision.windows)

@@ -66,6 +66,8 @@ class Tally:
                 round=self.num_ended,
                 is_planned=self._is_planned,
                 num_records=self._round["records"],
+                window_bytes=mover.window_bytes,
+                back_window_bytes=mover.back_window_bytes,
                 packed_bytes=self._round["packed"],
                 kept_bytes=self._round[Target.KEEP.value],
                 host_bytes=self._round[Target.HOST.value],

@@ -12,14 +12,15 @@ from __future__ import annotations
 import bisect
 import math
 
-from overspill.activations.amounts import Profile
+from overspill.activations.flight import Profile
 from overspill.activations.links import End, Link, Mark
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
 from overspill.spec.activations import ActivationRates
 
-FIRST_WATCHED = (2, 3)
-"""The first round allocates, compiles and pins; the second is measured, and the third again, as it runs with what that decided."""
+FIRST_WATCHED = (2, 3, 5)
+"""The first round allocates, compiles and pins; the second is measured, and the third and the fifth again, as they run with what that
+decided (the third only where the host sees the second's end before it begins)."""
 WATCHED_EVERY = 32
 """Rounds, from then on: links are shared, and shapes change. Chosen."""
 
@@ -32,11 +33,14 @@ def is_watched(number: int) -> bool:
 class Timeline:
     """The marks of one round."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, link: Link, *, is_free: bool) -> None:
+        self._link, self.is_free = link, is_free
         self._sizes: list[tuple[int, int]] = []
         self._packed: list[Mark] = []
         self._needed: dict[int, Mark] = {}
+        self._micro_batch = 0
+        self._later: Mark | None = None
+        """Where the first record of another micro-batch was made."""
         self.holds: list[tuple[Mark, Mark]] = []
         """Before and after each wait of compute for a copy."""
         self.ends_out: list[End] = []
@@ -45,7 +49,11 @@ class Timeline:
 
     def pack(self, record: Record) -> None:
         """A record was made."""
-        if record.index == len(self._sizes):  # else of a later micro-batch
+        if not self._packed:
+            self._micro_batch = record.micro_batch
+        if record.micro_batch != self._micro_batch:
+            self._later = self._later if self._later is not None else self._link.time_mark()
+        elif record.index == len(self._sizes):
             record.is_watched = True
             self._sizes.append((record.num_bytes, record.stored_bytes))
             self._packed.append(self._link.time_mark())
@@ -63,7 +71,8 @@ class Timeline:
 
     def is_readable(self) -> bool:
         """Whether the device has passed every mark."""
-        last = [*self._packed[-1:], *list(self._needed.values())[-1:], *(after for _, after in self.holds[-1:])]
+        later = [self._later] if self._later is not None else []
+        last = [*later, *self._packed[-1:], *list(self._needed.values())[-1:], *(after for _, after in self.holds[-1:])]
         return self.is_complete and all(map(self._link.has_passed, last)) and all(end.is_done for end in (*self.ends_out, *self.ends_in))
 
     def profile(self) -> Profile | None:
@@ -86,8 +95,15 @@ class Timeline:
             stored_bytes=tuple(stored for _, stored in self._sizes),
             packed_s=tuple(map(time_s, self._packed)),
             needed_s=tuple(needed_s.get(index, math.inf) for index in range(len(self._sizes))),
-            forward_s=min(needed_s.values()),
+            forward_s=min([*needed_s.values(), *([time_s(self._later)] if self._later is not None else [])]),
         )
+
+    def waited_fraction(self) -> float:
+        """Of the time from the first record to the last one that was wanted: that in which compute waited for copies."""
+        if not self._packed or not self._needed:
+            return 0.0
+        all_s = self._link.seconds(self._packed[0], list(self._needed.values())[-1])
+        return sum(self._link.seconds(before, after) for before, after in self.holds) / all_s if all_s > 0 else 0.0
 
     def rates(self, mover: Mover, before: ActivationRates) -> ActivationRates:
         """What the copies of the round ran at; as before where there were none."""

@@ -49,6 +49,10 @@ class RoundAmounts(_Amounts):
     is_planned: bool
     """Whether measured times and rates decided; else everything that had room was moved, because nothing was known yet."""
     num_records: int
+    window_bytes: int
+    """Device memory that could be on its way out, at the round's end."""
+    back_window_bytes: int
+    """The same of what could have come back early."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,174 @@
+"""What is under way on paper: the copies of one round beside the round's measured times. Pure functions.
+
+Words:
+
+* **the way out**: what was packed and still occupies the device, because its copy has not ended. At most a window of it, whole records:
+  nothing of a storage is freed before all of it has left.
+* **the way back**: what backward wants soon and was fetched early. At most a window of its own.
+* **gone**: on paper, when a record's copy has ended and `SLACK_FRACTION` of the time since it was packed has passed besides. The mover may
+  then take it for copied, without a look at the copy; a link that is a little slower than it was measured costs no wait.
+
+The link takes one copy after the other, in each direction. So whatever was packed earlier is gone earlier, and where the way out stands is
+one number: the first record that is not gone (`Pace`).
+
+Limits: only the link between device and host memory is here, not the drive behind it. Rates are one number each way.
+"""
+
+from __future__ import annotations
+
+import bisect
+import collections
+import dataclasses
+import math
+from collections.abc import Sequence
+
+SLACK_FRACTION = 0.1
+"""Of the time from pack to the end of the copy. Chosen: links were measured to differ by a few percent from copy to copy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What one round was like, record by record in the order of forward; seconds after the first record, time in which compute waited
+    for copies taken out."""
+
+    device_bytes: tuple[int, ...]
+    stored_bytes: tuple[int, ...]
+    """What crosses the link for each; equal to `device_bytes` if records are stored as they are."""
+    packed_s: tuple[float, ...]
+    needed_s: tuple[float, ...]
+    """When backward asked for it first; infinite if it never did."""
+    forward_s: float
+    """When the micro-batch's forward had ended: another one began, or backward asked for the first of them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pace:
+    """When what leaves is gone, by numbers of records in their micro-batch, so that it holds for other lengths as well."""
+
+    num_gone: tuple[int, ...]
+    """For each record: when it is packed, all that left before this one are gone."""
+    num_gone_at_turn: int
+    """The same when backward begins."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flight:
+    """A round on paper."""
+
+    pace: Pace
+    stalled_s: float
+    """Time in which compute waits for room on the way out."""
+    peak_bytes: int
+    """Most bytes of records on the device: what stays so far and what is on its way out; or all that stays, and the window back."""
+
+
+class WayOut:
+    """Copies out, one after the other, in at most a window of device memory; a single record may always be there."""
+
+    def __init__(self, bytes_per_s: float, window_bytes: float) -> None:
+        self._rate, self._window_bytes = bytes_per_s, window_bytes
+        self._leaving: collections.deque[tuple[int, int, float, float]] = collections.deque()
+        """Number, bytes, when the copy ends, when it is gone."""
+        self.num_bytes = 0
+        self._free_s = 0.0
+
+    def advance(self, at_s: float) -> None:
+        """Time goes on; what is gone leaves its memory."""
+        while self._leaving and self._leaving[0][3] <= at_s:
+            self._pop()
+
+    def end_s(self, size: int, at_s: float) -> float:
+        """When the copy of so many bytes would end that is started now."""
+        return max(self._free_s, at_s) + size / self._rate
+
+    def has_room(self, size: int) -> bool:
+        return not self._leaving or self.num_bytes + size <= self._window_bytes
+
+    def wait_for_room(self, size: int, at_s: float) -> float:
+        """Seconds until there is room, for what has to leave."""
+        begin_s = at_s
+        while not self.has_room(size):
+            at_s = max(at_s, self._pop())
+        return at_s - begin_s
+
+    def take(self, number: int, size: int, at_s: float) -> None:
+        """Start a record's copy."""
+        self._free_s = end_s = self.end_s(size, at_s)
+        self._leaving.append((number, size, end_s, end_s + SLACK_FRACTION * (end_s - at_s)))
+        self.num_bytes += size
+
+    def first(self, otherwise: int) -> int:
+        """The number of the first record that is not gone."""
+        return self._leaving[0][0] if self._leaving else otherwise
+
+    def _pop(self) -> float:
+        _, size, end_s, _ = self._leaving.popleft()
+        self.num_bytes -= size
+        return end_s
+
+
+def those_out_in_time(profile: Profile, bytes_per_s: float, window_bytes: float) -> list[bool]:
+    """The records that can leave without a wait: there is room on the way out when each is packed, and its copy ends within forward."""
+    way, chosen = WayOut(bytes_per_s, window_bytes), []
+    for number, (size, packed_s) in enumerate(zip(profile.stored_bytes, profile.packed_s, strict=True)):
+        way.advance(packed_s)
+        fits = way.has_room(size) and way.end_s(size, packed_s) <= profile.forward_s
+        chosen.append(fits)
+        if fits:
+            way.take(number, size, packed_s)
+    return chosen
+
+
+def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: float, window_bytes: float) -> list[bool]:
+    """Of the records that leave, those that are back when backward wants them.
+
+    As the cache fetches: whenever backward wants a record, those that were packed before it, nearest first, as far as the window reaches.
+    What would come too late stays, and gives its time on the link to the next.
+    """
+    result, fetched = list(leaves), [False] * len(leaves)
+    moved = [number for number, is_moved in enumerate(leaves) if is_moved]
+    free_s, num_left = profile.forward_s, len(moved)
+    for wanted_s, number in sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf):
+        if result[number] and not fetched[number]:
+            result[number], num_left = False, num_left - 1
+        if num_left == 0:
+            continue  # all of them are back or on their way
+        near_bytes = 0
+        for place in range(bisect.bisect_left(moved, number) - 1, -1, -1):
+            other = moved[place]
+            if not result[other] or profile.needed_s[other] < wanted_s:
+                continue  # it stays, or backward has had it
+            size = profile.stored_bytes[other]
+            if near_bytes and near_bytes + size > window_bytes:
+                break
+            if not fetched[other]:
+                took_s = size / bytes_per_s
+                end_s = max(free_s, wanted_s) + took_s
+                if end_s + SLACK_FRACTION * took_s > profile.needed_s[other]:
+                    result[other], num_left = False, num_left - 1
+                    continue
+                free_s, fetched[other], num_left = end_s, True, num_left - 1
+            near_bytes += size
+    return result
+
+
+def simulate_flight(profile: Profile, leaves: Sequence[bool], bytes_per_s: float, window_bytes: float, back_window_bytes: float) -> Flight:
+    """The way out of a round in which these leave, whether or not there is time for them."""
+    way, num_gone = WayOut(bytes_per_s, window_bytes), []
+    stalled_s, kept_bytes, moved_bytes, peak_bytes = 0.0, 0, 0, 0
+    for number, (size, packed_s) in enumerate(zip(profile.stored_bytes, profile.packed_s, strict=True)):
+        way.advance(packed_s + stalled_s)
+        if leaves[number]:
+            stalled_s += way.wait_for_room(size, packed_s + stalled_s)
+            way.take(number, size, packed_s + stalled_s)
+            moved_bytes += size
+        else:
+            kept_bytes += profile.device_bytes[number]
+        num_gone.append(way.first(number))
+        peak_bytes = max(peak_bytes, kept_bytes + way.num_bytes)
+    way.advance(profile.forward_s + stalled_s)
+    return Flight(
+        pace=Pace(num_gone=tuple(num_gone), num_gone_at_turn=way.first(len(num_gone))),
+        stalled_s=stalled_s,
+        peak_bytes=int(max(peak_bytes, kept_bytes + max(way.num_bytes, min(back_window_bytes, moved_bytes)))),
+    )

@@ -1,0 +1,160 @@
+"""How much may be under way: the windows each way, chosen on paper from a measured round.
+
+What a window is for. A block's largest tensors are made back to back (an MLP's inner state, and its activation), and while they are there
+nothing else may be on the device's account for long: a window of two of them has no room for the smaller ones before, so one of the two
+stays, in every block. A wider window costs its bytes at the moment when memory is fullest. What backward needs is less: it takes twice as
+long as forward, and wants one tensor at a time.
+
+Rules:
+
+1. While nothing is measured, and where somebody has asked for a window, both ways have the same (`default_window_bytes`).
+2. `Adaptive` tries `OUT_FACTORS` of the largest record that can leave, and takes the window with the lowest peak on paper among those
+   with which nearly as much leaves (`NEARLY`) as without any limit; then the way back the same among `BACK_FACTORS`.
+3. What is chosen has room: its peak is at most `Room.peak_bytes`, or it is no wider than what rule 1 says. Where something must leave that
+   costs time, or goes to a drive (which is not on this paper), the windows are rule 1's.
+4. A window is the most. In forward the mover lets go of what is gone by the pace that follows (`flight.py`), which is earlier.
+5. A round that was decided so and in which compute waited all the same was too bold: the link does not give beside compute what single
+   copies were measured at. The next decision takes less for its rates (`next_caution`), and part of that back when nothing waits.
+
+Costs: some 15 walks over the records of a micro-batch, each time that a round was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from overspill.activations.amounts import Adaptive, Amount, Room, Target, decide_targets
+from overspill.activations.flight import Flight, Pace, Profile, simulate_flight
+from overspill.spec.activations import ActivationRates
+from overspill.units import MIB
+
+LEAST_WINDOW_BYTES = 128 * MIB
+"""2.4 ms of a link of 55 GB/s: enough to reach from one record to the next. Chosen."""
+MOST_WINDOW_BYTES = 1024 * MIB
+"""Of rule 1, so that a few huge tensors, such as logits, do not hold as much memory as what has left. Chosen."""
+OUT_FACTORS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
+BACK_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
+"""Of the largest record. Chosen: in between nothing changes, for records are whole."""
+NEARLY = 0.98
+"""Of the bytes that could leave. Chosen: what is lost is less than what the claim of 0.9 of the bound leaves."""
+
+MOST_WAITED_FRACTION = 0.004
+"""Of a round: what events around waits that are none add up to stays below. Chosen."""
+FORWARDS_A_ROUND = 3.0
+"""Backward takes twice forward: what waited was a share of forward three times as large."""
+MOST_CORRECTION = 0.1
+LEAST_CAUTION = 0.6
+"""Both chosen: one round with a hiccup of something else shall not end all moving."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Device memory that may be under way; one record may always."""
+
+    out_bytes: int
+    back_bytes: int
+    largest_bytes: int
+    """The largest record of the round that they were chosen for; of rounds with larger ones they are as much wider."""
+
+    def grown(self, largest_bytes: int) -> Windows:
+        """For rounds whose largest record has so many bytes."""
+        most = max(largest_bytes, self.largest_bytes)
+        return Windows(
+            out_bytes=self.out_bytes * most // self.largest_bytes,
+            back_bytes=self.back_bytes * most // self.largest_bytes,
+            largest_bytes=most,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What is done in rounds like the one that was measured."""
+
+    targets: tuple[Target, ...]
+    windows: Windows
+    pace: Pace | None
+    """None: no rate is known."""
+    is_free: bool
+    """Whether compute never waits, on paper; not said of amounts that do not ask, nor of drives."""
+
+
+def next_caution(caution: float, waited_fraction: float) -> float:
+    """Rule 5: of the rates, what the next decision takes, after a decided round in which compute waited for so much of the time."""
+    if waited_fraction > MOST_WAITED_FRACTION:
+        return max(LEAST_CAUTION, caution * (1 - min(FORWARDS_A_ROUND * waited_fraction, MOST_CORRECTION)))
+    return min(1.0, caution + (1 - caution) / 4)
+
+
+def slowed(rates: ActivationRates, caution: float) -> ActivationRates:
+    """The rates of the link, times so much."""
+    out, back = rates.d2h_bytes_per_s, rates.h2d_bytes_per_s
+    return dataclasses.replace(rates, d2h_bytes_per_s=out and out * caution, h2d_bytes_per_s=back and back * caution)
+
+
+def default_window_bytes(largest_bytes: int) -> int:
+    """Rule 1: two of the largest record, within limits."""
+    return max(LEAST_WINDOW_BYTES, min(2 * largest_bytes, MOST_WINDOW_BYTES))
+
+
+def decide(amount: Amount, profile: Profile, rates: ActivationRates, room: Room, *, may_choose: bool) -> Decision:
+    """Where records go, and how much may be under way.
+
+    Args:
+        room: with the windows of rule 1.
+        may_choose: whether nobody has asked for a window.
+    """
+    is_adaptive, rate = isinstance(amount, Adaptive), rates.d2h_bytes_per_s
+    chosen = _chosen_room(amount, profile, rates, room) if may_choose and is_adaptive else room
+    targets = decide_targets(amount, profile, rates, chosen)
+    is_free = rate is not None and is_adaptive and _is_free(targets, amount.leaves(profile, rates, chosen))
+    if chosen is not room and not is_free:
+        chosen, targets = room, decide_targets(amount, profile, rates, room)
+    leaves = [target is not Target.KEEP for target in targets]
+    return Decision(
+        targets=targets,
+        windows=Windows(out_bytes=chosen.window_bytes, back_bytes=chosen.back_bytes, largest_bytes=max(profile.stored_bytes)),
+        pace=_fly(profile, leaves, rate, chosen).pace if rate is not None else None,
+        is_free=is_free,
+    )
+
+
+def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room: Room) -> Room:
+    """Rules 2 and 3; the same room if there is nothing to choose."""
+    rate = rates.d2h_bytes_per_s
+    unlimited = dataclasses.replace(room, window_bytes=_ALL, back_window_bytes=_ALL)
+    free = amount.leaves(profile, rates, unlimited)
+    largest = max((size for size, is_moved in zip(profile.stored_bytes, free, strict=True) if is_moved), default=0)
+    if rate is None or largest == 0:
+        return room
+    best = room
+    for way, factors in (("window_bytes", OUT_FACTORS), ("back_window_bytes", BACK_FACTORS)):
+        start = best if way == "back_window_bytes" else dataclasses.replace(room, back_window_bytes=_ALL)
+        tried: list[tuple[int, int, int, Room]] = []  # bytes that leave, peak, window
+        for num_bytes in sorted({max(LEAST_WINDOW_BYTES, int(factor * largest)) for factor in factors}):
+            other = dataclasses.replace(start, **{way: num_bytes})
+            leaves = amount.leaves(profile, rates, other)
+            # The way back is not chosen yet: its window is counted as rule 1's until then.
+            flight = _fly(profile, leaves, rate, dataclasses.replace(other, back_window_bytes=min(other.back_bytes, room.back_bytes)))
+            is_narrow = num_bytes <= (room.window_bytes if way == "window_bytes" else room.back_bytes)
+            if is_narrow or room.peak_bytes is None or flight.peak_bytes <= room.peak_bytes:
+                gone_bytes = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if is_moved)
+                tried.append((gone_bytes, flight.peak_bytes, num_bytes, other))
+        if not tried:
+            return room
+        enough = NEARLY * max(gone_bytes for gone_bytes, *_ in tried)
+        *_, best = min((item for item in tried if item[0] >= enough), key=lambda item: item[1:3])
+    return best
+
+
+def _fly(profile: Profile, leaves: list[bool], rate: float, room: Room) -> Flight:
+    return simulate_flight(profile, leaves, rate, room.window_bytes, room.back_bytes)
+
+
+def _is_free(targets: tuple[Target, ...], leaves: list[bool]) -> bool:
+    """Whether nothing goes to the drive, and nothing leaves but what can without a wait."""
+    return all(target is not Target.SSD and (target is Target.KEEP or is_free) for target, is_free in zip(targets, leaves, strict=True))
+
+
+_ALL = int(math.ldexp(1, 62))
+"""Bytes: no limit."""

@@ -1,0 +1,253 @@
+"""What may be under way is chosen on paper; the pace that follows lets nothing wait; and so it is with real hooks beside a paced link."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paced_link import LINK_BYTES_PER_S, SHAPES, PacedLink, PacedNet, simulate_host
+from small_nets import offload
+
+from overspill.activations import windows
+from overspill.activations.amounts import Adaptive, Room, SsdTrain, Target
+from overspill.activations.flight import Profile, simulate_flight, those_back_in_time, those_out_in_time
+from overspill.activations.windows import LEAST_CAUTION, Windows, decide, next_caution, slowed
+from overspill.spec.activations import ActivationRates, ActivationReport
+from overspill.units import GIB, MIB
+
+MB = 1_000_000
+
+
+def blocks(count: int, *, seconds: float = 0.0255, unit: int = 100 * MB) -> Profile:
+    """As a pre-norm block of hidden 12288 saves: units before the products, and two of four units back to back behind an MLP's."""
+    parts = ((1, 0.0), (1, 0.0), (3, 0.25), (1, 0.27), (1, 0.34), (1, 0.34), (4, 0.66), (4, 0.67))
+    sizes = tuple(unit * size for _ in range(count) for size, _ in parts)
+    packed = tuple((number + share) * seconds for number in range(count) for _, share in parts)
+    forward_s = count * seconds
+    needed = tuple(forward_s + 2 * (forward_s - at_s) for at_s in packed)
+    return Profile(device_bytes=sizes, stored_bytes=sizes, packed_s=packed, needed_s=needed, forward_s=forward_s)
+
+
+def room(**changes: Any) -> Room:
+    values = {"host_bytes": 10**13, "ssd_bytes": 0, "staging_bytes": 0, "window_bytes": 800 * MB, "keep_bytes": None}
+    return Room(**{**values, **changes})
+
+
+LINK = ActivationRates(d2h_bytes_per_s=55e9, h2d_bytes_per_s=55e9)
+
+
+def moved(profile: Profile, targets: tuple[Target, ...]) -> float:
+    gone = sum(size for size, target in zip(profile.device_bytes, targets, strict=True) if target is not Target.KEEP)
+    return gone / sum(profile.device_bytes)
+
+
+# -- on paper ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_of_the_largest_have_no_room_for_both_of_an_mlps_tensors_and_a_chosen_window_has() -> None:
+    profile = blocks(3)
+    fixed = decide(Adaptive(), profile, LINK, room(), may_choose=False)
+    chosen = decide(Adaptive(), profile, LINK, room(), may_choose=True)
+    assert fixed.windows.out_bytes == fixed.windows.back_bytes == 800 * MB < chosen.windows.out_bytes
+    assert chosen.windows.back_bytes <= 800 * MB, "backward takes twice as long"
+    bound = 55e9 * profile.forward_s / sum(profile.device_bytes)
+    assert moved(profile, fixed.targets) < 0.9 * bound <= moved(profile, chosen.targets)
+
+
+def test_a_window_without_room_on_the_device_is_not_chosen() -> None:
+    profile = blocks(3)
+    free = decide(Adaptive(), profile, LINK, room(), may_choose=True)
+    leaves = [target is not Target.KEEP for target in free.targets]
+    peak = simulate_flight(profile, leaves, 55e9, free.windows.out_bytes, free.windows.back_bytes).peak_bytes
+    tight = decide(Adaptive(), profile, LINK, room(peak_bytes=peak // 2), may_choose=True)
+    assert tight.windows.out_bytes <= 800 * MB and tight.windows.back_bytes <= 800 * MB
+
+
+def test_what_must_leave_and_what_goes_to_a_drive_have_the_usual_windows() -> None:
+    profile = blocks(3)
+    must = decide(Adaptive(), profile, LINK, room(keep_bytes=500 * MB), may_choose=True)
+    drive = decide(Adaptive(), profile, LINK, room(host_bytes=10**9, ssd_bytes=10**12, staging_bytes=10**9), may_choose=True)
+    assert not must.is_free and not drive.is_free and Target.SSD in drive.targets
+    assert [item.windows.out_bytes for item in (must, drive)] == [item.windows.back_bytes for item in (must, drive)] == [800 * MB] * 2
+    assert not decide(SsdTrain(), profile, LINK, room(), may_choose=True).is_free
+
+
+def test_without_a_rate_there_is_no_pace_and_with_tiny_records_the_least_window() -> None:
+    assert decide(Adaptive(), blocks(2), ActivationRates(), room(), may_choose=True).pace is None
+    small = decide(Adaptive(), blocks(3, unit=MB), LINK, room(), may_choose=True).windows
+    assert small.out_bytes == small.back_bytes == windows.LEAST_WINDOW_BYTES
+
+
+def test_the_benchmark_walks_the_same_round() -> None:
+    """`bounds.simulate_host` gives what is decided, and the peak that follows."""
+    profile = blocks(3)
+    decided = decide(Adaptive(), profile, LINK, room(), may_choose=True)
+    chosen = simulate_host(profile, d2h_bytes_per_s=55e9, h2d_bytes_per_s=55e9)
+    usual = simulate_host(profile, d2h_bytes_per_s=55e9, h2d_bytes_per_s=55e9, windows=(800 * MB, 800 * MB))
+    assert chosen.gone_fraction == pytest.approx(moved(profile, decided.targets))
+    assert (chosen.window_bytes, chosen.back_window_bytes) == (decided.windows.out_bytes, decided.windows.back_bytes)
+    assert usual.gone_fraction < chosen.gone_fraction and chosen.peak_fraction < usual.peak_fraction
+
+
+def test_larger_records_make_chosen_windows_as_much_wider() -> None:
+    chosen = Windows(out_bytes=300, back_bytes=150, largest_bytes=100)
+    assert chosen.grown(50) == chosen.grown(0) == chosen
+    assert chosen.grown(200) == Windows(out_bytes=600, back_bytes=300, largest_bytes=200)
+
+
+def test_waiting_makes_careful_and_not_waiting_bold_again() -> None:
+    careful = next_caution(1.0, 0.02)
+    assert careful == pytest.approx(0.94) and slowed(LINK, careful).d2h_bytes_per_s == pytest.approx(0.94 * 55e9)
+    assert careful < next_caution(careful, 0.0) < 1.0 == next_caution(1.0, 0.0)
+    for _ in range(50):
+        careful = next_caution(careful, 0.5)
+    assert careful == LEAST_CAUTION
+    assert slowed(ActivationRates(), 0.5) == ActivationRates()
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_what_is_chosen_never_waits_on_paper_and_its_pace_only_goes_on(data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, 30))
+    sizes = tuple(data.draw(st.lists(st.integers(1, 8 * MB), min_size=count, max_size=count)))
+    packed, at_s = [], 0.0
+    for gap in data.draw(st.lists(st.floats(0, 0.01), min_size=count, max_size=count)):
+        at_s += gap
+        packed.append(at_s)
+    needed = tuple(at_s + data.draw(st.floats(0, 0.1)) if data.draw(st.booleans()) else math.inf for _ in range(count))
+    profile = Profile(device_bytes=sizes, stored_bytes=sizes, packed_s=tuple(packed), needed_s=needed, forward_s=at_s)
+    rate, window = data.draw(st.floats(1e6, 1e11)), data.draw(st.integers(1, 50 * MB))
+    out = those_out_in_time(profile, rate, window)
+    back = those_back_in_time(profile, out, rate, data.draw(st.integers(1, 50 * MB)))
+    assert all(was or not is_back for was, is_back in zip(out, back, strict=True))
+    for leaves in (out, back):
+        flight = simulate_flight(profile, leaves, rate, window, window)
+        assert flight.stalled_s == 0, "fewer copies never make one later"
+        kept = sum(size for size, is_moved in zip(sizes, leaves, strict=True) if not is_moved)
+        assert kept <= flight.peak_bytes <= kept + max(window, max(sizes))
+        gone = [*flight.pace.num_gone, flight.pace.num_gone_at_turn]
+        assert gone == sorted(gone) and gone[-1] <= count
+        assert all(number <= index + 1 for index, number in enumerate(flight.pace.num_gone))
+    slow = simulate_flight(profile, [True] * count, rate, window, window)
+    assert sum(sizes) / rate <= slow.stalled_s + profile.forward_s + (window + max(sizes)) / rate + 1e-9
+
+
+# -- beside a paced link -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Of one shape, at the clock of the shape: see `PacedNet`."""
+
+    of_keep: float
+    """Throughput."""
+    reached: float
+    """What has left, of the link's bound."""
+    peak: float
+    """Of all that is saved."""
+    report: ActivationReport
+
+
+@pytest.fixture
+def paced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    def run(name: str, *, num_rounds: int = 6, slower: float = 1.0, window_bytes: int | None = None, **more: Any) -> Outcome:
+        """Rounds of a shape; from the fourth on the link may be slower than it was measured at."""
+        net = PacedNet(SHAPES[name])
+        monkeypatch.setattr("overspill.activations.opened.open_link", net.open_link)
+        for constant, num_bytes in (("LEAST_WINDOW_BYTES", 128 * MIB), ("MOST_WINDOW_BYTES", GIB)):
+            monkeypatch.setattr(windows, constant, int(num_bytes / net.scale))
+        keep_s, expected = net.step()
+        window = None if window_bytes is None else int(window_bytes / net.scale)
+        settings = {"amount": "adaptive", "host_budget": "256MiB", "min_bytes": int(MIB / net.scale), "window": window, **more}
+        with offload(net.net, **settings) as active:
+            for number in range(num_rounds):
+                if number == 3:
+                    net.link.slow_down(slower)
+                step_s, found = net.step()
+                assert all(map(torch.equal, found, expected))
+            profile = active.profile()
+            report = active.report()
+        last = report.rounds[-1]
+        assert last.is_planned and profile is not None and report.num_live == 0
+        bound = min(1.0, net.bytes_per_s * profile.forward_s / last.packed_bytes)
+        return Outcome(
+            of_keep=keep_s / step_s,
+            reached=(1 - last.kept_bytes / last.packed_bytes) / bound,
+            peak=last.device_peak_bytes / last.packed_bytes,
+            report=report,
+        )
+
+    yield run
+
+
+WIDE = [name for name in SHAPES if "llama" not in name]
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_nine_tenths_of_the_bound_leave_at_keeps_speed(name: str, paced: Any) -> None:
+    """Products at 600 TFLOPS and a link of 55 GB/s: assumed, and so simulated. What was before: `docs/log.md`."""
+    found, shape = paced(name), SHAPES[name]
+    assert found.reached >= 0.92 and found.of_keep >= 0.998, found
+    two = 2 * 4 * shape.tokens() * shape.hidden * 2
+    fixed = paced(name, window_bytes=two)
+    assert found.peak <= fixed.peak and found.reached > fixed.reached and fixed.of_keep >= 0.998
+    assert found.peak <= (0.53 if shape.hidden == 12288 else 0.56), "at 12288 by more than the 47 % that SSDTrain reports"
+    last = found.report.rounds[-1]
+    assert last.back_window_bytes < last.window_bytes
+
+
+def test_a_link_slower_than_it_was_measured_costs_what_it_is_slower_by_until_the_next_look(paced: Any) -> None:
+    """One tenth slower, in a forward that the link fills: at most a tenth of a third of the step."""
+    before = paced("gpt-8192x4", slower=1.1, num_rounds=5)
+    after = paced("gpt-8192x4", slower=1.1, num_rounds=7)
+    assert 0.96 <= before.of_keep < 0.99 and after.of_keep >= 0.995
+    assert after.report.rates.d2h_bytes_per_s < 0.95 * before.report.rates.d2h_bytes_per_s
+
+
+def test_gaps_between_copies_that_no_rate_shows_make_the_next_decision_careful(paced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = PacedLink._start
+
+    def late(self: PacedLink, way: str, target: Any, source: Any, mark: float, after: Any) -> Any:
+        self._free_s[way] = max(self._free_s[way], mark) + 0.0004
+        return start(self, way, target, source, mark, after)
+
+    monkeypatch.setattr(PacedLink, "_start", late)
+    first, later = paced("gpt-8192x4", num_rounds=3), paced("gpt-8192x4", num_rounds=6)
+    assert first.of_keep < 0.99 < later.of_keep, (first, later)
+    assert later.reached > 0.75
+
+
+def test_micro_batches_in_flight_share_the_link_of_their_own_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two or three forwards before the first backward: each has the link for its own time, and not for that of the others."""
+    for num_ahead in (2, 3):
+        net = PacedNet(SHAPES["gpt-8192x4"])
+        monkeypatch.setattr("overspill.activations.opened.open_link", net.open_link)
+        monkeypatch.setattr(windows, "LEAST_WINDOW_BYTES", int(128 * MIB / net.scale))
+
+        def step(net: PacedNet = net, num_ahead: int = num_ahead) -> float:
+            begun_s = net.link.now_s
+            for loss in [net.net(net.inputs * (1 + number)) for number in range(num_ahead)]:
+                loss.backward()
+            net.link.synchronize()
+            return net.link.now_s - begun_s
+
+        keep_s = step()
+        with offload(net.net, amount="adaptive", host_budget="256MiB", min_bytes=int(MIB / net.scale), window=None) as active:
+            for _ in range(7):
+                step_s = step()
+        last = active.report().rounds[-1]
+        assert keep_s / step_s >= 0.99 and last.kept_bytes < 0.6 * last.packed_bytes
+
+
+def test_amounts_that_may_wait_keep_their_bits_beside_a_paced_link(paced: Any) -> None:
+    """A budget for what stays, SSDTrain's rule, and everything; each waits as long as it must, and no longer than its bytes take."""
+    for more in ({"device_budget": "200KiB"}, {"amount": "ssdtrain"}, {"recompute": "cheap"}):
+        found = paced("t5-12288x3", **more)
+        assert found.of_keep > 0.5
+    assert LINK_BYTES_PER_S == 55e9
