@@ -236,7 +236,7 @@ void update_staged(const ChunkArrays& arrays, const UpdateScalars& scalars, cons
 void update_part(const ChunkArrays& arrays, const UpdateScalars& scalars, const Piece& part, GradientStats* stats) {
   SquaresOfGroups groups;
   Piece rest = part;
-  if (is_fused(arrays, scalars)) {
+  if (is_fused(arrays, scalars, part)) {
     Piece whole = part;
     whole.end = part.start + (part.end - part.start) / kBlock * kBlock;
     if (stats != nullptr) {

@@ -95,6 +95,19 @@ def test_misaligned_starts_change_nothing(build_segment, state_format):
         expected.assert_same_bits(found)
 
 
+@pytest.mark.parametrize("isa", core.supported_isas())
+@pytest.mark.parametrize("state_format", ["bf16", "int8"])
+def test_rounding_takes_its_bits_from_an_elements_number_wherever_a_segment_starts_in_its_tensor(build_segment, isa, state_format):
+    scalars = OPTIMIZERS[0].scalars(step=2)
+    for first in (77, 2**16 - 256, 2**16 + 256 * 41, 2**24 - 1, 2**32 - 512):  # in and across blocks, halves and words of numbers
+        expected = build_segment(torch.bfloat16, torch.bfloat16, 2048, state_format=state_format)
+        expected.rounding = Rounding(key=0x3C6EF372FE94F82B, first_element=first)
+        found = expected.clone()
+        update_reference(scalars, **expected.arguments)
+        update(scalars, **found.arguments, isa=isa)
+        expected.assert_same_bits(found)
+
+
 def segment_rows(*rows: tuple[int, int, int, int, int]) -> np.ndarray:
     return np.array(list(rows), dtype=SEGMENT_DTYPE)
 

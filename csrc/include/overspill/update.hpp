@@ -83,7 +83,7 @@ struct UpdateRange {
   std::int64_t start;  // element of the chunk; in format int8 a multiple of 256
   std::int64_t num_elements;
   std::uint64_t key;            // of the tensor and the step, for stochastic rounding
-  std::uint32_t first_element;  // of the tensor (modulo 2^32, the key has the rest), at `start`
+  std::uint32_t first_element;  // of the tensor (modulo 2^32, the key has the rest), at `start`; narrow formats: fast at multiples of 256
   std::uint32_t scalars;        // which of the scalars given
 };
 
