@@ -14,9 +14,9 @@ Rules:
    it comes.
 2. On the device all else is placed one by one, into the lowest gap among what is lent at the same time and placed already: largest first,
    in the order of the program, longest lent first; in each order again with whatever ended highest put first. The smallest arena is taken.
-3. In host memory a slot is a chunk, a hidden state, or what a graph stores: some hundred times as many, of few sizes. They are placed in
-   passes through the program (`planning/sweep.py`), with as much rest as `RESTING_WASTE` of the arena gives; one by one, as on the
-   device, only where passes without rest leave waste and the slots are few.
+3. In host memory a slot is a chunk, a hidden state, or what a graph stores: some hundred times as many, of few sizes. They are placed
+   largest first, or in a pass through the program (`planning/sweep.py`), and with as much rest as `RESTING_WASTE` of the arena gives: a
+   slot's bytes stay free for a while, so that nobody waits for the lane that has just given them back.
 4. Offsets and sizes are multiples of the slots' granule.
 
 Costs, once a program: some 20 us a slot and attempt on the device, 5 us a slot in host memory (13,448 slots of Llama-3.1-8B with
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from overspill.planning.pools import SLOT_BYTES, PoolEvent
 from overspill.planning.space import host_room_bytes, pinned_room_bytes
@@ -43,12 +43,12 @@ ATTEMPTS = 24
 """In each order, and less where the program has many slots: `MOST_PLACED`."""
 MOST_PLACED = 16384
 """Slots placed in all attempts of an order together. Chosen: some tenths of a second."""
-RESTING_SHARES = (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+RESTING_SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.95)
 """Of the least bytes: what lent and resting slots in host memory may take together. Tried; the largest that is found to fit is taken."""
 RESTING_WASTE = 0.04
 """Share of an arena in host memory that may be spent on rest. Chosen: all that is lent at one time is then more than 95 % of it."""
-MOST_SEARCHED = 1024
-"""Slots in host memory that are placed one by one where passes through the program leave waste. Chosen: some tenths of a second."""
+MOST_COMPARISONS = 1_000_000
+"""Of slots with those beside them, up to which slots in host memory are also placed one by one. Chosen: a tenth of a second."""
 
 Place = tuple[int, int]
 """(offset, bytes)."""
@@ -142,30 +142,48 @@ def _collect(events: Iterable[PoolEvent], waiting: Mapping[Chunk, Place], tier: 
 def _pass_through(items: Sequence[Lifetime], fixed_bytes: int, *, wanted_bytes: int, most_bytes: int) -> tuple[dict[int, int], int]:
     """The arena of rule 3: offsets by slot, and bytes."""
 
-    def place(items: Sequence[Lifetime], fit: Fit) -> tuple[dict[int, int], int]:
-        offsets, highest = sweep(items, wanted_bytes=wanted_bytes, fit=fit)
-        return offsets, max(highest, fixed_bytes)
+    def attempts(items: Sequence[Lifetime], *fits: Fit) -> Iterator[tuple[dict[int, int], int]]:
+        if _num_comparisons(items) <= MOST_COMPARISONS:
+            yield _place(sorted(items, key=_by_size), fixed_bytes)
+        for fit in fits:
+            offsets, highest = sweep(items, wanted_bytes=wanted_bytes, fit=fit)
+            yield offsets, max(highest, fixed_bytes)
 
     low, high, best = 0, len(RESTING_SHARES), None
     while low < high:
         middle = (low + high) // 2
-        found = place(with_rest(items, limit_bytes=int(RESTING_SHARES[middle] * wanted_bytes)), Fit.LOWEST)
-        if found[1] <= most_bytes:
+        rested = with_rest(items, limit_bytes=int(RESTING_SHARES[middle] * wanted_bytes))
+        found = next((arena for arena in attempts(rested, Fit.LOWEST) if arena[1] <= most_bytes), None)
+        if found is not None:
             low, best = middle + 1, found
         else:
             high = middle
-    if best is not None:
-        return best
-    attempts = [place(items, fit) for fit in Fit]
-    if len(items) <= MOST_SEARCHED and min(num_bytes for _, num_bytes in attempts) > wanted_bytes:
-        attempts.append(_search(items, fixed_bytes, least_bytes=wanted_bytes))
-    return min(attempts, key=lambda arena: arena[1])
+    return best or min(attempts(items, *Fit), key=lambda arena: arena[1])
+
+
+def _num_comparisons(items: Sequence[Lifetime]) -> int:
+    """What `_place` does with them: each looks at all that share a stretch with it."""
+    changes: collections.Counter[int] = collections.Counter()
+    for item in items:
+        stretches = _stretches(item)
+        changes[stretches.start] += 1
+        changes[stretches.stop] -= 1
+    total = beside = before = 0
+    for stretch, change in sorted(changes.items()):
+        total += (stretch - before) * beside * beside
+        beside, before = beside + change, stretch
+    return total
+
+
+def _by_size(item: Lifetime) -> tuple[int, int]:
+    """Largest first."""
+    return -item.num_bytes, item.begin
 
 
 def _search(items: Sequence[Lifetime], fixed_bytes: int, *, least_bytes: int) -> tuple[dict[int, int], int]:
     """The smallest arena that is found (rule 2): offsets by slot, and bytes."""
     orders: tuple[Callable[[Lifetime], tuple[int, int]], ...] = (
-        lambda item: (-item.num_bytes, item.begin),
+        _by_size,
         lambda item: (item.begin, item.number),
         lambda item: (item.begin - item.end, item.begin),
     )

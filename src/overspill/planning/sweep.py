@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import bisect
 import collections
-import dataclasses
 import enum
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 MOST_LOOKS = 256
 """Gaps that are looked at for one slot. Chosen: programs of real models have a few at a time."""
@@ -36,9 +36,8 @@ class Fit(enum.Enum):
     TIGHTEST = "tightest"
 
 
-@dataclasses.dataclass(frozen=True)
-class Lifetime:
-    """One slot, from the event that borrows it to the one that gives it back, the latter left out."""
+class Lifetime(NamedTuple):
+    """One slot, from the event that borrows it to the one that gives it back, the latter left out. A tuple: there are many thousands."""
 
     number: int
     num_bytes: int
@@ -98,7 +97,7 @@ def with_rest(items: Sequence[Lifetime], *, limit_bytes: int) -> list[Lifetime]:
             held_bytes -= woken.num_bytes
             ends[woken.number] = item.begin
     ends.update((item.number, last) for item in resting)
-    return [dataclasses.replace(item, end=ends.get(item.number, item.end)) for item in items]
+    return [Lifetime(*item[:3], ends[item.number], *item[4:]) if item.number in ends else item for item in items]
 
 
 def _find(gaps: _Gaps, reserved: _Reserved, item: Lifetime, *, wanted_bytes: int, fit: Fit) -> int:
