@@ -4,7 +4,7 @@ The package has no switch for these; nobody should want them off. What is exchan
 
 | part | switched off | seam |
 |---|---|---|
-| `pool` | every slot of host memory is as large as the model's largest tensor (DeepSpeed's swap buffers) | `SlotPool.acquire` |
+| `pool` | every slot of host memory is as large as the model's largest tensor (DeepSpeed's swap buffers) | `Arena` |
 | `pinned` | torch's caching host allocator, which rounds up to powers of two and keeps what is freed | `Memory.allocate` |
 | `check` | each gradient is looked at by `isinf(x).any()` and `isnan(x).any()` on an fp32 copy in host memory | `optim.sum_of_squares` |
 | `check-flat` | the same on all gradients of a step in one flat fp32 buffer, which is how DeepSpeed keeps them | the same |
@@ -31,7 +31,7 @@ import torch
 import overspill.runtime.session  # noqa: F401  # loads every module that refers to what is exchanged
 from overspill.errors import BudgetError, StorageError
 from overspill.optim import sum_of_squares
-from overspill.tiers import HostMemory, SlotPool
+from overspill.tiers import Arena, HostMemory, SlotPool
 from overspill.tiers.checksums import block_checksums
 from overspill.tiers.transfer import DamagedBlock
 
@@ -71,7 +71,7 @@ def without(part: str | None, *, largest_tensor_bytes: int, num_parameters: int)
     if part is None:
         yield {}
     elif part == "pool":
-        with exchanged(SlotPool, _one_size_pool(largest_tensor_bytes)):
+        with exchanged(Arena, _one_size_arena(largest_tensor_bytes)):
             yield {}
     elif part == "pinned":
         with exchanged(HostMemory, PowerOfTwoMemory):
@@ -107,16 +107,33 @@ class _PartOfSlot:
         self._slot.release(after)
 
 
-def _one_size_pool(largest_tensor_bytes: int) -> Callable[[Any, str], SlotPool]:
+def _one_size_pool(largest_tensor_bytes: int) -> type[SlotPool]:
     class OneSizePool(SlotPool):
-        """Slots that are all as large as the largest tensor."""
+        """Slots that are all as large as the largest tensor, as many as the program wants."""
+
+        limit_bytes = property(lambda self: None, lambda self, limit_bytes: None)  # type: ignore[assignment]
 
         def acquire(self, num_bytes: int) -> Any:
             return _PartOfSlot(super().acquire(max(num_bytes, largest_tensor_bytes)), num_bytes)
 
-    def make(memory: Any, name: str, **others: Any) -> SlotPool:
+    return OneSizePool
+
+
+def _one_size_arena(largest_tensor_bytes: int) -> Callable[[Any, str], Arena]:
+    class OneSizeArena(Arena):
+        """No places in one block: all slots from a pool of one size."""
+
+        def __init__(self, memory: Any, name: str) -> None:
+            super().__init__(memory, name)
+            self.unplanned = _one_size_pool(largest_tensor_bytes)(memory, name)
+
+        def follow(self, places: Any, *, num_bytes: int) -> bool:
+            self.leave()
+            return False
+
+    def make(memory: Any, name: str, **others: Any) -> Arena:
         # MemAscend's pool, and DeepSpeed's, are host memory; slots on the device stay as they are.
-        return (OneSizePool if isinstance(memory, HostMemory) else SlotPool)(memory, name, **others)
+        return OneSizeArena(memory, name) if isinstance(memory, HostMemory) else Arena(memory, name, **others)
 
     return make
 

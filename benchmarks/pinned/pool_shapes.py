@@ -1,10 +1,11 @@
-"""What the pools of slots take for four models, beside pools in which every slot is as large as the largest tensor.
+"""What the arenas of slots take for four models, beside pools by size and pools in which every slot is as large as the largest tensor.
 
     python benchmarks/pinned/pool_shapes.py --out benchmarks/results/pool-shapes.json
 
 No weights and no GPU: each model is built on the meta device from its published numbers, planned with everything on the SSD (which is
-when pools carry everything), and the schedule of one step is replayed through the real pools, over memory that only counts.
-Each pool may hold what the schedule needs at its fullest moment (`planning/pools.py`), and not a byte more.
+when pools carry everything), and the schedule of one step is replayed through the real arenas (`tiers/arena.py`), with the places that
+a session would give it (`planning/arena.py`), over memory that only counts. The same through pools that keep slots by size, each size at
+its own most (`by_size`). Beside the models the runs of `benchmarks/host_memory` on 1.10B and 3.02B, whose pools were measured on a GPU.
 """
 
 from __future__ import annotations
@@ -15,22 +16,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from overspill.huggingface import StreamedModel, build_meta_model
-from overspill.planning.pools import PoolEvent, pool_demand, pool_events
+from overspill.planning import ArenaPlan, plan_arenas
+from overspill.planning.pools import PoolEvent, pool_events
 from overspill.runtime.opening import make_plan
-from overspill.scheduling import build_train_step
+from overspill.scheduling.build import full_step
 from overspill.spec.documents import to_plain
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.report import PoolReport
 from overspill.spec.tensors import CHUNK_BYTES, Tier
-from overspill.tiers import Slot, SlotPool
+from overspill.tiers import Arena, Slot, SlotPool
 from overspill.units import format_bytes
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from shapes import SHAPES
 
 QWEN = {"rope_theta": 1e6, "tie_word_embeddings": False, "max_position_embeddings": 32768, "num_key_value_heads": 8}
 MODELS: dict[str, PreTrainedConfig] = {
@@ -79,33 +86,49 @@ class CountingMemory:
         self._sizes.clear()
 
 
-def plan_model(name: str, *, num_blocks: int | None = None, clip: float | None = None, accumulate: int = 2) -> Plan:
+RUNS = {
+    f"{name}, hidden states on {boundaries}{', clipped' if clip else ''}": (name, boundaries, clip)
+    for name in ("1.10B", "3.02B")
+    for boundaries, clip in (("device", None), ("ssd", None), ("ssd", 1.0))
+}
+"""Of `benchmarks/host_memory`: 8 x 2048 tokens, parameters and states on the SSD."""
+
+
+def plan_model(config: PreTrainedConfig, *, num_blocks: int | None = None, **request: Any) -> Plan:
     """The plan for a model with everything on the SSD.
 
     Args:
         num_blocks: instead of the model's own; blocks are alike, so a few show the same pattern.
+        request: what differs from two micro-batches of 1 x 2048 tokens with hidden states in host memory.
     """
-    config = MODELS[name]
     if num_blocks is not None:
         config = type(config)(**{**config.to_dict(), "num_hidden_layers": num_blocks, "layer_types": None})
     model = StreamedModel(build_meta_model(config, dtype=torch.bfloat16))
-    request = PlanRequest(
-        parameters="ssd", states="ssd", boundaries="host", ssd_dir="ssd", seq_len=2048, micro_batch=1, accumulate=accumulate, clip=clip
-    )  # fmt: skip
-    return make_plan(request, model, HardwareSpec(), device="cuda:0", chunk_bytes=CHUNK_BYTES)
+    fields = {"boundaries": "host", "seq_len": 2048, "micro_batch": 1, "accumulate": 2, **request}
+    return make_plan(
+        PlanRequest(parameters="ssd", states="ssd", ssd_dir="ssd", **fields),
+        model,
+        HardwareSpec(),
+        device="cuda:0",
+        chunk_bytes=CHUNK_BYTES,
+    )
 
 
 def step_events(plan: Plan) -> list[PoolEvent]:
-    """What one step of the plan borrows and gives back."""
-    schedule = build_train_step(plan, [plan.micro_batch * plan.seq_len] * plan.accumulate, starts_pending=False)
-    return list(pool_events(schedule, plan))
+    """What one step of the plan, in a row of them, borrows and gives back."""
+    return list(pool_events(full_step(plan), plan))
 
 
-def replay(events: list[PoolEvent], *, num_steps: int = 2, is_limited: bool = True) -> dict[str, PoolReport]:
-    """Run the pools through `num_steps` steps; what they report."""
-    demand = pool_demand(events)
-    pools = {tier: SlotPool(CountingMemory(), tier.value, limit_bytes=demand[tier].least_bytes if is_limited else None) for tier in demand}
+def replay(events: list[PoolEvent], arenas: dict[Tier, ArenaPlan] | None = None, *, num_steps: int = 2) -> dict[str, PoolReport]:
+    """Run the slots through `num_steps` steps; what the pools report.
+
+    Args:
+        arenas: places of the slots; None: slots by size.
+    """
+    pools = {tier: (Arena if arenas is not None else SlotPool)(CountingMemory(), tier.value) for tier in (Tier.DEVICE, Tier.HOST)}
     for _ in range(num_steps):
+        for tier, arena in (arenas or {}).items():
+            pools[tier].follow(arena.places, num_bytes=arena.num_bytes)
         lent: dict[tuple[Tier, int], Slot] = {}
         for event in events:
             if event.num_bytes:
@@ -142,6 +165,25 @@ def figures(report: PoolReport) -> dict[str, object]:
     }
 
 
+def describe(plan: Plan) -> dict[str, Any]:
+    """Of a step's slots: in arenas, and by size."""
+    events = step_events(plan)
+    begun = time.perf_counter()
+    arenas = plan_arenas(events, plan)
+    found: dict[str, Any] = {"num_slots": {tier.value: len(arena.places) for tier, arena in arenas.items()}}
+    found["plan_s"] = time.perf_counter() - begun
+    found["pools"] = {tier: figures(report) for tier, report in replay(events, arenas).items()}
+    return found | {"by_size": {tier: figures(report) for tier, report in replay(events).items()}}
+
+
+def print_figures(name: str, found: dict[str, Any]) -> None:
+    for tier, pool in found["pools"].items():
+        one_size = f"one size {format_bytes(pool['one_size_bytes'])}, waste {pool['one_size_waste_fraction']:.2%}"
+        by_size = f"by size {found['by_size'][tier]['waste_fraction']:.2%}"
+        print(f"{name} {tier}: {format_bytes(pool['peak_bytes'])}, waste {pool['waste_fraction']:.2%} ({by_size}); {one_size}")
+    print(f"{name}: {sum(found['num_slots'].values())} slots placed in {found['plan_s']:.2f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Waste of the pools for four models, from their shapes.")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
@@ -150,21 +192,14 @@ def main() -> None:
     options = parser.parse_args()
     models = {}
     for name in options.models:
-        start = time.perf_counter()
-        plan = plan_model(name, num_blocks=options.blocks)
-        events = step_events(plan)
-        limited, free = replay(events), replay(events, is_limited=False)
-        models[name] = {
-            "num_parameters": plan.num_parameters,
-            "slots_of_tensors": tensor_slots(plan),
-            "pools": {tier: figures(report) for tier, report in limited.items()},
-            "without_a_limit": {tier: figures(report) for tier, report in free.items()},
-        }
-        for tier, report in limited.items():
-            one_size = f"one size {format_bytes(report.one_size_bytes)}, waste {report.one_size_waste_fraction:.2%}"
-            unlimited = f"without a limit {free[tier].waste_fraction:.2%}"
-            print(f"{name} {tier}: {format_bytes(report.peak_bytes)}, waste {report.waste_fraction:.2%} ({unlimited}); {one_size}")
-        print(f"{name}: {time.perf_counter() - start:.1f} s")
+        plan = plan_model(MODELS[name], num_blocks=options.blocks)
+        models[name] = {"num_parameters": plan.num_parameters, "slots_of_tensors": tensor_slots(plan), **describe(plan)}
+        print_figures(name, models[name])
+    runs = {}
+    for name, (shape, boundaries, clip) in RUNS.items():
+        config = SHAPES[shape].config()
+        runs[name] = describe(plan_model(config, num_blocks=options.blocks, boundaries=boundaries, clip=clip, micro_batch=8, accumulate=1))
+        print_figures(name, runs[name])
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     result = {
         "command": " ".join(sys.argv),
@@ -175,6 +210,7 @@ def main() -> None:
         "transformers": transformers.__version__,
         "batch": "2 micro-batches of 1 x 2048 tokens, parameters and states on the SSD, hidden states in host memory, no clipping",
         "models": models,
+        "runs": runs,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=2) + "\n")

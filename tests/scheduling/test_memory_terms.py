@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matrices import make_plan
 
-from overspill.planning import full_step, plan_arena, pool_demand, pool_events
+from overspill.planning import full_step, plan_arena, pool_events
 from overspill.planning.memory import (
     CUDA_CONTEXT_BYTES,
     CUDA_PROCESS_GROWTH_BYTES,
@@ -14,7 +14,6 @@ from overspill.planning.memory import (
     host_terms,
 )
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.tensors import Tier
 
 
 def test_the_parts_on_a_gpu_are_homes_slots_boundaries_and_one_unit_at_work() -> None:
@@ -37,10 +36,10 @@ def test_the_parts_of_the_process_are_homes_slots_and_itself_and_on_a_cpu_the_de
         plan = make_plan(parameters="host", states="host", boundaries="device", device=device)
         schedule = full_step(plan)
         on_device = device_terms(schedule, plan, slot_bytes=8192)
-        terms = {term.name: term.num_bytes for term in host_terms(schedule, plan, hardware, device=on_device)}
+        terms = {term.name: term.num_bytes for term in host_terms(schedule, plan, hardware, slot_bytes=12288, device=on_device)}
         held = sum(bundle.parameter_bytes + plan.state_bytes(name) for name, bundle in plan.bundles.items())
         assert held <= terms["homes"] <= held + 4096 * 2 * len(plan.bundles)
-        assert terms["slots"] == pool_demand(pool_events(schedule, plan))[Tier.HOST].steady_bytes
+        assert terms["slots"] == 12288
         assert terms["process"] == 123
         assert ("device slots" in terms) == (device == "cpu") and ("growth beside a GPU" in terms) == (device != "cpu")
 
@@ -54,7 +53,7 @@ def test_what_a_process_takes_beside_its_tensors_is_as_measured_if_it_was_and_el
         (HardwareSpec(), (CUDA_CONTEXT_BYTES, 0, LIBRARY_WORKSPACE_BYTES, CUDA_PROCESS_GROWTH_BYTES)),
     ):
         on_device = device_terms(schedule, plan, slot_bytes=8192, hardware=hardware)
-        on_host = host_terms(schedule, plan, hardware, device=on_device)
+        on_host = host_terms(schedule, plan, hardware, slot_bytes=8192, device=on_device)
         terms = {term.name: term for term in (*on_device, *on_host)}
         names = ("CUDA context", "session's part of the context", "library workspaces", "growth beside a GPU")
         assert tuple(terms[name].num_bytes if name in terms else 0 for name in names) == expected

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from overspill.errors import BudgetError
+from overspill.ranges import LeftWork
 from overspill.tiers import Arena, DeviceMemory
 
 PAGE = 4096
@@ -147,3 +153,64 @@ def test_trimming_keeps_the_block_while_a_program_runs_in_it() -> None:
     assert arena.trim() == 0, "the program will borrow more"
     arena.leave()
     assert arena.trim() == PAGE
+
+
+def test_who_is_in_no_program_borrows_from_the_idle_block_and_beside_it_where_it_is_lent() -> None:
+    memory, arena = make_arena()
+    work = Work()
+    arena.follow([(0, PAGE), (PAGE, 2 * PAGE)], num_bytes=3 * PAGE)
+    arena.acquire(PAGE).release([work])
+    with arena.borrow(2 * PAGE) as slot:
+        assert slot.after == (work,) and memory.allocated_bytes == 3 * PAGE
+    arena.follow([(0, PAGE)], num_bytes=3 * PAGE)
+    lent = arena.acquire(PAGE)
+    arena.unplanned.limit_bytes = PAGE  # of a program before, which is over
+    with arena.borrow(2 * PAGE) as slot:
+        assert slot.block_name.startswith("device/slot-") and memory.allocated_bytes == 5 * PAGE
+    assert arena.report().peak_bytes == 5 * PAGE and arena.report().peak_asked_bytes == 3 * PAGE
+    arena.follow([(PAGE, PAGE)], num_bytes=3 * PAGE)
+    assert memory.allocated_bytes == 3 * PAGE, "what was lent by size is not kept beside the arena"
+    lent.release()
+    memory.close()
+
+
+def test_a_budget_without_room_beside_the_block_gives_the_block_up_for_what_is_borrowed() -> None:
+    memory, arena = make_arena(budget_bytes=4 * PAGE)
+    arena.follow([(0, PAGE)], num_bytes=2 * PAGE)
+    lent = arena.acquire(PAGE)
+    with pytest.raises(BudgetError):
+        arena.borrow(3 * PAGE)
+    lent.release()
+    arena.borrow(3 * PAGE).release()
+    assert arena.block_bytes == 0
+    assert arena.follow([(0, PAGE)], num_bytes=2 * PAGE) and memory.allocated_bytes == 2 * PAGE
+    memory.close()
+
+
+def test_thousands_of_slots_are_lent_in_a_moment() -> None:
+    memory, arena = make_arena()
+    number = 4000
+    arena.follow([(index * PAGE, PAGE) for index in range(number)], num_bytes=number * PAGE)
+    begun = time.perf_counter()
+    slots = [arena.acquire(PAGE) for _ in range(number)]
+    for slot in slots:
+        slot.release([Work()])
+    assert time.perf_counter() - begun < 2
+    assert arena.used_bytes == 0
+    memory.close()
+
+
+@settings(max_examples=50, deadline=None)
+@given(steps=st.lists(st.tuples(st.booleans(), st.integers(0, 30), st.integers(1, 8)), max_size=60))
+def test_work_left_on_ranges_is_found_by_whoever_gets_any_byte_of_them(steps: list[tuple[bool, int, int]]) -> None:
+    """Against a list of bytes."""
+    book, left, lent = LeftWork[int](), {}, []
+    for number, (gives_back, start, size) in enumerate(steps):
+        if gives_back and lent:
+            low, high = lent.pop(start % len(lent))
+            book.leave(low, high, (number,))
+            left.update(dict.fromkeys(range(low, high), number))
+        elif all(start + size <= low or high <= start for low, high in lent):
+            assert sorted(book.take(start, start + size)) == sorted({left.pop(byte) for byte in range(start, start + size) if byte in left})
+            lent.append((start, start + size))
+    assert set(book) == set(left.values())

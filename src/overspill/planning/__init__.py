@@ -1,6 +1,6 @@
 """Which: from budgets and a model to a plan, and from a schedule to a prediction; pure."""
 
-from overspill.planning.arena import ArenaPlan, plan_arena
+from overspill.planning.arena import ArenaPlan, plan_arena, plan_arenas
 from overspill.planning.cost import Costs, build_costs
 from overspill.planning.layout import build_layout
 from overspill.planning.place import build_plan, predict_step
@@ -16,6 +16,7 @@ __all__ = [
     "build_plan",
     "full_step",
     "plan_arena",
+    "plan_arenas",
     "pool_demand",
     "pool_events",
     "predict_step",

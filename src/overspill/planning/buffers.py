@@ -3,25 +3,23 @@
 A buffer is given back at the op that frees it, together with the work that still uses it, and lent again at once: whoever gets it waits
 for that work. So an op may wait for ops that the schedule does not name. Here the same buffers are handed on in the same order:
 
-1. On the device, regions and fetched hidden states lie where `planning.arena` puts them; whoever is given bytes waits for the work that
-   is left on any of them.
-2. In host memory a slot of the same size is taken, the one given back first.
-3. A record of scratch is waited for by its next writer; hidden states, and activations, take the record given back first.
-4. Other steps of the program ran before: all slots and records that it needs are there, and idle ones come before those given back since.
+1. On the device, regions and fetched hidden states lie where `planning.arena` puts them, and so does each piece in host memory that is no
+   home; whoever is given bytes waits for the work that is left on any of them.
+2. A record of scratch is waited for by its next writer; hidden states, and activations, take the record given back first.
+3. Other steps of the program ran before: all records that it needs are there, and idle ones come before those given back since.
 
 Several programs may be gone through one after the other. An op then also waits for what the program before did to the homes that it
 reads or changes: `waits` are numbered through all programs.
 
-Limit: where the device budget has no room for the arena, slots are lent by size; here they lie in it all the same.
+Limit: where a budget has no room for an arena, slots are lent by size; here they lie in it all the same.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from overspill.planning.arena import ArenaPlan
-from overspill.planning.pools import SLOT_BYTES, most_slots, pool_events
+from overspill.planning.arena import ArenaPlan, Place, waiting_offsets
 from overspill.ranges import LeftWork
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import (
@@ -39,26 +37,28 @@ from overspill.spec.schedule import (
     region_key,
 )
 from overspill.spec.tensors import Tier
-from overspill.units import align_up
 
 Work = tuple[int, ...]
 Copy = tuple[Piece, Tier]
 
 
 class BufferWaits:
-    """The books of one plan's buffers."""
+    """The books of one plan's buffers.
 
-    def __init__(self, plan: Plan, arena: ArenaPlan) -> None:
-        self._plan, self._arena = plan, arena
+    Args:
+        arenas: of the programs that will be followed, by tier.
+    """
+
+    def __init__(self, plan: Plan, arenas: Mapping[Tier, ArenaPlan]) -> None:
+        self._plan, self._arenas = plan, arenas
         self._homes = initial_copies(plan, pending=False).keys()
-        self._places: Iterator[tuple[int, int]] = iter(())
-        self._left = LeftWork[int]()
-        """Of bytes of the arena that nobody has."""
+        self._places: dict[Tier, Iterator[Place]] = {}
+        self._waiting = {tier: waiting_offsets(plan, tier) for tier in arenas}
+        self._left = {tier: LeftWork[int]() for tier in arenas}
+        """Of bytes of the arenas that nobody has."""
         self._regions: dict[RegionKey, _Region] = {}
-        self._fetched: dict[Piece, tuple[int, int]] = {}
-        """Hidden states on the device that lie in the arena."""
-        self._host_sizes: dict[Piece, int] = {}
-        self._idle: collections.defaultdict[int, collections.deque[Work]] = collections.defaultdict(collections.deque)
+        self._single: dict[Copy, Place] = {}
+        """What lies in an arena by itself: pieces in host memory, hidden states on the device."""
         self._records: dict[Piece, Work] = {}
         self._idle_records: collections.defaultdict[bool, collections.deque[Work]] = collections.defaultdict(collections.deque)
         """By whether they are of activations, whose records are larger than those of hidden states."""
@@ -75,7 +75,7 @@ class BufferWaits:
         base = self._num_ops
         if base == 0:
             self._fill(schedule)
-        self._places = iter(self._arena.places)
+        self._places = {tier: iter(arena.places) for tier, arena in self._arenas.items()}
         if base == 0 and schedule.starts_pending:
             self._start_with(initial_copies(self._plan, pending=True))
         found = []
@@ -104,10 +104,7 @@ class BufferWaits:
         return found
 
     def _fill(self, schedule: Schedule) -> None:
-        """Slots and records that steps before have left idle: as many as this program has in use at most (rule 4)."""
-        for (tier, size), number in most_slots(pool_events(schedule, self._plan)).items():
-            if tier is Tier.HOST:
-                self._idle[size].extend([()] * number)
+        """Records that steps before have left idle: as many as this program has in use at most (rule 3)."""
         now, most = collections.Counter[bool](), collections.Counter[bool]()
         known: set[Piece] = set()
         for item in schedule.ops:
@@ -153,11 +150,6 @@ class BufferWaits:
     def _create(self, piece: Piece, tier: Tier, size: int, *, is_fetched: bool, is_waiting: bool = False) -> Sequence[int]:
         if (piece, tier) in self._homes:
             return ()
-        if tier is Tier.HOST:
-            if piece in self._host_sizes:
-                return ()
-            slot = self._host_sizes[piece] = align_up(size, SLOT_BYTES)
-            return self._idle[slot].popleft() if self._idle[slot] else ()
         if tier is Tier.SSD:
             if piece in self._on_ssd:
                 return ()
@@ -166,43 +158,41 @@ class BufferWaits:
                 return self._records.pop(piece, ())
             records = self._idle_records[_is_stored(piece)]
             return records.popleft() if records else ()
-        if piece.role not in BUNDLE_ROLES:
-            if not is_fetched or piece in self._fetched:
+        if tier is Tier.HOST or piece.role not in BUNDLE_ROLES:
+            if (piece, tier) in self._single or (tier is Tier.DEVICE and not is_fetched):
                 return ()
-            self._fetched[piece] = next(self._places)
-            return self._take(*self._fetched[piece])
+            place = self._single[piece, tier] = self._waiting[tier][piece.owner, piece.index] if is_waiting else next(self._places[tier])
+            return self._take(tier, place)
         region = self._regions.get(region_key(piece))
         if region is None:
-            place = (0, 0) if is_waiting else next(self._places)
-            region = self._regions[region_key(piece)] = _Region(place, () if is_waiting else self._take(*place))
+            place = self._waiting[tier][piece.owner, None] if is_waiting else next(self._places[tier])
+            region = self._regions[region_key(piece)] = _Region(place, self._take(tier, place))
         if piece in region.pieces:
             return ()
         region.pieces.add(piece)
         return (*region.after, *region.left)
 
-    def _take(self, offset: int, size: int) -> Work:
-        return tuple(self._left.take(offset, offset + size))
+    def _take(self, tier: Tier, place: Place) -> Work:
+        return tuple(self._left[tier].take(place[0], sum(place)))
 
     def _drop(self, piece: Piece, tier: Tier, work: Work) -> None:
-        if tier is Tier.HOST:
-            self._idle[self._host_sizes.pop(piece)].append(work)
-        elif tier is Tier.SSD:
+        if tier is Tier.SSD:
             self._on_ssd.discard(piece)
             if piece.role in BUNDLE_ROLES:
                 self._records[piece] = work
             else:
                 self._idle_records[_is_stored(piece)].append(work)
-        elif piece.role not in BUNDLE_ROLES:
-            if piece in self._fetched:
-                offset, size = self._fetched.pop(piece)
-                self._left.leave(offset, offset + size, work)
+        elif tier is Tier.HOST or piece.role not in BUNDLE_ROLES:
+            if (piece, tier) in self._single:
+                place = self._single.pop((piece, tier))
+                self._left[tier].leave(place[0], sum(place), work)
         else:
             region = self._regions[region_key(piece)]
             region.pieces.discard(piece)
             region.left = [*region.left, *(number for number in work if number not in region.left)]
             if not region.pieces:
                 del self._regions[region_key(piece)]
-                self._left.leave(region.place[0], sum(region.place), tuple(region.left))
+                self._left[Tier.DEVICE].leave(region.place[0], sum(region.place), tuple(region.left))
 
     def _rename(self, effect: Effects) -> None:
         """A partial gradient becomes the gradient where it lies."""

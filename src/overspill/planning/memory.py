@@ -13,7 +13,7 @@ Device, in the terms of torch's caching allocator (Words and sizes of its docume
   the context is a constant in any case.
 * `replayed graphs`: recordings have a pool of their own, with one block's working memory in it, where launches bound the blocks.
 
-Host: `homes`, `slots` (each size at its own most), the process as it was when the session opened, and what it grows by. On the `cpu`
+Host: `homes`, `slots` (the arena there), the process as it was when the session opened, and what it grows by. On the `cpu`
 device what is the device's is in host memory too.
 
 Terms that are assumed say so. Where nobody has described the workload, the plan's own assumption of a unit's working memory is taken.
@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 
 from overspill.planning.cost import LAUNCH_BOUND, LAUNCH_S
-from overspill.planning.pools import SLOT_BYTES, pool_demand, pool_events
+from overspill.planning.pools import SLOT_BYTES
 from overspill.planning.space import is_host_memory
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
@@ -96,17 +96,23 @@ def device_terms(
 
 
 def host_terms(
-    schedule: Schedule, plan: Plan, hardware: HardwareSpec, *, device: tuple[MemoryTerm, ...], workload: WorkloadSpec | None = None
+    schedule: Schedule,
+    plan: Plan,
+    hardware: HardwareSpec,
+    *,
+    slot_bytes: int,
+    device: tuple[MemoryTerm, ...],
+    workload: WorkloadSpec | None = None,
 ) -> tuple[MemoryTerm, ...]:
     """The parts of the process's peak in host memory while `schedule` runs.
 
     Args:
+        slot_bytes: of the arena in host memory that the session allocates, or of what it lends by size where there is no room for one.
         device: the device's terms, which are in host memory on a CPU.
     """
-    demand = pool_demand(pool_events(schedule, plan))[Tier.HOST]
     terms = [
         MemoryTerm(name="homes", num_bytes=sum(align_up(size, SLOT_BYTES) for size in _region_bytes(plan, Tier.HOST))),
-        MemoryTerm(name="slots", num_bytes=demand.steady_bytes),
+        MemoryTerm(name="slots", num_bytes=align_up(slot_bytes, SLOT_BYTES)),
         MemoryTerm(name="process", num_bytes=hardware.process_bytes),
     ]
     if is_host_memory(plan.device):

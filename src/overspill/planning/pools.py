@@ -31,7 +31,9 @@ class PoolEvent:
     """Which one; numbers are not used again."""
     num_bytes: int
     bundle: str = ""
-    """Whose slot it is, if it is borrowed for a role of a bundle on the device."""
+    """Whose slot it is, if it is borrowed for a role of a bundle."""
+    chunk: int | None = None
+    """Which of the bundle's; None: all of them, or it is no bundle's."""
     is_waiting: bool = False
     """A gradient that the program before has left for this one's updates, there before the first op."""
 
@@ -57,7 +59,7 @@ def pool_events(schedule: Schedule, plan: Plan) -> Iterator[PoolEvent]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PoolDemand:
-    """What a schedule asks of the pool of one tier, slots rounded to their classes."""
+    """What a schedule asks of the pool of one tier that lends slots by size, each rounded to its class."""
 
     least_bytes: int
     """Most bytes of slots lent at one time: the least `limit_bytes` that the schedule can run with. Slots of one class are then freed
@@ -116,8 +118,9 @@ class _Books:
             return
         if not in_region:
             if (piece, tier) not in self._single:
-                self._single[piece, tier] = self._next_slot()
-                yield PoolEvent(tier=tier, slot=self._single[piece, tier], num_bytes=size)
+                slot = self._single[piece, tier] = self._next_slot()
+                owner = (piece.owner, piece.index) if piece.role in BUNDLE_ROLES else ("", None)
+                yield PoolEvent(tier=tier, slot=slot, num_bytes=size, bundle=owner[0], chunk=owner[1])
             return
         key = region_key(piece)
         if key not in self._regions:

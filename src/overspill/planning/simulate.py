@@ -9,9 +9,9 @@ A step in a row of equal steps (`repeats`): the program is run twice, and `step_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from overspill.planning.arena import ArenaPlan, plan_arena
+from overspill.planning.arena import ArenaPlan, plan_arenas
 from overspill.planning.buffers import BufferWaits
 from overspill.planning.cost import Costs, build_costs
 from overspill.planning.pools import pool_events
@@ -35,7 +35,7 @@ def simulate(
     repeats: bool = False,
     overlaps_steps: bool = False,
     costs: Costs | None = None,
-    arena: ArenaPlan | None = None,
+    arenas: Mapping[Tier, ArenaPlan] | None = None,
     device_terms: tuple[MemoryTerm, ...] = (),
     host_terms: tuple[MemoryTerm, ...] = (),
 ) -> Prediction:
@@ -46,7 +46,7 @@ def simulate(
         repeats: the time of a step in a row of equal ones; needs `overlap`.
         overlaps_steps: with `repeats`: the next step begins when compute has ended, and what is left lands beside it.
         costs: None: from `hardware` alone.
-        arena: where device slots lie, if it is known already.
+        arenas: where slots lie, if it is known already.
         device_terms, host_terms: of `planning.memory`, for peaks as they are measured.
 
     Raises:
@@ -56,7 +56,7 @@ def simulate(
     costs = costs or build_costs(plan, hardware)
     lane_bytes, peaks, phases = _walk(schedule, plan)
     if overlap:
-        spans, earlier, step_s, alone_s = _overlapping(schedule, plan, costs, arena, repeats=repeats, overlaps_steps=overlaps_steps)
+        spans, earlier, step_s, alone_s = _overlapping(schedule, plan, costs, arenas, repeats=repeats, overlaps_steps=overlaps_steps)
     else:
         spans, earlier = _serial(schedule, costs), []
         step_s = alone_s = max((span.end_s for span in spans), default=0.0)
@@ -132,12 +132,12 @@ def _serial(schedule: Schedule, costs: Costs) -> list[Span]:
 
 
 def _overlapping(
-    schedule: Schedule, plan: Plan, costs: Costs, arena: ArenaPlan | None, *, repeats: bool, overlaps_steps: bool
+    schedule: Schedule, plan: Plan, costs: Costs, arenas: Mapping[Tier, ArenaPlan] | None, *, repeats: bool, overlaps_steps: bool
 ) -> tuple[list[Span], list[Span], float, float]:
     """Spans of one step, those of the step before that land in it, its time in a row of steps, and its time alone."""
     if repeats and schedule.starts_pending != schedule.ends_pending:
         raise ValueError(f"{schedule.name} starts {'with' if schedule.starts_pending else 'without'} pending updates and does not end so")
-    buffers = BufferWaits(plan, arena or plan_arena(pool_events(schedule, plan), plan))
+    buffers = BufferWaits(plan, arenas or plan_arenas(pool_events(schedule, plan), plan))
     tasks = _tasks(schedule, costs, buffers.follow(schedule))
     contention = Contention(costs.hardware)
     threads = Threads(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from overspill.planning.pools import SLOT_BYTES
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.retention import ActivationMode
-from overspill.spec.schedule import BUNDLE_ROLES, initial_copies
+from overspill.spec.schedule import BUNDLE_ROLES, RegionKey, initial_copies, region_key
 from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, Tier
 from overspill.units import align_up
 
@@ -62,6 +62,25 @@ def rounding_bytes(plan: Plan) -> int:
     peaks nor budgets of a plan count. A page for every role of every bundle (all but its last chunk are whole pages) for every hidden
     state and its gradient, and for what a graph stores; some MiB of a model of 8B."""
     return SLOT_BYTES * (len(BUNDLE_ROLES) * len(plan.bundles) + (3 if plan.activations else 2) * num_boundary_slots(plan))
+
+
+def host_room_bytes(plan: Plan) -> int | None:
+    """What the host budget leaves to slots, pages that all is rounded up to included; None: there is no budget."""
+    if plan.host_budget_bytes is None:
+        return None
+    sizes: dict[RegionKey, int] = {}
+    for (piece, tier), size in initial_copies(plan, pending=False).items():
+        if tier is Tier.HOST:
+            sizes[region_key(piece)] = sizes.get(region_key(piece), 0) + size
+    return plan.host_budget_bytes + rounding_bytes(plan) - sum(align_up(size, SLOT_BYTES) for size in sizes.values())
+
+
+def pinned_room_bytes(plan: Plan) -> int | None:
+    """What the pinned budget leaves to slots beside parameters that rest in host memory; None: nothing bounds it, or nothing is pinned."""
+    if plan.pinned_budget_bytes is None or is_host_memory(plan.device):
+        return None
+    homes = [bundle.parameter_bytes for name, bundle in plan.bundles.items() if plan.placements[name].parameters is Tier.HOST]
+    return plan.pinned_budget_bytes - sum(align_up(size, SLOT_BYTES) for size in homes)
 
 
 def is_host_memory(device: str) -> bool:

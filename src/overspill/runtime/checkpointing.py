@@ -187,7 +187,7 @@ class Checkpointer:
             if data.device.type == "cpu":
                 self.records.start_write(str(piece), data).wait()
                 continue
-            with residency.host_pool.acquire(data.numel()) as slot:
+            with residency.host_pool.borrow(data.numel()) as slot:
                 slot.tensor.copy_(data)
                 self.records.start_write(str(piece), slot.tensor).wait()
 
@@ -278,7 +278,7 @@ def restore_homes(residency: Residency, source: RecordStore) -> None:
         if tier is not Tier.SSD and residency.bytes_of(piece, tier).device.type == "cpu":
             source.start_read(str(piece), residency.bytes_of(piece, tier)).wait()
             continue
-        with residency.host_pool.acquire(source.version(str(piece)).num_bytes) as slot:
+        with residency.host_pool.borrow(source.version(str(piece)).num_bytes) as slot:
             source.start_read(str(piece), slot.tensor).wait()
             if tier is Tier.SSD:
                 store, name = residency.record_of(piece)

@@ -35,6 +35,7 @@ from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.rates import LaneRates
 from overspill.spec.report import Prediction
 from overspill.spec.schedule import Schedule
+from overspill.spec.tensors import Tier
 from overspill.spec.workload import TemplateTimes, WorkloadSpec
 
 SHARE = 0.001
@@ -132,10 +133,9 @@ class Predictions:
             times=self.times if workload is not None else None,
             replays_graphs=self.replays_graphs and not self.plan.device.startswith("cpu"),
         )
-        arena = self.programs.arena(schedule)
-        slot_bytes = self.programs.slot_bytes(schedule)
+        on_device, on_host = (self.programs.slot_bytes(schedule, tier) for tier in (Tier.DEVICE, Tier.HOST))
         device = device_terms(
-            schedule, self.plan, slot_bytes=slot_bytes, hardware=hardware, workload=workload, replays_graphs=self.replays_graphs
+            schedule, self.plan, slot_bytes=on_device, hardware=hardware, workload=workload, replays_graphs=self.replays_graphs
         )
         return simulate(
             schedule,
@@ -145,9 +145,9 @@ class Predictions:
             repeats=not self.serial and schedule.starts_pending == schedule.ends_pending,
             overlaps_steps=self.plan.timing is UpdateTiming.IMMEDIATE,
             costs=costs,
-            arena=arena,
+            arenas=self.programs.arena_plans(schedule),
             device_terms=device,
-            host_terms=host_terms(schedule, self.plan, hardware, device=device, workload=workload),
+            host_terms=host_terms(schedule, self.plan, hardware, slot_bytes=on_host, device=device, workload=workload),
         )
 
     def time_templates(self, device: torch.device, *, limit_s: float = 5.0) -> TemplateTimes | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from overspill.planning import ArenaPlan, plan_arena, pool_events, resident_peaks
+from overspill.planning import ArenaPlan, plan_arenas, pool_demand, pool_events, resident_peaks
+from overspill.planning.space import host_room_bytes, pinned_room_bytes
 from overspill.scheduling import build_evaluation, build_flush, build_train_step, validate
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.schedule import Schedule
@@ -45,28 +46,57 @@ class Programs:
             if len(self._kept) >= MOST_KEPT:
                 self._kept.pop(next(iter(self._kept)))
             self._kept[key] = _Program(schedule, self.plan)
-        self._kept[key] = self._kept.pop(key)  # the one used last goes last: what runs now is not dropped for `_largest_arena_bytes`
+        self._kept[key] = self._kept.pop(key)  # the one used last goes last: what runs now is not dropped for the whole step's arenas
         return self._kept[key].schedule
 
-    def arena(self, schedule: Schedule) -> ArenaPlan | None:
-        """Where one of these programs has its slots on the device; None if the device budget has no room for its arena, or for that of the
-        whole step: gradients that wait in an arena would keep its memory from a program without one."""
-        return self._of(schedule).arena if self._largest_arena_bytes is not None else None
+    def arena(self, schedule: Schedule, tier: Tier) -> ArenaPlan | None:
+        """Where one of these programs has its slots on a tier; None if the budget there has no room for its arena, or for that of the whole
+        step: gradients that wait in an arena would keep its memory from a program without one."""
+        if not self._whole_step_fits[tier] or not self._fits(schedule, tier):
+            return None
+        return self.arena_plans(schedule)[tier]
 
-    def slot_bytes(self, schedule: Schedule) -> int:
-        """Memory of all slots on the device while one of these programs runs."""
-        arena = self.arena(schedule)
-        return self.least_pool_bytes(schedule) if arena is None else max(arena.num_bytes, self._largest_arena_bytes or 0)
+    def slot_bytes(self, schedule: Schedule, tier: Tier) -> int:
+        """Memory of all slots on a tier while one of these programs runs."""
+        arena = self.arena(schedule, tier)
+        return self.limit_bytes(schedule, tier) if arena is None else max(arena.num_bytes, self._whole_step_bytes[tier])
+
+    def limit_bytes(self, schedule: Schedule, tier: Tier) -> int:
+        """What the pool of a tier may hold while one of these programs runs without an arena: on the device the least; in host memory,
+        where pinning a slot anew takes longer than a copy, each size at its own most if the budget has room for it."""
+        least_bytes = self.arena_plans(schedule)[tier].least_bytes
+        if tier is Tier.DEVICE:
+            return least_bytes
+        steady_bytes, room_bytes = self._of(schedule).steady_host_bytes, host_room_bytes(self.plan)
+        return max(least_bytes, steady_bytes if room_bytes is None else min(steady_bytes, room_bytes))
+
+    def arena_plans(self, schedule: Schedule) -> Mapping[Tier, ArenaPlan]:
+        """Where one of these programs would have its slots if there were room for arenas; worked out when it is first asked for."""
+        program = self._of(schedule)
+        if program.arena_plans is None:
+            most_bytes = None if schedule is self.whole_step() else self._whole_step_bytes[Tier.HOST]
+            program.arena_plans = plan_arenas(pool_events(schedule, self.plan), self.plan, most_host_bytes=most_bytes)
+        return program.arena_plans
 
     @functools.cached_property
-    def _largest_arena_bytes(self) -> int | None:
-        """Of the whole step: an arena of this size need not grow while gradients wait in it. None if the budget has no room for it."""
-        arena = self._of(self.whole_step()).arena
-        return arena.num_bytes if arena is not None else None
+    def _whole_step_bytes(self) -> Mapping[Tier, int]:
+        """Arenas of this size need not grow while gradients wait in them."""
+        return {tier: arena.num_bytes for tier, arena in self.arena_plans(self.whole_step()).items()}
 
-    def least_pool_bytes(self, schedule: Schedule) -> int:
-        """The least that the device's pool must hold while one of these programs runs without an arena."""
-        return self._of(schedule).arena_plan.least_bytes
+    @functools.cached_property
+    def _whole_step_fits(self) -> Mapping[Tier, bool]:
+        whole = self.whole_step()
+        return {tier: self._fits(whole, tier) for tier in (Tier.DEVICE, Tier.HOST)}
+
+    def _fits(self, schedule: Schedule, tier: Tier) -> bool:
+        """Whether the budgets have room for an arena. One that can be pinned in part alone is none: slots by size can."""
+        arena, plan = self.arena_plans(schedule)[tier], self.plan
+        if tier is Tier.HOST:
+            return all(room is None or arena.num_bytes <= room for room in (host_room_bytes(plan), pinned_room_bytes(plan)))
+        extra_bytes = arena.num_bytes - arena.least_bytes
+        if plan.device_budget_bytes is None or not extra_bytes:
+            return True
+        return self._of(schedule).device_peak_bytes + extra_bytes <= plan.device_budget_bytes
 
     def _of(self, schedule: Schedule) -> _Program:
         return next(program for program in self._kept.values() if program.schedule is schedule)
@@ -75,14 +105,14 @@ class Programs:
 class _Program:
     def __init__(self, schedule: Schedule, plan: Plan) -> None:
         self.schedule, self.plan = schedule, plan
-        self.arena_plan = plan_arena(pool_events(schedule, plan), plan)
+        self.arena_plans: Mapping[Tier, ArenaPlan] | None = None
 
     @functools.cached_property
-    def arena(self) -> ArenaPlan | None:
-        """Walks the program once, and not at every step."""
-        budget, extra_bytes = self.plan.device_budget_bytes, self.arena_plan.num_bytes - self.arena_plan.least_bytes
-        if budget is not None and extra_bytes:
-            peak = resident_peaks(self.schedule, self.plan)[Tier.DEVICE]
-            if peak + extra_bytes > budget:
-                return None
-        return self.arena_plan
+    def device_peak_bytes(self) -> int:
+        """Of the pieces there. Walks the program once, and not at every step."""
+        return resident_peaks(self.schedule, self.plan)[Tier.DEVICE]
+
+    @functools.cached_property
+    def steady_host_bytes(self) -> int:
+        """Of slots by size, each size at its own most."""
+        return pool_demand(pool_events(self.schedule, self.plan))[Tier.HOST].steady_bytes

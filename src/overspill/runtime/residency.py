@@ -5,7 +5,7 @@ A copy of a piece is one of four things:
 | tier | home (between steps) | borrowed (within a step) |
 |---|---|---|
 | device | a part of its bundle's *region*, one contiguous allocation | the same, from the device pool; a boundary is a torch tensor |
-| host | a part of its bundle's region in (pinned) host memory | a slot of the host pool |
+| host | a part of its bundle's region in (pinned) host memory | a slot of the host pool, one a chunk |
 | ssd | a record of the store (`tiers/records.py`), one a chunk | a record of scratch, whose file has no name on disk |
 
 Activations are as boundaries are, but that on the device several tensors of a graph (`runtime/retained`) are one piece.
@@ -31,16 +31,17 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 
+from overspill.planning.arena import waiting_offsets
 from overspill.runtime.lanes import Completion
 from overspill.runtime.scratch_records import ScratchRecords, Work, unfinished
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, home_tier, initial_copies, region_key
 from overspill.spec.tensors import Tier
-from overspill.tiers import Arena, DeviceMemory, HostMemory, RecordStore, Slot, SlotPool
+from overspill.tiers import Arena, DeviceMemory, HostMemory, RecordStore, Slot
 
 Release = Callable[[Work], None]
 """Gives a buffer back, with the work that still uses it."""
@@ -98,7 +99,10 @@ class Residency:
         self.before_home_access: Callable[[], None] = lambda: None
         """Called before a home is looked at outside of a step; set by the executor, whose last step may not have landed."""
         self.device_pool = Arena(device, "device", fresh_work=lambda: self.device_work())
-        self.host_pool = SlotPool(host, "host")
+        self.host_pool = Arena(host, "host")
+        self.pools: Mapping[Tier, Arena] = {Tier.DEVICE: self.device_pool, Tier.HOST: self.host_pool}
+        self._waiting = {tier: waiting_offsets(plan, tier) for tier in Tier}
+        """Where gradients that wait for the next step's update lie in the pools' arenas."""
         self._copies: dict[tuple[Piece, Tier], _Copy] = {}
         self._regions: dict[tuple[RegionKey, Tier], _Region] = {}
         self._scratch_records = ScratchRecords(plan, scratch)
@@ -215,8 +219,7 @@ class Residency:
             if copy.slot is None and copy.record is None:
                 self._regions[region_key(piece), tier].pieces.add(piece)
         self._regions = {key: region for key, region in self._regions.items() if region.slot is None or region.pieces}
-        pools: tuple[tuple[Arena | SlotPool, Tier], ...] = ((self.device_pool, Tier.DEVICE), (self.host_pool, Tier.HOST))
-        for pool, tier in pools:
+        for tier, pool in self.pools.items():
             kept = [copy.slot for (_, at), copy in self._copies.items() if at is tier]
             kept += [region.slot for (_, at), region in self._regions.items() if at is tier]
             pool.recover(slot for slot in kept if slot is not None)
@@ -227,8 +230,17 @@ class Residency:
         self.resident_bytes = {tier: sum(copy.num_bytes for (_, at), copy in self._copies.items() if at is tier) for tier in Tier}
         for (piece, tier), size in homes.items():
             if piece.role is Role.GRADIENT and (tier is Tier.SSD or (piece.owner, piece.index) in applied):
-                self.create(piece, tier, size)
+                self._create_waiting(piece, tier, size)
         return homes.keys() <= self._copies.keys()
+
+    def _create_waiting(self, piece: Piece, tier: Tier, num_bytes: int) -> None:
+        """Room for a gradient that waits, where the programs look for it if they follow an arena."""
+        place = self._waiting[tier].get((piece.owner, piece.index if tier is Tier.HOST else None))
+        if place is not None and self.pools[tier].block_bytes >= sum(place):
+            self.pools[tier].follow([place], num_bytes=sum(place))
+        self.create(piece, tier, num_bytes)
+        if tier is not Tier.SSD:
+            self.pools[tier].leave()
 
     def _is_whole(self, piece: Piece, tier: Tier) -> bool:
         """Whether a copy's memory, or its record, is still the copy's."""
@@ -386,7 +398,7 @@ class Residency:
         return _Copy(num_bytes=num_bytes, record=(self.scratch, name), release=release, after=unfinished(self._scratch_work.pop(name, ())))
 
 
-def _borrow(pool: Arena | SlotPool, num_bytes: int) -> _Copy:
+def _borrow(pool: Arena, num_bytes: int) -> _Copy:
     slot = pool.acquire(num_bytes)
     return _Copy(num_bytes=num_bytes, tensor=slot.tensor, slot=slot, after=slot.after)  # type: ignore[arg-type]
 

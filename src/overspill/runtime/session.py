@@ -472,14 +472,15 @@ class Session(Closing):
         return result
 
     def _place_slots(self, schedule: Schedule) -> None:
-        """Give the schedule's slots on the device their places, or room to be lent by size if there is none for an arena."""
-        arena, pool = self._programs.arena(schedule), self.residency.device_pool
-        if arena is not None and pool.follow(arena.places, num_bytes=self._programs.slot_bytes(schedule)):
-            pool.unplanned.limit_bytes = None
-        else:
-            pool.leave()
-            pool.free_block()
-            pool.unplanned.limit_bytes = self._programs.least_pool_bytes(schedule)
+        """Give the schedule's slots their places, or on a tier without room for an arena room to be lent by size."""
+        for tier, pool in self.residency.pools.items():
+            arena = self._programs.arena(schedule, tier)
+            if arena is not None and pool.follow(arena.places, num_bytes=self._programs.slot_bytes(schedule, tier)):
+                pool.unplanned.limit_bytes = None
+            else:
+                pool.leave()
+                pool.free_block()
+                pool.unplanned.limit_bytes = self._programs.limit_bytes(schedule, tier)
 
     def _recover(self, schedule: Schedule, error: BaseException) -> None:
         """After a schedule that stopped: go on if weights are all from before its updates or all from after them, or if it is known of each

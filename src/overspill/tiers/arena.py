@@ -1,4 +1,4 @@
-"""A pool of slots whose places are known beforehand: one block of memory, in which each slot has its offset.
+"""A pool of slots whose places are known beforehand: one block of device or host memory, in which each slot has its offset.
 
 The places come from `planning/arena.py`, in the order in which the program borrows. What has no place (no program is followed, or its
 arena finds no room) is lent by a `SlotPool` beside it.
@@ -11,10 +11,15 @@ Rules:
    its bytes (`Slot.after`): as in a `SlotPool`, whoever works on it next waits for that, and lending follows the program's order.
 3. A block that grows is moved, which only happens while nothing in it is lent. One that is new comes with the work of its allocation.
 4. Ctrl-C may come between any two lines here; `recover` counts everything anew from what the borrower says it has.
+5. Who is in no program borrows with `borrow`: from the block if nothing in it is lent, else by size. What was lent by size and is idle is
+   freed when the next program is followed.
+
+Limit: host memory is pinned block by block, so where pinning is refused the whole block is pageable, and a warning says so.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -27,6 +32,9 @@ from overspill.spec.report import PoolReport, SizeClassReport
 from overspill.tiers.pool import SLOT_ALIGNMENT_BYTES, Pending, Slot, SlotPool, Work, unfinished
 from overspill.tiers.protocol import Memory
 from overspill.units import align_up
+
+FORGET_FROM = 8
+"""Chosen: as many ranges are looked through in no time."""
 
 Place = tuple[int, int]
 """(offset, bytes) of a slot in the arena."""
@@ -55,8 +63,18 @@ class Arena:
         self._next = 0
         self._lent: dict[str, tuple[int, int, int]] = {}
         """Slot -> offset, bytes held, bytes asked for."""
+        self._starts: list[int] = []
+        """Of the slots lent, in ascending order."""
+        self._ends: dict[int, int] = {}
+        """Of the slots lent: first byte -> the one behind the last."""
+        self._used_bytes = self._asked_bytes = 0
+        """Of the slots lent in the block."""
         self._left = LeftWork[Pending]()
         """Work still under way on bytes that nobody has."""
+        self._most_left = FORGET_FROM
+        """Ranges of it from which on those are forgotten whose work is over."""
+        self._most_block_bytes = 0
+        self._most_in_block = 0
         self._peak_bytes = 0
         self._peak_asked_bytes = 0
         self._most_lent = 0
@@ -65,15 +83,16 @@ class Arena:
     @property
     def used_bytes(self) -> int:
         """Bytes of the slots lent now, rounded."""
-        return sum(size for _, size, _ in self._lent.values()) + self.unplanned.used_bytes
+        return self._used_bytes + self.unplanned.used_bytes
 
     @property
     def resident_bytes(self) -> int:
         """Memory held now, lent or not."""
-        return self._block_bytes + self.unplanned.resident_bytes
+        return self.block_bytes + self.unplanned.resident_bytes
 
     @property
-    def _block_bytes(self) -> int:
+    def block_bytes(self) -> int:
+        """Of the block."""
         return self._block.numel() if self._block is not None else 0
 
     def follow(self, places: Sequence[Place], *, num_bytes: int) -> bool:
@@ -84,8 +103,9 @@ class Arena:
         """
         with self._lock:
             self._places, self._next = (), 0
-            if num_bytes > self._block_bytes and not self._grow(num_bytes):
+            if num_bytes > self.block_bytes and not self._grow(num_bytes):
                 return False
+            self.unplanned.trim()
             self._places = places
             return True
 
@@ -108,11 +128,32 @@ class Arena:
         """
         with self._lock:
             if not self._places:
-                return self.unplanned.acquire(num_bytes)
+                return self._noted(self.unplanned.acquire(num_bytes))
             assert self._next < len(self._places), f"{self.name}: the program borrows more than the {len(self._places)} slots of its plan"
             offset, size = self._places[self._next]
             assert size == align_up(num_bytes, SLOT_ALIGNMENT_BYTES), f"{self.name}: slot {self._next} has {size} B, asked {num_bytes} B"
+            self._next += 1
             return self._lend(offset, size, num_bytes)
+
+    def borrow(self, num_bytes: int) -> Slot:
+        """Borrow a slot outside of a program (rule 5).
+
+        Raises:
+            BudgetError: nothing in the block is free, and the memory's budget has no room beside it.
+        """
+        size = align_up(num_bytes, SLOT_ALIGNMENT_BYTES)
+        with self._lock:
+            if not self._lent and size <= self.block_bytes:
+                return self._lend(0, size, num_bytes)
+            self.unplanned.limit_bytes = None  # which was the program's
+            try:
+                return self._noted(self.unplanned.acquire(num_bytes))
+            except BudgetError:
+                if self._lent or self._block is None:
+                    raise
+                self.leave()
+                self._free_block()
+            return self._noted(self.unplanned.acquire(num_bytes))
 
     def recover(self, held: Iterable[Slot]) -> None:
         """Count the books anew after an interruption (rule 4): `held` are lent, all else is not; done again, it does no harm.
@@ -131,6 +172,10 @@ class Arena:
             kept = {slot.block_name: slot for slot in slots}
             self._lent = {name: place for name, place in self._lent.items() if name in kept and self._block is not None}
             self._left.clear()
+            self._starts = sorted(offset for offset, _, _ in self._lent.values())
+            self._ends = {offset: offset + size for offset, size, _ in self._lent.values()}
+            self._used_bytes = sum(size for _, size, _ in self._lent.values())
+            self._asked_bytes = sum(asked for _, _, asked in self._lent.values())
             self.unplanned.recover(slot for slot in slots if slot.block_name not in self._lent)
 
     def trim(self) -> int:
@@ -138,7 +183,7 @@ class Arena:
         with self._lock:
             freed = self.unplanned.trim()
             if self._block is not None and not self._lent and not self._places:
-                freed += self._block_bytes
+                freed += self.block_bytes
                 self._free_block()
             return freed
 
@@ -146,26 +191,36 @@ class Arena:
         """What the arena, and the pool beside it, hold now and have held at most."""
         with self._lock:
             beside = self.unplanned.report()
-            if not self._peak_bytes:
+            if not self._most_block_bytes:
                 return beside
-            used = sum(size for _, size, _ in self._lent.values())
             arena = SizeClassReport(
                 slot_bytes=self._largest,
-                used_bytes=used,
-                wasted_bytes=used - sum(asked for _, _, asked in self._lent.values()),
-                idle_bytes=self._block_bytes - used,
-                peak_bytes=self._peak_bytes,
-                most_in_flight=self._most_lent,
+                used_bytes=self._used_bytes,
+                wasted_bytes=self._used_bytes - self._asked_bytes,
+                idle_bytes=self.block_bytes - self._used_bytes,
+                peak_bytes=self._most_block_bytes,
+                most_in_flight=self._most_in_block,
             )
             return PoolReport(
                 name=self.name,
                 classes=(arena, *beside.classes),
-                peak_bytes=self._peak_bytes + beside.peak_bytes,
-                peak_asked_bytes=self._peak_asked_bytes + beside.peak_asked_bytes,
-                most_in_flight=self._most_lent + beside.most_in_flight,
+                peak_bytes=self._peak_bytes,
+                peak_asked_bytes=self._peak_asked_bytes,
+                most_in_flight=self._most_lent,
                 num_created=beside.num_created,
                 num_trimmed=beside.num_trimmed,
             )
+
+    def _noted(self, slot: Slot) -> Slot:
+        """A slot that was lent by size."""
+        self._note()
+        return slot
+
+    def _note(self) -> None:
+        """Peaks of block and slots by size together."""
+        self._peak_bytes = max(self._peak_bytes, self.resident_bytes)
+        self._peak_asked_bytes = max(self._peak_asked_bytes, self._asked_bytes + self.unplanned.asked_bytes)
+        self._most_lent = max(self._most_lent, len(self._lent) + self.unplanned.num_lent)
 
     def _grow(self, num_bytes: int) -> bool:
         """A larger block, if nothing in the old one is lent (rule 3) and the budget has room; slots lent by size make room for it."""
@@ -181,7 +236,8 @@ class Arena:
         self._block_name, self._block = name, block
         self._left.clear()
         self._left.leave(0, num_bytes, unfinished(self._fresh_work()))
-        self._peak_bytes = max(self._peak_bytes, num_bytes)
+        self._most_block_bytes = max(self._most_block_bytes, num_bytes)
+        self._note()
         return True
 
     def _free_block(self) -> None:
@@ -196,14 +252,19 @@ class Arena:
     def _lend(self, offset: int, size: int, num_bytes: int) -> Slot:
         assert self._block is not None
         end = offset + size
-        for other, length, _ in self._lent.values():
-            assert other + length <= offset or end <= other, f"{self.name}: bytes {offset} to {end} are lent, {other} to {other + length}"
+        index = bisect.bisect_left(self._starts, offset)
+        for other in self._starts[max(0, index - 1) : index + 1]:
+            stop = self._ends[other]
+            assert stop <= offset or end <= other, f"{self.name}: bytes {offset} to {end} are lent, {other} to {stop}"
         after = unfinished(self._left.take(offset, end))
         name = f"{self.name}/arena-slot-{next(self._numbers)}"
         self._lent[name] = (offset, size, num_bytes)
-        self._next += 1
-        self._most_lent, self._largest = max(self._most_lent, len(self._lent)), max(self._largest, size)
-        self._peak_asked_bytes = max(self._peak_asked_bytes, sum(asked for _, _, asked in self._lent.values()))
+        self._starts.insert(index, offset)
+        self._ends[offset] = end
+        self._used_bytes += size
+        self._asked_bytes += num_bytes
+        self._most_in_block, self._largest = max(self._most_in_block, len(self._lent)), max(self._largest, size)
+        self._note()
         view = self._block[offset:end].data  # its own version counter: to write to one slot changes no other
         return Slot(self, name, view, num_bytes, after)
 
@@ -211,7 +272,13 @@ class Arena:
         """See `Slot.release`."""
         torch.autograd.graph.increment_version(block)  # a graph that still reads the slot is refused by autograd
         with self._lock:
-            offset, size, _ = self._lent.pop(block_name)
-            self._left.forget(lambda item: item.is_done)
+            offset, size, asked = self._lent.pop(block_name)
+            del self._starts[bisect.bisect_left(self._starts, offset)]
+            del self._ends[offset]
+            self._used_bytes -= size
+            self._asked_bytes -= asked
             if after:
                 self._left.leave(offset, offset + size, after)
+            if len(self._left) >= self._most_left:  # not each time: asking a GPU's event takes a microsecond
+                self._left.forget(lambda item: item.is_done)
+                self._most_left = max(FORGET_FROM, 2 * len(self._left))

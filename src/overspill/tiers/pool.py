@@ -149,6 +149,15 @@ class SlotPool:
         return self._used_bytes
 
     @property
+    def asked_bytes(self) -> int:
+        """Bytes that were asked for of the slots lent now."""
+        return self._asked_bytes
+
+    @property
+    def num_lent(self) -> int:
+        return self._num_lent
+
+    @property
     def peak_bytes(self) -> int:
         """The most memory that the pool has held, lent and idle."""
         return self._peak_bytes
