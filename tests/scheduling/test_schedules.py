@@ -15,7 +15,7 @@ from overspill.scheduling import build_evaluation, build_flush, build_train_step
 from overspill.spec.documents import from_json
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Placement, Plan, PlanRequest, UpdateTiming
-from overspill.spec.schedule import Compress, Compute, Fetch, Free, Lane, Phase, Role, Schedule, ScheduledOp, Update
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Phase, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
 
 CONTEXT = context_bytes(HardwareSpec())
@@ -276,3 +276,47 @@ def test_an_update_that_needs_buffers_is_not_begun_early() -> None:
     cramped = dataclasses.replace(plan_with_device_states(6), prefetch_units=0)
     _, visits_before = first_host_updates(cramped)
     assert visits_before == 6
+
+
+@pytest.mark.parametrize("boundaries", ["host", "ssd"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_hidden_states_that_leave_are_freed_one_compute_later_and_never_pile_up(boundaries: str, count: int) -> None:
+    """The allocator's memory: the compute after the `Free` waits for whoever reads it, so the `Free` must not come at once."""
+    plan = make_plan(accumulate=count, parameters="host", states="host", boundaries=boundaries)
+    schedule = build_train_step(plan, [16] * count, starts_pending=False)
+    made: dict[object, int] = {}
+    computes = 0
+    for index, item in enumerate(schedule.ops):
+        if isinstance(item.op, Compute):
+            computes += 1
+            for piece, _ in item.op.produced:
+                if piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT):
+                    made[piece] = computes
+        elif isinstance(item.op, Evict) and item.op.source is Tier.DEVICE and item.op.piece in made:
+            left = next(i for i in range(index + 1, len(schedule.ops)) if isinstance(schedule.ops[i].op, Compute | Free))
+            is_freed_at_once = schedule.ops[left].op == Free(piece=item.op.piece, tier=Tier.DEVICE, num_bytes=item.op.num_bytes)
+            assert not is_freed_at_once, item.op.piece
+        elif isinstance(item.op, Free) and item.op.tier is Tier.DEVICE and made.get(item.op.piece):
+            del made[item.op.piece]
+        assert len(made) <= 4, "one leaves, one is made, one is read; in the backward also the gradient of the one that is read"
+
+
+def test_no_hidden_state_waits_behind_all_parameters_of_the_next_block() -> None:
+    """A link that needs three quarters of a visit for a block's parameters and little for a hidden state: compute waits for neither."""
+    plan = make_plan(accumulate=4, micro_batch=2, parameters="host", states="host", boundaries="host", device_states_bytes=0)
+    schedule = build_train_step(plan, [16] * 4, starts_pending=False)
+    block = plan.bundles["block.1"]
+    visit_s = 4 * 2.0 * block.num_parameters * 16 / 1e9
+    hardware = HardwareSpec(
+        device_flops=1e9, h2d_bytes_per_s=block.parameter_bytes / (0.75 * visit_s), d2h_bytes_per_s=1e12, host_update_parameters_per_s=1e12
+    )
+    found = simulate(schedule, plan, hardware)
+    assert found.exposed_s.get("h2d", 0.0) < 0.1 * found.step_s
+    for index, item in enumerate(schedule.ops):
+        if not (isinstance(item.op, Compute) and item.op.unit == "block.1" and item.op.micro_batch == 0):
+            continue
+        since = next(i for i in range(index - 1, -1, -1) if isinstance(schedule.ops[i].op, Compute))
+        coming = [op for op in (entry.op for entry in schedule.ops[since:index]) if isinstance(op, Fetch) and op.target is Tier.DEVICE]
+        parameters = [number for number, op in enumerate(coming) if op.piece.role is Role.PARAMETER]
+        states = [number for number, op in enumerate(coming) if op.piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT)]
+        assert not states or not parameters or max(states) < min(parameters)

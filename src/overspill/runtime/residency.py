@@ -28,7 +28,6 @@ Rules:
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -39,7 +38,7 @@ from overspill.planning.arena import waiting_offsets
 from overspill.runtime.lanes import Completion
 from overspill.runtime.scratch_records import ScratchRecords, Work, unfinished
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import BUNDLE_ROLES, Lane, Piece, RegionKey, Role, home_tier, initial_copies, region_key
+from overspill.spec.schedule import BUNDLE_ROLES, Piece, RegionKey, Role, home_tier, initial_copies, region_key
 from overspill.spec.tensors import Tier
 from overspill.tiers import Arena, DeviceMemory, HostMemory, RecordStore, Slot
 
@@ -108,8 +107,6 @@ class Residency:
         self._scratch_records = ScratchRecords(plan, scratch)
         self._scratch_work: dict[str, Work] = {}
         """Record of scratch -> the work that still uses what it held last."""
-        self._dying: collections.deque[tuple[torch.Tensor, Work]] = collections.deque()
-        """Device tensors that nobody owns any more but that other lanes still read."""
         self.resident_bytes = dict.fromkeys(Tier, 0)
         self.peak_bytes = dict.fromkeys(Tier, 0)
         for (piece, tier), size in initial_copies(plan, pending=False).items():
@@ -149,8 +146,12 @@ class Residency:
         """Count what a graph that is kept has stored on the device; its memory is the graph's."""
         self._add(piece, Tier.DEVICE, _Copy(num_bytes=num_bytes, tensor=torch.empty(0, dtype=torch.uint8)))
 
+    def is_of_allocator(self, piece: Piece) -> bool:
+        """Whether a copy on the device is memory that torch's allocator gave to compute, and hands on in the order of compute."""
+        return piece.role not in BUNDLE_ROLES and self._copies[piece, Tier.DEVICE].slot is None
+
     def drop(self, piece: Piece, tier: Tier, work: Work = ()) -> None:
-        """Give a copy's buffer back; `work` still uses it (rule 6)."""
+        """Give a copy's buffer back; `work` still uses it (rule 6). For the allocator's memory compute has been told to wait."""
         copy = self._copies.pop((piece, tier))
         self.resident_bytes[tier] -= copy.num_bytes
         if copy.slot is not None:
@@ -159,8 +160,6 @@ class Residency:
             copy.release(work)
         elif tier is Tier.DEVICE and piece.role in BUNDLE_ROLES:
             self._leave_region(piece, work)
-        elif copy.tensor is not None:
-            self._let_die(copy.tensor, work)
 
     def bytes_of(self, piece: Piece, tier: Tier) -> torch.Tensor:
         """The copy's bytes, uint8; host or device."""
@@ -226,7 +225,6 @@ class Residency:
         if self.scratch is not None:
             self._scratch_work.clear()
             self._scratch_records.recover()
-        self._dying.clear()
         self.resident_bytes = {tier: sum(copy.num_bytes for (_, at), copy in self._copies.items() if at is tier) for tier in Tier}
         for (piece, tier), size in homes.items():
             if piece.role is Role.GRADIENT and (tier is Tier.SSD or (piece.owner, piece.index) in applied):
@@ -309,7 +307,6 @@ class Residency:
         """Give all memory and files back."""
         self._copies.clear()
         self._regions.clear()
-        self._dying.clear()
         with contextlib.ExitStack() as stack:  # all are closed, also when one raises
             for store in (self.store, self.scratch):
                 if store is not None:
@@ -370,14 +367,6 @@ class Residency:
         if not region.pieces and region.slot is not None:
             del self._regions[key]
             region.slot.release(region.left)
-
-    def _let_die(self, tensor: torch.Tensor, work: Work) -> None:
-        """Keep a device tensor until other lanes have done with it; what the compute lane does with it, its allocator knows."""
-        while self._dying and all(completion.is_done for completion in self._dying[0][1]):
-            self._dying.popleft()
-        late = [completion for completion in work if completion.lane is not Lane.COMPUTE and not completion.is_done]
-        if late:
-            self._dying.append((tensor, late))
 
     def _create_unbundled(self, piece: Piece, tier: Tier, num_bytes: int) -> _Copy:
         if tier is Tier.SSD:

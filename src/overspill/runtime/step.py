@@ -89,8 +89,9 @@ class RunningStep:
             case Free():
                 if op.piece.role is Role.PARAMETER and op.tier is Tier.DEVICE:
                     self.executor.leave_visit_of(op.piece.owner)
+                if op.tier is Tier.DEVICE and self.residency.is_of_allocator(op.piece):
+                    self.executor.wait_on_device(waits)  # its memory is handed on in the order of compute
                 if op.piece.role is Role.ACTIVATIONS and op.tier is Tier.DEVICE:
-                    self.executor.wait_on_device(waits)  # its memory is the allocator's, which hands it on in the order of compute
                     self.retained.let_go(op.piece)
                 self.residency.drop(op.piece, op.tier, waits)
                 return self.lanes.done(item.lane)

@@ -14,18 +14,23 @@ the order of additions, and with it every bit, is that of one group.
 
 Overlap. Buffers change hands in the program's order, so what shall overlap must hold its buffers side by side in it:
 
-1. The parameters of the next visit are fetched before the present one computes (`Plan.prefetch_units`), and so is the next
-   micro-batch's hidden state where these rest elsewhere. Activations come one visit earlier still.
+1. The parameters of the next visit are fetched while the present one computes (`Plan.prefetch_units`), and so is the next
+   micro-batch's hidden state where these rest elsewhere. Activations come one visit earlier still. What the present visit waits for goes
+   first, and between several micro-batches the parameters are divided, so that no hidden state waits behind all of them. The first
+   hidden state of the next visit is there before the last one of the present visit computes.
 2. A gradient's device buffer is freed after the next visit has computed, so that it leaves under that visit's compute.
 3. Chunks are read, updated and written back in a pipeline of `UPDATED_CHUNKS`; see also `scheduling/program.py`.
 4. What an update needs is not read twice: the host copy of a parameter that its backward has fetched stays for its update, and
    the one that a pending update has made stays for the visit that waits for it.
 5. An update on the device waits on the host for its gradient's verdict, so it is emitted after the next visit's compute: the device
    has work meanwhile.
-6. A pending update of what rests in host memory borrows no buffer, so one bundle a visit is updated from the first visit on, past those
+6. A hidden state that the device has made and that leaves it is freed after the next compute, under which it leaves. Its memory is the
+   allocator's, which hands it on in the order of compute, and the host is far ahead: freed when the host sees the copy done, a dozen
+   would pile up; freed at once, compute would wait.
+7. A pending update of what rests in host memory borrows no buffer, so one bundle a visit is updated from the first visit on, past those
    that the device updates: the host has work while these compute, and need not begin when a visit is about to wait for it.
 
-Without prefetching (`prefetch_units` 0: there is no room for it) rules 1, 2, 4, 5 and 6 do not apply.
+Without prefetching (`prefetch_units` 0: there is no room for it) rules 1, 2 and 4 to 7 do not apply.
 
 This file decides the order and nothing else; it is pure (plan in, schedule out) and imports no torch. Source of the
 order: GreedySnake's vertical schedule (arXiv 2512.17570), design 2.
@@ -114,6 +119,12 @@ class _Builder(RetainingProgram):
         """Rule 2: freed after the next visit."""
         self.late_updates: list[tuple[Bundle, Sequence[Piece]]] = []
         """Rule 5: of states on the device, after the next visit."""
+        self.coming: list[tuple[Piece, bool]] = []
+        """Rule 1: parameters of the next visit that are not fetched yet; whether copies on the way stay."""
+        self.following: _Visit | None = None
+        """The next visit, where there is room to prefetch for it."""
+        self.moving: list[Piece] = []
+        """Rule 6: hidden states on their way out since the last compute."""
 
     # -- visits ------------------------------------------------------------------------------------------------------
 
@@ -124,8 +135,11 @@ class _Builder(RetainingProgram):
             following = visits[index + 1] if prefetches and index + 1 < len(visits) else None
             if index == 0 or not prefetches:
                 self.prepare(visit)
+            self.following = following
+            if prefetches:
+                self.bring_inputs(visit, 0)
             if following is not None:
-                self.prepare(following)
+                self.prepare(following, divides=len(visit.group) > 1)
             if prefetches and index + 2 < len(visits):
                 self.bring_early(visits[index + 2])
                 self.pending_updates(visits[index + 2].unit, for_visit=True)
@@ -148,16 +162,42 @@ class _Builder(RetainingProgram):
                 self.free_late()
         self.update_late()
         self.free_late()
+        self.free_moved()
 
-    def prepare(self, visit: _Visit) -> None:
-        """What the visit's first compute reads."""
+    def prepare(self, visit: _Visit, *, divides: bool = False) -> None:
+        """What the visit's first compute reads.
+
+        Args:
+            divides: parameters in host memory come between the computes before (`bring_share`), and not here.
+        """
         self.pending_updates(visit.unit, for_visit=True)
         for bundle in visit.unit.bundles:
-            self.bring([piece for piece, _ in parameter_pieces(self.plan, bundle)], Tier.DEVICE, keep=self.is_updated_after(visit, bundle))
-        if visit.phase is Phase.BACKWARD:
-            for piece in self.inputs(visit, visit.group[0]):
-                if any((piece, tier) in self.copies for tier in LADDER):  # else the visit before makes it
-                    self.bring_input(piece)
+            pieces, keep = [piece for piece, _ in parameter_pieces(self.plan, bundle)], self.is_updated_after(visit, bundle)
+            if divides and self.plan.placements[bundle].parameters is Tier.HOST:
+                self.coming += [(piece, keep) for piece in pieces]
+            else:
+                self.bring(pieces, Tier.DEVICE, keep=keep)
+        if visit.phase is Phase.BACKWARD and not (divides and self.plan.boundaries is Tier.HOST):  # from the SSD it takes longer
+            self.bring_first(visit)
+
+    def bring_first(self, visit: _Visit) -> None:
+        """What the visit's first compute reads of hidden states, as far as it is there."""
+        for piece in self.inputs(visit, visit.group[0]):
+            if any((piece, tier) in self.copies for tier in LADDER):  # else the visit before makes it
+                self.bring_input(piece)
+
+    def bring_share(self, num_computes: int) -> None:
+        """For the next visit: of the parameters that are still to come this compute's share, and what it computes first with the last.
+
+        Args:
+            num_computes: left in the present visit.
+        """
+        share = -(-len(self.coming) // num_computes)
+        for piece, keep in self.coming[:share]:
+            self.bring([piece], Tier.DEVICE, keep=keep)
+        del self.coming[:share]
+        if num_computes == 1 and self.following is not None:
+            self.bring_first(self.following)
 
     def bring_early(self, visit: _Visit) -> None:
         """The activations that the visit after the next consumes first: the link may need longer for them than a visit computes."""
@@ -189,6 +229,24 @@ class _Builder(RetainingProgram):
         for piece, tier in self.late_frees:
             self.free(piece, tier)
         self.late_frees = []
+
+    def move_out(self, piece: Piece) -> None:
+        """Let a hidden state that was just made leave for its tier (rule 6)."""
+        self.lower([piece], Tier.DEVICE, self.plan.boundaries)
+        self.moving.append(piece)
+        if not self.plan.prefetch_units:
+            self.free_moved()
+
+    def free_moved(self) -> None:
+        for piece in self.moving:
+            self.free_made(piece)
+        self.moving = []
+
+    def bring_input(self, piece: Piece) -> None:
+        """To the device, for a compute; what is on its way out is there still, and stays."""
+        if piece in self.moving:
+            self.moving.remove(piece)
+        super().bring_input(piece)
 
     def update_late(self) -> None:
         for bundle, pieces in self.late_updates:
@@ -239,22 +297,26 @@ class _Builder(RetainingProgram):
     def forward(self, visit: _Visit) -> None:
         """All micro-batches of the group."""
         position = self.names.index(visit.unit.name)
-        home = self.plan.boundaries
-        moves = home is not Tier.DEVICE
+        moves = self.plan.boundaries is not Tier.DEVICE
         for number, micro_batch in enumerate(visit.group):
             produced: tuple[tuple[Piece, int], ...] = ()
             if position < len(self.names) - 1:
                 above = self.names[position + 1]
                 produced = ((self.boundary(above, micro_batch), self.boundary_bytes(above, micro_batch)),)
             self.bring_inputs(visit, number)
+            self.bring_share(len(visit.group) - number)
             self.compute(visit, micro_batch, produced)
+            self.free_moved()
             if position > 0:
-                tiers = (Tier.DEVICE,) if visit.keep and moves else () if visit.keep else LADDER
-                self.release(self.boundary(visit.unit.name, micro_batch), tiers)
-            if produced and moves and (visit.keep or len(visit.group) > 1):
-                self.lower([produced[0][0]], Tier.DEVICE, home)
-                if len(visit.group) > 1:
-                    self.free(produced[0][0], Tier.DEVICE)
+                read = self.boundary(visit.unit.name, micro_batch)
+                if moves or not visit.keep:
+                    self.free_made(read)
+                if not visit.keep:
+                    self.release(read)
+            if produced and moves and len(visit.group) > 1:
+                self.move_out(produced[0][0])
+            elif produced and moves and visit.keep:
+                self.lower([produced[0][0]], Tier.DEVICE, self.plan.boundaries)
 
     def backward(self, visit: _Visit) -> None:
         """Rebuild each micro-batch's graph from its boundary, or take the one that was kept; take gradients."""
@@ -269,12 +331,14 @@ class _Builder(RetainingProgram):
             if position > 0:
                 below = self.boundary(unit.name, micro_batch, Role.BOUNDARY_GRADIENT)
                 produced.append((below, self.boundary_bytes(unit.name, micro_batch)))
+            self.bring_share(len(visit.group) - number)
             self.compute(visit, micro_batch, tuple(produced))
+            self.free_moved()
             for piece in self.inputs(visit, micro_batch):
+                self.free_made(piece)
                 self.release(piece)
             if position > 0 and moves and len(visit.group) > 1:
-                self.lower([produced[-1][0]], Tier.DEVICE, self.plan.boundaries)
-                self.free(produced[-1][0], Tier.DEVICE)
+                self.move_out(produced[-1][0])
 
     # -- gradients and updates ---------------------------------------------------------------------------------------
 
@@ -398,7 +462,7 @@ class _Builder(RetainingProgram):
         self.update(bundle, [piece for piece, _ in pieces], for_visit=for_visit)
 
     def update_ahead(self) -> None:
-        """The next bundle that the host updates, if all of it is in host memory (rule 6)."""
+        """The next bundle that the host updates, if all of it is in host memory (rule 7)."""
         for bundle in (bundle for unit in self.plan.units for bundle in self.trainable(unit) if bundle.name in self.pending):
             placement = self.plan.placements[bundle.name]
             if placement.update_tier is Tier.HOST:

@@ -52,7 +52,13 @@ class RetainingProgram(Program):
     def let_leave(self, most: int) -> None:
         """Free activations on the device until at most `most` of them are on their way out (rules 1 and 2)."""
         while len(self._leaving) > most:
-            self.free(self._leaving.pop(0), Tier.DEVICE)
+            self.free_made(self._leaving.pop(0))
+
+    def free_made(self, piece: Piece) -> None:
+        """Free the copy on the device, if there is one, of what a compute has made: the next compute may be given its memory, and waits
+        for whoever reads it."""
+        if (piece, Tier.DEVICE) in self.copies:
+            self.free(piece, Tier.DEVICE)
             self._read_by += self.ops[-1].waits
 
     def bring_input(self, piece: Piece) -> None:
