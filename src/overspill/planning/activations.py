@@ -246,7 +246,8 @@ class _Search:
         return dataclasses.replace(placed, device_budget_bytes=self.base.device_budget_bytes)
 
     def _reserve(self, kept_bytes: int) -> int:
-        """What the device's allocator may lose to fragmentation beside so many kept bytes."""
+        """What the device's allocator may lose to fragmentation beside so many kept bytes. None was seen where segments grow; they cannot
+        on every platform, and a graph too many would be recomputed each time."""
         return 0 if is_host_memory(self.base.device) else fragmentation_bytes(kept_bytes)
 
 
