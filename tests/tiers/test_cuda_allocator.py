@@ -16,13 +16,32 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append, raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: told[-1] if told else "", raising=False)
     return told
 
 
-def test_segments_grow_where_nothing_was_chosen(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+def test_segments_grow_where_nothing_was_chosen(asked: list[str]) -> None:
     assert let_segments_grow()
     assert asked == ["expandable_segments:True"]
+    assert not let_segments_grow(), "once is enough"
+
+
+@pytest.mark.parametrize("has_getter", [True, False])
+def test_other_settings_are_told_again_or_torch_would_forget_them(
+    has_getter: bool, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch takes what it is told for all: `max_split_size_mb` and others that are not in it go back to their defaults."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512,")
+    get = (lambda: "max_split_size_mb:512,") if has_getter else None
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", get, raising=False)
+    assert let_segments_grow()
+    assert asked == ["max_split_size_mb:512,expandable_segments:True"]
+
+
+def test_what_was_chosen_in_code_stays(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "expandable_segments:False", raising=False)
+    assert not let_segments_grow()
+    assert not asked
 
 
 @pytest.mark.parametrize("name", ALLOCATOR_VARIABLES)
@@ -41,6 +60,7 @@ def test_another_allocator_is_left_alone(asked: list[str], monkeypatch: pytest.M
 
 def test_an_older_torch_is_asked_by_its_own_name(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", None, raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", None, raising=False)
     monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", asked.append)
     assert let_segments_grow()
     assert asked == ["expandable_segments:True"]

@@ -57,6 +57,7 @@ from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.rates import LaneRates
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule
+from overspill.spec.tensors import Tier
 from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
 from overspill.spec.workload import TemplateTimes
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
@@ -204,12 +205,15 @@ class Session(Closing):
         if num_targets == 0:
             raise ValueError(f"step {self.step_number + 1} has no target: all labels are -100 after the shift by one")
         number = self.step_number + 1
+        tokens = token_counts(micro_batches)
+        if self._pending is not None and not self._train_program(tokens).starts_pending:
+            self.flush()
+        schedule = self._train_program(tokens)
         lr = self.learning_rate.at(number)
         scale = self.loss_scale.value if self.loss_scale is not None else 1.0
         context = StepContext(step=number, seed=self.seed, num_targets=num_targets, loss_scale=scale)
         waits = self.plan.timing is UpdateTiming.PENDING
         updates = self._pending if waits else UpdateContext(self.optimizer, seed=self.seed, step=number, lr=lr, gradient_scale=1.0)
-        schedule = self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         figures, gradients = self._run(schedule, prepared, context, updates, number=number)
@@ -431,7 +435,7 @@ class Session(Closing):
 
     def schedule(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> Schedule:
         """The program of the next step over `micro_batches`."""
-        return self._programs.train(token_counts(micro_batches), pending=self._pending is not None)
+        return self._train_program(token_counts(micro_batches))
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -470,6 +474,19 @@ class Session(Closing):
             self._recover(schedule, error)
             raise
         return result
+
+    def _train_program(self, tokens: tuple[int, ...]) -> Schedule:
+        """The next step's program over micro-batches of these lengths. Where its slots would find no room beside gradients that wait in an
+        arena, which was made for the whole step and cannot grow now, it is the one that begins after a flush."""
+        if self._pending is not None:
+            schedule = self._programs.train(tokens, pending=True)
+            if all(pool.has_room_beside_lent(self._block_bytes(schedule, tier)) for tier, pool in self.residency.pools.items()):
+                return schedule
+        return self._programs.train(tokens, pending=False)
+
+    def _block_bytes(self, schedule: Schedule, tier: Tier) -> int | None:
+        """Of the arena that a schedule has on a tier; None: its slots are lent by size."""
+        return None if self._programs.arena(schedule, tier) is None else self._programs.slot_bytes(schedule, tier)
 
     def _place_slots(self, schedule: Schedule) -> None:
         """Give the schedule's slots their places, or on a tier without room for an arena room to be lent by size."""

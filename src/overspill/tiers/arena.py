@@ -109,6 +109,12 @@ class Arena:
             self._places = places
             return True
 
+    def has_room_beside_lent(self, num_bytes: int | None) -> bool:
+        """Whether a program with a block of `num_bytes`, or None for slots by size, would leave no block unused beside its slots: what is
+        lent in a block holds it as it is (rule 3)."""
+        with self._lock:
+            return not self._lent or (num_bytes is not None and num_bytes <= self.block_bytes)
+
     def leave(self) -> None:
         """Follow nothing: slots are lent by size."""
         with self._lock:

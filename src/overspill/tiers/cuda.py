@@ -27,15 +27,18 @@ def let_segments_grow() -> bool:
     """Let torch's allocator extend what it has reserved of a GPU, page for page, and not reserve in pieces of fixed size; of the process.
 
     Pieces of fixed size leave holes that no later request fits, 9 % of what a session of 1.10B took. What the user has chosen stays:
-    `PYTORCH_ALLOC_CONF=expandable_segments:False` keeps pieces, and an allocator that is not torch's own is left alone.
+    `PYTORCH_ALLOC_CONF=expandable_segments:False` keeps pieces, and an allocator that is not torch's own is left alone. Settings that are
+    not told again go back to torch's defaults (`max_split_size_mb`, and others), so all that were chosen are told with this one.
 
     Returns:
         Whether it was asked for here. A platform that cannot do it warns, and goes on as before.
     """
-    chosen = "".join(os.environ.get(name, "") for name in ALLOCATOR_VARIABLES)
-    if "expandable_segments" in chosen or torch.cuda.get_allocator_backend() != "native":
+    told = [os.environ.get(name, "") for name in ALLOCATOR_VARIABLES]
+    current = getattr(torch._C, "_accelerator_getAllocatorSettings", None)  # of 2.13; in 2.11 what was chosen in code is not known
+    chosen = current() if current is not None else next(filter(None, told), "")
+    if any("expandable_segments" in one for one in (chosen, *told)) or torch.cuda.get_allocator_backend() != "native":
         return False
     # torch 2.11 has the second alone, 2.13 warns of it. The first allocation of a process may be long past: later segments grow.
     choose = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
-    choose("expandable_segments:True")
+    choose(",".join(filter(None, (chosen.strip(" ,"), "expandable_segments:True"))))
     return True
