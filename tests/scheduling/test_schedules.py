@@ -320,3 +320,11 @@ def test_no_hidden_state_waits_behind_all_parameters_of_the_next_block() -> None
         parameters = [number for number, op in enumerate(coming) if op.piece.role is Role.PARAMETER]
         states = [number for number, op in enumerate(coming) if op.piece.role in (Role.BOUNDARY, Role.BOUNDARY_GRADIENT)]
         assert not states or not parameters or max(states) < min(parameters)
+
+
+def test_a_budget_that_is_a_byte_short_shows_both_numbers() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device")
+    schedule = build_train_step(plan, [16] * 4, starts_pending=False)
+    peak = simulate(schedule, plan, HardwareSpec()).host_resident_peak_bytes
+    with pytest.raises(ScheduleError, match=rf"needs {peak:,} B on host, the plan allows {peak - 1:,} B .*by 1 B"):
+        validate(schedule, dataclasses.replace(plan, host_budget_bytes=peak - 1))

@@ -115,10 +115,13 @@ class Walk:
             ScheduleError: a tier's peak exceeds what the plan allows it.
         """
         for tier, budget in budgets(self.plan).items():
-            if budget is not None and self.peak_bytes[tier] > budget:
+            if budget is not None and (peak := self.peak_bytes[tier]) > budget:
+                needed, allowed = format_bytes(peak), format_bytes(budget)
+                if needed == allowed:
+                    needed, allowed = f"{peak:,} B", f"{budget:,} B"
                 raise ScheduleError(
-                    f"{self.schedule.name} needs {format_bytes(self.peak_bytes[tier])} on {tier}, the plan allows {format_bytes(budget)} "
-                    f"(rule 4); raise {_BUDGET_FLAG[tier]} by {format_bytes(self.peak_bytes[tier] - budget)}"
+                    f"{self.schedule.name} needs {needed} on {tier}, the plan allows {allowed} "
+                    f"(rule 4); raise {_BUDGET_FLAG[tier]} by {format_bytes(peak - budget)}"
                 )
 
 
