@@ -326,10 +326,10 @@ def test_what_an_op_costs_does_not_grow_with_the_number_of_ops() -> None:
             completions.append(completion)
         took = []
         for _ in range(3):
-            begun_s = time.perf_counter()
+            begun_s = time.process_time()
             trace = recorder.trace(program, completions, count + 2.0)
             exposed = exposed_s(find_idle(trace.spans, trace.step_s))
-            took.append(time.perf_counter() - begun_s)
+            took.append(time.process_time() - begun_s)
         assert exposed["host_update"] == pytest.approx(0.9 * count * 3 / 4)
         seconds[count] = min(took) / count
     assert seconds[20_000] < 10e-6 and seconds[20_000] < 4 * seconds[2_000], seconds
