@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+from typing import Any
 
 import pytest
 from matrices import PLACEMENTS, make_layout, make_plan
@@ -10,8 +12,9 @@ from matrices import PLACEMENTS, make_layout, make_plan
 from overspill.errors import BudgetError, ScheduleError
 from overspill.planning import build_plan, predict_step, simulate
 from overspill.planning.memory import context_bytes
+from overspill.planning.simulate import resident_peaks
 from overspill.planning.space import scratch_bytes, store_bytes
-from overspill.scheduling import build_evaluation, build_flush, build_train_step, render_timeline, validate
+from overspill.scheduling import build_evaluation, build_flush, build_train_step, largest_steps, render_timeline, validate
 from overspill.spec.documents import from_json
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Placement, Plan, PlanRequest, UpdateTiming
@@ -328,3 +331,33 @@ def test_a_budget_that_is_a_byte_short_shows_both_numbers() -> None:
     peak = simulate(schedule, plan, HardwareSpec()).host_resident_peak_bytes
     with pytest.raises(ScheduleError, match=rf"needs {peak:,} B on host, the plan allows {peak - 1:,} B .*by 1 B"):
         validate(schedule, dataclasses.replace(plan, host_budget_bytes=peak - 1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_shorter_step_holds_more_than_what_the_planner_looked_at(seed: int) -> None:
+    """A last batch of fewer micro-batches may finish gradients beside a whole group's hidden states, where the whole step had one left."""
+    choose = random.Random(seed)
+    count = choose.randint(2, 4)
+    tiers: dict[str, Any] = {name: choose.choice(["device", "host", "ssd"]) for name in ("parameters", "states", "boundaries")}
+    plan = make_plan(
+        accumulate=count, group_size=choose.randint(1, count), clip=choose.choice([None, 1.0]), tied=choose.random() < 0.5,
+        seq_len=choose.choice([8, 512]), **tiers,
+    )  # fmt: skip
+    found = [resident_peaks(schedule, plan) for schedule in largest_steps(plan)]
+    most = {tier: max(peaks[tier] for peaks in found) for tier in Tier}
+    tokens = plan.longest_step[0]
+    for number in range(1, count + 1):
+        for starts_pending in {False, plan.timing is UpdateTiming.PENDING}:
+            for shape in ([tokens] * number, [tokens] * (number - 1) + [tokens // 2], [tokens // 2] + [tokens] * (number - 1)):
+                peaks = resident_peaks(build_train_step(plan, shape, starts_pending=starts_pending), plan)
+                assert all(peaks[tier] <= most[tier] for tier in Tier), (plan.group_size, shape, starts_pending)
+
+
+def test_a_group_that_ends_its_step_is_planned_for() -> None:
+    """Of three micro-batches in groups of two the last group is one; a step of two holds more while its gradients are finished."""
+    plan = make_plan(
+        accumulate=3, group_size=2, parameters="ssd", states="ssd", boundaries="host", seq_len=2048, micro_batch=4, device_states_bytes=0
+    )
+    whole = resident_peaks(build_train_step(plan, plan.longest_step, starts_pending=False), plan)[Tier.HOST]
+    two = resident_peaks(build_train_step(plan, plan.longest_step[:2], starts_pending=False), plan)[Tier.HOST]
+    assert max(resident_peaks(schedule, plan)[Tier.HOST] for schedule in largest_steps(plan)) == max(whole, two)

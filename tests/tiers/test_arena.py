@@ -162,6 +162,7 @@ def test_who_is_in_no_program_borrows_from_the_idle_block_and_beside_it_where_it
     arena.acquire(PAGE).release([work])
     with arena.borrow(2 * PAGE) as slot:
         assert slot.after == (work,) and memory.allocated_bytes == 3 * PAGE
+        assert work.num_settled == 1, "who is in no program waits for nothing afterwards"
     arena.follow([(0, PAGE)], num_bytes=3 * PAGE)
     lent = arena.acquire(PAGE)
     arena.unplanned.limit_bytes = PAGE  # of a program before, which is over

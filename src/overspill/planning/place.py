@@ -27,7 +27,7 @@ from overspill.planning.activations import choose_activations, describe, force_m
 from overspill.planning.memory import context_bytes, unit_working_bytes
 from overspill.planning.simulate import resident_peaks, simulate
 from overspill.planning.space import is_host_memory, scratch_bytes, store_bytes
-from overspill.scheduling import full_step
+from overspill.scheduling import full_step, largest_steps
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
@@ -194,10 +194,11 @@ def _working_bytes(request: PlanRequest, layout: ModelLayout, hardware: Hardware
 
 
 def _excess(plan: Plan) -> dict[Tier, int]:
-    """Bytes by which a step's peak exceeds each budget (negative: room)."""
+    """Bytes by which the peak of any step exceeds each budget (negative: room)."""
     if (plan.device_budget_bytes, plan.host_budget_bytes, plan.ssd_budget_bytes) == (None, None, None):
         return {}
-    peaks = resident_peaks(full_step(plan), plan)
+    found = [resident_peaks(schedule, plan) for schedule in largest_steps(plan)]
+    peaks = {tier: max(one[tier] for one in found) for tier in Tier}
     device_bytes = peaks[Tier.DEVICE] + _argument_bytes(plan)
     host_bytes = peaks[Tier.HOST]
     if is_host_memory(plan.device):

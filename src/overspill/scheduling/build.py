@@ -80,6 +80,14 @@ def full_step(plan: Plan) -> Schedule:
     return build_train_step(plan, plan.longest_step, starts_pending=plan.timing is UpdateTiming.PENDING)
 
 
+def largest_steps(plan: Plan) -> tuple[Schedule, ...]:
+    """Programs of which one holds as much of every tier as any step of the plan: the whole batch, and one group alone, whose gradients are
+    finished beside all of its hidden states; the whole batch's last group may be smaller."""
+    sizes = {len(plan.longest_step), min(plan.group_size, len(plan.longest_step))}
+    starts = {False, plan.timing is UpdateTiming.PENDING}
+    return tuple(build_train_step(plan, plan.longest_step[:size], starts_pending=start) for size in sizes for start in starts)
+
+
 def build_evaluation(plan: Plan, micro_batch_tokens: Sequence[int]) -> Schedule:
     """The loss of micro-batches, nothing kept; weights must have been flushed."""
     builder = _Builder(plan, micro_batch_tokens, starts_pending=False, group_size=plan.evaluation_group_size)

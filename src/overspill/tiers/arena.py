@@ -142,11 +142,23 @@ class Arena:
             return self._lend(offset, size, num_bytes)
 
     def borrow(self, num_bytes: int) -> Slot:
-        """Borrow a slot outside of a program (rule 5).
+        """Borrow a slot outside of a program (rule 5). What still used its bytes, of a step that lands, has ended when this returns.
 
         Raises:
             BudgetError: nothing in the block is free, and the memory's budget has no room beside it.
+            KeyboardInterrupt: while it waited; nothing is borrowed.
         """
+        slot = self._borrow_anywhere(num_bytes)
+        try:
+            for work in slot.after:
+                work.settle()
+        except BaseException:
+            slot.release(slot.after)
+            raise
+        return slot
+
+    def _borrow_anywhere(self, num_bytes: int) -> Slot:
+        """In the idle block, else by size."""
         size = align_up(num_bytes, SLOT_ALIGNMENT_BYTES)
         with self._lock:
             if not self._lent and size <= self.block_bytes:
