@@ -476,6 +476,7 @@ def test_an_even_load_has_a_peak_of_its_mean() -> None:
     assert peak_to_mean(load_profile(even, interval_s=0.5, start_s=0.0, end_s=10.0)) == pytest.approx(1.0)
     assert peak_to_mean(load_profile(even[:5], interval_s=0.5, start_s=0.0, end_s=10.0)) == pytest.approx(2.0)
     assert peak_to_mean(load_profile([], interval_s=1.0, start_s=0.0, end_s=4.0)) == 0.0
+    assert all(peak_to_mean([value] * count) >= 1.0 for value in (0.1, 0.7, 1 / 3) for count in range(1, 100)), "whatever the sum rounds to"
 
 
 def test_an_unknown_backend_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

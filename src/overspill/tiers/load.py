@@ -40,4 +40,4 @@ def load_profile(spans: Sequence[TransferSpan], *, interval_s: float, start_s: f
 def peak_to_mean(profile: Sequence[float]) -> float:
     """The busiest interval over the mean one; 1 is an even load, and 0 none at all."""
     total = sum(profile)
-    return max(profile) * len(profile) / total if total else 0.0
+    return max(1.0, max(profile) * len(profile) / total) if total else 0.0  # an even load's sum may round up
