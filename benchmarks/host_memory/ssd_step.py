@@ -109,10 +109,9 @@ def main() -> None:
             drive = [span for span in spans if span.lane in (Lane.SSD_READ, Lane.SSD_WRITE)]
             updates = [span for span in spans if span.lane is Lane.HOST_UPDATE]
             window_s = max(span.end_s for span in drive) - min(span.start_s for span in drive)
-            profile = load_profile(
-                parts, interval_s=min(1.0, step_s / 8), start_s=begun_s + min(span.start_s for span in updates),
-                end_s=begun_s + max(span.start_s for span in updates),
-            )  # fmt: skip
+            first_s, last_s = min(span.start_s for span in updates), max(span.start_s for span in updates)
+            interval_s = min(1.0, (last_s - first_s) / 8)  # of a small step there are several too, however long it takes to begin
+            profile = load_profile(parts, interval_s=interval_s, start_s=begun_s + first_s, end_s=begun_s + last_s)
             rows.append(
                 {
                     "step_s": step_s,
