@@ -25,11 +25,11 @@ import dataclasses
 
 from overspill.planning.cost import LAUNCH_BOUND, LAUNCH_S
 from overspill.planning.pools import SLOT_BYTES
-from overspill.planning.space import is_host_memory
+from overspill.planning.space import is_host_memory, region_bytes
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
 from overspill.spec.prediction import MemoryTerm, total_bytes
-from overspill.spec.schedule import BUNDLE_ROLES, Compute, Free, Op, Phase, Piece, RegionKey, Role, Schedule, initial_copies, region_key
+from overspill.spec.schedule import BUNDLE_ROLES, Compute, Free, Op, Phase, Piece, Role, Schedule
 from overspill.spec.tensors import Tier
 from overspill.spec.workload import UnitWork, WorkloadSpec
 from overspill.units import MIB, align_up
@@ -72,7 +72,7 @@ def device_terms(
         workload: of the plan's batch; what units take while they run.
         replays_graphs: whether blocks whose launches bound them are replayed as graphs.
     """
-    homes, found = _region_bytes(plan, Tier.DEVICE), hardware or HardwareSpec()
+    homes, found = region_bytes(plan, Tier.DEVICE), hardware or HardwareSpec()
     if is_host_memory(plan.device):
         return _present(
             MemoryTerm(name="homes", num_bytes=sum(homes)), MemoryTerm(name="slots", num_bytes=align_up(slot_bytes, SLOT_BYTES))
@@ -112,7 +112,7 @@ def host_terms(
         device: the device's terms, which are in host memory on a CPU.
     """
     terms = [
-        MemoryTerm(name="homes", num_bytes=sum(align_up(size, SLOT_BYTES) for size in _region_bytes(plan, Tier.HOST))),
+        MemoryTerm(name="homes", num_bytes=sum(align_up(size, SLOT_BYTES) for size in region_bytes(plan, Tier.HOST))),
         MemoryTerm(name="slots", num_bytes=align_up(slot_bytes, SLOT_BYTES)),
         MemoryTerm(name="process", num_bytes=hardware.process_bytes),
     ]
@@ -175,15 +175,6 @@ def _context_terms(hardware: HardwareSpec) -> tuple[MemoryTerm, MemoryTerm]:
 
 def _present(*terms: MemoryTerm) -> tuple[MemoryTerm, ...]:
     return tuple(term for term in terms if term.num_bytes)
-
-
-def _region_bytes(plan: Plan, tier: Tier) -> list[int]:
-    """Of each allocation of homes on a tier: all chunks of a role of a bundle lie in one."""
-    sizes: dict[RegionKey, int] = {}
-    for (piece, at), size in initial_copies(plan, pending=False).items():
-        if at is tier:
-            sizes[region_key(piece)] = sizes.get(region_key(piece), 0) + size
-    return list(sizes.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

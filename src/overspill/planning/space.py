@@ -64,15 +64,20 @@ def rounding_bytes(plan: Plan) -> int:
     return SLOT_BYTES * (len(BUNDLE_ROLES) * len(plan.bundles) + (3 if plan.activations else 2) * num_boundary_slots(plan))
 
 
+def region_bytes(plan: Plan, tier: Tier) -> list[int]:
+    """Of each allocation of homes on a tier: all chunks of a role of a bundle lie in one."""
+    sizes: dict[RegionKey, int] = {}
+    for (piece, at), size in initial_copies(plan, pending=False).items():
+        if at is tier:
+            sizes[region_key(piece)] = sizes.get(region_key(piece), 0) + size
+    return list(sizes.values())
+
+
 def host_room_bytes(plan: Plan) -> int | None:
     """What the host budget leaves to slots, pages that all is rounded up to included; None: there is no budget."""
     if plan.host_budget_bytes is None:
         return None
-    sizes: dict[RegionKey, int] = {}
-    for (piece, tier), size in initial_copies(plan, pending=False).items():
-        if tier is Tier.HOST:
-            sizes[region_key(piece)] = sizes.get(region_key(piece), 0) + size
-    return plan.host_budget_bytes + rounding_bytes(plan) - sum(align_up(size, SLOT_BYTES) for size in sizes.values())
+    return plan.host_budget_bytes + rounding_bytes(plan) - sum(align_up(size, SLOT_BYTES) for size in region_bytes(plan, Tier.HOST))
 
 
 def pinned_room_bytes(plan: Plan) -> int | None:

@@ -67,7 +67,7 @@ class Programs:
         least_bytes = self.arena_plans(schedule)[tier].least_bytes
         if tier is Tier.DEVICE:
             return least_bytes
-        steady_bytes, room_bytes = self._of(schedule).steady_host_bytes, host_room_bytes(self.plan)
+        steady_bytes, room_bytes = self._of(schedule).steady_host_bytes, self._host_room_bytes
         return max(least_bytes, steady_bytes if room_bytes is None else min(steady_bytes, room_bytes))
 
     def arena_plans(self, schedule: Schedule) -> Mapping[Tier, ArenaPlan]:
@@ -92,11 +92,20 @@ class Programs:
         """Whether the budgets have room for an arena. One that can be pinned in part alone is none: slots by size can."""
         arena, plan = self.arena_plans(schedule)[tier], self.plan
         if tier is Tier.HOST:
-            return all(room is None or arena.num_bytes <= room for room in (host_room_bytes(plan), pinned_room_bytes(plan)))
+            return all(room is None or arena.num_bytes <= room for room in (self._host_room_bytes, self._pinned_room_bytes))
         extra_bytes = arena.num_bytes - arena.least_bytes
         if plan.device_budget_bytes is None or not extra_bytes:
             return True
         return self._of(schedule).device_peak_bytes + extra_bytes <= plan.device_budget_bytes
+
+    @functools.cached_property
+    def _host_room_bytes(self) -> int | None:
+        """Walks all homes once, and not at every step."""
+        return host_room_bytes(self.plan)
+
+    @functools.cached_property
+    def _pinned_room_bytes(self) -> int | None:
+        return pinned_room_bytes(self.plan)
 
     def _of(self, schedule: Schedule) -> _Program:
         return next(program for program in self._kept.values() if program.schedule is schedule)
