@@ -1,4 +1,8 @@
-"""Test helpers are modules beside the tests; this makes them importable by name."""
+"""Test helpers are modules beside the tests; this makes them importable by name.
+
+A test with the marker `clock` claims something of measured time. Other programs may take the machine away in any one measurement, so such
+a test is tried up to three times; what its code gets wrong, it gets wrong three times. Nothing else is tried again.
+"""
 
 import os
 import sys
@@ -9,6 +13,16 @@ import pytest
 
 for folder in (".", "runtime", "probe", "architectures", "durability", "overlap", "optim", "scheduling", "workload", "activations"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
+
+
+CLOCK_RERUNS = 2
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.pluginmanager.hasplugin("rerunfailures"):  # without it, every test is tried once
+        for item in items:
+            if item.get_closest_marker("clock") is not None:
+                item.add_marker(pytest.mark.flaky(reruns=CLOCK_RERUNS, reruns_delay=1))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -306,6 +306,7 @@ def test_every_model_trains_the_same_with_slow_and_fast_links(monkeypatch: pytes
     assert active.report().ssd_bytes > 0
 
 
+@pytest.mark.clock
 def test_amounts_follow_a_slow_link_from_the_third_round_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """50 ms a copy beside a forward of few: at first everything leaves and compute waits; then almost nothing does, and nobody waits."""
 

@@ -238,6 +238,7 @@ def test_blocks_are_spread_evenly_and_the_last_is_recomputed_only_with_all() -> 
             assert len(set(nets.spread(count, total))) == count
 
 
+@pytest.mark.clock
 def test_a_paced_store_moves_no_faster_than_its_pace_and_the_same_bytes() -> None:
     import time
 

@@ -52,6 +52,7 @@ CLAIMS: dict[str, tuple[Lane, Callable[[Op], bool], tuple[Phase, ...], dict[str,
 }
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("claim", CLAIMS)
 def test_the_lane_works_while_compute_does(claim: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lane, is_meant, phases, placement = CLAIMS[claim]
@@ -99,6 +100,7 @@ def _is_meant(span: Span, op: Op, lane: Lane, is_meant: Callable[[Op], bool], ph
     return span.lane is lane and is_meant(op)
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize(("placement", "clip"), [(HOST, None), (DRIVE, 1.0)], ids=["host-unclipped", "ssd-clipped"])
 def test_a_step_is_shorter_than_the_sum_of_its_lanes(
     placement: dict[str, Any], clip: float | None, monkeypatch: pytest.MonkeyPatch

@@ -154,6 +154,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_step_leaves_lands_under_the_next_forward(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waited for at a step's end it costs its whole time; the next step waits for less than half of that."""
@@ -240,6 +241,7 @@ def test_serial_and_pending_steps_leave_nothing_under_way(clip: float | None) ->
 # -- times -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.clock
 def test_waiting_for_the_step_befores_update_is_exposed_as_the_hosts_update_of_the_step_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     with open_session(parameters="host", states="host", boundaries="device", accumulate=1) as session:
         session.step(make_batches(1, vocab_size=96, seed=0))
@@ -256,6 +258,7 @@ def test_waiting_for_the_step_befores_update_is_exposed_as_the_hosts_update_of_t
         assert first.lane_busy_s["host_update"] > 0.3 > second.lane_busy_s["host_update"], "busy for the step that it updates for"
 
 
+@pytest.mark.clock
 def test_reading_a_steps_times_at_once_waits_until_it_has_landed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gate = Gate(monkeypatch)
     with open_session(parameters="host", states="host") as session:

@@ -104,6 +104,7 @@ def test_200_rounds_of_random_delays_change_no_bit(monkeypatch: pytest.MonkeyPat
     hunt(monkeypatch, 200)
 
 
+@pytest.mark.clock
 def test_reads_run_under_the_compute_of_the_unit_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units take 20 ms, a drive about as long for a unit's chunks: more than half of what it reads is read while a unit computes."""
     run = UnitRunner.run
@@ -121,6 +122,7 @@ def test_reads_run_under_the_compute_of_the_unit_before(monkeypatch: pytest.Monk
             assert shared == 0 if serial else shared > 0.5 * busy_s(session.executor.spans, Lane.SSD_READ)
 
 
+@pytest.mark.clock
 def test_states_are_read_updated_and_written_back_side_by_side() -> None:
     """Reading and writing each take the drive 4 ms a chunk; overlapped, they share most of that time."""
     spans = {}

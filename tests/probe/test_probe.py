@@ -76,6 +76,7 @@ def notes_of_the_drive(file: MachineFile) -> list[str]:
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.clock
 def test_every_figure_is_there_with_its_spread_and_they_fit_each_other(small: ProbeSettings, tmp_path: Path) -> None:
     file = probe_machine(CPU, [str(tmp_path)], settings=small)
     assert not_measured(file) == [] and parse_machine_file(file.to_json(), "x") == file
@@ -100,6 +101,7 @@ def test_the_ordinary_probe_measures_in_the_sizes_of_chunks_and_writes_little_mo
     assert SETTINGS.most_written_bytes < 3.1 * GIB and SETTINGS.most_s <= 25
 
 
+@pytest.mark.clock
 def test_a_drive_of_known_rate_is_measured_at_that_rate(small: ProbeSettings, only_the_drive: None) -> None:
     """Each direction of the fake drive moves 20 MB/s, one transfer at a time, beside the other or alone; never more."""
     settings = dataclasses.replace(small, passes=Passes(most_s=0.05, most_bytes=32 * MIB))
@@ -110,6 +112,7 @@ def test_a_drive_of_known_rate_is_measured_at_that_rate(small: ProbeSettings, on
             assert 7e6 < rate.median_per_s < 20.5e6, "a busy machine sleeps too long, but not three times as long"
 
 
+@pytest.mark.clock
 def test_a_sample_is_as_long_as_it_should_be_and_work_that_takes_no_time_is_not_repeated_for_ever() -> None:
     calls: list[int] = []
 
@@ -142,6 +145,7 @@ def test_what_runs_in_the_background_runs_all_the_time_and_its_failure_is_told()
 # -- its time --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize(("bytes_per_s", "measured"), [(2e4, []), (1e6, []), (4e6, [256 * KIB])], ids=["floppy", "1 MB/s", "4 MB/s"])
 def test_a_slow_drive_does_not_hold_the_probe_up(
     small: ProbeSettings, only_the_drive: None, bytes_per_s: float, measured: list[int]
@@ -159,6 +163,7 @@ def test_a_slow_drive_does_not_hold_the_probe_up(
     assert len(notes) == 2 - len(measured) and all("would take" in note and "are left" in note for note in notes), notes
 
 
+@pytest.mark.clock
 def test_a_drive_that_becomes_slow_after_its_trial_is_given_up(small: ProbeSettings, only_the_drive: None) -> None:
     """The file is written at 1 GB/s, all later writes at 2 MB/s: the pass under way is waited for, and no other begins."""
     stores: list[FakeStore] = []

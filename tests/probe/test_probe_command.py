@@ -67,6 +67,7 @@ def edit(path: Path, **changes: Any) -> None:
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.clock
 def test_a_whole_probe_ends_within_30_s_leaves_nothing_and_says_what_bounds_a_step(probe: Probe, cache: Path, tmp_path: Path) -> None:
     """The real one, with all its sizes."""
     (tmp_path / "ssd").mkdir()

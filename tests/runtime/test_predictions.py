@@ -100,6 +100,7 @@ def test_bytes_and_the_devices_peak_are_exact(placement: dict[str, object]) -> N
     assert prediction.host_peak_bytes > prediction.host_resident_peak_bytes
 
 
+@pytest.mark.clock
 def test_a_prediction_is_made_once_for_each_shape_and_costs_a_thousandth_of_the_time_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "FREE_PROGRAMS", 1)
     with open_session(parameters="host", states="host", boundaries="device") as session:

@@ -128,6 +128,7 @@ def test_exposed_time_and_compute_are_the_step(placement: dict[str, object], ser
             assert not trace.earlier, "the step before was read, and so waited for"
 
 
+@pytest.mark.clock
 def test_a_slow_drive_is_exposed_and_slow_compute_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reads of 5 ms that nothing hides; the same reads under compute of 30 ms a unit hide for the most part."""
     placement = {"parameters": "ssd", "states": "host", "boundaries": "device", "accumulate": 1}
@@ -165,6 +166,7 @@ def test_reports_have_a_floor_from_the_first_question_on_and_none_is_measured_be
         assert build_step_work(trace.schedule, rates).lane_s.keys() == {"h2d", "d2h", "ssd_read", "ssd_write", "host_update"}
 
 
+@pytest.mark.clock
 def test_steps_that_nothing_delays_are_not_quicker_than_their_floors() -> None:
     """Together, with the flush: without clip a step's last updates land in the time of the one after it. The drive's rate is what a fake
     drive of 2 ms a transfer gives; on a busy machine it may be measured slow, so with 30 % of grace."""
@@ -178,6 +180,7 @@ def test_steps_that_nothing_delays_are_not_quicker_than_their_floors() -> None:
             assert took_s > 0.7 * sum(report.floor_s or math.inf for report in reports), reports[-1].floor
 
 
+@pytest.mark.clock
 def test_measuring_rates_leaves_no_file_no_thread_and_the_written_bytes_counted(tmp_path: Path) -> None:
     import threading
 
@@ -299,6 +302,7 @@ def test_a_trace_has_tracks_for_as_many_transfers_as_were_under_way(tmp_path: Pa
 # -- its cost --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.clock
 def test_tracing_costs_less_than_10_us_an_op_and_says_what_it_took() -> None:
     with open_session(**PLACEMENTS[0]) as session:
         reports = [session.step(batches(step)) for step in range(4)]
@@ -309,6 +313,7 @@ def test_tracing_costs_less_than_10_us_an_op_and_says_what_it_took() -> None:
     assert best_s < 0.1 * min(report.step_s for report in reports)  # of a step of some 50 ms; the ops of a real one are longer
 
 
+@pytest.mark.clock
 def test_what_an_op_costs_does_not_grow_with_the_number_of_ops() -> None:
     lanes = Lanes(torch.device("cpu"))
     seconds = {}

@@ -154,6 +154,7 @@ def test_an_arena_in_host_memory_rests_no_more_than_the_budget_has_room_for() ->
     assert plan_arena(events, pinned, Tier.HOST).num_bytes == least
 
 
+@pytest.mark.clock
 def test_thousands_of_hidden_states_are_placed_in_a_moment() -> None:
     plan = make_plan(parameters="host", states="host")
     number = 20_000

@@ -188,6 +188,7 @@ def test_a_budget_without_room_beside_the_block_gives_the_block_up_for_what_is_b
     memory.close()
 
 
+@pytest.mark.clock
 def test_thousands_of_slots_are_lent_in_a_moment() -> None:
     memory, arena = make_arena()
     number = 4000

@@ -13,6 +13,7 @@ from overspill.tiers import Failure, FakeStore
 from overspill.units import MIB
 
 
+@pytest.mark.clock
 def test_delay_and_bandwidth_add_up_in_order_within_one_direction() -> None:
     with FakeStore(4 * MIB, delay_s=0.02, bytes_per_s=20 * MIB) as store:
         store.allocate("a", MIB)
@@ -24,6 +25,7 @@ def test_delay_and_bandwidth_add_up_in_order_within_one_direction() -> None:
         assert time.perf_counter() - begun >= 2 * (0.02 + 1 / 20)
 
 
+@pytest.mark.clock
 def test_reads_and_writes_overlap() -> None:
     with FakeStore(MIB, delay_s=0.1) as store:
         store.allocate("a", 10)

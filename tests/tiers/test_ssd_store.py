@@ -439,6 +439,7 @@ def test_an_interrupt_ends_a_wait_and_the_transfer_goes_on(tmp_path: Path) -> No
         transfer.wait()
 
 
+@pytest.mark.clock
 def test_starting_a_transfer_of_a_chunk_takes_less_than_30_microseconds(tmp_path: Path) -> None:
     with SsdStore(tmp_path, capacity_bytes=64 * MIB, num_threads=1, calls=always(FaultKind.EIO)) as store:
         store.allocate("a", 32 * MIB)

@@ -209,6 +209,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize("shape", SHAPES)
 def test_describing_billions_of_parameters_takes_a_second_and_little_memory(shape: str, spec: WorkloadSpec) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
