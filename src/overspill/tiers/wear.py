@@ -54,6 +54,7 @@ class WriteCounter:
         self._saved_bytes = 0
         self._saved_s = time.monotonic()
         self._has_failed = False
+        self._maker_pid = os.getpid()
 
     @property
     def written_bytes(self) -> int:
@@ -70,7 +71,7 @@ class WriteCounter:
         """Add what is new to the file."""
         self._saved_s = time.monotonic()
         new = self._session_bytes - self._saved_bytes
-        if not new or self._has_failed:
+        if not new or self._has_failed or os.getpid() != self._maker_pid:  # a forked child would count the parent's bytes again
             return
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
