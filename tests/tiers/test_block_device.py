@@ -27,6 +27,7 @@ from overspill.runtime.session import Session
 from overspill.tiers import Fault, FaultInjector, FaultKind, SsdStore, block_device
 from overspill.tiers.block_device import BASE_BYTES, build_header, parse_header
 from overspill.tiers.device_probe import Prober, find_signature
+from overspill.tiers.wear import COUNTER_NAME
 from overspill.units import MIB
 
 SIZE = 64 * MIB
@@ -332,6 +333,8 @@ def test_a_run_on_a_device_goes_on_from_its_checkpoint_with_the_same_bits(device
 
     with open_run() as session:
         train(session, 2)
+        assert session.wear is not None and session.wear.state.own_bytes > 0
+    assert (folder / COUNTER_NAME).is_file()
     manifest = read_latest(folder)
     assert manifest.stripes is not None and manifest.stripes.places == (str(device),)
     assert [problems for _, problems in verify_checkpoints(folder)] == [[]]
