@@ -38,7 +38,7 @@ double io_now_s() {
 bool IoTransfer::wait_for(double seconds) {
   if (is_done()) return true;
   std::unique_lock<std::mutex> lock(mutex_);
-  return ended_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return is_done(); });
+  return ended_.variable.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return is_done(); });
 }
 
 IoEngine::IoEngine(IoOptions options) : options_(std::move(options)), pid_(static_cast<long>(getpid())) {
@@ -107,6 +107,7 @@ void IoEngine::cut(IoTransfer& transfer, std::int64_t address) const {
 std::shared_ptr<IoTransfer> IoEngine::submit(bool is_write, std::int64_t address, void* data, std::int64_t num_bytes,
                                              std::int64_t block_bytes, const std::vector<std::uint32_t>* expected) {
   require(address >= 0 && num_bytes >= 0 && block_bytes >= 0, "a transfer has no negative address or length");
+  require(pid_ == static_cast<long>(getpid()), "the I/O engine is of the process that was forked; open files anew in its child");
   auto transfer = std::make_shared<IoTransfer>();
   transfer->is_write_ = is_write;
   transfer->data_ = static_cast<char*>(data);
@@ -139,7 +140,7 @@ std::shared_ptr<IoTransfer> IoEngine::submit(bool is_write, std::int64_t address
     require(!is_closing_, "the I/O engine is closed");
     queue_.push_back(transfer);
   }
-  wake_.notify_one();  // who takes a part wakes the next one: the caller pays for one wake-up, not for all
+  wake_.variable.notify_one();  // who takes a part wakes the next one: the caller pays for one wake-up, not for all
   return transfer;
 }
 
@@ -153,7 +154,7 @@ bool IoEngine::cancel(const std::shared_ptr<IoTransfer>& transfer) {
   const std::lock_guard<std::mutex> lock(transfer->mutex_);
   transfer->is_cancelled_ = true;
   transfer->is_done_.store(true, std::memory_order_release);
-  transfer->ended_.notify_all();
+  transfer->ended_.variable.notify_all();
   return true;
 }
 
@@ -167,7 +168,7 @@ void IoEngine::close() {
     const std::lock_guard<std::mutex> lock(queue_mutex_);
     is_closing_ = true;
   }
-  wake_.notify_all();
+  wake_.variable.notify_all();
   const std::lock_guard<std::mutex> lock(close_mutex_);
   for (std::thread& thread : threads_) thread.join();
   threads_.clear();
@@ -175,13 +176,13 @@ void IoEngine::close() {
 
 std::optional<IoEngine::Task> IoEngine::take(bool may_wait) {
   std::unique_lock<std::mutex> lock(queue_mutex_);
-  if (may_wait) wake_.wait(lock, [this] { return !queue_.empty() || is_closing_; });
+  if (may_wait) wake_.variable.wait(lock, [this] { return !queue_.empty() || is_closing_; });
   if (queue_.empty()) return std::nullopt;
   Task task{queue_.front(), queue_.front()->next_part_++};
   if (task.transfer->next_part_ == task.transfer->parts_.size()) queue_.pop_front();
   const bool has_more = !queue_.empty();
   lock.unlock();
-  if (has_more) wake_.notify_one();
+  if (has_more) wake_.variable.notify_one();
   return task;
 }
 
@@ -212,7 +213,7 @@ void IoEngine::end_part(IoTransfer& transfer, std::optional<IoFailure> failure) 
   const std::lock_guard<std::mutex> lock(transfer.mutex_);
   transfer.ended_s_ = io_now_s();
   transfer.is_done_.store(true, std::memory_order_release);
-  transfer.ended_.notify_all();  // under the lock: whoever waits may drop the transfer as soon as it is done
+  transfer.ended_.variable.notify_all();  // under the lock: whoever waits may drop the transfer as soon as it is done
 }
 
 bool IoEngine::is_direct(const IoTransfer& transfer, const Part& part) const {

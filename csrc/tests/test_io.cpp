@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <stdexcept>
+#include <thread>
 
 #include "check.hpp"
 #include "overspill/checksum.hpp"
@@ -323,6 +325,36 @@ void check_a_kill_in_mid_write() {
 #endif
 }
 
+void check_a_forked_child_drops_its_copies(const std::string& backend) {
+#if !defined(__SANITIZE_THREAD__)  // its run-time does not follow a fork of a process with threads
+  const Files files(1, 1 << 20);
+  Memory data(4 * kPage);
+  IoOptions options = options_for(files, backend);
+  options.faults = std::make_shared<FaultTable>(std::vector<Fault>{{FaultKind::delayed, 0, 1, 0.3}});
+  auto engine = std::make_unique<IoEngine>(options);
+  auto transfer = engine->submit(true, 0, data.data(), 4 * kPage);
+  std::thread waiter([&transfer] { transfer->wait_for(5); });
+  usleep(50'000);  // all threads wait: for work, for the delay, for the transfer
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(10);
+    bool is_refused = false;
+    try {
+      engine->submit(true, 0, data.data(), kPage);
+    } catch (const std::invalid_argument&) {
+      is_refused = true;
+    }
+    engine.reset();
+    transfer->~IoTransfer();  // its last reference is a parent's thread's
+    _exit(is_refused ? 0 : 1);
+  }
+  int status = 0;
+  CHECK(waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+  waiter.join();
+  wait(*transfer);
+#endif
+}
+
 void check_wrong_options_are_refused() {
   const Files files(2, 1 << 20);
   IoOptions wrong[] = {options_for(files, "threads"), options_for(files, "magic"), options_for(files, "threads", 0), IoOptions{}};
@@ -354,6 +386,7 @@ int main() {
     check_cancelling(backend);
     check_closing_finishes_what_was_submitted(backend);
     check_traces_and_counters(backend);
+    check_a_forked_child_drops_its_copies(backend);
   }
   check_stripes_are_dealt_out_in_turn();
   check_a_kill_in_mid_write();

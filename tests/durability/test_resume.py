@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -219,3 +221,20 @@ def test_a_manifest_is_json_that_reads_back_as_written(tmp_path: Path) -> None:
         manifest = session.save_checkpoint({"any": ["json", 1, None]})
     assert dataclasses.replace(read_latest(tmp_path / "run"), config=None) == dataclasses.replace(manifest, config=None)
     assert torch.tensor([entry.num_bytes for entry in manifest.records]).sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_child_that_was_forked_before_the_first_checkpoint_and_ends_costs_none(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", **PLACEMENTS["ssd"]) as session:
+        train(session, 1, every=None)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(30)
+            session.close()  # as leaving the `with` block in the child does
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        train(session, 2)
+    with overspill.resume(tmp_path / "run", model=tiny_model("llama_tied")) as session:
+        assert session.step_number == 2
+        found = content(session)
+    assert_equal(found, uninterrupted(2))

@@ -7,6 +7,7 @@ where this machine lets us have one.
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -23,9 +24,10 @@ from overspill.checkpoint import read_latest
 from overspill.checkpoint.export import verify_checkpoints
 from overspill.errors import BudgetError, StorageError
 from overspill.runtime.session import Session
-from overspill.tiers import SsdStore, block_device
+from overspill.tiers import Fault, FaultInjector, FaultKind, SsdStore, block_device
 from overspill.tiers.block_device import BASE_BYTES, build_header, parse_header
 from overspill.tiers.device_probe import Prober, find_signature
+from overspill.tiers.wear import COUNTER_NAME
 from overspill.units import MIB
 
 SIZE = 64 * MIB
@@ -234,6 +236,34 @@ def test_state_and_scratch_share_a_device_and_scratch_is_gone_at_the_end(device:
     assert random_bytes(MIB).numpy().tobytes() not in device.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_that_ends_discards_nothing_of_its_parents(device: Path, prober: FileProber) -> None:
+    with SsdStore(device, capacity_bytes=8 * MIB) as store:
+        store.allocate("a", MIB)
+        written = store.start_write("a", 0, random_bytes(MIB), with_checksums=True)
+        written.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            store.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        store.start_read("a", 0, torch.empty(MIB, dtype=torch.uint8), expected=written.checksums).wait()
+
+
+def test_a_device_that_cannot_be_written_or_has_no_bytes_is_a_storage_error(
+    device: Path, prober: FileProber, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(prober, "size_bytes", lambda fd: 0)  # a loop device without a file, a card reader without a card
+        with pytest.raises(StorageError, match=r"1.device has 0 B, fewer than the 1048576 B .* attach its medium"):
+            SsdStore(device, capacity_bytes=MIB)
+    calls = FaultInjector(Fault(kind=FaultKind.EIO, call_index=0))
+    with pytest.raises(StorageError, match=r"the header of .*1.device could not be written \(.*\); give a device that can be written"):
+        SsdStore(device, capacity_bytes=MIB, calls=calls)
+    SsdStore(device, capacity_bytes=MIB).close()
+
+
 def test_another_run_is_kept_out(device: Path) -> None:
     code = (
         "import sys, os; sys.path[:0] = sys.argv[2:]\nfrom pathlib import Path\nfrom overspill.tiers import block_device, SsdStore\n"
@@ -303,6 +333,8 @@ def test_a_run_on_a_device_goes_on_from_its_checkpoint_with_the_same_bits(device
 
     with open_run() as session:
         train(session, 2)
+        assert session.wear is not None and session.wear.state.own_bytes > 0
+    assert (folder / COUNTER_NAME).is_file()
     manifest = read_latest(folder)
     assert manifest.stripes is not None and manifest.stripes.places == (str(device),)
     assert [problems for _, problems in verify_checkpoints(folder)] == [[]]

@@ -12,6 +12,7 @@ import threading
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -141,11 +142,19 @@ def test_a_pinned_tensor_is_zeros_of_its_shape_and_dtype(shape: list[int], dtype
     assert tensor.shape == torch.Size(shape) and tensor.dtype == dtype and not tensor.any() and tensor.is_contiguous()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # no GPU here
+def test_sizes_may_be_whole_numbers_of_numpy_as_torch_takes_them() -> None:
+    assert overspill.pinned_empty((np.int64(3), np.int32(2))).shape == (3, 2)  # type: ignore[arg-type]
+    assert overspill.pinned_empty(np.int64(4), budget_bytes=np.int64(0)).shape == (4,)  # type: ignore[arg-type]
+
+
 def test_wrong_sizes_are_refused_with_what_was_given() -> None:
     with pytest.raises(ValueError, match=r"sizes cannot be negative, got \(3, -1\)"):
         overspill.pinned_empty((3, -1))
     with pytest.raises(ValueError, match="budget cannot be negative, got -5 B"):
         overspill.pinned_empty(3, budget_bytes=-5)
+    with pytest.raises(ValueError, match="budget is a whole number of bytes, got '1GiB'"):
+        overspill.pinned_empty(3, budget_bytes="1GiB")  # type: ignore[arg-type]
     with pytest.raises(BudgetError, match=r"torch.float32 needs 4194304.00 TiB, which the system refused to map"):
         overspill.pinned_empty(1 << 60)
     with pytest.raises(ValueError, match="pinned memory cannot be negative"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import signal
 import stat
@@ -11,11 +12,14 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from overspill import _native
 from overspill.errors import BudgetError, StorageError
 from overspill.tiers import Fault, FaultInjector, FaultKind, SsdStore
 from overspill.tiers import extent_file as extent_file_module
@@ -427,6 +431,65 @@ def test_many_threads_may_start_and_wait_at_once(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert not wrong
+
+
+# Forks.
+
+
+def child_status(work: Callable[[], None]) -> int:
+    """Exit status of a child of a fork that does `work`, and ends; one that hangs is killed by SIGALRM."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def finalize(store: SsdStore) -> None:
+    """What the interpreter's ending does with a store that nobody closed."""
+    for item in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        if item.peek()[0] is store:
+            item()
+    del store._engine
+    gc.collect()
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("ending", [SsdStore.close, finalize])
+@pytest.mark.parametrize("backend", ["threads", "io_uring"])
+def test_a_forked_child_that_ends_leaves_its_parents_files_alone(backend: str, ending: Callable[[SsdStore], None], tmp_path: Path) -> None:
+    if backend == "io_uring" and not _native.has_io_uring():
+        pytest.skip("this kernel or container has no io_uring")
+    places = [tmp_path / "a", tmp_path / "b"]
+    with SsdStore(places, capacity_bytes=16 * MIB, backend=backend) as store:
+        store.allocate("a", 9 * MIB)
+        data = torch.arange(9 * MIB, dtype=torch.uint8)
+        store.start_write("a", 0, data).wait()
+        before = [sorted(path.iterdir()) for path in places]
+        assert child_status(lambda: ending(store)) == 0
+        assert [sorted(path.iterdir()) for path in places] == before
+        with pytest.raises(StorageError, match="in use by another run"):
+            SsdStore(places[0], capacity_bytes=MIB)
+        back = torch.empty_like(data)
+        store.start_read("a", 0, back).wait()
+        assert torch.equal(back, data)
+    assert not any(list(path.iterdir()) for path in places)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_forked_child_is_refused_a_transfer_that_would_never_end(tmp_path: Path) -> None:
+    with SsdStore(tmp_path, capacity_bytes=MIB) as store:
+        store.allocate("a", 4096)
+
+        def use() -> None:
+            with pytest.raises(ValueError, match="the I/O engine is of the process that was forked"):
+                store.start_write("a", 0, page_aligned(4096))
+
+        assert child_status(use) == 0
 
 
 def test_an_interrupt_ends_a_wait_and_the_transfer_goes_on(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from overspill.report.lifetime import describe_forecast, describe_run, describe_
 from overspill.runtime.wear import SsdWear
 from overspill.spec.lifetime import DriveHealth, build_wear, forecast_wear
 from overspill.tiers import wear as wear_module
-from overspill.tiers.wear import COUNTER_NAME, WriteCounter, find_controller, parse_smart_log, read_drive_health
+from overspill.tiers.wear import COUNTER_NAME, WriteCounter, drive_shares, find_controller, find_drive, parse_smart_log, read_drive_health
 from overspill.units import parse_bytes
 
 TB = 10**12
@@ -208,6 +209,13 @@ def test_the_controller_is_found_through_partitions_and_encryption_and_never_gue
     assert found == {(259, 2): "nvme3", (259, 9): "nvme1", (253, 0): "nvme3", (253, 1): None, (252, 1): None, (0, 45): None}
 
 
+def test_partitions_of_one_drive_are_one_drive(tmp_path: Path) -> None:
+    sysfs = make_sysfs(tmp_path)
+    (sysfs / "devices/pci0000:00/virtio2/block/vda/vda1/partition").write_text("1")
+    found = {number: find_drive(os.makedev(*number), sysfs=sysfs) for number in ((259, 2), (253, 0), (253, 1), (252, 1), (0, 45))}
+    assert found == {(259, 2): "nvme3", (253, 0): "nvme3", (253, 1): "dm-1", (252, 1): "vda", (0, 45): "0:45"}
+
+
 def test_health_is_asked_with_one_admin_command_and_unknown_where_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, int, int, int]] = []
 
@@ -231,12 +239,17 @@ def test_health_is_asked_with_one_admin_command_and_unknown_where_that_is_refuse
 
 
 def watch(
-    tmp_path: Path, *, rated_bytes: int | None, min_years: float = 3.0, drive: DriveHealth | None = None
+    tmp_path: Path, *, rated_bytes: int | None, min_years: float = 3.0, drive: DriveHealth | None = None, places: tuple[str, ...] = ()
 ) -> tuple[SsdWear, types.SimpleNamespace]:
     store = types.SimpleNamespace(written_bytes=0)
-    plan = types.SimpleNamespace(ssd_dir=str(tmp_path), ssd_rated_bytes=rated_bytes, ssd_min_years=min_years)
+    plan = types.SimpleNamespace(ssd_places=places or (str(tmp_path),), ssd_rated_bytes=rated_bytes, ssd_min_years=min_years)
     records = types.SimpleNamespace(store=store)
-    return SsdWear(plan, [records], read_health=lambda directory: drive), store  # type: ignore[arg-type, list-item]
+    return SsdWear(plan, [records], read_health=lambda directory: drive, shares=shares), store  # type: ignore[arg-type, list-item]
+
+
+def shares(places: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """The drive of a place is the first letter of its name."""
+    return drive_shares(places, find=lambda place: Path(place).name[0])
 
 
 def test_the_watch_leaves_out_loading_and_the_first_step_and_warns_once(tmp_path: Path) -> None:
@@ -264,6 +277,48 @@ def test_the_watch_is_silent_where_the_drive_lasts_or_nothing_is_known(tmp_path:
             for _ in range(6):
                 store.written_bytes += 10**10
                 wear.after_step(20.0)
+
+
+def test_each_of_several_drives_takes_its_part_of_what_is_written(tmp_path: Path) -> None:
+    places = tuple(str(tmp_path / name) for name in ("a0", "b0", "c0", "d0"))
+    (tmp_path / "a0").mkdir()
+    assert shares(places) == tuple((place, 0.25) for place in places)
+    wear, store = watch(tmp_path, rated_bytes=600 * TB, drive=health(10, 60 * TB), places=places)
+    alone, alone_store = watch(tmp_path, rated_bytes=600 * TB, drive=health(10, 60 * TB))
+    for _ in range(3):
+        store.written_bytes += 4 * 10**10
+        alone_store.written_bytes += 10**10
+        wear.after_step(20.0)
+        alone.after_step(20.0)
+    assert wear.state.drive_bytes == alone.state.drive_bytes == 60 * TB + 3 * 10**10
+    several, one = wear.forecast(), alone.forecast()
+    assert several is not None and one is not None and several.years_left == one.years_left
+    assert several.bytes_per_day == 4 * one.bytes_per_day
+    assert (
+        "overspill wrote 120.0 GB in this directory so far, 25% of it to the drive that lasts shortest, the drive 60.03 TB"
+        in wear.summarize()
+    )
+
+
+def test_two_places_on_one_drive_both_wear_it(tmp_path: Path) -> None:
+    places = tuple(str(tmp_path / name) for name in ("a0", "a1", "b0"))
+    (tmp_path / "a0").mkdir()
+    wear, store = watch(tmp_path, rated_bytes=600 * TB, places=places)
+    store.written_bytes = 6 * TB
+    wear.after_step(1.0)
+    assert wear.state.share_fraction == 2 / 3 and wear.state.written_bytes == 4 * TB
+
+
+def test_raw_devices_are_counted_beside_the_checkpoints_or_for_the_session_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("overspill.runtime.wear.is_block_device", lambda place: place.startswith("/dev/"))
+    plan = types.SimpleNamespace(ssd_places=("/dev/a", "/dev/b"), ssd_rated_bytes=600 * TB, ssd_min_years=3.0)
+    records = types.SimpleNamespace(store=types.SimpleNamespace(written_bytes=10**12))
+    for beside, words in ((str(tmp_path), "in this directory so far"), (None, "in this session")):
+        wear = SsdWear(plan, [records], beside=beside, read_health=lambda place: None, shares=shares)  # type: ignore[arg-type, list-item]
+        wear.after_step(1.0)
+        wear.save()
+        assert f"overspill wrote 1.00 TB {words}, 50% of it" in wear.summarize()
+    assert WriteCounter(tmp_path).written_bytes == 10**12
 
 
 def test_the_drives_count_grows_with_the_session(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@
 // 4. A transfer ends when its last part has ended, also after a failure: before that, some thread may still touch the memory. The first
 //    failure is the transfer's; parts that have not begun by then are skipped.
 // 5. Parts begin in the order of submission; with one thread that runs calls (not io_uring) they also end in it.
-//    After a fork the child's copy of an engine has no threads: it can be dropped, and nothing else.
+//    After a fork the child's copies of an engine and of its transfers have no threads: they can be dropped, and nothing else.
 // 6. A transfer of which no part has begun can be cancelled: nothing was moved and nothing will be. Afterwards it cannot.
 // 7. A write that finds the file system full asks `on_full`, on the thread that moves it, and is tried again if that says so; from the
 //    byte that it had come to. Nothing else is called back.
@@ -46,6 +46,15 @@
 #include "overspill/faults.hpp"
 
 namespace overspill {
+
+// A condition variable that is never destroyed: glibc's destructor waits for everybody who waits, and in the child of a fork those are the
+// parent's threads, which never leave (rule 5). Nothing is lost by it, on Linux it holds no resource; whoever waits here holds the owner,
+// or is joined before the owner goes.
+union ForkableCondition {
+  ForkableCondition() : variable() {}
+  ~ForkableCondition() {}
+  std::condition_variable variable;
+};
 
 struct IoFile {
   int fd;
@@ -129,7 +138,7 @@ class IoTransfer {
   bool is_cancelled_ = false;
   double ended_s_ = 0;
   std::mutex mutex_;
-  std::condition_variable ended_;
+  ForkableCondition ended_;
   std::optional<IoFailure> failure_;
   std::optional<IoMismatch> mismatch_;
 };
@@ -196,7 +205,7 @@ class IoEngine {
 
   const IoOptions options_;
   std::mutex queue_mutex_;
-  std::condition_variable wake_;
+  ForkableCondition wake_;
   std::deque<std::shared_ptr<IoTransfer>> queue_;
   bool is_closing_ = false;
   std::mutex close_mutex_;

@@ -29,6 +29,7 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.lifetime import build_wear, forecast_wear
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.report import Prediction
+from overspill.tiers.wear import drive_shares
 from overspill.units import format_bytes, format_seconds, parse_bytes
 
 
@@ -80,7 +81,8 @@ def describe_prediction(prediction: Prediction, plan: Plan) -> list[str]:
     if plan.ssd_places:
         lines.append(f"SSD: {format_bytes(prediction.ssd_read_bytes)} read and {format_bytes(prediction.ssd_written_bytes)} written a step")
         if prediction.has_times:
-            wear = build_wear(own_bytes=0, rated_bytes=plan.ssd_rated_bytes, health=None)
+            share = max(share for _, share in drive_shares(plan.ssd_places))
+            wear = build_wear(own_bytes=0, rated_bytes=plan.ssd_rated_bytes, health=None, share_fraction=share)
             forecast = forecast_wear(wear, bytes_per_step=prediction.ssd_written_bytes, step_s=prediction.step_s)
             lines.append(f"SSD: {describe_forecast(forecast)}; {describe_wear(wear)}")
     return lines

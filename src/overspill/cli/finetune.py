@@ -152,7 +152,7 @@ def finetune(
         list[Path] | None, typer.Option(help="A block device of --ssd-dir whose content may be lost.", rich_help_panel=_PLACEMENT)
     ] = None,
     ssd_tbw: Annotated[
-        str | None, typer.Option(help="Rated endurance of the drive, such as 600TB; else SMART is asked.", rich_help_panel=_PLACEMENT)
+        str | None, typer.Option(help="Rated endurance of each drive, such as 600TB; else SMART is asked.", rich_help_panel=_PLACEMENT)
     ] = None,
     ssd_years: Annotated[
         float, typer.Option(min=0.0, help="Warn if the drive's rated life would end sooner.", rich_help_panel=_PLACEMENT)

@@ -6,9 +6,15 @@ from overspill.spec.lifetime import Wear, WearForecast
 from overspill.units import format_bytes, format_seconds
 
 
-def describe_wear(wear: Wear) -> str:
-    """How far the drive's life is used up, as far as that is known."""
-    own = f"overspill wrote {format_terabytes(wear.own_bytes)} in this directory so far"
+def describe_wear(wear: Wear, *, where: str = "in this directory so far") -> str:
+    """How far the drive's life is used up, as far as that is known.
+
+    Args:
+        where: own writes were counted.
+    """
+    own = f"overspill wrote {format_terabytes(wear.own_bytes)} {where}"
+    if wear.share_fraction < 1:
+        own += f", {wear.share_fraction:.0%} of it to the drive that lasts shortest"
     if wear.drive_bytes is not None:
         own += f", the drive {format_terabytes(wear.drive_bytes)} in all (SMART)"
     if wear.rated_bytes is None:
@@ -33,18 +39,22 @@ def describe_run(wear: Wear, *, bytes_per_step: float, num_steps: int) -> str:
     total = bytes_per_step * num_steps
     text = f"{num_steps} steps write {format_terabytes(total)} to the SSD ({format_bytes(bytes_per_step)} a step)"
     if wear.rated_bytes:
-        text += f", {total / wear.rated_bytes:.2%} of the drive's rated life"
+        text += f", {wear.share_fraction * total / wear.rated_bytes:.2%} of the drive's rated life"
     return text
 
 
-def wear_warning(wear: Wear, forecast: WearForecast, *, min_years: float) -> str | None:
-    """Why the drive would not last; None if it would, or if that is unknown."""
+def wear_warning(wear: Wear, forecast: WearForecast, *, min_years: float, description: str | None = None) -> str | None:
+    """Why the drive would not last; None if it would, or if that is unknown.
+
+    Args:
+        description: in place of `describe_wear`.
+    """
     if forecast.years_left is None or forecast.years_left >= min_years:
         return None
     return (
         f"the SSD would reach the end of its rated life after {format_years(forecast.years_left)} of training without a pause, sooner "
-        f"than the {min_years:g} years of --ssd-years: {describe_forecast(forecast)}; {describe_wear(wear)}; let more rest in host memory "
-        "(raise --host-budget), give each step more tokens (--accumulate), or lower --ssd-years"
+        f"than the {min_years:g} years of --ssd-years: {describe_forecast(forecast)}; {description or describe_wear(wear)}; "
+        "let more rest in host memory (raise --host-budget), give each step more tokens (--accumulate), or lower --ssd-years"
     )
 
 

@@ -139,8 +139,8 @@ class Session(Closing):
         self.residency, self._checkpointer = allocate(self.plan, files, checkpoints, resume_from)
         try:
             stores = [store for store in (self.residency.store, self.residency.scratch) if store is not None]
-            if stores and self.plan.ssd_dir is not None and open_store is None and Path(self.plan.ssd_dir).is_dir():
-                self._wear = SsdWear(self.plan, stores)
+            if stores and self.plan.ssd_places and open_store is None:
+                self._wear = SsdWear(self.plan, stores, beside=checkpoints.directory if checkpoints is not None else None)
             self.homes = Homes(self.plan, self.residency)
             self._unread: dict[str, torch.Tensor] = {}
             if resume_from is None or source.has_more_than(self.homes.names):

@@ -1,5 +1,6 @@
 """A session's watch over the life of its SSD: counts what is written, forecasts, and warns once if the drive would not last.
 
+Over several drives the stripes are dealt out evenly, so each takes its share of the bytes; the one that would end first is told of.
 The forecast takes all bytes that the session's stores wrote since the end of its first step (loading is left out, checkpoints are in)
 and the time of the steps since. Evaluation and pauses are left out, so a real day writes less.
 """
@@ -7,6 +8,7 @@ and the time of the steps since. Evaluation and pauses are left out, so a real d
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -16,7 +18,8 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.lifetime import DriveHealth, Wear, WearForecast, build_wear, forecast_wear
 from overspill.spec.plan import Plan
 from overspill.tiers import RecordStore
-from overspill.tiers.wear import WriteCounter, read_drive_health
+from overspill.tiers.block_device import is_block_device
+from overspill.tiers.wear import WriteCounter, drive_shares, read_drive_health
 
 FIRST_FORECAST_STEPS = 3
 """Steps after the first before the guard judges. Chosen: one slow step is no rate."""
@@ -26,17 +29,25 @@ class SsdWear:
     """Watches the stores of one session.
 
     Args:
-        stores: whose writes count; all in the plan's SSD directory.
-        read_health: tests give their own.
+        stores: whose writes count; all in the plan's SSD places.
+        beside: where to count if all of these are raw devices: the directory of checkpoints; None: this session alone is counted.
+        read_health, shares: tests give their own.
     """
 
     def __init__(
-        self, plan: Plan, stores: Sequence[RecordStore], *, read_health: Callable[[str], DriveHealth | None] = read_drive_health
+        self,
+        plan: Plan,
+        stores: Sequence[RecordStore],
+        *,
+        beside: str | None = None,
+        read_health: Callable[[str], DriveHealth | None] = read_drive_health,
+        shares: Callable[[Sequence[str]], Sequence[tuple[str, float]]] = drive_shares,
     ) -> None:
-        assert plan.ssd_dir is not None
+        places = plan.ssd_places
         self._plan, self._stores = plan, tuple(stores)
-        self._counter = WriteCounter(plan.ssd_dir)
-        self._health = read_health(plan.ssd_dir)
+        self._counter = WriteCounter(next((place for place in places if not is_block_device(place)), beside))
+        self._drives = tuple((share, read_health(place)) for place, share in shares(places))
+        """Of each: the share of the stripes, and its health when the session opened."""
         self._num_steps = 0
         self._steps_s = 0.0
         self._first_bytes = 0
@@ -46,11 +57,18 @@ class SsdWear:
 
     @property
     def state(self) -> Wear:
-        """What is known of the drive now."""
-        health = self._health
-        if health is not None:  # as it was when the session opened
-            health = dataclasses.replace(health, written_bytes=health.written_bytes + self._session_bytes())
-        return build_wear(own_bytes=self._counter.written_bytes, rated_bytes=self._plan.ssd_rated_bytes, health=health)
+        """What is known now of the drive that would end first."""
+        wears = []
+        for share, health in self._drives:
+            if health is not None:
+                health = dataclasses.replace(health, written_bytes=health.written_bytes + round(share * self._session_bytes()))
+            own_bytes, rated_bytes = self._counter.written_bytes, self._plan.ssd_rated_bytes
+            wears.append(build_wear(own_bytes=own_bytes, rated_bytes=rated_bytes, health=health, share_fraction=share))
+        return min(wears, key=lambda wear: math.inf if wear.remaining_bytes is None else wear.remaining_bytes / wear.share_fraction)
+
+    def describe(self) -> str:
+        """`describe_wear`, with where it was counted."""
+        return describe_wear(self.state) if self._counter.path is not None else describe_wear(self.state, where="in this session")
 
     def after_step(self, step_s: float, *, land: Callable[[], None] = lambda: None) -> int:
         """Count; bytes written over the directory's life. The guard warns once.
@@ -70,7 +88,7 @@ class SsdWear:
         if not self._has_warned and self._num_steps > FIRST_FORECAST_STEPS:
             forecast = self.forecast()
             assert forecast is not None
-            text = wear_warning(self.state, forecast, min_years=self._plan.ssd_min_years)
+            text = wear_warning(self.state, forecast, min_years=self._plan.ssd_min_years, description=self.describe())
             if text is not None:
                 self._has_warned = True
                 warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -93,17 +111,17 @@ class SsdWear:
     def announce(self, num_steps: int) -> tuple[str, ...]:
         """Sentences before the first step."""
         per_step = predict_step(self._plan, HardwareSpec()).ssd_written_bytes
-        sentences = [describe_run(self.state, bytes_per_step=per_step, num_steps=num_steps), describe_wear(self.state)]
+        sentences = [describe_run(self.state, bytes_per_step=per_step, num_steps=num_steps), self.describe()]
         if not self._counter.is_complete:
             sentences.append(f"earlier writes were lost from {self._counter.path}: the count starts again")
-        if self._health is not None and self._health.has_warning:
+        if any(health is not None and health.has_warning for _, health in self._drives):
             sentences.append("the drive reports a critical condition (SMART): look at it before you train")
         return tuple(sentences)
 
     def summarize(self) -> str:
         """One sentence after the last step."""
         forecast = self.forecast()
-        return "; ".join([*([describe_forecast(forecast)] if forecast is not None else []), describe_wear(self.state)])
+        return "; ".join([*([describe_forecast(forecast)] if forecast is not None else []), self.describe()])
 
     def save(self) -> None:
         """Make the count durable: at checkpoints and at the end."""

@@ -5,11 +5,11 @@ Words:
 * **rated bytes** (TBW): what the maker promises can be written before the flash may wear out; of a data sheet, as `--ssd-tbw`.
 * **worn fraction**: how much of that life is used up. 1 is the rated end: no cliff, but the end of the promise.
 * **drive's writes**: everything anybody ever wrote to the drive, as its SMART log counts it.
-* **own writes**: what overspill wrote in one directory, as the counter beside the data says (`tiers/wear.py`).
+* **own writes**: what overspill wrote in one directory, or set of striped places, as the counter beside the data says (`tiers/wear.py`).
 
     bytes a day       = bytes a step * 86400 / step time                       training without a pause
-    remaining bytes   = rated bytes - the drive's writes                       own writes, where SMART cannot be read
-    years             = remaining bytes / (bytes a day * 365.25)
+    remaining bytes   = rated bytes - the drive's writes                       its share of own writes, where SMART cannot be read
+    years             = remaining bytes / (share * bytes a day * 365.25)       share: of own writes, striped over several drives
 
 Where no rating is given, SMART's own percentage gives one: written / worn fraction, once at least `LEAST_PERCENTAGE` is used.
 
@@ -56,11 +56,14 @@ class Wear:
     """Where the rating is from, for people: `given`, `estimated from SMART` or `unknown`."""
     drive_bytes: int | None
     """The drive's writes; None: SMART cannot be read."""
+    share_fraction: float = 1.0
+    """Of own writes, what goes to this drive: each of several striped drives takes its part."""
 
     @property
     def written_bytes(self) -> int:
         """What counts against the rating."""
-        return self.own_bytes if self.drive_bytes is None else max(self.own_bytes, self.drive_bytes)
+        own_bytes = round(self.own_bytes * self.share_fraction)
+        return own_bytes if self.drive_bytes is None else max(own_bytes, self.drive_bytes)
 
     @property
     def worn_fraction(self) -> float | None:
@@ -78,20 +81,23 @@ class WearForecast:
     bytes_per_step: float
     step_s: float
     bytes_per_day: float
+    """To all drives."""
     years_left: float | None
     """To the rated end; None: the rating is unknown. Infinite if nothing is written."""
 
 
-def build_wear(*, own_bytes: int, rated_bytes: int | None, health: DriveHealth | None) -> Wear:
+def build_wear(*, own_bytes: int, rated_bytes: int | None, health: DriveHealth | None, share_fraction: float = 1.0) -> Wear:
     """What is known of a drive.
 
     Args:
-        rated_bytes: as the user gave it; wins over the estimate.
+        rated_bytes: of each drive, as the user gave it; wins over the estimate.
+        share_fraction: of own writes, what goes to this drive.
     """
     source = "given" if rated_bytes is not None else "unknown"
     if rated_bytes is None and health is not None and health.percentage_used >= LEAST_PERCENTAGE:
         rated_bytes, source = round(health.written_bytes * 100 / health.percentage_used), "estimated from SMART"
-    return Wear(own_bytes=own_bytes, rated_bytes=rated_bytes, source=source, drive_bytes=health.written_bytes if health else None)
+    drive_bytes = health.written_bytes if health else None
+    return Wear(own_bytes=own_bytes, rated_bytes=rated_bytes, source=source, drive_bytes=drive_bytes, share_fraction=share_fraction)
 
 
 def forecast_wear(wear: Wear, *, bytes_per_step: float, step_s: float) -> WearForecast:
@@ -100,5 +106,5 @@ def forecast_wear(wear: Wear, *, bytes_per_step: float, step_s: float) -> WearFo
     per_day = bytes_per_step * SECONDS_A_DAY / step_s
     years: float | None = None
     if wear.remaining_bytes is not None:
-        years = wear.remaining_bytes / (per_day * DAYS_A_YEAR) if per_day else float("inf")
+        years = wear.remaining_bytes / (wear.share_fraction * per_day * DAYS_A_YEAR) if per_day else float("inf")
     return WearForecast(bytes_per_step=bytes_per_step, step_s=step_s, bytes_per_day=per_day, years_left=years)

@@ -66,7 +66,7 @@ class PlanRequest:
     ssd_dir: str | tuple[str, ...] | None = None
     """Directory, or block device, for what rests on the SSD; needed as soon as something does. Several: striped over all of them."""
     ssd_rated_bytes: int | None = None
-    """What the drive is rated to have written to it over its life (TBW of its data sheet); None: ask the drive."""
+    """What the drive, or each of several, is rated to have written to it over its life (TBW of its data sheet); None: ask the drive."""
     ssd_min_years: float = DEFAULT_MIN_YEARS
     """A warning says if training without a pause would use up the rated life sooner; no effect if the rating is unknown."""
     seq_len: int = 1024

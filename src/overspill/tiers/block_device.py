@@ -17,6 +17,7 @@ Rules:
    that kept nothing is no content.
 4. What was used and is not kept is discarded when it is opened and when it is closed (zeroed at the end where the drive cannot discard).
    A new extent is zeroed before it is used, since a discarded range may read as anything.
+5. Closing in the child of a fork closes the child's descriptor and no more: content and lock are the parent's.
 
 Limits: Linux; the rights to open the device. After `kill -9` scratch stays on the device until the next run. One run a device; its
 state and its scratch share it.
@@ -89,7 +90,7 @@ class _Claim:
     """The one descriptor of a device in this process, shared by its state and its scratch."""
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
-        self.path, self.read_only = path, read_only
+        self.path, self.read_only, self.maker_pid = path, read_only, os.getpid()
         self.ranges: dict[str, tuple[int, int]] = {}
         self.kept_state_bytes = 0
         """Of a checkpoint that was there, while only scratch is open."""
@@ -106,6 +107,11 @@ class _Claim:
             fcntl.flock(self.fd, (fcntl.LOCK_SH if read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             self.size_bytes = PROBER.size_bytes(self.fd) // EXTENT_ALIGNMENT_BYTES * EXTENT_ALIGNMENT_BYTES
             block = PROBER.logical_block_bytes(self.fd)
+            if self.size_bytes < BASE_BYTES:
+                raise StorageError(
+                    f"{path} has {self.size_bytes} B, fewer than the {BASE_BYTES} B before its content; attach its medium, or give another "
+                    "device"
+                )
             if block > EXTENT_ALIGNMENT_BYTES:
                 raise StorageError(f"{path} has blocks of {block} B, {EXTENT_ALIGNMENT_BYTES} B at most can be used")
         except BlockingIOError as error:
@@ -199,7 +205,13 @@ class BlockDevice:
                     PROBER.discard(self.fd, self.base_bytes, self.capacity_bytes)
             if not read_only and not is_scratch:
                 self._fields["state_bytes"] = self.capacity_bytes
-                self._write_header()
+                try:
+                    self._write_header()
+                except OSError as error:
+                    raise StorageError(
+                        f"the header of {self.path} could not be written ({errno.errorcode.get(error.errno or 0)}: {error.strerror}); "
+                        "give a device that can be written"
+                    ) from error
         except BaseException:
             self.close()
             raise
@@ -243,7 +255,7 @@ class BlockDevice:
         self._calls.fsync(self.fd)
 
     def close(self) -> None:
-        """Discard what is not kept, and let the device go with its last range; closing again does nothing."""
+        """Discard what is not kept, and let the device go with its last range; closing again does nothing. In a child rule 5 holds."""
         claim, self._claim = self._claim, None
         if claim is None:
             return
@@ -251,7 +263,7 @@ class BlockDevice:
         is_mine = span is not None and span[0] == getattr(self, "base_bytes", None)
         if is_mine:
             assert span is not None
-            if not self.keeps_content and not claim.read_only:
+            if not self.keeps_content and not claim.read_only and os.getpid() == claim.maker_pid:
                 _forget(claim.fd, span[0], span[1] - span[0])
             del claim.ranges[self._kind]
         if not claim.ranges:

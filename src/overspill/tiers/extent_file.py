@@ -10,7 +10,8 @@ Rules:
 2. One run owns a file: it holds an exclusive `flock`, which the kernel drops with the process, however that ends. Who holds
    it says so in `overspill.lock` beside the file, so that a second run can be told. A file that a killed run left behind is
    not locked, whatever that note says; its content is discarded unless it is opened as `existing`.
-3. The directory is made with mode 0700 and the file with 0600: weights and data belong to their user. Links are not followed.
+3. Closing in the child of a fork closes the child's descriptor and no more: name, note and lock are the parent's.
+4. The directory is made with mode 0700 and the file with 0600: weights and data belong to their user. Links are not followed.
 
 Limits: Linux only. A file system that refuses direct I/O is used through the page cache after one warning. A tmpfs is used
 after one warning. The first write to a preallocated block costs the file system a little more than later ones.
@@ -73,6 +74,7 @@ class ExtentFile:
     ) -> None:
         assert existing or not read_only
         assert capacity_bytes % EXTENT_ALIGNMENT_BYTES == 0, capacity_bytes
+        self._maker_pid = os.getpid()
         folder = Path(directory)
         _make_directory(folder)
         if is_in_memory(folder):
@@ -144,16 +146,16 @@ class ExtentFile:
         self.calls.fsync(self.fd)
 
     def close(self) -> None:
-        """Remove (unless it is kept) and close the file; closing again does nothing."""
+        """Remove (unless it is kept) and close the file; closing again does nothing. In the child of a fork rule 3 holds."""
         if self.fd < 0:
             return
         fd, self.fd = self.fd, -1
         try:
-            # Both before the lock goes with the descriptor.
-            if not self.keeps_content:
-                self._remove_name()
-            if self._note is not None:
-                self._note.remove()
+            if os.getpid() == self._maker_pid:  # both before the lock goes with the descriptor
+                if not self.keeps_content:
+                    self._remove_name()
+                if self._note is not None:
+                    self._note.remove()
         finally:
             os.close(fd)
 

@@ -33,6 +33,7 @@ import dataclasses
 import functools
 import math
 import mmap
+import numbers
 import resource
 import threading
 import time
@@ -272,8 +273,11 @@ def pinned_empty(
         BudgetError: the system refuses to map that much.
     """
     sizes = (shape,) if not isinstance(shape, Sequence) or isinstance(shape, str) else tuple(shape)
-    if any(isinstance(size, bool) or not isinstance(size, int) for size in sizes):
+    if any(isinstance(size, bool) or not isinstance(size, numbers.Integral) for size in sizes):
         raise ValueError(f"pinned_empty: a shape is a length or the sizes of the dimensions, whole numbers all, got {shape!r}")
+    sizes = tuple(map(int, sizes))
+    if budget_bytes is not None and (isinstance(budget_bytes, bool) or not isinstance(budget_bytes, numbers.Integral)):
+        raise ValueError(f"pinned_empty: the budget is a whole number of bytes, got {budget_bytes!r}")
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"pinned_empty: the dtype must be one of torch's, such as torch.float32, got {dtype!r}")
     if any(size < 0 for size in sizes):

@@ -6,7 +6,8 @@ This file puts the three together, and turns what the engine reports into errors
 
 Costs: starting a transfer takes about 10 us on the caller's thread, whatever its size (benchmarks/io). Each engine thread has one
 request of at most `PART_BYTES` in flight. A full file system is waited for if `space` says so (`tiers/calls.py`).
-Content ends with the store unless `keep()` was called.
+Content ends with the store unless `keep()` was called. A forked child cannot use its copy of a store; dropping or closing it there, as an
+ending child does, changes nothing for the parent.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ class SsdStore(Closing):
         self._space = SpaceWaiter(space or SpacePolicy(max_wait_s=0))
         self._engine = _open_engine(self._file, num_threads, chosen, calls, self._space)
         # A store that is dropped without close() still ends its threads and removes its files, at the latest when the interpreter exits.
-        weakref.finalize(self, _shut, self._space, self._engine, self._file)
+        self._maker_pid = os.getpid()
+        weakref.finalize(self, _shut, self._maker_pid, self._space, self._engine, self._file)
         self._book = TransferBook()
         self._table_lock = threading.Lock()
         self._read_bytes = 0
@@ -255,12 +257,16 @@ class SsdStore(Closing):
         self._space.proceed()
 
     def close(self) -> None:
-        """Wait for the transfers in flight, stop the threads, remove the files, raise a failure that nobody waited for."""
+        """Wait for the transfers in flight, stop the threads, remove the files, raise a failure that nobody waited for.
+
+        The child of a fork closes its copies of the descriptors, and nothing else.
+        """
         if self._is_closed:
             return
         self._is_closed = True
-        _shut(self._space, self._engine, self._file)
-        self._book.raise_unseen()
+        _shut(self._maker_pid, self._space, self._engine, self._file)
+        if os.getpid() == self._maker_pid:
+            self._book.raise_unseen()
 
     def _start(
         self, is_write: bool, name: str, offset: int, buffer: torch.Tensor, block_bytes: int, expected: Sequence[int] | None
@@ -341,7 +347,8 @@ def _open_engine(file: StripedFile, num_threads: int, backend: str, calls: FileC
         raise
 
 
-def _shut(space: SpaceWaiter, engine: _native.IoEngine, file: StripedFile) -> None:
-    space.stop()
+def _shut(maker_pid: int, space: SpaceWaiter, engine: _native.IoEngine, file: StripedFile) -> None:
+    if os.getpid() == maker_pid:  # in the child of a fork nobody waits for space, and a thread of the parent may hold the lock
+        space.stop()
     engine.close()
     file.close()

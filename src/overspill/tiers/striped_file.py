@@ -120,6 +120,7 @@ class StripedFile:
         )
         self._calls = calls
         self._unlinked = unlink
+        self._maker_pid = os.getpid()
         self.files: list[PlaceFile] = []
         share = self.layout.file_bytes(capacity_bytes)
         try:
@@ -211,11 +212,12 @@ class StripedFile:
             file.keeps_content = is_kept
 
     def close(self) -> None:
-        """Close every place; closing again does nothing."""
+        """Close every place; closing again does nothing. The child of a fork leaves all as it is but its own descriptors."""
+        has_notes = not self._unlinked and len(self.members) > 1 and os.getpid() == self._maker_pid
         with contextlib.ExitStack() as stack:
             for file in self.files:
                 stack.callback(file.close)
-                if not file.keeps_content and not self._unlinked and len(self.members) > 1 and not isinstance(file, BlockDevice):
+                if has_notes and not file.keeps_content and not isinstance(file, BlockDevice):
                     stack.callback(_remove, file.path.with_name(NOTE_NAME))
 
 

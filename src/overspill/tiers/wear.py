@@ -1,7 +1,7 @@
 """What was written to a drive: a counter beside the data, and the drive's own SMART log.
 
-The counter is `overspill.written.json` in the SSD directory: bytes written there by overspill over the directory's life. It outlives the
-data file, because wear does.
+The counter is `overspill.written.json` in the SSD directory: bytes written there by overspill over the directory's life, and in the places
+striped with it. It outlives the data file, because wear does. Where all places are raw devices it lies beside the checkpoints.
 
 Rules:
 
@@ -15,13 +15,16 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
 import os
 import re
+import stat
 import time
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from overspill.spec.lifetime import DriveHealth
@@ -43,10 +46,14 @@ _ALL_NAMESPACES = 0xFFFFFFFF
 
 
 class WriteCounter:
-    """Counts what one session writes in a directory, on top of all that earlier ones did."""
+    """Counts what one session writes in a directory, on top of all that earlier ones did.
 
-    def __init__(self, directory: str | os.PathLike[str]) -> None:
-        self.path = Path(directory) / COUNTER_NAME
+    Args:
+        directory: None: there is none to remember it in (raw devices alone), so only this session is counted.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str] | None) -> None:
+        self.path = None if directory is None else Path(directory) / COUNTER_NAME
         self.is_complete = True
         """False if an earlier count was lost (rule 2)."""
         self._before = self._read_first()
@@ -54,6 +61,7 @@ class WriteCounter:
         self._saved_bytes = 0
         self._saved_s = time.monotonic()
         self._has_failed = False
+        self._maker_pid = os.getpid()
 
     @property
     def written_bytes(self) -> int:
@@ -70,7 +78,9 @@ class WriteCounter:
         """Add what is new to the file."""
         self._saved_s = time.monotonic()
         new = self._session_bytes - self._saved_bytes
-        if not new or self._has_failed:
+        if (
+            self.path is None or not new or self._has_failed or os.getpid() != self._maker_pid
+        ):  # a forked child would count the parent's bytes again
             return
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -95,6 +105,8 @@ class WriteCounter:
         self._saved_bytes = self._session_bytes
 
     def _read_first(self) -> int:
+        if self.path is None:
+            return 0
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
@@ -160,6 +172,35 @@ def parse_smart_log(page: bytes) -> DriveHealth:
     )
 
 
+def device_number_of(place: str | os.PathLike[str]) -> int:
+    """Of the block device that `place` is, or that the file system under it is on, also where the place is yet to be made."""
+    existing = next(path for path in (Path(place), *Path(place).absolute().parents) if path.exists())
+    found = os.stat(existing)
+    return found.st_rdev if stat.S_ISBLK(found.st_mode) else found.st_dev
+
+
+def drive_shares(places: Sequence[str], *, find: Callable[[str], str] | None = None) -> tuple[tuple[str, float], ...]:
+    """(place, share) of each drive under striped places, the first of its places for each: what it takes of all that is written.
+
+    Args:
+        find: the drive of a place; tests give their own.
+    """
+    find = find or (lambda place: find_drive(device_number_of(place)))
+    drives: dict[str, list[str]] = {}
+    for place in places:
+        drives.setdefault(find(place), []).append(place)
+    return tuple((on[0], len(on) / len(places)) for on in drives.values())
+
+
+def find_drive(device_number: int, *, sysfs: Path = Path("/sys")) -> str:
+    """A name of the drive that a block device is on, the same for all partitions of one: the NVMe controller, else the whole disk."""
+    entry = sysfs / "dev/block" / f"{os.major(device_number)}:{os.minor(device_number)}"
+    with contextlib.suppress(OSError):
+        path = entry.resolve(strict=True)
+        return find_controller(device_number, sysfs=sysfs) or (path.parent if (path / "partition").exists() else path).name
+    return entry.name
+
+
 def find_controller(device_number: int, *, sysfs: Path = Path("/sys")) -> str | None:
     """The NVMe controller, such as `nvme0`, that the file system on block device `device_number` rests on; None if it is no NVMe.
 
@@ -183,9 +224,9 @@ def find_controller(device_number: int, *, sysfs: Path = Path("/sys")) -> str | 
 
 
 def read_drive_health(directory: str | os.PathLike[str]) -> DriveHealth | None:
-    """What the drive under a directory says of itself; None where that cannot be read (no NVMe, no permission, a virtual drive)."""
-    existing = next((path for path in (Path(directory), *Path(directory).absolute().parents) if path.exists()), None)
-    controller = find_controller(os.stat(existing).st_dev) if existing is not None else None
+    """What the drive under a directory, or of a block device, says of itself; None where that cannot be read (no NVMe, no permission, a
+    virtual drive)."""
+    controller = find_controller(device_number_of(directory))
     if controller is None:
         return None
     page = ctypes.create_string_buffer(SMART_LOG_BYTES)
