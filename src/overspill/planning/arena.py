@@ -9,9 +9,8 @@ address in every step.
 Rules:
 
 1. Gradients that wait for the next step's update outlive the program. Each has a fixed offset, the same in all programs of the plan:
-   one bundle after the other from the arena's start. While a gradient is not there its room is used for others. In host memory they lie
-   chunk after chunk and in the order of backward: sums of earlier groups, which are twice as large, are then out of a gradient's room when
-   it comes.
+   one bundle after the other from the arena's start, in the order of backward, in host memory chunk by chunk. While a gradient is not there
+   its room is used for others; sums of earlier groups, which are twice as large, are then out of a gradient's room when it comes.
 2. On the device all else is placed one by one, into the lowest gap among what is lent at the same time and placed already: largest first,
    in the order of the program, longest lent first; in each order again with whatever ended highest put first. The smallest arena is taken.
 3. In host memory a slot is a chunk, a hidden state, or what a graph stores: some hundred times as many, of few sizes. They are placed
@@ -100,8 +99,7 @@ def waiting_offsets(plan: Plan, tier: Tier = Tier.DEVICE) -> Mapping[Chunk, Plac
     if plan.timing is not UpdateTiming.PENDING or tier is Tier.SSD:
         return places
     end = 0
-    bundles = list(plan.bundles.items())
-    for name, bundle in reversed(bundles) if tier is Tier.HOST else bundles:
+    for name, bundle in reversed(plan.bundles.items()):
         if bundle.trainable and plan.placements[name].gradients is tier:
             chunks = [(chunk.index, chunk.num_elements * bundle.element_bytes) for chunk in bundle.chunks]
             for index, num_bytes in chunks if tier is Tier.HOST else [(None, bundle.parameter_bytes)]:
