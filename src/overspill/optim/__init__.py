@@ -80,7 +80,7 @@ def update(
         state_format: `fp32`, `bf16` or `int8`.
         rounding: where the random bits come from; needed for all formats but `fp32`.
         with_stats: look at the gradient in passing; on CUDA this waits for the device.
-        num_threads: most threads of the native core, 0 for every CPU of this process; torch's own setting rules the reference.
+        num_threads: most threads of the native core, 0 for one a core (`overspill.cores`); torch's own setting rules the reference.
         isa: one of `_native.supported_isas()`; "" means the best. Has no effect on the result, nor on the reference; for tests and
             measurements.
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 import overspill._native as _native
+from overspill.cores import usable_cores
 from overspill.optim.segment import DTYPE_NAMES, SEGMENT_DTYPE, GradientStats, pack_scalars, validate_scalars
 from overspill.spec.state_formats import StateFormat, exponents_of
 from overspill.spec.update_rule import UpdateScalars
@@ -36,7 +37,7 @@ def update_chunk_native(
         scalars: those that the table's rows number.
         segments: a table of `SEGMENT_DTYPE`, in element order.
         parameter, gradient, states: the chunk's arrays, of `state_format`; not checked again, the core checks addresses.
-        num_threads: most threads to use; 0 means every CPU this process may run on. Has no effect on the result.
+        num_threads: most threads to use; 0 means one a core (`usable_cores`). Has no effect on the result.
         isa: one of `_native.supported_isas()`; "" means the best. Has no effect on the result; for tests and measurements.
 
     Raises:
@@ -63,7 +64,7 @@ def update_chunk_native(
         ranges=segments.ctypes.data,
         num_ranges=len(segments),
         scalars=pack_scalars(scalars),
-        num_threads=num_threads,
+        num_threads=num_threads or usable_cores(),
         isa=isa,
         with_stats=with_stats,
     )
@@ -78,7 +79,7 @@ def all_finite_native(tensor: Tensor, *, num_threads: int = 0, isa: str = "") ->
             f"a contiguous tensor of {', '.join(DTYPE_NAMES.values())} is needed, got {tensor.dtype}, strides {tensor.stride()}"
         )
     return _native.all_finite(
-        tensor.data_ptr(), dtype=DTYPE_NAMES[tensor.dtype], num_elements=tensor.numel(), num_threads=num_threads, isa=isa
+        tensor.data_ptr(), dtype=DTYPE_NAMES[tensor.dtype], num_elements=tensor.numel(), num_threads=num_threads or usable_cores(), isa=isa
     )
 
 

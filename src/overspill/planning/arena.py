@@ -99,7 +99,7 @@ def waiting_offsets(plan: Plan, tier: Tier = Tier.DEVICE) -> Mapping[Chunk, Plac
     if plan.timing is not UpdateTiming.PENDING or tier is Tier.SSD:
         return places
     end = 0
-    for name, bundle in reversed(plan.bundles.items()):
+    for name, bundle in reversed(list(plan.bundles.items())):
         if bundle.trainable and plan.placements[name].gradients is tier:
             chunks = [(chunk.index, chunk.num_elements * bundle.element_bytes) for chunk in bundle.chunks]
             for index, num_bytes in chunks if tier is Tier.HOST else [(None, bundle.parameter_bytes)]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import overspill
+from overspill.cores import usable_cores
 from overspill.probe.capacities import ROOT, host_total_bytes
 from overspill.spec.machine_file import MachineIdentity
 from overspill.tiers.block_device import is_block_device
@@ -31,7 +32,7 @@ def read_identity(device: torch.device, ssd_places: Sequence[str], *, root: Path
         name, uuid, driver = facts.name, str(getattr(facts, "uuid", "")), driver_version(root)
     return MachineIdentity(
         cpu_model=cpu_model(root),
-        num_cpus=len(os.sched_getaffinity(0)),
+        num_cpus=usable_cores(),
         memory_class_bytes=memory_class_bytes(host_total_bytes(root)),
         device=name,
         device_uuid=uuid,

@@ -6,12 +6,12 @@ bits come from. What of that table is the same in every step is made once per ch
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 
+from overspill.cores import usable_cores
 from overspill.optim import SEGMENT_DTYPE, GradientStats, update_chunk
 from overspill.rng import rounding_key, split_at_parts
 from overspill.runtime.visit import TORCH_DTYPES
@@ -61,7 +61,7 @@ class Updater:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         self.num_threads = cores - CORES_SPARED if plan.device.startswith("cuda") and cores >= LEAST_CORES else 0
         """Most threads of an update on the host; 0: one a core."""
         self._tables: dict[tuple[str, int], tuple[np.ndarray, tuple[tuple[str, int], ...]]] = {}

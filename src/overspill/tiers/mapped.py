@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 
+from overspill.cores import usable_cores
 from overspill.units import MIB, align_up
 
 HUGE_PAGE_BYTES = 2 * MIB
@@ -125,7 +126,7 @@ def populate(address: int, num_bytes: int, *, num_threads: int | None = None) ->
         num_threads: None: one a core, at most `MOST_POPULATE_THREADS`; one below `POPULATE_BYTES`.
     """
     if num_threads is None:
-        num_threads = min(MOST_POPULATE_THREADS, len(os.sched_getaffinity(0))) if num_bytes >= POPULATE_BYTES else 1
+        num_threads = min(MOST_POPULATE_THREADS, usable_cores()) if num_bytes >= POPULATE_BYTES else 1
     share = align_up(-(-num_bytes // num_threads), HUGE_PAGE_BYTES)
     parts = [(address + start, min(share, num_bytes - start)) for start in range(0, num_bytes, share)]
     if len(parts) == 1:
