@@ -88,6 +88,7 @@ def test_models_that_cannot_be_served_are_refused_with_the_reason() -> None:
     compiled.compile()
     assert "compiled as a whole" in refused(compiled) and "Compile its blocks" in refused(compiled)
     assert "compiled as a whole" in refused(torch.compile(nn.Linear(2, 2)))
+    assert "1 is an RReLU" in refused(nn.Sequential(nn.Linear(2, 2), nn.RReLU()))
     assert issubclass(UnsupportedModelError, ValueError)
 
 

@@ -204,6 +204,12 @@ def refuse_what_cannot_work(model: Any) -> None:
         raise UnsupportedModelError(
             "DataParallel runs its replicas on threads of its own, in which no saved-tensor hook is active; use DistributedDataParallel"
         )
+    noisy = [name for name, module in model.named_modules() if isinstance(module, nn.RReLU)]
+    if noisy:
+        raise UnsupportedModelError(
+            f"{noisy[0] or type(model).__name__} is an RReLU: torch saves its noise before it is drawn and counts no change, so what "
+            "was moved is not the noise. Use another activation, such as LeakyReLU"
+        )
     is_compiled = type(model).__module__.startswith("torch._dynamo")  # by name: importing dynamo takes a second
     if is_compiled or getattr(model, "_compiled_call_impl", None) is not None:
         raise UnsupportedModelError(
