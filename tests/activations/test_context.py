@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -34,6 +35,7 @@ Usage = collections.namedtuple("Usage", ["total", "used", "free"])
     ("settings", "error", "message"),
     [
         ({"host_budget": 0}, BudgetError, "host_budget is 0 B: and there is no ssd_dir, so there is nowhere to move"),
+        ({"host_budget": 4095}, BudgetError, "host_budget is 4095 B: and there is no ssd_dir, so there is nowhere to move"),
         ({"host_budget": "0GiB", "ssd_dir": "."}, BudgetError, "host_budget is 0 B: the SSD is reached through host memory"),
         ({"host_budget": "100KiB", "ssd_dir": "."}, BudgetError, "at least 65536 B; give at least 262144 B"),
         ({"host_budget": "900TiB"}, BudgetError, r"host_budget is 900.00 TiB but this machine has"),
@@ -48,6 +50,9 @@ Usage = collections.namedtuple("Usage", ["total", "used", "free"])
         ({"ssd_dir": 5}, ValueError, "ssd_dir is a directory, or a list of directories, got 5"),
         ({"amount": "most"}, ValueError, "amount='most' is not known; choose one of 'adaptive', 'everything', 'ssdtrain', 'nothing'"),
         ({"storage": "fp4"}, ValueError, "storage='fp4' is not known; choose one of 'as_is', 'bf16', 'int8'"),
+        ({"amount": overspill.activations.Everything}, ValueError, "is not known; .*or an object with leaves, needs_profile"),
+        ({"amount": None}, ValueError, "amount=None is not known"),
+        ({"storage": 8}, ValueError, "storage=8 is not known; .*or an object with applies, encode, decode"),
         ({"recompute": "norms"}, ValueError, "recompute='norms' is not known; choose one of 'none', 'cheap'"),
         ({"open_store": FakeStore}, ValueError, "open_store needs ssd_budget"),
     ],
@@ -88,6 +93,7 @@ def test_models_that_cannot_be_served_are_refused_with_the_reason() -> None:
     compiled.compile()
     assert "compiled as a whole" in refused(compiled) and "Compile its blocks" in refused(compiled)
     assert "compiled as a whole" in refused(torch.compile(nn.Linear(2, 2)))
+    assert "1 is an RReLU" in refused(nn.Sequential(nn.Linear(2, 2), nn.RReLU()))
     assert issubclass(UnsupportedModelError, ValueError)
 
 
@@ -285,6 +291,25 @@ def test_the_trainer_trains_the_same_weights_with_the_callback(tmp_path: Path) -
         assert found[1] == expected[1]
         assert_same_gradients(found[0], expected[0])
         assert callback.report().host_bytes > 0 and callback.report().num_live == 0
+
+
+def test_a_training_that_was_broken_off_gives_all_back_when_its_callback_dies_or_trains_again() -> None:
+    model, step = chain_step()
+
+    def begin(callback: Any) -> Any:
+        with pytest.warns(RuntimeWarning, match="is on the CPU"):
+            callback.on_train_begin(None, None, None, model=model)
+        run_step(model, step)
+        assert callback.report().host_bytes > 0
+        return callback._offload
+
+    callback = overspill.OffloadActivationsCallback(host_budget="16MiB", min_bytes=1, amount="everything")
+    first = begin(callback)
+    second = begin(callback)  # the first never ended
+    assert first._tiers.memory.allocated_bytes == 0 < second._tiers.memory.allocated_bytes
+    del callback
+    assert_nothing_left(second)
+    assert not model._forward_hooks
 
 
 def test_ddp_and_fsdp2_on_two_ranks_give_the_same_bits(tmp_path: Path) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from small_nets import assert_nothing_left, assert_same_gradients, chain_step, offload, run_step
+from small_nets import assert_nothing_left, assert_same_gradients, build, chain_step, offload, run_step
 
+from overspill.activations.links import ThreadLink
 from overspill.errors import StorageError
 from overspill.tiers import Failure, FakeStore, Fault, FaultInjector, FaultKind, SsdStore
 
@@ -117,4 +120,98 @@ def test_an_exception_leaves_nothing_behind(where: str, tier: str, tmp_path: Pat
     expected = run_step(model, step)
     with active:  # and it can be entered again
         assert_same_gradients(run_step(model, step)[1], expected[1])
+    assert_nothing_left(active)
+
+
+@pytest.mark.parametrize("tier", ["host", "ssd"])
+def test_a_backward_that_fails_beside_nodes_that_wait_leaves_nothing_behind(tier: str, tmp_path: Path) -> None:
+    """Torch's engine holds the nodes that were ready, and with them the graph, until the thread's next backward."""
+    model, step = build("llama")
+    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "4MiB"}
+    active = offload(model, **settings)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in backward")
+
+    for name in ("q_proj", "k_proj", "v_proj"):  # all three are ready at once
+        getattr(model.model.layers[1].self_attn, name).register_full_backward_hook(fail)
+    with contextlib.suppress(ZeroDivisionError), active:
+        step().backward()
+    assert_nothing_left(active)
+
+
+@pytest.mark.parametrize("method", ["hold", "start_out", "start_in", "mark"])
+@pytest.mark.parametrize("tier", ["host", "ssd"])
+def test_ctrl_c_in_any_wait_or_start_leaves_nothing_behind(method: str, tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = chain_step(3)
+    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "4MiB"}
+    inner, copy, calls = getattr(ThreadLink, method), ThreadLink.copy, [0]
+
+    def slow(self, end, target, source, after):  # type: ignore[no-untyped-def]
+        time.sleep(0.002)  # so that there is something to wait for
+        copy(self, end, target, source, after)
+
+    monkeypatch.setattr(ThreadLink, "copy", slow)
+    for num_calls in itertools.count(1):
+        calls[0] = 0
+
+        def once(self, *arguments, when=num_calls, **more):  # type: ignore[no-untyped-def]
+            calls[0] += 1
+            if calls[0] == when:
+                raise KeyboardInterrupt
+            return inner(self, *arguments, **more)
+
+        monkeypatch.setattr(ThreadLink, method, once)
+        active = offload(model, **settings)
+        with contextlib.suppress(KeyboardInterrupt, StorageError), active:  # the second if it was a thread's turn
+            step().backward()
+        assert_nothing_left(active)
+        if calls[0] < num_calls:
+            break  # the step ended before its turn
+    assert num_calls > 1
+
+
+def test_ctrl_c_in_an_attached_forward_leaves_no_hook_behind_for_longer_than_the_next_one() -> None:
+    """Torch calls no hook of a forward that ends with it."""
+    model, step = build("gpt2")
+    expected = run_step(model, step)[1]
+    active = offload(model)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for is_trained_on in (True, False):
+        active.attach()
+        handle = model.transformer.h[1].register_forward_pre_hook(stop)
+        with pytest.raises(KeyboardInterrupt):
+            step()
+        handle.remove()
+        if is_trained_on:
+            assert_same_gradients(run_step(model, step)[1], expected)
+            assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        active.detach()
+        assert_nothing_left(active)
+    assert_same_gradients(run_step(model, step)[1], expected)
+
+
+@pytest.mark.parametrize("way", ["start_write", "start_read"])
+def test_a_store_that_fails_in_its_own_words_is_a_storage_error_and_keeps_no_graph_alive(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step = chain_step()
+    store = FakeStore(capacity_bytes=1 << 20)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENODEV, "the drive is gone")
+
+    monkeypatch.setattr(store, way, fail)
+    active = offload(model, host_budget="256KiB", ssd_budget="1MiB", open_store=lambda num_bytes: store)
+
+    def train() -> None:
+        with active:
+            loss = step()  # held by this frame, which the error knows
+            loss.backward()
+
+    with pytest.raises(StorageError, match="the drive is gone") as caught:
+        train()
+    assert isinstance(caught.value.__cause__, OSError)
+    del caught
     assert_nothing_left(active)

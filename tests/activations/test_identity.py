@@ -266,6 +266,13 @@ def test_recurrent_layers_whose_gates_share_a_storage_get_the_gradients_of_plain
 def test_tensors_on_other_devices_and_of_other_kinds_are_left_alone(active: OffloadActivations) -> None:
     torch.sparse.mm(torch.eye(4).to_sparse(), torch.randn(4, 4, requires_grad=True)).sum().backward()
     assert active.report().left_alone["unsupported"] > 0
+    rows = [torch.randn(length, 4, requires_grad=True) for length in (5, 3)]
+    ragged = torch.nested.as_nested_tensor(rows)  # strided, and without a shape
+    assert ragged.layout is torch.strided
+    torch.nested.to_padded_tensor(torch.nn.functional.gelu(ragged), 0.0).sum().backward()
+    alone = [row.detach().clone().requires_grad_() for row in rows]
+    sum(torch.nn.functional.gelu(row).sum() for row in alone).backward()
+    assert all(torch.equal(row.grad, other.grad) for row, other in zip(rows, alone, strict=True))
     before = packed_bytes(active)
     values = torch.randn(8, dtype=torch.complex64, requires_grad=True)
     (values.conj() * values).abs().sum().backward()

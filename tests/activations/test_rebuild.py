@@ -146,6 +146,61 @@ def test_a_result_that_was_changed_before_it_was_saved_is_what_is_saved() -> Non
     assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
 
 
+@pytest.mark.parametrize("how", ["no_grad", "detach", "view"])
+@pytest.mark.parametrize("op", ["product", "silu", "gelu", "norm"])
+def test_a_result_that_was_changed_without_a_gradient_before_it_was_saved_is_what_is_saved(op: str, how: str) -> None:
+    """The graph does not know that change: its node is the same, only the version tells."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"norm": nn.LayerNorm(64), "linear": nn.Linear(64, 8)})
+    inputs, factor = torch.randn(32, 64, requires_grad=True), torch.randn(32, 64, requires_grad=True)
+    source = {
+        "product": lambda: inputs * factor,
+        "silu": lambda: nn.functional.silu(inputs * 1.0),
+        "gelu": lambda: nn.functional.gelu(inputs * 1.0),
+        "norm": lambda: model["norm"](inputs * 1.0),
+    }[op]
+
+    def step() -> torch.Tensor:
+        result = source()
+        if how == "detach":
+            result.detach().clamp_(max=0.1)
+        with torch.no_grad():
+            if how == "no_grad":
+                result.mul_(2.0)
+            if how == "view":
+                result[3:5].zero_()
+        return model["linear"](result).square().sum()
+
+    expected = run_step(model, step)[1]
+    with offload(model, recompute="cheap"):
+        assert_same_gradients(run_step(model, step)[1], expected)
+
+
+class OwnNorm(nn.LayerNorm):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(hidden, self.normalized_shape, self.weight, self.bias, 1000 * self.eps)
+
+
+def test_a_layer_norm_with_another_epsilon_than_its_modules_is_stored_or_an_error_and_never_a_wrong_gradient() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(6, 32) / 100
+    model = nn.Sequential(OwnNorm(32), nn.Linear(32, 8))
+    expected = run_step(model, lambda: model(inputs).square().sum())[1]
+    with offload(model, recompute="cheap") as active:
+        assert_same_gradients(run_step(model, lambda: model(inputs).square().sum())[1], expected)
+    assert active.report().rebuilt_bytes == 0, "a forward of its own may do anything"
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 8))
+
+    def step() -> torch.Tensor:
+        return model[1](nn.functional.layer_norm(inputs, (32,), model[0].weight, model[0].bias, 1e-3)).square().sum()
+
+    with offload(model, recompute="cheap"), pytest.raises(RuntimeError, match="another epsilon than its module's 1e-05"):
+        run_step(model, step)
+    with offload(model, recompute="cheap"):  # what is not a number is not another epsilon
+        inputs[2, 3] = float("nan")
+        assert run_step(model, lambda: model(inputs).square().sum())[1]["1.weight"].isnan().all()
+
+
 def test_strides_of_a_result_are_those_that_were_saved() -> None:
     layer = nn.Linear(8, 4)
     inputs = torch.randn(8, 6, requires_grad=True)

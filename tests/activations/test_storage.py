@@ -156,6 +156,34 @@ def test_what_a_form_does_to_the_gradient_is_measured_and_reported(form: str, le
         assert torch.equal(parameter.grad, before[name]), "gradients are as before"
 
 
+@pytest.mark.parametrize("masked", [float("-inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_mask_of_floats_is_stored_as_it_is(form: str, masked: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 32)
+    inputs, mask = torch.randn(2, 16, 32), torch.full((16, 16), masked).triu(1)
+
+    def step() -> None:
+        heads = layer(inputs).view(2, 16, 4, 8).transpose(1, 2)
+        nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=mask).square().sum().backward()
+
+    assert 0 < offload(layer, storage=form).measure_gradient_error(step) < 0.02
+
+
+def test_measuring_an_error_leaves_statistics_alone_and_counts_imaginary_parts() -> None:
+    model, step = build("conv")
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    offload(model, storage="int8").measure_gradient_error(lambda: step().backward())
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    turned = nn.ParameterList([torch.zeros(64, dtype=torch.complex64)])
+    values = iter([1.0, 1.01])
+
+    def real_then_turned() -> None:
+        turned[0].grad = torch.full((64,), next(values) * 1j, dtype=torch.complex64)
+
+    assert offload(turned, storage="int8").measure_gradient_error(real_then_turned) == pytest.approx(0.01, rel=1e-4)
+
+
 @pytest.mark.parametrize("form", ["bf16", "int8"])
 def test_a_lossy_gradient_does_not_depend_on_what_was_in_time(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that is forwarded goes through its form as well."""

@@ -119,10 +119,10 @@ class TensorCache:
                 with self._lock:
                     self._look_around()
                     record = self._find(tensor, storage) or self._make(tensor, storage)
-                    geometry = Geometry.of(tensor, record.start)
                     record.num_users += 1
+                    saved = SavedView(self, record, Geometry.of(tensor, record.start))  # buries the record if the wait is broken off
                     self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
-                    return SavedView(self, record, geometry)
+                    return saved
             finally:
                 self._burial()
 
@@ -166,7 +166,7 @@ class TensorCache:
     # -- packing -----------------------------------------------------------------------------------------------------
 
     def _reason_to_leave(self, tensor: torch.Tensor) -> tuple[str | None, torch.UntypedStorage | None]:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested:
             return "unsupported", None
         if tensor.device != self.device:
             return "other_device", None
@@ -227,7 +227,7 @@ class TensorCache:
         """The form to store it in; None: as it is."""
         form = self._form
         is_dense = tensor.numel() * tensor.itemsize == span_bytes
-        return form if form is not None and is_dense and form.applies(tensor.dtype) else None
+        return form if form is not None and is_dense and tensor.requires_grad and form.applies(tensor.dtype) else None
 
     def _send(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Keep it, or start its way out."""

@@ -19,9 +19,11 @@ Rules:
 3. Hooks belong to a thread. Forward has to run in the thread that entered, which also has to leave; backward may run in any.
 4. Only the innermost hooks of a thread see a tensor. So the block is not entered inside of other hooks (refused), and what is saved inside
    of somebody else's hooks further in (`torch.utils.checkpoint`) is theirs; what those save at their borders is seen here.
-5. A copy of the model (`copy.deepcopy`, `torch.save`) that is made inside is a plain model: nothing is active in it.
+5. torch's engine keeps what a failed backward was about to run until the thread's next backward. Leaving with an exception makes it let go.
+6. A copy of the model (`copy.deepcopy`, `torch.save`) that is made inside is a plain model: nothing is active in it.
 
-Limits: Linux, CUDA and CPU. One device. torch.func's transforms refuse hooks. A model that is compiled as a whole is refused.
+Limits: Linux, CUDA and CPU. One device. torch.func's transforms refuse hooks. A model that is compiled as a whole is refused. So is one
+with `nn.RReLU`, whose noise is written after it was packed, uncounted; a call of the function itself is not seen.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -107,6 +109,8 @@ class OffloadActivations:
         """That the hooks belong to."""
         self._depth = 0
         """Of the model's forward, while attached."""
+        self._frame: FrameType | None = None
+        """Of the call that pushed the hooks, while attached."""
         self._gradient_error: float | None = None
         if self._device.type == "cpu" and not settings.ssd_budget_bytes:
             warnings.warn(
@@ -127,8 +131,7 @@ class OffloadActivations:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._hooks is not None and self._thread != threading.get_ident():
-            raise RuntimeError("offload_activations is left in another thread than entered it, whose hooks cannot be reached from here")
+        self._refuse_other_thread()
         try:
             self._pop()
         finally:
@@ -136,6 +139,7 @@ class OffloadActivations:
             if error is None:
                 self._shut()
             else:
+                _forget_failed_backward()
                 close_after(error, self._shut)
 
     def attach(self) -> None:
@@ -147,12 +151,18 @@ class OffloadActivations:
         self._handles.append(self._model.register_forward_hook(self._leave_forward, always_call=True))
 
     def detach(self) -> None:
-        """Undo `attach`; what was packed stays until its graph dies. Does nothing if it is not attached."""
+        """Undo `attach`; what was packed stays until its graph dies. Does nothing if it is not attached.
+
+        Raises:
+            RuntimeError: the model's forward runs in another thread.
+        """
+        self._refuse_other_thread()
+        self._end_forward()
         self._remove_handles()
         self._shut()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return object.__new__, (type(self),)  # rule 5: the hooks of a copied model find nothing to do
+        return object.__new__, (type(self),)  # rule 6: the hooks of a copied model find nothing to do
 
     # -- hints -------------------------------------------------------------------------------------------------------
 
@@ -231,7 +241,8 @@ class OffloadActivations:
     def measure_gradient_error(self, step: Callable[[], object]) -> float:
         """‖g − g₀‖₂ / ‖g₀‖₂ of one step, g₀ without offloading; it is also in `report()` from then on.
 
-        The parameters' gradients and the random generators are as before when it returns. Not to be called inside the block.
+        The parameters' gradients, the buffers and torch's random generators are as before when it returns. Not to be called inside the
+        block.
 
         Args:
             step: forward and backward of one batch, the same each time; no update.
@@ -240,6 +251,7 @@ class OffloadActivations:
             raise RuntimeError("measure_gradient_error runs the step with and without offloading: call it outside of the block")
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         before = [parameter.grad for parameter in parameters]
+        buffers = [(buffer, buffer.clone()) for buffer in self._model.buffers()]  # such as a batch norm's statistics
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []):
             seed = int(torch.randint(2**62, ()).item())
             try:
@@ -249,8 +261,11 @@ class OffloadActivations:
             finally:
                 for parameter, gradient in zip(parameters, before, strict=True):
                     parameter.grad = gradient
-        difference = sum(float((one.double() - other.double()).square().sum()) for one, other in zip(ours, plain, strict=True))
-        size = sum(float(one.double().square().sum()) for one in plain)
+                with torch.no_grad():
+                    for buffer, values in buffers:
+                        buffer.copy_(values)
+        difference = sum(_square_of_norm(_wide(one) - _wide(other)) for one, other in zip(ours, plain, strict=True))
+        size = sum(_square_of_norm(_wide(one)) for one in plain)
         self._gradient_error = (difference / size) ** 0.5 if size else 0.0
         return self._gradient_error
 
@@ -289,7 +304,7 @@ class OffloadActivations:
             handle.remove()
 
     def _watches(self, module: nn.Module) -> bool:
-        """Not a copy of the model (rule 5)."""
+        """Not a copy of the model (rule 6)."""
         return module is vars(self).get("_model")
 
     def _begin_forward(self, module: nn.Module, *_: Any) -> None:
@@ -299,7 +314,12 @@ class OffloadActivations:
     def _enter_forward(self, module: nn.Module, *_: Any) -> None:
         if not self._watches(module):
             return
+        caller = sys._getframe(1)
+        if self._depth and self._thread == threading.get_ident() and not _is_running(self._frame, caller):
+            self._end_forward()  # Ctrl-C broke the last one off, for which torch calls no hook
         self._depth += 1
+        if self._depth == 1:
+            self._frame = caller
         if self._depth == 1 and torch._C._current_graph_task_id() == -1:
             _refuse_foreign_hooks()
             self._begin_forward(module)
@@ -308,9 +328,41 @@ class OffloadActivations:
     def _leave_forward(self, module: nn.Module, *_: Any) -> None:
         if not self._watches(module):
             return
-        self._depth = max(0, self._depth - 1)
-        if self._depth == 0:
-            self._pop()
+        if self._depth <= 1:
+            self._end_forward()
+        else:
+            self._depth -= 1
+
+    def _end_forward(self) -> None:
+        self._depth, self._frame = 0, None
+        self._pop()
+
+    def _refuse_other_thread(self) -> None:
+        """Rule 3."""
+        if self._hooks is not None and self._thread != threading.get_ident():
+            raise RuntimeError("offload_activations is left in another thread than entered it, whose hooks cannot be reached from here")
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _square_of_norm(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().square().sum())
+
+
+def _is_running(frame: FrameType | None, caller: FrameType | None) -> bool:
+    """Whether a call is among those that led to `caller`."""
+    while caller is not None and caller is not frame:
+        caller = caller.f_back
+    return caller is not None
+
+
+def _forget_failed_backward() -> None:
+    """Rule 5."""
+    if torch._C._current_graph_task_id() == -1:
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.ones(1, device="cpu", requires_grad=True).sum().backward()
 
 
 def _gradients_of(step: Callable[[], object], parameters: Sequence[nn.Parameter], seed: int) -> list[torch.Tensor]:

@@ -1,8 +1,8 @@
 """The form in which a record is stored: as it is, or in fewer bits.
 
 A lossy form is applied on the device before the copy out and undone after the copy in, and a record that is forwarded goes through it as
-well: what a gradient is does not depend on what was in time. Records of other dtypes, and tensors with gaps between their elements, are
-stored as they are. So are those that stay on the device.
+well: what a gradient is does not depend on what was in time. Records of other dtypes, tensors with gaps between their elements, and what
+has no gradient (a mask of 0 and -inf has a range that no 8 bits can hold) are stored as they are. So are those that stay on the device.
 
 * `AsIs`: every bit.
 * `Bf16`: fp32 in half its bytes. Error of a value: at most 2⁻⁸ of it.

@@ -189,8 +189,13 @@ class Mover:
         staging = self._take_staging(self.ssd, record.stored_bytes, must=must)
         if staging is None:
             return False
-        target = record.coming = torch.empty(record.stored_bytes, dtype=torch.uint8, device=self.device)
-        mark = record.mark = self.link.mark()
+        try:
+            target = record.coming = torch.empty(record.stored_bytes, dtype=torch.uint8, device=self.device)
+            mark = record.mark = self.link.mark()
+        except BaseException:  # no memory, or Ctrl-C: nobody reads
+            record.coming = None
+            self.ssd.staging.give(staging, staging.after)
+            raise
         self._count(record.stored_bytes)
 
         def then(read: torch.Tensor) -> End:

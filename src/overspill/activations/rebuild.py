@@ -18,9 +18,15 @@ Rules:
 3. The result of several saved views is rebuilt once, and let go with the last of them, or at the end of a backward that keeps its graph.
 4. A recipe runs without autocast, for its inputs have been cast already. Its result must have the shape, dtype and device that was saved;
    strides are restored, because kernels choose by them. Versions are checked, of the result and of the inputs.
-5. Where a tensor is stored already, or its op lacks an input (that of a frozen factor is not saved), it is packed like any other.
+5. Where a tensor is stored already, its op lacks an input (that of a frozen factor is not saved), or somebody changed the result in place
+   before it was saved (its version tells; its node would not, if that was done without a gradient), it is packed like any other.
 6. A widening cast of something that is not there (a norm in fp32 of bf16 hidden states) is stored in the dtype that it was cast from, if
    there is somebody to store it (`store`): the values are the same.
+7. A layer norm's epsilon is not saved, so it is its module's, and the rebuilt norm's 1/σ has to be the one that autograd saved. That is
+   looked at each time on the CPU; on a GPU, which would have to be waited for, once for each weight.
+
+Limits: what is changed through `tensor.data`, or without a gradient between an op and the cast behind it (rule 1), counts nowhere that can
+be seen from here; such models want recompute='none'.
 
 How the inputs are found: `grad_fn._raw_saved_self.data` is what pack returned for it, read without unpacking. What other hooks packed
 (`torch.utils.checkpoint` inside) is none of our objects, and such an op has no recipe.
@@ -31,7 +37,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -144,6 +150,7 @@ class Rebuilder:
         epsilon_of: what is saved of a layer norm's weight -> the norm's epsilon, which autograd does not save; None: not known.
         leaf_of: a leaf -> what gives it again in backward; None: nothing does.
         store: keeps a tensor that nobody saved; None: rule 6 does not apply.
+        is_first: whether the norm with this weight is the first of its weight (rule 7).
         is_of_one_forward: it is dropped when a forward is over, and may hold the recipes until then; else they die with their users.
     """
 
@@ -153,9 +160,10 @@ class Rebuilder:
         *,
         leaf_of: Callable[[torch.Tensor], Saved | None] = lambda leaf: None,
         store: Callable[[torch.Tensor], Saved] | None = None,
+        is_first: Callable[[Saved], bool] = lambda weight: False,
         is_of_one_forward: bool = False,
     ) -> None:
-        self._epsilon_of, self._leaf_of, self._store = epsilon_of, leaf_of, store
+        self._epsilon_of, self._leaf_of, self._store, self._is_first = epsilon_of, leaf_of, store, is_first
         self._known: MutableMapping[int, Rebuild] = {} if is_of_one_forward else weakref.WeakValueDictionary()
 
     @classmethod
@@ -163,16 +171,23 @@ class Rebuilder:
         """Knows the model's layer norms by their weights."""
         epsilons: dict[int, float | None] = {}
         for module in model.modules():
-            if isinstance(module, nn.LayerNorm) and module.weight is not None:
+            if is_plain_norm(module) and module.weight is not None:
                 identity = getattr(module.weight, "_local_tensor", module.weight).untyped_storage()._cdata
                 known = epsilons.setdefault(identity, module.eps)
                 if known != module.eps:
                     epsilons[identity] = None  # one weight, two norms
+        unseen = set(epsilons)
 
         def epsilon_of(weight: Saved) -> float | None:
             return epsilons.get(weight.alias.untyped_storage()._cdata) if isinstance(weight, SavedAlone) else None
 
-        return cls(epsilon_of)
+        def is_first(weight: Saved) -> bool:
+            identity = weight.alias.untyped_storage()._cdata if isinstance(weight, SavedAlone) else -1
+            is_unseen = identity in unseen
+            unseen.discard(identity)
+            return is_unseen
+
+        return cls(epsilon_of, is_first=is_first)
 
     def pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[SavedRebuilt, bool] | None:
         """A saved object that rebuilds the tensor, and whether its result is new; None: it has no recipe."""
@@ -182,8 +197,8 @@ class Rebuilder:
         if known is not None and known.is_of(tensor, base):
             return SavedRebuilt(known, None if tensor is base else Geometry.of(tensor, 0)), False
         node = base.grad_fn
-        if node is None or base.output_nr != 0 or base.storage_offset() != 0 or type(base) not in _PLAIN:
-            return None
+        if node is None or base.output_nr != 0 or base.storage_offset() != 0 or base._version or type(base) not in _PLAIN:
+            return None  # rule 5
         recipe = self._recipe_of(node, base)
         if recipe is None:
             return None
@@ -240,15 +255,32 @@ class Rebuilder:
         source, weight, bias = node._raw_saved_input.data, node._raw_saved_weight.data, node._raw_saved_bias.data
         if not isinstance(source, Saved) or not isinstance(weight, Saved) or not (bias is None or isinstance(bias, Saved)):
             return None
-        epsilon = self._epsilon_of(weight)
-        if epsilon is None:
+        inverse, epsilon = node._raw_saved_result2.data, self._epsilon_of(weight)
+        if epsilon is None or not isinstance(inverse, Saved):
             return None
         shape = tuple(node._saved_normalized_shape)
+        looks = source.device.type == "cpu" or self._is_first(weight)
 
         def run(tensor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            return nn.functional.layer_norm(tensor, shape, weight, bias, epsilon)
+            result, _, found = torch.native_layer_norm(tensor, shape, weight, bias, epsilon)
+            if looks and not _is_same(found, inverse.unpack()):
+                raise RuntimeError(
+                    f"a layer norm over {shape} ran with another epsilon than its module's {epsilon}, and its result cannot be rebuilt: "
+                    "use the module's epsilon, or leave recompute at 'none' for this model"
+                )
+            return result
 
         return run, (source, weight, bias)
+
+
+def is_plain_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:
+    """Whether a module is a layer norm that runs as torch's does, with its own epsilon."""
+    return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+
+
+def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether two tensors have the same values, where a NaN is like any other."""
+    return found.shape == expected.shape and bool(((found == expected) | (found.isnan() & expected.isnan())).all())
 
 
 def _output_dtype(node: Any, number: int) -> torch.dtype | None:

@@ -34,7 +34,7 @@ import torch
 from torch import nn
 
 from overspill.activations.identity import Geometry, byte_span, bytes_of, changed_in_place, shed
-from overspill.activations.rebuild import Rebuilder, can_read_saved
+from overspill.activations.rebuild import Rebuilder, can_read_saved, is_plain_norm
 from overspill.activations.saved import Saved, SavedAlone, words, words_of
 from overspill.spec.retention import STORED_ALIGNMENT_BYTES
 from overspill.units import align_up
@@ -317,7 +317,7 @@ def find_epsilons(block: nn.Module, parameters: Mapping[str, torch.Tensor]) -> d
     names = {id(tensor): name for name, tensor in parameters.items()}
     found: dict[str, set[float]] = {}
     for module in block.modules():
-        if isinstance(module, nn.LayerNorm) and (name := names.get(id(module.weight))) is not None:
+        if is_plain_norm(module) and (name := names.get(id(module.weight))) is not None:
             found.setdefault(name, set()).add(module.eps)
     return {name: epsilons.pop() for name, epsilons in found.items() if len(epsilons) == 1}
 

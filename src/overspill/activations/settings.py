@@ -20,6 +20,7 @@ from overspill.errors import BudgetError, UnsupportedModelError
 from overspill.tiers import Store
 from overspill.tiers.block_device import is_block_device
 from overspill.tiers.extent_file import is_in_memory
+from overspill.tiers.extents import EXTENT_ALIGNMENT_BYTES
 from overspill.units import GIB, MIB, format_bytes, parse_bytes
 
 AMOUNTS: dict[str, Amount] = {"adaptive": Adaptive(), "everything": Everything(), "ssdtrain": SsdTrain(), "nothing": Nothing()}
@@ -32,6 +33,8 @@ STAGING_FRACTION = 0.25
 MOST_STAGING_BYTES = 4 * GIB
 """Two seconds of writing at 2 GB/s. Chosen."""
 LEAST_STAGING_BYTES = 64 * 1024
+LEAST_RANGE_BYTES = EXTENT_ALIGNMENT_BYTES
+"""Less host memory than this holds nothing."""
 MOST_SSD_BYTES = 256 * GIB
 """Of a budget that nobody gave: half of what is free, and at most this. Chosen."""
 
@@ -98,7 +101,7 @@ def build_settings(
     if not has_ssd and ssd_budget is not None:
         raise ValueError("ssd_budget has no effect without ssd_dir; give a directory on a drive, or leave it out")
     staging_bytes = min(int(host_bytes * STAGING_FRACTION), MOST_STAGING_BYTES) // 4096 * 4096 if has_ssd else 0
-    if host_bytes == 0 or (has_ssd and staging_bytes < LEAST_STAGING_BYTES):
+    if host_bytes < LEAST_RANGE_BYTES or (has_ssd and staging_bytes < LEAST_STAGING_BYTES):
         why = (
             f"the SSD is reached through host memory, a quarter of the budget and at least {LEAST_STAGING_BYTES} B"
             if has_ssd
@@ -113,8 +116,8 @@ def build_settings(
         ssd_places=places,
         ssd_budget_bytes=_ssd_budget(places, ssd_budget, open_store),
         device_budget_bytes=None if device_budget is None else parse_bytes(device_budget),
-        amount=_named("amount", amount, AMOUNTS),
-        form=None if isinstance(form := _named("storage", storage, FORMS), AsIs) else form,
+        amount=_named("amount", amount, AMOUNTS, needs=("leaves", "needs_profile", "leaves_unmeasured")),
+        form=None if isinstance(form := _named("storage", storage, FORMS, needs=("applies", "encode", "decode")), AsIs) else form,
         is_rebuilding=recompute == "cheap",
         min_bytes=parse_bytes(min_bytes),
         window_bytes=None if window is None else parse_bytes(window),
@@ -122,11 +125,13 @@ def build_settings(
     )
 
 
-def _named(what: str, value: Any, known: dict[str, Any]) -> Any:
-    if isinstance(value, str):
-        if value not in known:
-            raise ValueError(f"{what}={value!r} is not known; choose one of {', '.join(map(repr, known))}")
+def _named(what: str, value: Any, known: dict[str, Any], *, needs: Sequence[str]) -> Any:
+    """What is known by that name, or the person's own that has all that is needed of one."""
+    if isinstance(value, str) and value in known:
         return known[value]
+    if isinstance(value, str | type) or not all(hasattr(value, name) for name in needs):
+        own = f"an object with {', '.join(needs)}"
+        raise ValueError(f"{what}={value!r} is not known; choose one of {', '.join(map(repr, known))}, or {own}")
     return value
 
 
@@ -203,6 +208,12 @@ def refuse_what_cannot_work(model: Any) -> None:
     if isinstance(model, nn.DataParallel):
         raise UnsupportedModelError(
             "DataParallel runs its replicas on threads of its own, in which no saved-tensor hook is active; use DistributedDataParallel"
+        )
+    noisy = [name for name, module in model.named_modules() if isinstance(module, nn.RReLU)]
+    if noisy:
+        raise UnsupportedModelError(
+            f"{noisy[0] or type(model).__name__} is an RReLU: torch saves its noise before it is drawn and counts no change, so what "
+            "was moved is not the noise. Use another activation, such as LeakyReLU"
         )
     is_compiled = type(model).__module__.startswith("torch._dynamo")  # by name: importing dynamo takes a second
     if is_compiled or getattr(model, "_compiled_call_impl", None) is not None:

@@ -38,12 +38,14 @@ MOST_SPANS = 4096
 EXTENT = "saved-tensors"
 
 
-def again(failure: BaseException) -> BaseException:
+def again(failure: BaseException) -> StorageError:
     """The failure as a new error (rule 4)."""
-    if not isinstance(failure, OverspillError):
-        return failure.with_traceback(None)
-    error = StorageError(str(failure))
-    error.__cause__ = failure.__cause__
+    if isinstance(failure, OverspillError):
+        error = StorageError(str(failure))
+        error.__cause__ = failure.__cause__
+    else:
+        error = StorageError(f"saved tensors could not be moved between host memory and SSD: {type(failure).__name__}: {failure}")
+        error.__cause__ = failure
     return error
 
 

@@ -3,11 +3,13 @@
     trainer = Trainer(..., callbacks=[overspill.OffloadActivationsCallback(host_budget="32GiB", ssd_dir="/nvme/overspill")])
 
 It attaches to the model's forward instead of being a block around the loop, so an exception in training leaves no hook behind. What the
-Trainer computes outside of the model (a loss of its own) stays on the device.
+Trainer computes outside of the model (a loss of its own) stays on the device. After such an exception no hook is active, but the model has
+the callback's still, with the memory: until the next training ends, or the callback dies.
 """
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from transformers import TrainerCallback
@@ -26,6 +28,7 @@ class OffloadActivationsCallback(TrainerCallback):
     def __init__(self, **settings: Any) -> None:
         self._settings = settings
         self._offload: OffloadActivations | None = None
+        self._at_death: weakref.finalize[..., Any] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Attach; once more if an earlier training was broken off.
@@ -33,15 +36,15 @@ class OffloadActivationsCallback(TrainerCallback):
         Raises:
             ValueError: see `offload_activations`.
         """
-        if self._offload is not None:
-            self._offload.detach()
+        self._detach()
         self._offload = offload_activations(model, **self._settings)
         self._offload.attach()
+        self._at_death = weakref.finalize(self, self._offload.detach)
+        self._at_death.atexit = False
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach; the report stays."""
-        if self._offload is not None:
-            self._offload.detach()
+        self._detach()
 
     def report(self) -> ActivationReport:
         """Of the last training.
@@ -52,3 +55,10 @@ class OffloadActivationsCallback(TrainerCallback):
         if self._offload is None:
             raise RuntimeError("nothing was trained with this callback yet")
         return self._offload.report()
+
+    def _detach(self) -> None:
+        if self._at_death is not None:
+            self._at_death.detach()
+            self._at_death = None
+        if self._offload is not None:
+            self._offload.detach()
