@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from overspill.planning import predict_step
 from overspill.report.lifetime import describe_forecast, describe_run, describe_wear, wear_warning
@@ -112,3 +113,8 @@ class SsdWear:
 
     def _session_bytes(self) -> int:
         return self._besides_bytes + sum(records.store.written_bytes for records in self._stores)
+
+
+def watch_wear(plan: Plan, stores: Sequence[RecordStore]) -> SsdWear | None:
+    """A watch over a session's stores; None if nothing of them is in files of a directory."""
+    return SsdWear(plan, stores) if stores and plan.ssd_dir is not None and Path(plan.ssd_dir).is_dir() else None
