@@ -39,7 +39,7 @@ class ProgramRunner:
         self.failure: str | None = None
         """Why no program may run any more (rule 3)."""
         self.is_closed = False
-        """No program runs any more, from the moment on in which closing begins."""
+        """No program may run any more, from the moment on in which closing begins."""
 
     def train_program(self, tokens: tuple[int, ...]) -> Schedule:
         """The next step's program over micro-batches of these lengths. Where its slots would find no room beside gradients that wait in an
@@ -114,7 +114,7 @@ class ProgramRunner:
         Raises:
             BaseException: as `Executor.close`.
         """
-        assert self.is_closed
+        self.is_closed = True
         self.residency.interrupt()  # nobody waits any more for room on a drive
         self.executor.close()
 

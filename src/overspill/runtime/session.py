@@ -415,7 +415,7 @@ class Session(Closing):
         """
         runner = getattr(self, "_runner", None)  # None: opening has failed before
         if runner is not None:
-            runner.is_closed = True
+            runner.is_closed = True  # at once, whatever interrupts the rest
         with contextlib.ExitStack() as stack:  # all of it, also when one raises
             stack.callback(self.residency.close)
             if self._wear is not None:
