@@ -19,14 +19,27 @@ from training_loop import make_batches
 
 import overspill
 from overspill.activations import rebuild, retaining, saved
-from overspill.runtime import executor, landing, lanes, residency, retained, scratch_records, session, step, visit
+from overspill.runtime import (
+    executor,
+    landing,
+    lanes,
+    program_runner,
+    residency,
+    retained,
+    scratch_records,
+    session,
+    step,
+    step_memory,
+    verdicts,
+    visit,
+)
 from overspill.spec.tensors import Tier
 from overspill.tiers import extents, fake, memory, pool, records
 
 BOOKS = frozenset(str(module.__file__) for module in (residency, scratch_records, pool, memory))
 GRAPHS = frozenset(str(module.__file__) for module in (rebuild, retained, retaining, saved, scratch_records, visit))
 ALLOCATIONS = BOOKS | {str(module.__file__) for module in (extents, fake, records)}
-STEP = BOOKS | {str(module.__file__) for module in (executor, landing, lanes, session, step, visit)}
+STEP = BOOKS | {str(module.__file__) for module in (executor, landing, lanes, program_runner, session, step, step_memory, verdicts, visit)}
 BATCHES = make_batches(2, vocab_size=96, seed=0)
 
 

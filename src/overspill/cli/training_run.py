@@ -7,11 +7,9 @@ In the output folder are then `run.yaml` (the flags, for `--config`) and `plan.j
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from rich.console import Console
 from overspill.cli.continuation import (
     checkpoint_directory,
     checkpoint_policy,
-    command_to_go_on,
     deciding_flags,
     describe_position,
     find_checkpoint,
@@ -31,6 +28,15 @@ from overspill.cli.continuation import (
 )
 from overspill.cli.finetune import FinetuneOptions
 from overspill.cli.optimizer_flags import build_optimizer
+from overspill.cli.outcome import (
+    Course,
+    Predicted,
+    describe_resources,
+    farewell,
+    farewell_while_paused,
+    show_last_step,
+    summarize,
+)
 from overspill.cli.stopping import PauseUntilStopped, StopRequest
 from overspill.cli.tracing import export_if_chosen, validate_trace_options, validate_trace_step
 from overspill.cli.training_data import TrainingData, open_data, validate_data_options
@@ -38,25 +44,19 @@ from overspill.errors import HostMemoryError, ModelFolderError, NonFiniteError, 
 from overspill.huggingface.data_position import DataPosition
 from overspill.huggingface.export import validate_target
 from overspill.huggingface.model_folder import find_model_folder
-from overspill.report.lanes import describe_step_time, lane_table
-from overspill.report.memory import host_peak_bytes, reset_host_peak
-from overspill.report.prediction import comparison_table, describe_largest_miss
+from overspill.report.memory import reset_host_peak
 from overspill.report.progress import LiveLine, MetricsFile, replace_text
-from overspill.report.tables import describe_pools, placement_table
+from overspill.report.tables import placement_table
 from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
 from overspill.spec.checkpoint import Manifest
 from overspill.spec.hardware import ASSUMED
 from overspill.spec.plan import Plan, PlanRequest, validate_clip
-from overspill.spec.prediction import compare
-from overspill.spec.report import Prediction, StepReport
+from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.update_rule import LearningRate
 from overspill.tiers.calls import SpacePolicy
 from overspill.units import format_bytes, format_seconds, parse_bytes
-
-_Predicted = tuple[StepReport, Prediction]
-"""A step and what was predicted of it."""
 
 
 def run_finetune(options: FinetuneOptions, console: Console) -> None:
@@ -94,7 +94,7 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
             console.print(f"· predicted: {format_seconds(expected.step_s)} a step; {expected.source}", highlight=False)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
-        course = _Course.from_checkpoint(source[1].data_position["course"]) if source is not None else _Course()
+        course = Course.from_checkpoint(source[1].data_position["course"]) if source is not None else Course()
         if source is not None:
             console.print(f"going on after step {course.step}", highlight=False)
             if options.trace_step is not None and options.trace_step <= course.step:
@@ -108,20 +108,14 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         except StorageError as error:
             if not pause.was_ended:
                 raise
-            raise KeyboardInterrupt(_farewell_while_paused(options, course.step, num_steps)) from error
+            raise KeyboardInterrupt(farewell_while_paused(options, course.step, num_steps)) from error
         if num_steps not in course.held_out:
             _evaluate(session, data, course)
         session.save_pretrained(options.out / "model", tokenizer=folder)
-        resources = _describe_resources(session)
+        resources = describe_resources(session)
     if last is not None:
-        report, predicted = last
-        console.print(lane_table(report))
-        if predicted is not None:
-            prediction, comparison = predicted[1], compare(predicted[1], predicted[0])
-            console.print(comparison_table(comparison, step=predicted[0].step))
-            resources = (describe_largest_miss(comparison, prediction), *resources)
-        resources = tuple(line for line in (describe_step_time(report), *resources) if line)
-    _summarize(options, console, course, num_steps, time.monotonic() - started_s, resources)
+        resources = show_last_step(console, *last, resources)
+    summarize(options, console, course, num_steps, time.monotonic() - started_s, resources)
 
 
 def validate_options(options: FinetuneOptions) -> None:
@@ -287,37 +281,7 @@ def _announce(options: FinetuneOptions, console: Console, plan: Plan, data: Trai
     )
 
 
-@dataclasses.dataclass(kw_only=True)
-class _Course:
-    """What a run has seen, for its summary."""
-
-    losses: list[float] = dataclasses.field(default_factory=list)
-    """Of the first and the last step, or of the only one."""
-    num_tokens: int = 0
-    training_s: float = 0.0
-    """In steps, evaluation left out."""
-    held_out: dict[int, float] = dataclasses.field(default_factory=dict)
-    """Step -> loss over the held-out targets after it."""
-    step: int = 0
-    """Updates made; a step that was skipped (fp16 overflow) is tried again with the next batch."""
-    num_skipped: int = 0
-
-    @classmethod
-    def from_checkpoint(cls, plain: dict[str, Any]) -> _Course:
-        """Read back what a checkpoint has; JSON's keys are text."""
-        return cls(**{**plain, "held_out": {int(step): loss for step, loss in plain["held_out"].items()}})
-
-    def add(self, report: StepReport) -> None:
-        self.losses = [*self.losses[:1], report.loss]
-        self.num_tokens += report.num_tokens
-        self.training_s += report.step_s
-        if report.skipped:
-            self.num_skipped += 1
-        else:
-            self.step = report.step
-
-
-def _evaluate(session: Session, data: TrainingData, course: _Course) -> None:
+def _evaluate(session: Session, data: TrainingData, course: Course) -> None:
     """Write down the mean loss over the held-out targets; nothing when nothing is held out."""
     batches = data.held_out_batches()
     if batches:
@@ -330,12 +294,12 @@ def _train(
     options: FinetuneOptions,
     num_steps: int,
     console: Console,
-    course: _Course,
+    course: Course,
     stop: StopRequest,
-) -> tuple[StepReport, _Predicted | None] | None:
+) -> tuple[StepReport, Predicted | None] | None:
     """All steps that are left; the last one's report, and the last that was predicted; None if none was left."""
     is_noted, last = False, None
-    predicted: _Predicted | None = None
+    predicted: Predicted | None = None
 
     def warn(text: str) -> None:
         console.print(text, style="yellow", soft_wrap=True, highlight=False)
@@ -381,58 +345,8 @@ def _train(
                 metrics.write_due()
                 save()
             if warning is not None and course.step < num_steps:
-                raise HostMemoryError(f"{warning}. {_farewell(options, course.step, num_steps, is_saving)}")
+                raise HostMemoryError(f"{warning}. {farewell(options, course.step, num_steps, is_saving)}")
             if stop.is_requested and course.step < num_steps:
-                raise KeyboardInterrupt(_farewell(options, course.step, num_steps, is_saving))
+                raise KeyboardInterrupt(farewell(options, course.step, num_steps, is_saving))
         session.flush()  # a drive that is full for the last updates too ends the training as such
     return last
-
-
-def _farewell(options: FinetuneOptions, step: int, num_steps: int, is_saved: bool) -> str:
-    """How to go on after a stop that was asked for."""
-    if is_saved:
-        return f"stopped after step {step} of {num_steps}; its checkpoint is saved; go on with: {command_to_go_on(options)}"
-    return f"stopped after step {step} of {num_steps}; nothing is saved, since no --checkpoint-every was given"
-
-
-def _farewell_while_paused(options: FinetuneOptions, step: int, num_steps: int) -> str:
-    """The same for a stop during which nothing could be written."""
-    text = f"stopped after step {step} of {num_steps}, while paused for want of space; "
-    try:
-        saved = find_checkpoint(options)[1].step
-    except StorageError:
-        return text + "there is no checkpoint to go on from"
-    return text + f"the checkpoint of step {saved} is whole; make room, then go on with: {command_to_go_on(options)}"
-
-
-def _describe_resources(session: Session) -> tuple[str, ...]:
-    """What the run took besides time: memory for slots, and life of the drive."""
-    lines = [describe_pools(session.pool_reports())]
-    if session.wear is not None:
-        lines.append(f"SSD: {session.wear.summarize()}")
-    return tuple(line for line in lines if line)
-
-
-def _summarize(
-    options: FinetuneOptions, console: Console, course: _Course, num_steps: int, elapsed_s: float, resources: Sequence[str]
-) -> None:
-    """The last lines: what was reached, and where it is."""
-    rate = course.num_tokens / course.training_s if course.training_s else 0.0
-    lines = [
-        f"done: {num_steps} steps, {course.num_tokens} tokens at {rate:.0f} tokens/s, {format_seconds(elapsed_s)} in all, "
-        f"host peak {format_bytes(host_peak_bytes())}",
-        f"training loss: {course.losses[0]:.4f} at the first step, {course.losses[-1]:.4f} at the last",
-    ]
-    if course.num_skipped:
-        lines.append(f"{course.num_skipped} more steps were skipped, because fp16 gradients overflowed at their loss scale")
-    if course.held_out:
-        before, after = course.held_out[0], course.held_out[num_steps]
-        lines.append(f"held-out loss after:  {after:.4f} ({after - before:+.4f})")
-        best = min(course.held_out, key=course.held_out.__getitem__)
-        if best != num_steps:
-            lines.append(f"lowest held-out loss: {course.held_out[best]:.4f} after step {best}; what is saved is the last step's")
-    lines.append(f"saved {options.out / 'model'} (with its tokenizer; AutoModelForCausalLM.from_pretrained reads it)")
-    lines.append(f"also in {options.out}: metrics.jsonl (each step), plan.json, run.yaml (these flags, for --config)")
-    lines.extend(resources)
-    for text in lines:
-        console.print(text, soft_wrap=True, highlight=False)

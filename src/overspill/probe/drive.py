@@ -33,7 +33,7 @@ from overspill.tiers import HostMemory, Store, Transfer
 from overspill.units import KIB, MIB, format_bytes, format_seconds
 
 IN_FLIGHT = 4
-"""Transfers of a direction; the step's pipeline has as many (`scheduling.build.UPDATED_CHUNKS`)."""
+"""Transfers of a direction; the step's pipeline has as many (`scheduling.updating.UPDATED_CHUNKS`)."""
 TRIALS_BYTES = (256 * KIB, 4 * MIB)
 """Chosen: the first ends soon on any drive, the second keeps four threads of the engine busy."""
 TRIAL_S = 1.0

@@ -5,10 +5,12 @@ Labels stay on the CPU too: which rows have a target is known there without wait
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
+from overspill.runtime.compute import MicroBatch
 from overspill.spec.plan import Plan
 
 IGNORED = -100
@@ -29,6 +31,30 @@ def token_counts(batches: Sequence[Mapping[str, torch.Tensor]]) -> tuple[int, ..
 def count_targets(batch: Mapping[str, torch.Tensor]) -> int:
     """Labels that are predicted: not ignored, and not the first of their sample."""
     return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def sum_losses(batches: Sequence[MicroBatch]) -> float:
+    """Of micro-batches whose program has run: each has its part of the mean over all targets."""
+    return math.fsum(float(batch.loss) for batch in batches if batch.loss is not None)
+
+
+def prepare_batches(
+    micro_batches: Sequence[Mapping[str, torch.Tensor]], plan: Plan, *, vocab_size: int, device: torch.device
+) -> list[MicroBatch]:
+    """Check all micro-batches of a program and move what the model reads to the device.
+
+    Raises:
+        ValueError: there is none; or as `prepare_batch`.
+    """
+    if not micro_batches:
+        raise ValueError("at least one micro-batch is needed, got none")
+    return [
+        MicroBatch(
+            batch=prepare_batch(batch, plan, index, vocab_size=vocab_size, device=device),
+            shape=torch.Size([*batch["input_ids"].shape, plan.hidden_size]),
+        )
+        for index, batch in enumerate(micro_batches)
+    ]
 
 
 def prepare_batch(

@@ -15,6 +15,7 @@ from overspill.probe.capacities import host_available_bytes, places_room_bytes
 from overspill.report.memory import host_resident_bytes
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Plan, PlanRequest
+from overspill.tiers.cuda import let_segments_grow
 
 PROCESS_GROWTH_BYTES = 96 * 1024 * 1024
 """Assumed: what the process itself grows by while it trains (threads, kernels, schedules); 50-60 MiB seen on two cores."""
@@ -87,6 +88,13 @@ def find_hardware(request: PlanRequest | Plan, device: torch.device, machine: st
 MALLOC_MAP_BYTES = 128 * 1024
 """Requests of at least this get a mapping of their own: glibc's start value, kept from growing. With its growth (to 32 MiB), 24
 more blocks of 12 MiB cost 300 MiB of heap that is free but not returned."""
+
+
+def prepare_process(device: torch.device) -> None:
+    """Make the allocators of this process, torch's and the C library's, suit a session on `device`."""
+    if device.type == "cuda":
+        let_segments_grow()
+    return_freed_memory()
 
 
 def return_freed_memory() -> bool:

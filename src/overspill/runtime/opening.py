@@ -331,6 +331,30 @@ def allocate(
         raise
 
 
+def fill_homes(
+    homes: Homes,
+    source: ModelSource,
+    model: StreamedModel,
+    *,
+    own: Checkpointer | None,
+    resumed: tuple[Manifest, Path] | None,
+    calls: FileCalls,
+) -> dict[str, torch.Tensor]:
+    """Weights, and of a checkpoint states, into their homes, and buffers into the model; what no unit reads is returned, for
+    `save_pretrained`.
+
+    Args:
+        own: the session's own checkpoints.
+        resumed: the checkpoint that has the weights; None: `source` has them.
+    """
+    unread: dict[str, torch.Tensor] = {}
+    if resumed is None or source.has_more_than(homes.names):
+        unread = load(source.tensors(), model, homes, with_homes=resumed is None)
+    if resumed is not None:
+        restore(homes.residency, own, *resumed, calls)
+    return unread
+
+
 def restore(residency: Residency, own: Checkpointer | None, manifest: Manifest, directory: Path, calls: FileCalls) -> None:
     """Parameters and states from a checkpoint, one record at a time."""
     if own is not None and own.directory.resolve() == directory.resolve():

@@ -24,6 +24,7 @@ from typing import TypeVar
 import torch
 
 from overspill.errors import OverspillError
+from overspill.probe.capacities import host_available_bytes
 from overspill.probe.drive import Passes, measure_drive
 from overspill.probe.host_memory import measure_update
 from overspill.probe.link import measure_link, open_link
@@ -48,6 +49,16 @@ SAMPLING = Sampling(least_s=0.03)
 """How long something is repeated: a tiny model's chunks take no time. Chosen."""
 
 _Result = TypeVar("_Result")
+
+
+def spare_host_bytes(plan: Plan, allocated_bytes: int) -> int:
+    """Host memory that measuring may take for a moment: there are other programs, and the plan's budget.
+
+    Args:
+        allocated_bytes: what the session has of that budget.
+    """
+    room = host_available_bytes() // 4
+    return room if plan.host_budget_bytes is None else max(0, min(room, plan.host_budget_bytes - allocated_bytes))
 
 
 def measure_rates(plan: Plan, optimizer: Optimizer, files: Files, *, room_bytes: int) -> tuple[LaneRates, int]:

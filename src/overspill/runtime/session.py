@@ -5,7 +5,8 @@ Rules:
 1. All bytes are placed when the session opens; a step allocates nothing that the plan did not count.
 2. Weights are never stale: `evaluate`, `generate`, `save_pretrained` and `save_checkpoint` flush pending updates first.
    Leaving the `with` block saves nothing.
-3. After a failure that may have changed part of the weights, and nobody knows which, the session refuses to go on.
+3. After a failure that may have changed part of the weights, and nobody knows which, the session refuses to go on
+   (`runtime/program_runner`, which runs all programs).
    Without clip a step returns before its last updates are home (`runtime/landing`). Everything here but the next step's forward waits for
    them first; should one of them fail, the next call says so, as of that step, and there is no going on.
 4. A model object given to a session is taken over once the plan stands: its weights move into the tiers, tensor by tensor, and
@@ -16,53 +17,45 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from overspill.errors import BudgetError, NonFiniteError
 from overspill.huggingface import write_model_folder
 from overspill.optim import global_norm
-from overspill.probe.capacities import host_available_bytes
-from overspill.report.memory import host_peak_bytes
 from overspill.report.perfetto import write_trace
-from overspill.runtime.batches import count_targets, prepare_batch, token_count, token_counts
-from overspill.runtime.checkpointing import (
-    Checkpointer,
-    SessionState,
-    config_facts,
-    describe_room,
-    validate_same_run,
-)
+from overspill.runtime.batches import count_targets, prepare_batches, sum_losses, token_count, token_counts
+from overspill.runtime.checkpointing import Checkpointer, SessionState, config_facts, describe_room, validate_same_run
 from overspill.runtime.compute import MicroBatch, StepContext
+from overspill.runtime.evaluation import Evaluation
 from overspill.runtime.executor import Executor
-from overspill.runtime.generation import generate_greedily, validate_generation
+from overspill.runtime.generation import validate_generation
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.homes import Homes
-from overspill.runtime.machine import resolve_device, return_freed_memory
-from overspill.runtime.opening import Files, StoreFactory, allocate, load, look_at, plan_for_optimizer, plan_session, restore
+from overspill.runtime.machine import prepare_process, resolve_device
+from overspill.runtime.opening import Files, StoreFactory, allocate, fill_homes, look_at, plan_for_optimizer, plan_session
 from overspill.runtime.predictions import Predictions, brings_mask
+from overspill.runtime.program_runner import ProgramRunner
 from overspill.runtime.programs import Programs
-from overspill.runtime.rates import measure_rates
+from overspill.runtime.rates import measure_rates, spare_host_bytes
+from overspill.runtime.step_memory import MemoryWatch
 from overspill.runtime.timing import StepTiming
 from overspill.runtime.updating import UpdateContext
-from overspill.runtime.wear import SsdWear
+from overspill.runtime.verdicts import judge_norm
+from overspill.runtime.wear import SsdWear, watch_wear
 from overspill.spec.checkpoint import CheckpointPolicy, Manifest
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.rates import LaneRates
 from overspill.spec.report import EvaluationReport, PoolReport, Prediction, StepFigures, StepReport
 from overspill.spec.schedule import Schedule
-from overspill.spec.tensors import Tier
-from overspill.spec.update_rule import LearningRate, LossScale, Optimizer, clip_coefficient, gradient_scale
+from overspill.spec.update_rule import LearningRate, LossScale, Optimizer
 from overspill.spec.workload import TemplateTimes
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpacePolicy
 from overspill.tiers.closing import Closing, close_after
-from overspill.tiers.cuda import let_segments_grow
 
 
 class Session(Closing):
@@ -124,9 +117,7 @@ class Session(Closing):
         self._wear: SsdWear | None = None
         self.learning_rate = learning_rate or LearningRate(kind="constant", base=optimizer.lr, total_steps=1)
         self.device = resolve_device(plan.device)
-        if self.device.type == "cuda":
-            let_segments_grow()
-        return_freed_memory()
+        prepare_process(self.device)
         source = look_at(model, plan.dtype)
         self._generation_config = source.generation_config
         self.model, self.hardware, self.plan, workload = plan_session(
@@ -138,34 +129,28 @@ class Session(Closing):
             validate_same_run(resume_from[0], self.plan, self.model.config)
         self.residency, self._checkpointer = allocate(self.plan, files, checkpoints, resume_from)
         try:
-            stores = [store for store in (self.residency.store, self.residency.scratch) if store is not None]
-            if stores and self.plan.ssd_places and open_store is None:
-                self._wear = SsdWear(self.plan, stores, beside=checkpoints.directory if checkpoints is not None else None)
+            if open_store is None:
+                stores = [store for store in (self.residency.store, self.residency.scratch) if store is not None]
+                self._wear = watch_wear(self.plan, stores, beside=checkpoints.directory if checkpoints is not None else None)
             self.homes = Homes(self.plan, self.residency)
-            self._unread: dict[str, torch.Tensor] = {}
-            if resume_from is None or source.has_more_than(self.homes.names):
-                self._unread = load(source.tensors(), self.model, self.homes, with_homes=resume_from is None)
-            if resume_from is not None:
-                restore(self.residency, self._checkpointer, *resume_from, calls)
+            self._unread = fill_homes(self.homes, source, self.model, own=self._checkpointer, resumed=resume_from, calls=calls)
             self.model.to(self.device)
             self.model.train()
         except BaseException as error:
             close_after(error, self.close)
             raise
         self.executor = Executor(self.plan, self.model, self.residency, serial=serial, cuda_graphs=cuda_graphs)
-        self.step_number = resume_from[0].step if resume_from is not None else 0
+        start = resume_from[0] if resume_from is not None else None
+        self.step_number = start.step if start is not None else 0
         """Optimizer steps done, pending ones included."""
-        self.loss_scale = LossScale() if self.plan.dtype == "float16" else None
-        if resume_from is not None:
-            self.loss_scale = resume_from[0].loss_scale
-        self.data_position: Any = resume_from[0].data_position if resume_from is not None else None
+        self.loss_scale = start.loss_scale if start is not None else LossScale() if self.plan.dtype == "float16" else None
+        self.data_position: Any = start.data_position if start is not None else None
         """What the last checkpoint said about where the caller's data goes on."""
-        self._pending: UpdateContext | None = None
-        self._failure: str | None = None
-        self._is_closed = False
-        self._context_bytes = 0
         self._vocab_size = self.model.config.get_text_config().vocab_size
         self._programs = Programs(self.plan)
+        self._runner = ProgramRunner(self.executor, self._programs)
+        self._evaluation = Evaluation(self._runner, self._prepare)
+        self._memory = MemoryWatch(self.residency, self.device)
         self._timing = StepTiming(lambda: self._measure_rates(files))
         self.executor.while_waiting = self._timing.read_previous
         self._predictions = Predictions(
@@ -179,7 +164,7 @@ class Session(Closing):
             workload=workload,
         )
 
-    # -- work --------------------------------------------------------------------------------------------------------
+    # -- training ----------------------------------------------------------------------------------------------------
 
     def step(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> StepReport:
         """One optimizer step. Without clip its last updates may be under way when it returns (rule 3).
@@ -194,7 +179,7 @@ class Session(Closing):
             NonFiniteError: a loss or gradient is not finite; the message says what was changed.
             StorageError: a transfer failed, of this step or, as the message then says, of the last updates of the one before.
         """
-        self._check_usable()
+        self._runner.check_usable()
         if len(micro_batches) > self.plan.accumulate:
             raise ValueError(
                 f"a step of {len(micro_batches)} micro-batches, but the plan was made for {self.plan.accumulate}; "
@@ -205,119 +190,106 @@ class Session(Closing):
         if num_targets == 0:
             raise ValueError(f"step {self.step_number + 1} has no target: all labels are -100 after the shift by one")
         number = self.step_number + 1
-        tokens = token_counts(micro_batches)
-        if self._pending is not None and not self._train_program(tokens).starts_pending:
-            self.flush()
-        schedule = self._train_program(tokens)
         lr = self.learning_rate.at(number)
         scale = self.loss_scale.value if self.loss_scale is not None else 1.0
         context = StepContext(step=number, seed=self.seed, num_targets=num_targets, loss_scale=scale)
-        waits = self.plan.timing is UpdateTiming.PENDING
-        updates = self._pending if waits else UpdateContext(self.optimizer, seed=self.seed, step=number, lr=lr, gradient_scale=1.0)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        figures, gradients = self._run(schedule, prepared, context, updates, number=number)
-        try:
+        figures, gradients = self._run(prepared, context, lr)
+        with self._runner.counting(number):
             norm = global_norm(gradients.land_sums()) / scale
-            skipped = self._finish_step(number, lr, norm, scale) if waits else False
+            skipped = self.plan.timing is UpdateTiming.PENDING and not self._let_wait(number, lr, norm)
             if not skipped:
                 self.step_number = number
-            self._failure = None
-        except NonFiniteError:
-            self._failure = None  # no weight was changed, and none waits
-            raise
-        except BaseException as error:
-            self._failure = f"step {number} was made but not counted: {type(error).__name__}: {error}"
-            raise
-        pools = self.pool_reports()
+        memory = self._memory.after_step(self.step_number)
         assert self.executor.lazy_trace is not None
         return StepReport(
-            **_fields(figures),
+            **vars(figures),
+            **vars(memory),
             step=number,
-            loss=math.fsum(float(batch.loss) for batch in prepared if batch.loss is not None),
+            loss=sum_losses(prepared),
             grad_norm=norm,
             lr=lr,
             num_tokens=sum(token_count(batch) for batch in micro_batches),
             num_targets=num_targets,
             skipped=skipped,
             loss_scale=scale,
-            device_peak_bytes=self._device_peak_bytes(),
-            device_context_bytes=self._device_context_bytes(),
-            host_peak_bytes=host_peak_bytes(),
-            pinned_bytes=self.residency.host.pinned_bytes,
-            pool_peak_bytes=sum(pool.peak_bytes for pool in pools),
-            pool_waste_bytes=sum(pool.peak_bytes - pool.peak_asked_bytes for pool in pools),
-            pool_one_size_bytes=sum(pool.one_size_bytes for pool in pools),
             ssd_life_written_bytes=self._wear.after_step(figures.step_s, land=self.executor.finish) if self._wear is not None else 0,
             read_times=self._timing.after_step(number, self.executor.lazy_trace),
         )
 
-    @property
-    def wear(self) -> SsdWear | None:
-        """Watches the life of the SSD, whose last step has landed; None if nothing of the session is in files of a directory."""
-        if self._wear is not None and hasattr(self, "executor"):
-            self.executor.finish()
-        return self._wear
+    def _run(self, prepared: Sequence[MicroBatch], context: StepContext, lr: float) -> tuple[StepFigures, Gradients]:
+        """The program of a step, with the updates that it makes: of its own gradients, or those that wait for it."""
+        tokens = token_counts([item.batch for item in prepared])
+        if self._pending is not None and not self._runner.train_program(tokens).starts_pending:
+            self.flush()
+        schedule = self._runner.train_program(tokens)
+        updates = self._pending
+        if self.plan.timing is UpdateTiming.IMMEDIATE:
+            updates = UpdateContext(self.optimizer, seed=self.seed, step=context.step, lr=lr, gradient_scale=1.0)
+        self._memory.begin_step()
+        return self._runner.run(schedule, prepared, context, updates, number=context.step)
 
-    @property
-    def rates(self) -> LaneRates:
-        """How fast this session's lanes are: measured when it is first asked for, in about half a second, never within a step. The
-        reports of all later steps have their `floor`."""
-        if not self._timing.has_rates:
-            self._check_usable()
-            self.executor.finish()
-        return self._timing.rates
-
-    def export_trace(self, path: str | Path) -> Path:
-        """Write what ran when in the last step, for ui.perfetto.dev or chrome://tracing.
+    def _let_wait(self, number: int, lr: float, norm: float) -> bool:
+        """Let a step's gradients wait for the next one; False: they are dropped.
 
         Raises:
-            ValueError: there was no step yet.
-            StorageError: the file cannot be written.
+            NonFiniteError: they are dropped, and it is no use to go on.
         """
-        if self._timing.trace is None:
-            raise ValueError("there is no step yet that could be traced; make one first")
-        return write_trace(path, self._timing.trace, self.plan, step=self._timing.step)
-
-    def pool_reports(self) -> tuple[PoolReport, PoolReport]:
-        """What the pools of device and host slots hold and have held since the session was opened."""
-        return self.residency.device_pool.report(), self.residency.host_pool.report()
-
-    def _finish_step(self, number: int, lr: float, norm: float, scale: float) -> bool:
-        """Pending timing: decide with which scale the waiting gradients are applied, or drop them; whether they were dropped."""
-        finite = math.isfinite(norm)
-        if self.loss_scale is not None:
-            self.loss_scale = self.loss_scale.after_step(not finite)
-            if not finite:
-                self.residency.drop_all_but_homes()
-                if scale <= self.loss_scale.minimum:
-                    raise NonFiniteError(
-                        f"gradients of step {number} are not finite even at the smallest loss scale, {scale}; no weight was changed by "
-                        "this step; lower --lr, or compute in --dtype bfloat16 or float32"
-                    )
-                return True
-        if not finite:
+        verdict = judge_norm(norm, number, clip=self.plan.clip, loss_scale=self.loss_scale)
+        self.loss_scale = verdict.loss_scale
+        if verdict.factor is None:
             self.residency.drop_all_but_homes()
-            raise NonFiniteError(
-                f"the gradient norm of step {number} is {norm}; no weight was changed by this step; lower --lr or add --warmup-steps"
-            )
-        coefficient = clip_coefficient(norm, self.plan.clip) if self.plan.clip is not None else 1.0
-        factor = gradient_scale(loss_scale=scale, clip=coefficient)
-        self._pending = UpdateContext(self.optimizer, seed=self.seed, step=number, lr=lr, gradient_scale=factor)
-        return False
+            if verdict.refusal is not None:
+                raise verdict.refusal
+            return False
+        self._runner.pending = UpdateContext(self.optimizer, seed=self.seed, step=number, lr=lr, gradient_scale=verdict.factor)
+        return True
+
+    @property
+    def _pending(self) -> UpdateContext | None:
+        """The updates that wait for the next step."""
+        return self._runner.pending
+
+    def _prepare(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[MicroBatch]:
+        return prepare_batches(micro_batches, self.plan, vocab_size=self._vocab_size, device=self.device)
 
     def flush(self) -> None:
         """Run the updates that wait for the next step, or wait for those under way, so that the homes hold the newest weights."""
-        self._check_usable()
-        self.executor.finish()
-        if self._pending is not None:
-            context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
-            self._run(self._programs.flush(), [], context, self._pending)
+        self._runner.flush()
+
+    def schedule(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> Schedule:
+        """The program of the next step over `micro_batches`."""
+        return self._runner.train_program(token_counts(micro_batches))
 
     @property
     def memory_warning(self) -> str | None:
         """Why the run should make a checkpoint and stop now: host memory is nearly used up. None while there is room."""
         return self.executor.guard.warning
+
+    # -- looking at what was learnt ----------------------------------------------------------------------------------
+
+    def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> EvaluationReport:
+        """Mean loss over all targets of `micro_batches` (as in `step`), in evaluation mode, weights flushed."""
+        self.flush()
+        return self._evaluation.evaluate(micro_batches, step=self.step_number, seed=self.seed)
+
+    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int | None = None) -> list[list[int]]:
+        """The likeliest continuation of each prompt, token by token; without the prompt, up to and without the end token.
+
+        The whole model streams by once a token (there is no cache): meant for a look at what was learnt.
+
+        Args:
+            prompts: token ids; all are continued side by side.
+
+        Raises:
+            ValueError: no prompt, or an empty one, or no token asked for, or prompt and continuation longer than the plan's batch holds.
+        """
+        validate_generation(prompts, max_new_tokens)
+        self.flush()
+        return self._evaluation.generate(
+            prompts, step=self.step_number, seed=self.seed, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id
+        )
+
+    # -- saving ------------------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, data_position: Any = None) -> Manifest:
         """Make a checkpoint of the state after the last step, and drop the oldest one beyond what is kept.
@@ -345,53 +317,12 @@ class Session(Closing):
         try:
             manifest = self._checkpointer.save(self.residency, state)
         except BaseException as error:
-            self._failure = f"the checkpoint of step {self.step_number} failed: {error}"
+            self._runner.failure = f"the checkpoint of step {self.step_number} failed: {error}"
             raise
         if self._wear is not None:
             self._wear.save()
         self.data_position = data_position
         return manifest
-
-    def evaluate(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> EvaluationReport:
-        """Mean loss over all targets of `micro_batches` (as in `step`), in evaluation mode, weights flushed."""
-        self.flush()
-        prepared = self._prepare(micro_batches)
-        num_targets = sum(count_targets(batch) for batch in micro_batches)
-        if num_targets == 0:
-            raise ValueError("nothing to evaluate: all labels are -100 after the shift by one")
-        context = StepContext(step=self.step_number, seed=self.seed, num_targets=num_targets)
-        with self._evaluation_mode():
-            schedule = self._programs.evaluate(token_counts(micro_batches))
-            self._run(schedule, prepared, context, None)
-        loss = math.fsum(float(batch.loss) for batch in prepared if batch.loss is not None)
-        return EvaluationReport(loss=loss, num_targets=num_targets)
-
-    def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, eos_token_id: int | None = None) -> list[list[int]]:
-        """The likeliest continuation of each prompt, token by token; without the prompt, up to and without the end token.
-
-        The whole model streams by once a token (there is no cache): meant for a look at what was learnt.
-
-        Args:
-            prompts: token ids; all are continued side by side.
-
-        Raises:
-            ValueError: no prompt, or an empty one, or no token asked for, or prompt and continuation longer than the plan's batch holds.
-        """
-        validate_generation(prompts, max_new_tokens)
-        self.flush()
-        context = StepContext(step=self.step_number, seed=self.seed, num_targets=1)
-
-        def logits_at(batches: list[Mapping[str, torch.Tensor]], ends: list[torch.Tensor]) -> torch.Tensor:
-            prepared = self._prepare(batches)
-            for micro_batch, positions in zip(prepared, ends, strict=True):
-                micro_batch.positions = positions.to(self.device)
-            self._run(self._programs.evaluate(token_counts(batches)), prepared, context, None)
-            return torch.cat([micro_batch.logits for micro_batch in prepared if micro_batch.logits is not None])
-
-        with self._evaluation_mode():
-            return generate_greedily(
-                prompts, logits_at, micro_batch=self.plan.micro_batch, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id
-            )
 
     def save_pretrained(self, directory: str | Path, *, tokenizer: object | None = None) -> Path:
         """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; streamed, read back, compared.
@@ -412,6 +343,48 @@ class Session(Closing):
             tensors=[*self.homes.outgoing(), *kept],
         )
 
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    @property
+    def rates(self) -> LaneRates:
+        """How fast this session's lanes are: measured when it is first asked for, in about half a second, never within a step. The
+        reports of all later steps have their `floor`."""
+        if not self._timing.has_rates:
+            self._runner.check_usable()
+            self.executor.finish()
+        return self._timing.rates
+
+    def _measure_rates(self, files: Files) -> LaneRates:
+        room = spare_host_bytes(self.plan, self.residency.host.allocated_bytes)
+        rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room)
+        if self._wear is not None:
+            self._wear.add(written)
+        return rates
+
+    @property
+    def wear(self) -> SsdWear | None:
+        """Watches the life of the SSD, whose last step has landed; None if nothing of the session is in files of a directory."""
+        if self._wear is not None and hasattr(self, "executor"):
+            self.executor.finish()
+        return self._wear
+
+    def pool_reports(self) -> tuple[PoolReport, PoolReport]:
+        """What the pools of device and host slots hold and have held since the session was opened."""
+        return self.residency.device_pool.report(), self.residency.host_pool.report()
+
+    def export_trace(self, path: str | Path) -> Path:
+        """Write what ran when in the last step, for ui.perfetto.dev or chrome://tracing.
+
+        Raises:
+            ValueError: there was no step yet.
+            StorageError: the file cannot be written.
+        """
+        if self._timing.trace is None:
+            raise ValueError("there is no step yet that could be traced; make one first")
+        return write_trace(path, self._timing.trace, self.plan, step=self._timing.step)
+
+    # -- predicting --------------------------------------------------------------------------------------------------
+
     def predict(self, micro_batches: Sequence[Mapping[str, torch.Tensor]], *, hardware: HardwareSpec | None = None) -> Prediction:
         """What the next step over `micro_batches` will move, hold and take; kept for the next batch of these shapes."""
         return self._predictions.predict(self.schedule(micro_batches), is_masked=brings_mask(micro_batches), hardware=hardware)
@@ -430,136 +403,10 @@ class Session(Closing):
 
         Between steps; takes memory of the device that the plan knows nothing of. None: the model cannot be described without weights.
         """
-        self._check_usable()
+        self._runner.check_usable()
         return self._predictions.time_templates(self.device, limit_s=limit_s)
 
-    def schedule(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> Schedule:
-        """The program of the next step over `micro_batches`."""
-        return self._train_program(token_counts(micro_batches))
-
-    # -- inside ------------------------------------------------------------------------------------------------------
-
-    def _measure_rates(self, files: Files) -> LaneRates:
-        room = host_available_bytes() // 4  # there are other programs
-        if self.plan.host_budget_bytes is not None:
-            room = max(0, min(room, self.plan.host_budget_bytes - self.residency.host.allocated_bytes))
-        rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room)
-        if self._wear is not None:
-            self._wear.add(written)
-        return rates
-
-    def _run(
-        self,
-        schedule: Schedule,
-        prepared: Sequence[MicroBatch],
-        context: StepContext,
-        updates: UpdateContext | None,
-        *,
-        number: int | None = None,
-    ) -> tuple[StepFigures, Gradients]:
-        """Execute a program.
-
-        Args:
-            number: of the step that it makes: the session is unusable from here until the caller has counted it, as Ctrl-C may come first.
-        """
-        self.executor.forget_step()
-        try:
-            self._place_slots(schedule)
-            result = self.executor.run(schedule, prepared, context, updates=updates)
-            if schedule.starts_pending:
-                self._pending = None
-            if number is not None:
-                self._failure = f"step {number} was made but not counted"
-        except BaseException as error:
-            self._recover(schedule, error)
-            raise
-        return result
-
-    def _train_program(self, tokens: tuple[int, ...]) -> Schedule:
-        """The next step's program over micro-batches of these lengths. Where its slots would find no room beside gradients that wait in an
-        arena, which was made for the whole step and cannot grow now, it is the one that begins after a flush."""
-        if self._pending is not None:
-            schedule = self._programs.train(tokens, pending=True)
-            if all(pool.has_room_beside_lent(self._block_bytes(schedule, tier)) for tier, pool in self.residency.pools.items()):
-                return schedule
-        return self._programs.train(tokens, pending=False)
-
-    def _block_bytes(self, schedule: Schedule, tier: Tier) -> int | None:
-        """Of the arena that a schedule has on a tier; None: its slots are lent by size."""
-        return None if self._programs.arena(schedule, tier) is None else self._programs.slot_bytes(schedule, tier)
-
-    def _place_slots(self, schedule: Schedule) -> None:
-        """Give the schedule's slots their places, or on a tier without room for an arena room to be lent by size."""
-        for tier, pool in self.residency.pools.items():
-            arena = self._programs.arena(schedule, tier)
-            if arena is not None and pool.follow(arena.places, num_bytes=self._programs.slot_bytes(schedule, tier)):
-                pool.unplanned.limit_bytes = None
-            else:
-                pool.leave()
-                pool.free_block()
-                pool.unplanned.limit_bytes = self._programs.limit_bytes(schedule, tier)
-
-    def _recover(self, schedule: Schedule, error: BaseException) -> None:
-        """After a schedule that stopped: go on if weights are all from before its updates or all from after them, or if it is known of each
-        chunk which it is, and those from before have their gradient still; else rule 3."""
-        self._failure = f"{type(error).__name__}: {error}"  # until all is in order again: Ctrl-C may come once more
-        with contextlib.suppress(Exception):  # `_check_usable` tells it
-            self.executor.finish()  # it stopped on the way into the schedule, or out of it
-        untouched = not self.executor.updated
-        if not untouched and schedule.starts_pending and self.executor.has_landed:
-            # The step before is applied in full; only this one's gradients are lost.
-            self._pending = None
-            self.residency.drop_all_but_homes()
-            self._failure = None
-        elif untouched and not schedule.starts_pending and self.residency.drop_all_but_homes():
-            self._failure = None
-        elif schedule.starts_pending and self._pending is not None and (untouched or self.executor.applied is not None):
-            # Chunk for chunk the step before is applied, or its gradient still waits.
-            applied = self._pending.applied | (self.executor.applied or frozenset())
-            with contextlib.suppress(BudgetError):
-                if self.residency.drop_all_but_homes(pending=True, applied=applied):
-                    self._pending.applied, self._failure = applied, None
-
-    def _prepare(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> list[MicroBatch]:
-        if not micro_batches:
-            raise ValueError("at least one micro-batch is needed, got none")
-        return [
-            MicroBatch(
-                batch=prepare_batch(batch, self.plan, index, vocab_size=self._vocab_size, device=self.device),
-                shape=torch.Size([*batch["input_ids"].shape, self.plan.hidden_size]),
-            )
-            for index, batch in enumerate(micro_batches)
-        ]
-
-    @contextlib.contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
-        """No dropout inside, training mode again after."""
-        self.model.train(False)
-        try:
-            yield
-        finally:
-            self.model.train(True)
-
-    def _check_usable(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("this session is closed; its memory and files were given back")
-        late = self.executor.landing_failure
-        failure = self._failure if late is None else f"{type(late).__name__}: {late}"
-        if failure is not None:
-            raise RuntimeError(f"this session stopped half-way through an update and cannot go on: {failure}")
-
-    def _device_peak_bytes(self) -> int:
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_reserved(self.device)
-        return self.residency.device.peak_bytes
-
-    def _device_context_bytes(self) -> int:
-        """What the driver counts beside the allocator's: this process's context, and other programs. Asked in the first steps, while code
-        is loaded, and seldom afterwards: the driver takes its time to answer."""
-        if self.device.type == "cuda" and (self.step_number < 4 or self.step_number % 32 == 0):
-            free, total = torch.cuda.mem_get_info(self.device)
-            self._context_bytes = max(0, total - free - torch.cuda.memory_reserved(self.device))
-        return self._context_bytes
+    # -- the end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Give all memory and files back; weights that were not saved, and are in no checkpoint, are gone.
@@ -567,17 +414,14 @@ class Session(Closing):
         Raises:
             StorageError: the last step failed while it landed, or a transfer that nobody waited for did; all is given back.
         """
-        self._is_closed = True
+        runner = getattr(self, "_runner", None)  # None: opening has failed before
+        if runner is not None:
+            runner.is_closed = True  # at once, whatever interrupts the rest
         with contextlib.ExitStack() as stack:  # all of it, also when one raises
             stack.callback(self.residency.close)
             if self._wear is not None:
                 stack.callback(self._wear.save)
             if self._checkpointer is not None:
                 stack.callback(self._checkpointer.close)
-            if hasattr(self, "executor"):  # opening may have failed before
-                self.residency.interrupt()  # nobody waits any more for room on a drive
-                stack.callback(self.executor.close)
-
-
-def _fields(figures: StepFigures) -> dict[str, Any]:
-    return {field.name: getattr(figures, field.name) for field in dataclasses.fields(figures)}
+            if runner is not None:
+                stack.callback(runner.close)

@@ -5,12 +5,15 @@ finite exactly when the gradient is. They are copied to the host in the compute 
 an update on the host that has its gradient has its verdict, and nobody waits for the device to get one. An update on the device is given
 the same numbers there (`gates`) and does nothing unless all are finite; the host looks at their copies when the step is over.
 
+Where updates wait for the next step (clip, loss scaling) the question is asked once, of the whole step's norm: `judge_norm`.
+
 Cost: where there is CUDA, one copy a bundle and one small kernel and a copy a step for the losses, into pinned memory that is reused in
 every step.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -19,6 +22,7 @@ import torch
 from overspill.errors import NonFiniteError
 from overspill.runtime.compute import StepContext, describe_loss
 from overspill.spec.plan import Plan
+from overspill.spec.update_rule import LossScale, clip_coefficient, gradient_scale
 
 
 class VerdictMemory:
@@ -138,3 +142,40 @@ class Verdicts:
 
     def _names(self, bundle: str) -> list[str]:
         return [slot.tensor.name for slot in self.plan.bundles[bundle].slots]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormVerdict:
+    """What becomes of a step's gradients, which wait for the next step."""
+
+    factor: float | None
+    """What they are multiplied with when they are applied; None: they are dropped."""
+    loss_scale: LossScale | None
+    """Of the next step."""
+    refusal: NonFiniteError | None = None
+    """They are dropped, and there is no better loss scale to go on with."""
+
+
+def judge_norm(norm: float, step: int, *, clip: float | None, loss_scale: LossScale | None) -> NormVerdict:
+    """Decide on all of a step's gradients.
+
+    Args:
+        norm: their global norm, unscaled.
+        loss_scale: with which they were made; None: without one.
+    """
+    scale = loss_scale.value if loss_scale is not None else 1.0
+    following = loss_scale.after_step(not math.isfinite(norm)) if loss_scale is not None else None
+    if math.isfinite(norm):
+        coefficient = clip_coefficient(norm, clip) if clip is not None else 1.0
+        return NormVerdict(factor=gradient_scale(loss_scale=scale, clip=coefficient), loss_scale=following)
+    refusal = None
+    if following is None:
+        refusal = NonFiniteError(
+            f"the gradient norm of step {step} is {norm}; no weight was changed by this step; lower --lr or add --warmup-steps"
+        )
+    elif scale <= following.minimum:
+        refusal = NonFiniteError(
+            f"gradients of step {step} are not finite even at the smallest loss scale, {scale}; no weight was changed by this step; "
+            "lower --lr, or compute in --dtype bfloat16 or float32"
+        )
+    return NormVerdict(factor=None, loss_scale=following, refusal=refusal)

@@ -130,3 +130,8 @@ class SsdWear:
 
     def _session_bytes(self) -> int:
         return self._besides_bytes + sum(records.store.written_bytes for records in self._stores)
+
+
+def watch_wear(plan: Plan, stores: Sequence[RecordStore], *, beside: str | None) -> SsdWear | None:
+    """A watch over a session's stores; None if there is none, or they are in no place of the plan."""
+    return SsdWear(plan, stores, beside=beside) if stores and plan.ssd_places else None
