@@ -12,7 +12,7 @@ compared. Added here:
    outermost counts. The model itself is matched by no star.
 2. All tensors of a call go in one by one, also keyword arguments and those in tuples and dicts (a pytree): checkpoint saves only those
    that are arguments themselves, and would hold the others on the device.
-3. Buffers that forward changes would be changed twice. Those of norms with running statistics do not enter into the result in training:
+3. Buffers that forward changes would be changed twice. The running statistics of a batch norm do not enter into its result in training:
    a rebuild puts them back. Any other that changes (spectral norm's vectors) is an error at the first call. So is a cache of keys.
 4. Forward and rebuild have the same parameters and modes: versions of the parameters are compared, as autograd would, and `training`.
 5. The wrapper is the module's attribute `forward` (of a module that was compiled in place: its compiled call), put there on entering and
@@ -45,6 +45,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from overspill.activations.identity import changed_in_place
 from overspill.errors import UnsupportedModelError
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""Buffers of batch norms. `torch.native_batch_norm` changes them without counting a version, so they are known by name."""
 _MOST_NAMES = 6
 """Of modules in an error. Chosen."""
 
@@ -90,9 +92,8 @@ def _ancestors(name: str) -> Iterator[str]:
 def _some(names: Any) -> str:
     """A few of them."""
     names = list(names)
-    return (", ".join(map(repr, names[:_MOST_NAMES])) or "none in it") + (
-        f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    )
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return (", ".join(map(repr, names[:_MOST_NAMES])) or "none in it") + more
 
 
 def _refuse(model: nn.Module, name: str, module: nn.Module, modules: dict[str, nn.Module]) -> None:
@@ -265,8 +266,8 @@ class _Call:
             self._leaves.append(leaf)
         self._is_training = [part.training for part in segment.parts]
         self._parameters = [(parameter, _version_of(parameter)) for parameter in segment.parameters()]
-        self._changed: list[tuple[nn.Module, str]] = []
-        """Buffers that a rebuild puts back."""
+        self._statistics: list[tuple[nn.Module, str]] = []
+        """Buffers that a rebuild puts back (rule 3)."""
         self._has_run = False
         self.error: BaseException | None = None
         """Of the forward (rule 7)."""
@@ -289,14 +290,14 @@ class _Call:
         before = [(part, name, buffer, _version_of(buffer)) for part, name, buffer in segment.buffers()]
         result = segment.plain(*args, **kwargs)
         for part, name, buffer, version in before:
-            if part._buffers.get(name) is buffer and _version_of(buffer) == version:
-                continue
-            if not isinstance(part, _NormBase) or part._buffers.get(name) is not buffer:
+            is_same, is_changed = part._buffers.get(name) is buffer, _version_of(buffer) != version
+            if is_same and name in _STATISTICS and (not is_changed or _is_torchs_norm(part) or name == "num_batches_tracked"):
+                self._statistics.append((part, name))
+            elif not is_same or is_changed:
                 raise UnsupportedModelError(
                     f"forward of {segment.name} changes the buffer {name!r} of a {type(part).__name__} in it, so running it again in "
                     "backward would give something else; leave this module out of recompute"
                 )
-            self._changed.append((part, name))
         return result
 
     def _rebuild(self, args: Any, kwargs: Any) -> Any:
@@ -317,16 +318,20 @@ class _Call:
                 f"{segment.name} was switched between train() and eval() after its forward, which backward has to run again: its result "
                 "would be another one. Switch after backward"
             )
-        with torch.no_grad():
-            buffers = [part._buffers[name] for part, name in self._changed]
-            values = [buffer.clone() for buffer in buffers if buffer is not None]
-        try:
-            return segment.plain(*args, **kwargs)
-        finally:
-            with torch.no_grad():
-                for buffer, value in zip(buffers, values, strict=True):
-                    assert buffer is not None
-                    buffer.copy_(value)
+        buffers = [buffer for part, name in self._statistics if (buffer := part._buffers[name]) is not None]
+        values = [buffer.clone() for buffer in buffers]
+        with torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):  # they have the same values afterwards
+            try:
+                return segment.plain(*args, **kwargs)
+            finally:
+                with torch.no_grad():
+                    for buffer, value in zip(buffers, values, strict=True):
+                        buffer.copy_(value)
+
+
+def _is_torchs_norm(part: nn.Module) -> bool:
+    """Whether its running statistics do not enter into what it gives in training."""
+    return isinstance(part, _NormBase) and type(part).forward.__module__.startswith("torch.")
 
 
 def _is_cache(leaf: Any) -> bool:
@@ -352,7 +357,7 @@ def _unpack(unpack: Callable[[Any], torch.Tensor], name: str, packed: Any) -> to
         return unpack(packed)
     except CheckpointError as error:
         error.add_note(
-            f"This was the segment {name} of offload_activations(recompute=...): its forward did something else when backward ran it again. Let "
-            "it depend on nothing but its inputs, parameters and torch's random numbers, or leave it out of recompute."
+            f"This was the segment {name} of offload_activations(recompute=...). Its forward did something else when it ran again. "
+            "Let it depend on nothing but its inputs, parameters and torch's random numbers, or leave it out of recompute."
         )
         raise
