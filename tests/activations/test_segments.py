@@ -361,7 +361,7 @@ def test_a_rebuild_that_differs_is_checkpoints_error_with_what_to_change(kind: s
         assert "leave it out of recompute" in "".join(caught.value.__notes__)
     del caught
     assert not wrappers(model)
-    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert_nothing_left(active)
 
 
 def test_weights_and_modes_that_changed_before_backward_are_errors_and_no_gradients() -> None:

@@ -18,7 +18,7 @@ compared. Added here:
 5. The wrapper is the module's attribute `forward` (of a module that was compiled in place: its compiled call), put there on entering and
    taken away on leaving; classes are not touched. A wrapper that somebody else has taken a reference to only calls the plain forward then.
 6. A copy of the model that is made inside has the plain forward, as an attribute.
-7. An exception in a segment's forward is carried around checkpoint, which before torch 2.12 leaves its hooks active until the traceback
+7. An exception in a segment's forward is carried around checkpoint, which in older versions leaves its hooks active until the traceback
    dies.
 
 Costs: one more forward of each segment. Limits: what forward does beside its result and rule 3 (a counter in Python) is done twice, and not
