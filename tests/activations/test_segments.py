@@ -286,6 +286,9 @@ def test_modules_that_cannot_be_run_again_are_refused_with_the_reason() -> None:
     with offload(model, recompute=["blocks.1"]), pytest.raises(UnsupportedModelError, match="changes the buffer 'average' of a Counting"):
         step()
     assert not wrappers(model)
+    model, step = blocks_step(lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(16, 16)))
+    with offload(model, recompute=["blocks.1"]), pytest.raises(UnsupportedModelError, match="blocks.1 changes a tensor that goes into it"):
+        step()
     model, step = build("llama")
     with offload(model, recompute=["model.layers.*"]), pytest.raises(UnsupportedModelError, match="cache of keys.*use_cache=False"):
         step()

@@ -13,7 +13,8 @@ compared. Added here:
 2. All tensors of a call go in one by one, also keyword arguments and those in tuples and dicts (a pytree): checkpoint saves only those
    that are arguments themselves, and would hold the others on the device.
 3. Buffers that forward changes would be changed twice. The running statistics of a batch norm do not enter into its result in training:
-   a rebuild puts them back. Any other that changes (spectral norm's vectors) is an error at the first call. So is a cache of keys.
+   a rebuild puts them back. Any other that changes (spectral norm's vectors) is an error at the first call. So is a cache of keys, and
+   an input that is changed in place.
 4. Forward and rebuild have the same parameters and modes: versions of the parameters are compared, as autograd would, and `training`.
 5. The wrapper is the module's attribute `forward` (of a module that was compiled in place: its compiled call), put there on entering and
    taken away on leaving; classes are not touched. A wrapper that somebody else has taken a reference to only calls the plain forward then.
@@ -280,7 +281,14 @@ class _Call:
         self._has_run = True
         try:
             with _explained(self._segment.name):
-                return self._first(args, kwargs)
+                versions = [_version_of(tensor) for tensor in tensors]
+                result = self._first(args, kwargs)
+                if [_version_of(tensor) for tensor in tensors] != versions:
+                    raise UnsupportedModelError(
+                        f"forward of {self._segment.name} changes a tensor that goes into it in place, which it would need again in "
+                        "backward; do that out of place (such as inplace=False), or leave this module out of recompute"
+                    )
+                return result
         except BaseException as error:
             self.error = error
             return None
