@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from small_nets import VOCAB, assert_nothing_left, assert_same_gradients, build, offload, run_step
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointError
 
 import overspill
@@ -109,6 +111,27 @@ def test_of_a_segment_its_inputs_are_moved_and_nothing_else_is() -> None:
         # What goes into the 3 blocks, and the last output, which square saves.
         assert active.report().host_bytes == active.report().packed_bytes == 4 * ROWS * 16 * 4
         assert active.report().segments == ("blocks.0", "blocks.1", "blocks.2")
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_the_device_lets_go_of_a_segments_inputs_until_backward(by_keyword: bool) -> None:
+    model, _ = blocks_step()
+    seen: list[StorageWeakRef] = []
+    with offload(model, recompute=["blocks.*"]):
+        hidden = INPUTS * model.blocks[0].up.bias[0]
+        for block in model.blocks:
+            seen.append(StorageWeakRef(hidden.untyped_storage()))
+            hidden = block(hidden=hidden) if by_keyword else block(hidden)
+        loss = hidden.sum()
+        del hidden
+        model(INPUTS)  # what comes after reaps the copies that have ended
+        for _ in range(200):
+            if all(storage.expired() for storage in seen):
+                break
+            time.sleep(0.01)
+            model(INPUTS)
+        assert all(storage.expired() for storage in seen)
+        loss.backward()
 
 
 class Nested(nn.Module):
