@@ -329,3 +329,4 @@ def test_ddp_and_fsdp2_on_two_ranks_give_the_same_bits(tmp_path: Path) -> None:
     for rank, output in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, output
         assert "ddp equal" in output and "fsdp2 equal" in output
+        assert "ddp segments equal" in output and "fsdp2 segments equal" in output

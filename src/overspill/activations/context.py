@@ -43,6 +43,7 @@ from overspill.activations.cache import TensorCache
 from overspill.activations.flight import Profile
 from overspill.activations.forms import Form
 from overspill.activations.opened import OpenTiers
+from overspill.activations.segments import Segments, find_segments
 from overspill.activations.settings import MIN_BYTES, Settings, Size, build_settings, device_of, refuse_what_cannot_work
 from overspill.spec.activations import ActivationRates, ActivationReport
 from overspill.tiers import Store
@@ -58,7 +59,7 @@ def offload_activations(
     device_budget: Size | None = None,
     amount: Amount | str = "adaptive",
     storage: Form | str = "as_is",
-    recompute: str = "none",
+    recompute: str | Sequence[str] = "none",
     min_bytes: Size = MIN_BYTES,
     window: Size | None = None,
     open_store: Callable[[int], Store] | None = None,
@@ -76,7 +77,8 @@ def offload_activations(
             everything), `everything`, `ssdtrain` (the published rule), `nothing`, or an `Amount` (`amounts.py`).
         storage: `as_is`, `bf16` (of fp32) or `int8` (in groups); the last two change gradients (`forms.py`).
         recompute: `none`, or `cheap`: products, SiLU, GELU and layer norms are not stored but rebuilt in backward, to the bit
-            (`rebuild.py`).
+            (`rebuild.py`). Or a list of `cheap` and patterns of modules' names, such as `["cheap", "model.layers.*.mlp"]`: of these
+            modules only what goes in is stored, and backward runs their forward again (`segments.py`).
         min_bytes: smaller saved tensors are left alone.
         window: device memory that may be on its way out, and as much that may have come back early; one tensor may always. None: two of
             the largest tensor, from 128 MiB to 1 GiB, until a round was measured; then what has the lowest peak (`windows.py`).
@@ -92,6 +94,7 @@ def offload_activations(
         host_budget=host_budget, ssd_dir=ssd_dir, ssd_budget=ssd_budget, device_budget=device_budget, amount=amount, storage=storage,
         recompute=recompute, min_bytes=min_bytes, window=window, open_store=open_store,
     )  # fmt: skip
+    find_segments(model, settings.segments)
     return OffloadActivations(model, settings)
 
 
@@ -101,6 +104,7 @@ class OffloadActivations:
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self._model, self._settings = model, settings
         self._device = device_of(model)
+        self._segments = Segments(model, settings.segments)
         self._foreign: list[tuple[torch.Tensor, Callable[[], torch.Tensor] | None]] = []
         self._tiers: OpenTiers | None = None
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
@@ -206,7 +210,7 @@ class OffloadActivations:
                 num_rounds=0, packed_bytes=0, kept_bytes=0, host_bytes=0, ssd_bytes=0, stored_bytes=0, rebuilt_bytes=0, forwarded_bytes=0,
                 cancelled_bytes=0, num_waits=0, wait_s=0.0, left_alone={}, num_live=0, host_used_bytes=0, ssd_used_bytes=0,
                 device_peak_bytes=0, host_peak_bytes=0, pinned_bytes=0, ssd_peak_bytes=0, rates=ActivationRates(), rounds=(),
-                gradient_error=self._gradient_error,
+                segments=self._segments.names, num_segment_rebuilds=self._segments.num_rebuilds, gradient_error=self._gradient_error,
             )  # fmt: skip
         tally, ssd = tiers.cache.rounds.tally, tiers.ssd
         return ActivationReport(
@@ -231,6 +235,8 @@ class OffloadActivations:
             ssd_peak_bytes=ssd.peak_bytes if ssd is not None else 0,
             rates=tiers.cache.rounds.rates,
             rounds=tuple(tally.rounds),
+            segments=self._segments.names,
+            num_segment_rebuilds=self._segments.num_rebuilds,
             gradient_error=self._gradient_error,
         )
 
@@ -281,6 +287,11 @@ class OffloadActivations:
         self._tiers = OpenTiers(self._model, self._device, self._settings, self._tiers)
         for tensor, restore in self._foreign:
             self._tiers.parameters.add(tensor, restore)
+        try:
+            self._segments.install(self._device)
+        except BaseException:
+            self._shut()
+            raise
 
     def _shut(self) -> None:
         if self._tiers is not None:
@@ -299,6 +310,7 @@ class OffloadActivations:
             hooks.__exit__(*sys.exc_info())
 
     def _remove_handles(self) -> None:
+        self._segments.remove()
         handles, self._handles = self._handles, []
         for handle in handles:
             handle.remove()

@@ -295,4 +295,4 @@ def can_read_saved() -> bool:
 
 
 RECOMPUTE = ("none", "cheap")
-"""What `offload_activations` takes: nothing, or all that rule 1 names."""
+"""The words that `offload_activations` takes: nothing, or all that rule 1 names. Beside them names of modules (`segments.py`)."""

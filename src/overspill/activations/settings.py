@@ -56,6 +56,8 @@ class Settings:
     form: Form | None
     """None: as they are."""
     is_rebuilding: bool
+    segments: tuple[str, ...]
+    """Patterns of the names of modules that are run again in backward."""
     min_bytes: int
     window_bytes: int | None
     open_store: Callable[[int], Store] | None
@@ -74,7 +76,7 @@ def build_settings(
     device_budget: Size | None,
     amount: Amount | str,
     storage: Form | str,
-    recompute: str,
+    recompute: str | Sequence[str],
     min_bytes: Size,
     window: Size | None,
     open_store: Callable[[int], Store] | None,
@@ -85,13 +87,7 @@ def build_settings(
         ValueError: a word is not known, or a size is none.
         BudgetError: a budget is zero, or more than the machine has.
     """
-    if recompute not in RECOMPUTE:
-        raise ValueError(
-            f"recompute={recompute!r} is not known; choose one of {', '.join(map(repr, RECOMPUTE))}. For whole segments put "
-            "torch.utils.checkpoint around them (its inputs are then moved like other saved tensors)"
-        )
-    if recompute != "none" and not can_read_saved():
-        raise ValueError(f"recompute={recompute!r} needs a newer torch than {torch.__version__}: this one hides what a hook has packed")
+    is_rebuilding, segments = _recomputed(recompute)
     host_bytes = parse_bytes(host_budget)
     places = _places(ssd_dir)
     total = psutil.virtual_memory().total
@@ -118,11 +114,29 @@ def build_settings(
         device_budget_bytes=None if device_budget is None else parse_bytes(device_budget),
         amount=_named("amount", amount, AMOUNTS, needs=("leaves", "needs_profile", "leaves_unmeasured")),
         form=None if isinstance(form := _named("storage", storage, FORMS, needs=("applies", "encode", "decode")), AsIs) else form,
-        is_rebuilding=recompute == "cheap",
+        is_rebuilding=is_rebuilding,
+        segments=segments,
         min_bytes=parse_bytes(min_bytes),
         window_bytes=None if window is None else parse_bytes(window),
         open_store=open_store,
     )
+
+
+def _recomputed(recompute: str | Sequence[str]) -> tuple[bool, tuple[str, ...]]:
+    """Whether cheap ops are rebuilt, and the patterns of segments."""
+    words = [recompute] if isinstance(recompute, str) else recompute
+    is_list = isinstance(words, Sequence) and words and all(isinstance(word, str) for word in words)
+    if not is_list or (isinstance(recompute, str) and recompute not in RECOMPUTE):
+        raise ValueError(
+            f"recompute={recompute!r} is not known; choose one of {', '.join(map(repr, RECOMPUTE))}, or a list of 'cheap' and patterns of "
+            "modules' names, such as ['cheap', 'model.layers.*.mlp']"
+        )
+    if "none" in words and len(words) > 1:
+        raise ValueError(f"recompute={recompute!r}: 'none' stands alone; leave it out, or the others")
+    is_rebuilding = "cheap" in words
+    if is_rebuilding and not can_read_saved():
+        raise ValueError(f"recompute={recompute!r} needs a newer torch than {torch.__version__}: this one hides what a hook has packed")
+    return is_rebuilding, tuple(word for word in words if word not in RECOMPUTE)
 
 
 def _named(what: str, value: Any, known: dict[str, Any], *, needs: Sequence[str]) -> Any:

@@ -88,6 +88,10 @@ class ActivationReport(_Amounts):
     rates: ActivationRates
     rounds: tuple[RoundAmounts, ...]
     """The last `MOST_ROUNDS`."""
+    segments: tuple[str, ...]
+    """Modules whose forward backward runs again; what is saved in them is packed nowhere and counted nowhere, what goes in is."""
+    num_segment_rebuilds: int
+    """How often one of them was run again."""
     gradient_error: float | None
     """‖g − g₀‖₂ / ‖g₀‖₂ over all parameters, g₀ without offloading; None: not measured."""
 
