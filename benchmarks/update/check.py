@@ -29,7 +29,7 @@ from typing import Any
 
 from run import IN_CACHE_CALLS, OPTIMIZERS, Chunked, machine, timed
 
-from overspill import _native
+from overspill.cores import usable_cores
 from overspill.spec.state_formats import STATE_FORMATS
 
 IN_CACHE_ELEMENTS = 32 * 1024
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--parameters", type=int, default=128 * 2**20, help="elements updated at a time from memory")
     parser.add_argument("--pairs", type=int, default=21)
-    parser.add_argument("--threads", type=int, default=_native.default_num_threads())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--optimizers", type=lambda text: text.split(","), default=list(OPTIMIZERS))
     parser.add_argument("--formats", type=lambda text: text.split(","), default=list(STATE_FORMATS))
     parser.add_argument("--where", type=lambda text: text.split(","), default=["memory", "cache"])

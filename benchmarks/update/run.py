@@ -41,6 +41,7 @@ import torch
 
 import overspill
 from overspill import _native
+from overspill.cores import usable_cores
 from overspill.optim import SEGMENT_DTYPE, update_chunk
 from overspill.spec.state_formats import STATE_FORMATS, resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", help="comma-separated; default 1 and all")
     options = parser.parse_args()
-    everyone = _native.default_num_threads()
+    everyone = usable_cores()
     threads = [int(item) for item in options.threads.split(",")] if options.threads else sorted({1, everyone})
     started = time.monotonic()
     report: dict[str, Any] = {"machine": machine(), "parameters": options.parameters, "repetitions": options.repetitions, "rows": []}

@@ -24,6 +24,7 @@ import torch
 from run import OPTIMIZERS, STAGGER_BYTES, Chunked, in_huge_pages, machine, moved_bytes, timed
 
 from overspill import _native
+from overspill.cores import usable_cores
 from overspill.optim import SEGMENT_DTYPE
 from overspill.optim.native import pack_scalars
 from overspill.spec.state_formats import STATE_FORMATS, exponents_of, resolve_state_format
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file")
     parser.add_argument("--parameters", type=int, default=64 * 2**20, help="elements updated at a time")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=_native.default_num_threads())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     options = parser.parse_args()
     started = time.monotonic()
     rows: list[dict[str, Any]] = []

@@ -74,5 +74,4 @@ void bind_update(nb::module_& module) {
   module.def("scale_in_place", &scale_in_place, Unlocked(), "data"_a, nb::kw_only(), "num_elements"_a, "factor"_a, "summand"_a,
              "num_arrays"_a = 1, "num_threads"_a = 0, "isa"_a = "");
   module.def("supported_isas", &overspill::supported_isas);
-  module.def("default_num_threads", &overspill::default_num_threads);
 }

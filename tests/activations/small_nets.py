@@ -7,6 +7,7 @@ import gc
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +98,11 @@ def offload(model: nn.Module, **settings: Any) -> OffloadActivations:
         return overspill.offload_activations(
             model, **{"host_budget": "16MiB", "min_bytes": 1, "window": 4096, "amount": "everything", **settings}
         )
+
+
+def settings_of(tier: str, folder: Path, *, ssd_budget: str = "64MiB") -> dict[str, Any]:
+    """For `offload`: host memory for everything, or for little, and an SSD for the rest."""
+    return {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": folder / "ssd", "ssd_budget": ssd_budget}
 
 
 def assert_same_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

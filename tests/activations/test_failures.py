@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_nets import assert_nothing_left, assert_same_gradients, build, chain_step, offload, run_step
+from small_nets import assert_nothing_left, assert_same_gradients, build, chain_step, offload, run_step, settings_of
 
 from overspill.activations.links import ThreadLink
 from overspill.errors import StorageError
@@ -99,7 +99,7 @@ class Broken(torch.autograd.Function):
 @pytest.mark.parametrize("tier", ["host", "ssd"])
 def test_an_exception_leaves_nothing_behind(where: str, tier: str, tmp_path: Path) -> None:
     model, step = chain_step()
-    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "4MiB"}
+    settings = settings_of(tier, tmp_path, ssd_budget="4MiB")
     active = offload(model, **settings)
 
     def train() -> None:
@@ -127,7 +127,7 @@ def test_an_exception_leaves_nothing_behind(where: str, tier: str, tmp_path: Pat
 def test_a_backward_that_fails_beside_nodes_that_wait_leaves_nothing_behind(tier: str, tmp_path: Path) -> None:
     """Torch's engine holds the nodes that were ready, and with them the graph, until the thread's next backward."""
     model, step = build("llama")
-    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "4MiB"}
+    settings = settings_of(tier, tmp_path, ssd_budget="4MiB")
     active = offload(model, **settings)
 
     def fail(*_: object) -> None:
@@ -144,7 +144,7 @@ def test_a_backward_that_fails_beside_nodes_that_wait_leaves_nothing_behind(tier
 @pytest.mark.parametrize("tier", ["host", "ssd"])
 def test_ctrl_c_in_any_wait_or_start_leaves_nothing_behind(method: str, tier: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, step = chain_step(3)
-    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "4MiB"}
+    settings = settings_of(tier, tmp_path, ssd_budget="4MiB")
     inner, copy, calls = getattr(ThreadLink, method), ThreadLink.copy, [0]
 
     def slow(self, end, target, source, after):  # type: ignore[no-untyped-def]

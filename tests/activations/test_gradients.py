@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_nets import NAMES, assert_same_gradients, build, offload, run_step
+from small_nets import NAMES, assert_same_gradients, build, offload, run_step, settings_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ def test_loss_and_gradients_equal_plain_pytorch_bitwise(name: str, tier: str, is
     """With 256 KiB of host memory and staging for a quarter of it, most of the tensors go to the SSD and wait for each other."""
     model, step = build(name)
     expected = run_step(model, step, is_autocast=is_autocast)
-    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "64MiB"}
+    settings = settings_of(tier, tmp_path)
     model, step = build(name)  # running statistics as before
     with offload(model, **settings) as active:
         found = run_step(model, step, is_autocast=is_autocast)

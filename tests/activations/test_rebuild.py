@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_nets import NAMES, assert_same_gradients, build, offload, run_step
+from small_nets import NAMES, assert_same_gradients, build, offload, run_step, settings_of
 from torch import nn
 
 
@@ -16,7 +16,7 @@ from torch import nn
 def test_rebuilt_tensors_give_the_gradients_of_plain_pytorch_bitwise(name: str, tier: str, is_autocast: bool, tmp_path: Path) -> None:
     model, step = build(name)
     expected = run_step(model, step, is_autocast=is_autocast)
-    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "64MiB"}
+    settings = settings_of(tier, tmp_path)
     model, step = build(name)
     with offload(model, **settings) as active:
         run_step(model, step, is_autocast=is_autocast)

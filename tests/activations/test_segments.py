@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_nets import VOCAB, assert_nothing_left, assert_same_gradients, build, offload, run_step
+from small_nets import VOCAB, assert_nothing_left, assert_same_gradients, build, offload, run_step, settings_of
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import CheckpointError
@@ -84,7 +84,7 @@ def test_segments_give_the_gradients_of_plain_pytorch_bitwise_and_pack_fewer_byt
     model, step = build_trained(name)
     expected = run_step(model, step, is_autocast=is_autocast)
     statistics = {key: value.clone() for key, value in model.named_buffers()}
-    settings = {} if tier == "host" else {"host_budget": "256KiB", "ssd_dir": tmp_path / "ssd", "ssd_budget": "64MiB"}
+    settings = settings_of(tier, tmp_path)
     model, step = build_trained(name)
     with offload(model, **settings) as active:
         run_step(model, step, is_autocast=is_autocast)

@@ -1,8 +1,6 @@
 """What this machine has free and what limits this process, read from the kernel and the driver. Nothing is measured here.
 
-Control groups: a process's memory is bounded by the limit of its own group and of each group above it. Version 2 keeps them under
-`/sys/fs/cgroup`, version 1 under `/sys/fs/cgroup/memory`; in a container the path in `/proc/self/cgroup` may not exist, and then the
-limit that holds is the one at the root.
+A process's memory is bounded by the limit of its own control group and of each group above it (`control_groups.py`).
 """
 
 from __future__ import annotations
@@ -10,14 +8,15 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
+from overspill.control_groups import group_folders
 from overspill.spec.machine_file import MachineCapacities
 from overspill.tiers.block_device import device_room_bytes, is_block_device
-from overspill.tiers.extent_file import FILE_NAME
+from overspill.tiers.extent_file import FILE_NAME, nearest_existing
 
 ROOT = Path("/")
 _V1_NO_LIMIT_BYTES = 1 << 62
@@ -61,10 +60,7 @@ def place_room_bytes(place: Path) -> int:
     discarded, so its room counts as free."""
     if is_block_device(place):
         return device_room_bytes(place)
-    existing = next((path for path in (place, *place.absolute().parents) if path.exists()), None)
-    if existing is None:
-        return 0
-    stats, kept = os.statvfs(existing), place / FILE_NAME
+    stats, kept = os.statvfs(nearest_existing(place)), place / FILE_NAME
     return stats.f_bavail * stats.f_frsize + (kept.stat().st_blocks * 512 if kept.is_file() else 0)
 
 
@@ -98,30 +94,13 @@ def look_again(capacities: MachineCapacities, root: Path = ROOT) -> MachineCapac
     return dataclasses.replace(capacities, memory_total_after_bytes=host_total_bytes(root))
 
 
-def _cgroup_limits(root: Path) -> list[tuple[int, Path, str]]:
+def _cgroup_limits(root: Path) -> Iterator[tuple[int, Path, str]]:
     """(limit, folder, name of the file with the usage) of each limited control group of this process, versions 2 and 1."""
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            top, limit_name, usage_name = root / "sys/fs/cgroup", "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            top, limit_name, usage_name = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        folder = top / path.lstrip("/")
-        while True:
-            limit = _read_limit(folder / limit_name)
-            if limit is not None:
-                found.append((limit, folder, usage_name))
-            if folder == top or top not in folder.parents:
-                break
-            folder = folder.parent
-    return found
+    for folder, is_version_2 in group_folders("memory", root):
+        limit_name, usage_name = ("memory.max", "memory.current") if is_version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit = _read_limit(folder / limit_name)
+        if limit is not None:
+            yield limit, folder, usage_name
 
 
 def _read_limit(path: Path) -> int | None:

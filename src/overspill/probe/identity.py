@@ -16,7 +16,7 @@ from overspill.cores import usable_cores
 from overspill.probe.capacities import ROOT, host_total_bytes
 from overspill.spec.machine_file import MachineIdentity
 from overspill.tiers.block_device import is_block_device
-from overspill.tiers.extent_file import filesystem_of
+from overspill.tiers.extent_file import filesystem_of, nearest_existing
 
 
 def read_identity(device: torch.device, ssd_places: Sequence[str], *, root: Path = ROOT) -> MachineIdentity:
@@ -75,6 +75,6 @@ def place_identity(place: Path) -> str:
     """Type and id of a directory's file system, or a block device's name; the same after a restart where the file system has an id."""
     if is_block_device(place):
         return f"block device {place.resolve().name}"
-    existing = next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+    existing = nearest_existing(place)
     stats = os.statvfs(existing)
     return f"{filesystem_of(existing) or 'unknown'} {stats.f_fsid & 0xFFFFFFFFFFFFFFFF:x}"

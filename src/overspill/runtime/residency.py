@@ -38,6 +38,7 @@ from overspill.planning.arena import waiting_offsets
 from overspill.runtime.lanes import Completion
 from overspill.runtime.scratch_records import ScratchRecords, Work, unfinished
 from overspill.spec.plan import Plan
+from overspill.spec.report import PoolReport
 from overspill.spec.schedule import BUNDLE_ROLES, Piece, RegionKey, Role, home_tier, initial_copies, region_key
 from overspill.spec.tensors import Tier
 from overspill.tiers import Arena, DeviceMemory, HostMemory, RecordStore, Slot
@@ -286,6 +287,10 @@ class Residency:
 
     def reset_peaks(self) -> None:
         self.peak_bytes = dict(self.resident_bytes)
+
+    def pool_reports(self) -> tuple[PoolReport, PoolReport]:
+        """Of the device's pool and the host's, since the session was opened."""
+        return self.device_pool.report(), self.host_pool.report()
 
     def trim(self) -> int:
         """Free idle slots of both pools; their bytes."""

@@ -363,14 +363,14 @@ class Session(Closing):
 
     @property
     def wear(self) -> SsdWear | None:
-        """Watches the life of the SSD, whose last step has landed; None if nothing of the session is in files of a directory."""
+        """Watches the life of the SSD, whose last step has landed; None if it has no store in places of the plan."""
         if self._wear is not None and hasattr(self, "executor"):
             self.executor.finish()
         return self._wear
 
     def pool_reports(self) -> tuple[PoolReport, PoolReport]:
         """What the pools of device and host slots hold and have held since the session was opened."""
-        return self.residency.device_pool.report(), self.residency.host_pool.report()
+        return self.residency.pool_reports()
 
     def export_trace(self, path: str | Path) -> Path:
         """Write what ran when in the last step, for ui.perfetto.dev or chrome://tracing.

@@ -46,7 +46,7 @@ class MemoryWatch:
             num_steps: that the run has made.
         """
         residency = self._residency
-        pools = residency.device_pool.report(), residency.host_pool.report()
+        pools = residency.pool_reports()
         return StepMemory(
             device_peak_bytes=self._device_peak_bytes(),
             device_context_bytes=self._device_context_bytes(num_steps),

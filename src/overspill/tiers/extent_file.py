@@ -180,6 +180,11 @@ def _make_directory(folder: Path) -> None:
         raise StorageError(f"the SSD directory {folder} cannot be used ({_reason(error)}); give another --ssd-dir") from error
 
 
+def nearest_existing(place: Path) -> Path:
+    """`place`, or the folder above it in which it, and what is between, would be made."""
+    return next(path for path in (place.absolute(), *place.absolute().parents) if path.exists())
+
+
 def is_in_memory(folder: Path) -> bool:
     """Whether an existing folder is on a file system that is host memory itself."""
     return filesystem_of(folder) in ("tmpfs", "ramfs")

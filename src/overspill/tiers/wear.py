@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from overspill.spec.lifetime import DriveHealth
+from overspill.tiers.extent_file import nearest_existing
 
 COUNTER_NAME = "overspill.written.json"
 SAVE_INTERVAL_S = 300.0
@@ -78,9 +79,8 @@ class WriteCounter:
         """Add what is new to the file."""
         self._saved_s = time.monotonic()
         new = self._session_bytes - self._saved_bytes
-        if (
-            self.path is None or not new or self._has_failed or os.getpid() != self._maker_pid
-        ):  # a forked child would count the parent's bytes again
+        is_forked = os.getpid() != self._maker_pid  # a child would count the parent's bytes again
+        if self.path is None or not new or self._has_failed or is_forked:
             return
         try:
             fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -174,8 +174,7 @@ def parse_smart_log(page: bytes) -> DriveHealth:
 
 def device_number_of(place: str | os.PathLike[str]) -> int:
     """Of the block device that `place` is, or that the file system under it is on, also where the place is yet to be made."""
-    existing = next(path for path in (Path(place), *Path(place).absolute().parents) if path.exists())
-    found = os.stat(existing)
+    found = os.stat(nearest_existing(Path(place)))
     return found.st_rdev if stat.S_ISBLK(found.st_mode) else found.st_dev
 
 
