@@ -25,6 +25,7 @@ import bounds  # noqa: E402
 import modes  # noqa: E402
 import nets  # noqa: E402
 import pipeline  # noqa: E402
+import stored  # noqa: E402
 import tables  # noqa: E402
 
 from overspill.tiers.fake import FakeStore  # noqa: E402
@@ -330,3 +331,13 @@ def test_a_peer_that_would_take_the_machines_memory_is_left_out() -> None:
     places: Any = SimpleNamespace()
     with pytest.raises(modes.Missing, match="host memory"):
         modes.context(modes.MODES["save_on_cpu-pinned"], torch.nn.Linear(2, 2), places, known)
+
+
+def test_what_has_to_be_stored_is_counted_from_a_configuration_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "stored.json"
+    monkeypatch.setattr(stored, "CASES", (("tiny", 32, 2), ("tiny", 32, 4)))
+    monkeypatch.setattr(sys, "argv", ["stored.py", "--out", str(out)])
+    stored.main()
+    one, two = json.loads(out.read_text())
+    assert two["whole_bytes"] > 1.9 * one["whole_bytes"] > 0 and two["rebuilt_moved_bytes"] == 2 * one["rebuilt_moved_bytes"] > 0
+    assert 0 < one["stored_fraction"] < 0.5 and one["stored_fraction"] == one["stored_bytes"] / one["whole_bytes"]
