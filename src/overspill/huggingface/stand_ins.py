@@ -84,21 +84,22 @@ class BlockArguments:
         if side_inputs is not None and len(side_inputs) != len(self.side_inputs):
             raise ValueError(f"this model has {len(self.side_inputs)} side inputs, got {len(side_inputs)}")
         sides = self.side_inputs if side_inputs is None else side_inputs
-
-        def fill(value: Any) -> Any:
-            match value:
-                case HiddenPlace():
-                    return hidden
-                case TensorPlace(index):
-                    return self.tensors[index]
-                case SideInputPlace(index):
-                    return sides[index]
-                case tuple():
-                    return tuple(map(fill, value))
-            return value
-
         call = self.calls[unit]
-        return fill(call.args), {name: fill(value) for name, value in call.kwargs.items()}
+        args = tuple(self._fill(value, hidden, sides) for value in call.args)
+        return args, {name: self._fill(value, hidden, sides) for name, value in call.kwargs.items()}
+
+    def _fill(self, value: Any, hidden: Tensor, sides: Sequence[Tensor]) -> Any:
+        """Not a function inside of `rebuilt`: one that calls itself is a cycle, and would hold `hidden` until the next collection."""
+        match value:
+            case HiddenPlace():
+                return hidden
+            case TensorPlace(index):
+                return self.tensors[index]
+            case SideInputPlace(index):
+                return sides[index]
+            case tuple():
+                return tuple(self._fill(item, hidden, sides) for item in value)
+        return value
 
     def replace_tensors(self, tensors: Sequence[Tensor]) -> BlockArguments:
         """The same calls over other constants: moved, or shared with another micro-batch."""

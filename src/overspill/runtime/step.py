@@ -50,6 +50,7 @@ class RunningStep:
         self.executor, self.plan, self.residency, self.lanes = executor, executor.plan, executor.residency, executor.lanes
         self.schedule, self.micro_batches, self.context, self.updates = schedule, micro_batches, context, updates
         self.retained = executor.units.retained
+        self._wait_in_job = functools.partial(_wait_in_job, executor, recorder)  # no method: a cycle would hold the step's tensors
         self.gradients = Gradients(self.plan, self.residency, self._wait_in_job)
         self.verdicts = Verdicts(self.plan, context, executor.verdict_memory)
         self.completions: list[Completion] = []
@@ -116,11 +117,6 @@ class RunningStep:
         else:
             waits.extend(landing.before(op))
 
-    def _wait_in_job(self, work: Work) -> None:
-        """Let the compute lane wait for `work`, as a part of the op that is dispatched now."""
-        self.recorder.waits[-1].extend(work)
-        self.executor.wait_on_device(work)
-
     def _move(self, op: Fetch | Evict, lane: Lane, waits: list[Completion]) -> Completion:
         """One hop. Both buffers are the job's until it is complete."""
         piece, residency = op.piece, self.residency
@@ -178,6 +174,9 @@ class RunningStep:
             if is_last or self.gradients.num_added != added:
                 raise
             return False
+        finally:
+            if torch.is_autocast_enabled(self.executor.device.type):
+                torch.clear_autocast_cache()  # it would hold a cast of every weight until the caller leaves autocast
         return True
 
     def _share_arguments(self, micro_batches: Sequence[MicroBatch]) -> None:
@@ -220,6 +219,12 @@ class RunningStep:
         stopped = [bundle for bundle in dict.fromkeys(self.gated) if self.verdicts.find_refusal(bundle, ()) is not None]
         self.updated[:] = [bundle for bundle in self.updated if bundle not in stopped]
         return self.verdicts.find_refusal(stopped[0], self.updated) if stopped else None
+
+
+def _wait_in_job(executor: Executor, recorder: Recorder, work: Work) -> None:
+    """Let the compute lane wait for `work`, as a part of the op that is dispatched now."""
+    recorder.waits[-1].extend(work)
+    executor.wait_on_device(work)
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> Callable[[], None]:
