@@ -144,3 +144,25 @@ def assert_nothing_left(active: OffloadActivations) -> None:
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     assert not active._model._forward_pre_hooks
     assert [thread.name for thread in threading.enumerate() if thread.name.startswith("overspill-saved")] == []
+
+
+class Broken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden):  # type: ignore[no-untyped-def]
+        return hidden * 1
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        raise ZeroDivisionError("in backward")
+
+
+def train_and_fail(active: OffloadActivations, model: nn.Module, step: Step, where: str) -> None:
+    """A step within `active`, then one that fails in its `forward`, in its `backward`, or `between`."""
+    with active:
+        run_step(model, step)
+        loss = Broken.apply(step())
+        if where == "forward":
+            torch.ones(3) @ torch.ones(4)
+        if where == "backward":
+            loss.backward()
+        raise ZeroDivisionError("between")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_nets import assert_nothing_left, assert_same_gradients, build, chain_step, offload, run_step, settings_of
+from small_nets import assert_nothing_left, assert_same_gradients, build, chain_step, offload, run_step, settings_of, train_and_fail
 
 from overspill.activations.links import ThreadLink
 from overspill.errors import StorageError
@@ -85,16 +85,6 @@ def test_a_drive_that_lies_at_any_time_gives_an_error_or_the_right_gradient(seed
     assert_nothing_left(active)
 
 
-class Broken(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden):  # type: ignore[no-untyped-def]
-        return hidden * 1
-
-    @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
-        raise ZeroDivisionError("in backward")
-
-
 @pytest.mark.parametrize("where", ["forward", "backward", "between"])
 @pytest.mark.parametrize("tier", ["host", "ssd"])
 def test_an_exception_leaves_nothing_behind(where: str, tier: str, tmp_path: Path) -> None:
@@ -102,18 +92,8 @@ def test_an_exception_leaves_nothing_behind(where: str, tier: str, tmp_path: Pat
     settings = settings_of(tier, tmp_path, ssd_budget="4MiB")
     active = offload(model, **settings)
 
-    def train() -> None:
-        with active:
-            run_step(model, step)
-            loss = Broken.apply(step())
-            if where == "forward":
-                torch.ones(3) @ torch.ones(4)
-            if where == "backward":
-                loss.backward()
-            raise ZeroDivisionError("between")
-
     with pytest.raises((ZeroDivisionError, RuntimeError)):
-        train()
+        train_and_fail(active, model, step, where)
     assert_nothing_left(active)
     if tier == "ssd":
         assert os.listdir(tmp_path / "ssd") == []

@@ -65,6 +65,32 @@ def test_autocast_with_fp32_parameters_packs_the_bytes_of_a_bf16_model() -> None
         assert packed(torch.float32, is_frozen) == packed(torch.bfloat16, is_frozen) > 0
 
 
+def test_beyond_a_bf16_models_bytes_autocast_packs_what_it_computes_in_fp32_itself() -> None:
+    """GPT-2's hidden states between blocks and its norms' statistics: fp32 there, bf16 in a bf16 model. All else is the same bytes."""
+
+    def packed_and_fp32(dtype: torch.dtype) -> tuple[int, int]:
+        model, step = build("gpt2")
+        model.to(dtype)
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        fp32: dict[int, torch.Tensor] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.dtype == torch.float32 and tensor.untyped_storage().data_ptr() not in weights:
+                fp32[tensor.untyped_storage().data_ptr()] = tensor  # kept, so that no address is used twice
+            return tensor
+
+        is_autocast = dtype == torch.float32
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            run_step(model, step, is_autocast=is_autocast)
+        with offload(model) as active:
+            run_step(model, step, is_autocast=is_autocast)
+            return active.report().packed_bytes, sum(tensor.untyped_storage().nbytes() for tensor in fp32.values())
+
+    (autocast, fp32_of_autocast), (bf16, fp32_of_bf16) = packed_and_fp32(torch.float32), packed_and_fp32(torch.bfloat16)
+    assert autocast > bf16
+    assert autocast - bf16 == (fp32_of_autocast - fp32_of_bf16) / 2
+
+
 def test_a_graph_that_is_kept_can_be_run_backward_again_and_again() -> None:
     model, step = build("gpt2")
     torch.manual_seed(1)

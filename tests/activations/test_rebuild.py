@@ -224,9 +224,9 @@ def test_an_op_that_gives_something_else_is_an_error_and_no_gradient(monkeypatch
         rebuilder = active._cache().rebuilder
         direct = rebuilder._direct_recipe
 
-        def wrong(node):  # type: ignore[no-untyped-def]
-            recipe = direct(node)
-            return recipe and (lambda tensor: tensor[:3], recipe[1])
+        def wrong(node, num_bytes):  # type: ignore[no-untyped-def]
+            recipe = direct(node, num_bytes)
+            return recipe and recipe._replace(run=lambda tensor: tensor[:3])
 
         monkeypatch.setattr(rebuilder, "_direct_recipe", wrong)
         loss = layer(nn.functional.silu(inputs)).sum()

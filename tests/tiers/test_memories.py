@@ -52,10 +52,13 @@ def test_resident_memory_grows_by_what_was_asked_and_falls_when_freed() -> None:
         tensor.fill_(1)
         grown = resident_bytes() - before
         own = present_bytes(tensor.data_ptr(), size)
+        assert memory.resident_bytes() == own, "the memory's own count is the page map's"
         view = tensor[5:10]  # a forgotten view does not keep the memory
         memory.free(name)
         left = resident_bytes() - before
-        assert view.tolist() == [0] * 5
+        assert view.tolist() == [0] * 5 and memory.resident_bytes() == 0
+    memory.allocate("b", 8 * MIB)[5 * MIB] = 1
+    assert 0 < memory.resident_bytes() <= 2 * MIB, "only what was touched: a page, or a huge one"
     assert own == -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
     assert grown <= 1.01 * size + mmap.PAGESIZE  # the process may have given back something else meanwhile
     assert left <= 0.01 * size + mmap.PAGESIZE

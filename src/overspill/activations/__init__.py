@@ -4,7 +4,8 @@ Read `context.py` first (what a user sees), then `cache.py` (what happens to a s
 
 * `identity.py`: which bytes a saved tensor is, whether they changed, and which of them are weights.
 * `amounts.py`: how much leaves, decided from measured times; pure.
-* `mover.py`, with `links.py` (device ↔ host), `arena.py` (host memory), `ssd_lane.py` (host ↔ SSD): how it moves.
+* `mover.py`, with `links.py` (device ↔ host), `arena.py` (host memory) and `drive.py` (the SSD: from host memory in `ssd_lane.py`, from the
+  device itself in `direct_lane.py`): how it moves.
 * `rebuild.py` and `segments.py`: what is recomputed instead, op by op and module by module.
 * `timeline.py`, `tally.py`: what is measured and counted. `forms.py`: fewer bits. `settings.py`: what is refused.
 """

@@ -41,7 +41,7 @@ class Target(enum.StrEnum):
     HOST = "host"
     """A range of host memory, pinned where there is a GPU; the device's memory is free once the copy has ended."""
     SSD = "ssd"
-    """A range of the SSD's file, through a range of host memory that is free again once it is written."""
+    """A range of the SSD's file; through a range of host memory that is free again once it is written, or with GPUDirect Storage none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class Room:
     ssd_bytes: int
     """0: there is no SSD."""
     staging_bytes: int
-    """Host memory on the way to and from the SSD."""
+    """Host memory on the way to and from the SSD; with GPUDirect Storage device memory."""
     window_bytes: int
     """Device memory that may be on its way out."""
     keep_bytes: int | None

@@ -48,6 +48,7 @@ from overspill.activations.settings import MIN_BYTES, Settings, Size, build_sett
 from overspill.spec.activations import ActivationRates, ActivationReport
 from overspill.tiers import Store
 from overspill.tiers.closing import close_after
+from overspill.tiers.gpudirect import open_kvikio
 
 
 def offload_activations(
@@ -56,6 +57,7 @@ def offload_activations(
     host_budget: Size,
     ssd_dir: Any = None,
     ssd_budget: Size | None = None,
+    gpudirect: bool = False,
     device_budget: Size | None = None,
     amount: Amount | str = "adaptive",
     storage: Form | str = "as_is",
@@ -71,6 +73,7 @@ def offload_activations(
         host_budget: host memory for saved tensors, pinned where there is a GPU. With an SSD a quarter of it is for what is on the way.
         ssd_dir: directory on a drive, or several to stripe over; used for what host memory has no room for. None: no SSD.
         ssd_budget: of all of them together; None: half of what is free, at most 256 GiB.
+        gpudirect: reach the SSD by GPUDirect Storage (kvikio), past host memory, of which 0 is then enough; refused where it is missing.
         device_budget: most bytes of saved tensors that stay on the device, whatever moving the others costs; None: on CUDA what the device
             has room for, measured; on the CPU no limit.
         amount: how much leaves: `adaptive` (as much as costs no time, from measured times and rates, from the fourth round on; until then
@@ -85,16 +88,18 @@ def offload_activations(
         open_store: opens something else than files in `ssd_dir`, such as a `FakeStore`, for so many bytes.
 
     Raises:
-        ValueError: an argument cannot be meant.
+        ValueError: an argument cannot be meant, or `gpudirect` cannot be had here.
         BudgetError: a budget is zero, or more than the machine has.
         UnsupportedModelError: the model's saved tensors cannot be moved.
     """
     refuse_what_cannot_work(model)
     settings = build_settings(
-        host_budget=host_budget, ssd_dir=ssd_dir, ssd_budget=ssd_budget, device_budget=device_budget, amount=amount, storage=storage,
-        recompute=recompute, min_bytes=min_bytes, window=window, open_store=open_store,
+        host_budget=host_budget, ssd_dir=ssd_dir, ssd_budget=ssd_budget, gpudirect=gpudirect, device_budget=device_budget,
+        amount=amount, storage=storage, recompute=recompute, min_bytes=min_bytes, window=window, open_store=open_store,
     )  # fmt: skip
     find_segments(model, settings.segments)
+    if gpudirect:
+        open_kvikio(device_of(model), settings.ssd_places)
     return OffloadActivations(model, settings)
 
 

@@ -6,7 +6,7 @@ Rules:
    (`drop_left`): then torch's allocator may give the memory to what compute does afterwards. At most `window_bytes` are on their way out;
    beyond it compute waits for the oldest, on the device and not on the host. So the host may run as far ahead as it likes and memory
    stays bounded. What should have left by a measured round's pace is let go earlier: compute is told to wait for it as well, and finds
-   it done.
+   it done. What leaves for the drive without the link (`JobEnd`) is waited for by the host, beyond the window alone.
 2. What is wanted while the device still has it is given from there (forwarded), and a write to the SSD that has not begun is cancelled.
    What is wanted while host memory still has it, on its way to the SSD, is given from host memory.
 3. A fetch gets its device memory from compute's own pool and starts behind compute so far; compute waits for the copy, the host does not.
@@ -25,11 +25,11 @@ from collections.abc import Callable
 import torch
 
 from overspill.activations.amounts import Target
-from overspill.activations.arena import HostArena, Range
+from overspill.activations.arena import HostArena
+from overspill.activations.drive import DriveCopy, DriveLane, JobEnd, Way, again
 from overspill.activations.identity import bytes_of
 from overspill.activations.links import End, Link, Mark
 from overspill.activations.records import Record
-from overspill.activations.ssd_lane import SsdCopy, SsdLane, again
 from overspill.activations.windows import Windows, default_window_bytes
 
 
@@ -43,14 +43,15 @@ class Mover:
             None: what `windows.py` says, of the largest record seen.
     """
 
-    def __init__(self, device: torch.device, link: Link, host: HostArena, ssd: SsdLane | None, *, window_bytes: int | None) -> None:
+    def __init__(self, device: torch.device, link: Link, host: HostArena, ssd: DriveLane | None, *, window_bytes: int | None) -> None:
         self.device, self.link, self.host, self.ssd = device, link, host, ssd
         self._asked_window_bytes = window_bytes
         self._windows: Windows | None = None
-        self._largest_bytes = 0
+        self.largest_bytes = 0
+        """Of the records that have left."""
         self._leaving: collections.deque[Record] = collections.deque()
         self._leaving_bytes = 0
-        self._under_way: collections.deque[SsdCopy] = collections.deque()
+        self._under_way: collections.deque[DriveCopy] = collections.deque()
         """Writes and reads that may not have ended, oldest first."""
         self._busy: list[Record] = []
         """Dead records that a thread of the SSD still moves (rule 4)."""
@@ -74,17 +75,17 @@ class Mover:
     @property
     def usual_window_bytes(self) -> int:
         """While nothing is measured."""
-        return self._asked_window_bytes if self._asked_window_bytes is not None else default_window_bytes(self._largest_bytes)
+        return self._asked_window_bytes if self._asked_window_bytes is not None else default_window_bytes(self.largest_bytes)
 
     @property
     def window_bytes(self) -> int:
         """Device memory that may be on its way out."""
-        return self.usual_window_bytes if self._windows is None else self._windows.grown(self._largest_bytes).out_bytes
+        return self.usual_window_bytes if self._windows is None else self._windows.grown(self.largest_bytes).out_bytes
 
     @property
     def back_window_bytes(self) -> int:
         """Device memory that may have come back early."""
-        return self.usual_window_bytes if self._windows is None else self._windows.grown(self._largest_bytes).back_bytes
+        return self.usual_window_bytes if self._windows is None else self._windows.grown(self.largest_bytes).back_bytes
 
     def set_windows(self, windows: Windows) -> None:
         """From a measured round, for rounds like it; nothing, if a window was asked for."""
@@ -115,7 +116,7 @@ class Mover:
             return
         record.payload = source
         self._count(source.numel())
-        self._largest_bytes = max(self._largest_bytes, source.numel())
+        self.largest_bytes = max(self.largest_bytes, source.numel())
         self._leaving.append(record)
         self._leaving_bytes += source.numel()
         if is_timed:
@@ -131,14 +132,11 @@ class Mover:
         else:
             if self.ssd is None or not self.ssd.fits(source.numel()):
                 return False
-            staging = self._take_staging(self.ssd, source.numel(), must=may_wait)
-            if staging is None:
-                return False
-            record.ssd = self.ssd.reserve(staging)
+            way = self._take_way(self.ssd, source.numel(), must=may_wait)
+            record.ssd = self.ssd.reserve(way) if way is not None else None
             if record.ssd is None:
                 return False
-            record.leaving = self.link.start_out(record.ssd.arrival, source, record.ssd.after, is_timed=is_timed)
-            self.ssd.start_write(record.ssd, record.leaving)
+            record.leaving = self.ssd.start_out(record.ssd, source, self.link, is_timed=is_timed)
             self._forget_ended()
             self._under_way.append(record.ssd)
         record.target = tier
@@ -157,7 +155,7 @@ class Mover:
             assert end is not None
             if record.num_users and not record.is_forwarded:
                 if not end.is_done:
-                    is_due = is_gone is not None and is_gone(record)
+                    is_due = is_gone is not None and not isinstance(end, JobEnd) and is_gone(record)  # the pace is the link's
                     if not is_due and (self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1):
                         return
                     self._hold(end)
@@ -186,24 +184,24 @@ class Mover:
             self._note_forwarded(record)
             self._cancel(record)
             return True
-        staging = self._take_staging(self.ssd, record.stored_bytes, must=must)
-        if staging is None:
+        way = self._take_way(self.ssd, record.stored_bytes, must=must)
+        if way is None:
             return False
         try:
-            target = record.coming = torch.empty(record.stored_bytes, dtype=torch.uint8, device=self.device)
+            landing = torch.empty(self.ssd.landing_bytes(record.stored_bytes), dtype=torch.uint8, device=self.device)
+            record.coming = landing[: record.stored_bytes]
             mark = record.mark = self.link.mark()
         except BaseException:  # no memory, or Ctrl-C: nobody reads
             record.coming = None
-            self.ssd.staging.give(staging, staging.after)
+            self.ssd.give_way(way)
             raise
         self._count(record.stored_bytes)
 
-        def then(read: torch.Tensor) -> End:
-            record.arriving = self.link.start_in(target, read, mark, (), is_timed=is_timed)
-            return record.arriving
+        def note(end: End) -> None:
+            record.arriving = end
 
         record.is_held = False
-        self.ssd.start_read(record.ssd, staging, then)
+        self.ssd.start_in(record.ssd, way, landing, mark, self.link, note, is_timed=is_timed)
         self._under_way.append(record.ssd)
         return True
 
@@ -220,15 +218,15 @@ class Mover:
             self.timed_in.append(end)
         return end
 
-    def _take_staging(self, ssd: SsdLane, num_bytes: int, *, must: bool) -> Range | None:
-        """A staging range; if it must be, after waiting for what is under way, the oldest first."""
+    def _take_way(self, ssd: DriveLane, num_bytes: int, *, must: bool) -> Way | None:
+        """A record's way to the SSD or back; if it must be, after waiting for what is under way, the oldest first."""
         while True:
-            staging = ssd.staging.take(num_bytes)
-            if staging is not None or not must:
-                return staging
+            way = ssd.take_way(num_bytes)
+            if way is not None or not must:
+                return way
             self._forget_ended()
-            self.raise_failure()  # a write that failed keeps its staging
-            assert self._under_way, f"staging of {ssd.staging.limit_bytes} B has no room for {num_bytes} B, and nothing is under way"
+            self.raise_failure()  # a write that failed keeps its way
+            assert self._under_way, f"there is no way to the SSD for {num_bytes} B, and nothing is under way"
             self._wait(self._under_way[0].settle)
 
     def _forget_ended(self) -> None:
@@ -328,6 +326,7 @@ class Mover:
             raise again(record.ssd.failure)
         record.payload, record.coming = record.coming, None
         record.ssd.reading = None
+        record.is_held = record.is_held or record.arriving is None  # there with the thread's end
         if self.holds is not None and record.arriving is not None:
             self.timed_in.append(record.arriving)
 
@@ -370,7 +369,10 @@ class Mover:
         record.payload = record.decoded = None
 
     def _hold(self, end: End) -> None:
-        """Let compute wait for a copy; on the CPU, where that is this thread, count it."""
+        """Let compute wait for a copy. Where that is this thread, on the CPU or for what no stream can wait for, count it."""
+        if isinstance(end, JobEnd):
+            self._wait(end.wait)
+            return
         if self.device.type == "cpu":
             if not end.is_done:
                 self._wait(lambda: self.link.hold(end))

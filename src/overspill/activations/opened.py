@@ -10,6 +10,8 @@ from torch import nn
 from overspill.activations.amounts import Room
 from overspill.activations.arena import HostArena
 from overspill.activations.cache import TensorCache
+from overspill.activations.direct_lane import DirectLane
+from overspill.activations.drive import DriveLane
 from overspill.activations.identity import ParameterStorages
 from overspill.activations.links import open_link
 from overspill.activations.mover import Mover
@@ -18,6 +20,7 @@ from overspill.activations.rounds import Rounds
 from overspill.activations.settings import Settings
 from overspill.activations.ssd_lane import SsdLane
 from overspill.tiers import HostMemory, SsdStore, Store
+from overspill.tiers.gpudirect import DirectFile, open_kvikio
 from overspill.tiers.mapped import node_of_device
 
 HEADROOM_FRACTION = 0.8
@@ -33,8 +36,10 @@ class OpenTiers:
         self.memory = HostMemory(pin=device.type == "cuda", budget_bytes=settings.host_budget_bytes, numa_node=node_of_device(device))
         self.host = HostArena(self.memory, "saved-tensors", limit_bytes=settings.resting_bytes)
         self.staging: HostArena | None = None
-        self.ssd: SsdLane | None = None
-        if settings.ssd_budget_bytes:
+        self.ssd: DriveLane | None = None
+        if settings.is_direct:
+            self.ssd = open_direct(settings, device)
+        elif settings.ssd_budget_bytes:
             size = settings.staging_bytes
             self.staging = HostArena(self.memory, "saved-tensors-staging", limit_bytes=size, segment_bytes=size)
             self.ssd = SsdLane(open_store(settings), settings.ssd_budget_bytes // 4096 * 4096, self.staging)
@@ -91,7 +96,7 @@ class DeviceSpace:
         return Room(
             host_bytes=settings.resting_bytes,
             ssd_bytes=settings.ssd_budget_bytes,
-            staging_bytes=settings.staging_bytes,
+            staging_bytes=max(window_bytes, self._mover.largest_bytes) if settings.is_direct else settings.staging_bytes,
             window_bytes=window_bytes,
             keep_bytes=keep_bytes,
             peak_bytes=most_bytes,
@@ -102,6 +107,12 @@ class DeviceSpace:
         if self._keep_bytes is None:
             return False
         return torch.cuda.memory_allocated(self._device) - self._allocated_bytes > self._keep_bytes // 16
+
+
+def open_direct(settings: Settings, device: torch.device) -> DirectLane:
+    num_bytes = settings.ssd_budget_bytes // 4096 * 4096
+    kvikio = open_kvikio(device, settings.ssd_places)
+    return DirectLane(DirectFile(kvikio, settings.ssd_places, capacity_bytes=num_bytes), num_bytes, device)
 
 
 def open_store(settings: Settings) -> Store:

@@ -12,6 +12,7 @@ Rules:
 1. Only ops whose result follows from their saved inputs alone, without random numbers, bit for bit: products of two tensors, SiLU, GELU,
    layer norms of the model's own modules, and a cast behind one of these. None of them is slower than copying its result.
    A cast of a leaf that somebody keeps anyway (`leaf_of`) is another one.
+   What takes more passes over memory than `most_passes` (`spec.retention`) is packed like any other.
 2. The inputs are held by the op's own node anyway, which backward runs after all that use the result. So a recipe holds no memory of its
    own. It holds the inputs' saved objects: what backward lets go of in the node is no matter to it. The node itself tells whether another
    tensor is of the same result.
@@ -34,10 +35,11 @@ How the inputs are found: `grad_fn._raw_saved_self.data` is what pack returned f
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections.abc import Callable, MutableMapping
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -60,7 +62,7 @@ class Rebuild:
         self._like, self._stride = (base.shape, base.dtype, base.device), base.stride()
         self._watch = VersionWatch(base)
         self._node = node
-        self._run, self._sources = recipe
+        self._run, self._sources, self.moved_bytes = recipe
         self._value: torch.Tensor | None = None
         self._lock = threading.Lock()
 
@@ -140,7 +142,14 @@ class SavedRebuilt(Saved):
         return result if self.geometry is None else self.geometry.within(result, 0)
 
 
-Recipe = tuple[Callable[..., torch.Tensor], tuple[Saved | None, ...]]
+class Recipe(NamedTuple):
+    """How a result is made again."""
+
+    run: Callable[..., torch.Tensor]
+    sources: tuple[Saved | None, ...]
+    """What it is run on."""
+    moved_bytes: int
+    """That its ops read and write."""
 
 
 class Rebuilder:
@@ -151,6 +160,7 @@ class Rebuilder:
         leaf_of: a leaf -> what gives it again in backward; None: nothing does.
         store: keeps a tensor that nobody saved; None: rule 6 does not apply.
         is_first: whether the norm with this weight is the first of its weight (rule 7).
+        most_passes: of what is rebuilt (rule 1).
         is_of_one_forward: it is dropped when a forward is over, and may hold the recipes until then; else they die with their users.
     """
 
@@ -161,9 +171,11 @@ class Rebuilder:
         leaf_of: Callable[[torch.Tensor], Saved | None] = lambda leaf: None,
         store: Callable[[torch.Tensor], Saved] | None = None,
         is_first: Callable[[Saved], bool] = lambda weight: False,
+        most_passes: float = math.inf,
         is_of_one_forward: bool = False,
     ) -> None:
         self._epsilon_of, self._leaf_of, self._store, self._is_first = epsilon_of, leaf_of, store, is_first
+        self._most_passes = most_passes
         self._known: MutableMapping[int, Rebuild] = {} if is_of_one_forward else weakref.WeakValueDictionary()
 
     @classmethod
@@ -200,9 +212,9 @@ class Rebuilder:
         if node is None or base.output_nr != 0 or base.storage_offset() != 0 or base._version or type(base) not in _PLAIN:
             return None  # rule 5
         recipe = self._recipe_of(node, base)
-        if recipe is None:
+        if recipe is None or recipe.moved_bytes > self._most_passes * base.nbytes:
             return None
-        for source in recipe[1]:
+        for source in recipe.sources:
             if source is not None and source.device != base.device:
                 return None
         rebuild = self._known[storage._cdata] = Rebuild(base, storage, node, recipe)
@@ -214,44 +226,47 @@ class Rebuilder:
             rebuild.forget()
 
     def _recipe_of(self, node: Any, result: torch.Tensor) -> Recipe | None:
-        return self._cast(node, result) if node.name() == "ToCopyBackward0" else self._direct_recipe(node)
+        return self._cast(node, result) if node.name() == "ToCopyBackward0" else self._direct_recipe(node, result.nbytes)
 
     def _cast(self, node: Any, result: torch.Tensor) -> Recipe | None:
         """Of something that has a recipe, of a leaf, or (rule 6) of what is stored for it."""
         inner, number = node.next_functions[0]
         if inner is None:
             return None
-        dtype = result.dtype
-        found = self._direct_recipe(inner) if number == 0 else None
+        dtype, num_bytes = result.dtype, result.nbytes
+        source_dtype = _output_dtype(inner, number) or torch.float32
+        read_bytes = num_bytes // dtype.itemsize * source_dtype.itemsize
+        found = self._direct_recipe(inner, read_bytes) if number == 0 else None
         if found is not None:
-            run, sources = found
-            return (lambda *tensors: run(*tensors).to(dtype)), sources
+            run = found.run
+            return Recipe(lambda *tensors: run(*tensors).to(dtype), found.sources, found.moved_bytes + read_bytes + num_bytes)
         is_leaf = inner.name() == "torch::autograd::AccumulateGrad"
         source = self._leaf_of(inner.variable) if is_leaf else None
         if source is None and not is_leaf and self._store is not None:
             narrow = _output_dtype(inner, number)
             if narrow in _HALVES and dtype in _WIDER:
                 source = self._store(result.detach().to(narrow))
-        return ((lambda tensor: tensor.to(dtype)), (source,)) if source is not None else None
+        return Recipe(lambda tensor: tensor.to(dtype), (source,), read_bytes + num_bytes) if source is not None else None
 
-    def _direct_recipe(self, node: Any) -> Recipe | None:
+    def _direct_recipe(self, node: Any, num_bytes: int) -> Recipe | None:
+        """Of an op whose result has so many bytes."""
         match node.name():
             case "MulBackward0":
                 one, other = node._raw_saved_self.data, node._raw_saved_other.data
-                return (torch.mul, (one, other)) if isinstance(one, Saved) and isinstance(other, Saved) else None
+                return Recipe(torch.mul, (one, other), 3 * num_bytes) if isinstance(one, Saved) and isinstance(other, Saved) else None
             case "SiluBackward0":
                 source = node._raw_saved_self.data
-                return (nn.functional.silu, (source,)) if isinstance(source, Saved) else None
+                return Recipe(nn.functional.silu, (source,), 2 * num_bytes) if isinstance(source, Saved) else None
             case "GeluBackward0":
                 source, approximate = node._raw_saved_self.data, node._saved_approximate
                 if not isinstance(source, Saved):
                     return None
-                return (lambda tensor: nn.functional.gelu(tensor, approximate=approximate)), (source,)
+                return Recipe(lambda tensor: nn.functional.gelu(tensor, approximate=approximate), (source,), 2 * num_bytes)
             case "NativeLayerNormBackward0":
-                return self._layer_norm(node)
+                return self._layer_norm(node, num_bytes)
         return None
 
-    def _layer_norm(self, node: Any) -> Recipe | None:
+    def _layer_norm(self, node: Any, num_bytes: int) -> Recipe | None:
         source, weight, bias = node._raw_saved_input.data, node._raw_saved_weight.data, node._raw_saved_bias.data
         if not isinstance(source, Saved) or not isinstance(weight, Saved) or not (bias is None or isinstance(bias, Saved)):
             return None
@@ -270,7 +285,7 @@ class Rebuilder:
                 )
             return result
 
-        return run, (source, weight, bias)
+        return Recipe(run, (source, weight, bias), 2 * num_bytes)
 
 
 def is_plain_norm(module: nn.Module) -> TypeGuard[nn.LayerNorm]:

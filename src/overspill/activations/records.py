@@ -9,10 +9,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from overspill.activations.amounts import Target
 from overspill.activations.arena import Range
+from overspill.activations.drive import DriveCopy
 from overspill.activations.forms import Form
 from overspill.activations.identity import VersionWatch
 from overspill.activations.links import End, Mark
-from overspill.activations.ssd_lane import SsdCopy
 
 
 class Where(enum.Enum):
@@ -68,7 +68,7 @@ class Record:
         self.decoded: torch.Tensor | None = None
         """Its own bytes on the device, if `payload` has another form."""
         self.host: Range | None = None
-        self.ssd: SsdCopy | None = None
+        self.ssd: DriveCopy | None = None
         self.leaving: End | None = None
         """Of the copy out; for good."""
         self.arriving: End | None = None

@@ -16,7 +16,7 @@ Rules:
    The alias itself goes on without memory: it shares the count of in-place changes.
 4. Saved objects refer to the book, the book to nothing of the graph: when the graph dies, all of it goes.
 5. What cannot be told (a view into a slot that is none of the given tensors) is a `refusal`: the caller drops the graph.
-6. Without values (`huggingface.workload` traces so) the same code says how many bytes are stored: `stored_bytes`, `rebuilt_bytes`.
+6. Without values (`huggingface.workload` traces so) the same code says how many bytes are stored: `stored_bytes`, `moved_bytes`.
 
 Cost: a block of Llama saves 38 tensors, and the hooks run in the thread that feeds the device, 5 to 15 us to pack one and 1 to 5 us to
 unpack it (on a CPU; its recipes' ops come on top). So nothing is made here that only an error's text needs, and what was saved first of a
@@ -28,6 +28,7 @@ Limits: a custom autograd function that keeps a weight by itself, not through `s
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -152,7 +153,7 @@ class Book:
         given: name -> tensor, as they are in forward: contiguous.
         fixed: tensors whose storages stay.
         epsilons: name of a layer norm's weight -> the norm's epsilon, which autograd does not save.
-        rebuilds: whether rule 2 applies; else all that is not there anyway is stored as it is.
+        most_passes: what takes more of them to rebuild is stored in place of rule 2 (`spec.retention`); 0: all that is not there anyway.
         has_values: False for tensors without (rule 6).
     """
 
@@ -162,12 +163,14 @@ class Book:
         fixed: Iterable[torch.Tensor],
         *,
         epsilons: Mapping[str, float],
-        rebuilds: bool = True,
+        most_passes: float = math.inf,
         has_values: bool = True,
     ) -> None:
         self.device = next(iter(given.values())).device
         self.stored: list[Stored] = []
-        self.rebuilt_bytes = self.num_rebuilt = 0
+        self.num_rebuilt = 0
+        self.moved_bytes = 0
+        """That rebuilding reads and writes."""
         self.refusal: str | None = None
         self._has_values, self._is_open = has_values, True
         # Held while the book is open, so that what they are known by is theirs alone.
@@ -184,8 +187,8 @@ class Book:
             return epsilons.get(weight.name) if isinstance(weight, SavedGiven) else None
 
         self._rebuilder: Rebuilder | None = None
-        if rebuilds and can_read_saved():
-            self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store, is_of_one_forward=True)
+        if most_passes and can_read_saved():
+            self._rebuilder = Rebuilder(epsilon, leaf_of=self._leaf, store=self._store, most_passes=most_passes, is_of_one_forward=True)
 
     @property
     def stored_bytes(self) -> int:
@@ -231,7 +234,7 @@ class Book:
             rebuilt = self._rebuilder.pack(tensor, storage)
             if rebuilt is not None:
                 self.num_rebuilt += rebuilt[1]
-                self.rebuilt_bytes += rebuilt[0].rebuild.num_bytes * rebuilt[1]
+                self.moved_bytes += rebuilt[0].rebuild.moved_bytes * rebuilt[1]
                 return rebuilt[0]
         return self._view(tensor, storage)
 
@@ -323,11 +326,11 @@ def find_epsilons(block: nn.Module, parameters: Mapping[str, torch.Tensor]) -> d
 
 
 def book_without_values(
-    block: nn.Module, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor], fixed: Iterable[torch.Tensor], *, rebuilds: bool
+    block: nn.Module, hidden: torch.Tensor, parameters: Mapping[str, torch.Tensor], fixed: Iterable[torch.Tensor], *, most_passes: float
 ) -> Book:
     """The book of a block whose tensors have no values (rule 6)."""
     epsilons = find_epsilons(block, parameters)
-    return Book({HIDDEN: hidden, **parameters}, (*fixed, *block.buffers()), epsilons=epsilons, rebuilds=rebuilds, has_values=False)
+    return Book({HIDDEN: hidden, **parameters}, (*fixed, *block.buffers()), epsilons=epsilons, most_passes=most_passes, has_values=False)
 
 
 def _unpack(saved: Saved) -> torch.Tensor:

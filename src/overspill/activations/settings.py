@@ -47,10 +47,12 @@ class Settings:
 
     host_budget_bytes: int
     staging_bytes: int
-    """0 without an SSD; part of the host budget."""
+    """0 without an SSD, or with `is_direct`; part of the host budget."""
     ssd_places: tuple[str, ...]
     ssd_budget_bytes: int
     """0: no SSD."""
+    is_direct: bool
+    """Whether the SSD is reached by GPUDirect Storage."""
     device_budget_bytes: int | None
     amount: Amount
     form: Form | None
@@ -73,6 +75,7 @@ def build_settings(
     host_budget: Size,
     ssd_dir: Any,
     ssd_budget: Size | None,
+    gpudirect: bool,
     device_budget: Size | None,
     amount: Amount | str,
     storage: Form | str,
@@ -94,13 +97,19 @@ def build_settings(
     if host_bytes > total:
         raise BudgetError(f"host_budget is {format_bytes(host_bytes)} but this machine has {format_bytes(total)} of memory; lower it")
     has_ssd = bool(places) or open_store is not None
+    if gpudirect and (not places or open_store is not None):
+        given = "open_store, which is no file" if open_store is not None else "no ssd_dir"
+        raise ValueError(
+            f"gpudirect=True moves saved tensors between GPU and files, and there is {given}; give an ssd_dir, or leave it out"
+        )
     if not has_ssd and ssd_budget is not None:
         raise ValueError("ssd_budget has no effect without ssd_dir; give a directory on a drive, or leave it out")
-    staging_bytes = min(int(host_bytes * STAGING_FRACTION), MOST_STAGING_BYTES) // 4096 * 4096 if has_ssd else 0
-    if host_bytes < LEAST_RANGE_BYTES or (has_ssd and staging_bytes < LEAST_STAGING_BYTES):
+    is_staged = has_ssd and not gpudirect
+    staging_bytes = min(int(host_bytes * STAGING_FRACTION), MOST_STAGING_BYTES) // 4096 * 4096 if is_staged else 0
+    if (host_bytes < LEAST_RANGE_BYTES and not gpudirect) or (is_staged and staging_bytes < LEAST_STAGING_BYTES):
         why = (
             f"the SSD is reached through host memory, a quarter of the budget and at least {LEAST_STAGING_BYTES} B"
-            if has_ssd
+            if is_staged
             else "and there is no ssd_dir, so there is nowhere to move saved tensors to"
         )
         raise BudgetError(
@@ -111,6 +120,7 @@ def build_settings(
         staging_bytes=staging_bytes,
         ssd_places=places,
         ssd_budget_bytes=_ssd_budget(places, ssd_budget, open_store),
+        is_direct=gpudirect,
         device_budget_bytes=None if device_budget is None else parse_bytes(device_budget),
         amount=_named("amount", amount, AMOUNTS, needs=("leaves", "needs_profile", "leaves_unmeasured")),
         form=None if isinstance(form := _named("storage", storage, FORMS, needs=("applies", "encode", "decode")), AsIs) else form,

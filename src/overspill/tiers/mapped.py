@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from overspill.cores import usable_cores
-from overspill.units import MIB, align_up
+from overspill.units import GIB, MIB, align_up
 
 HUGE_PAGE_BYTES = 2 * MIB
 """Of x86-64 and of arm64 with 4 KiB pages."""
@@ -41,6 +41,9 @@ POPULATE_BYTES = 64 * MIB
 """Less is touched by one thread. Chosen, not tuned: about 15 ms of page faults."""
 MOST_POPULATE_THREADS = 16
 """Chosen, not tuned."""
+
+RESIDENCY_BYTES = 4 * GIB
+"""That are asked for at a time: a byte a page, 1 MiB."""
 
 _MADV_POPULATE_WRITE = 23
 """From asm-generic/mman-common.h, since Linux 5.14; Python's mmap does not name it."""
@@ -51,6 +54,7 @@ _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
 
 
 class _Mapping(mmap.mmap):
@@ -95,6 +99,16 @@ class MappedBlock:
     def before_unmapping(self, action: Callable[[], None]) -> None:
         """What to do when the last view is gone; `action` must not refer to this block, or it would live for ever."""
         self._mapping.before_unmapping = action
+
+    def resident_bytes(self) -> int:
+        """Of its pages, those that are in memory now."""
+        found, pages = 0, (ctypes.c_ubyte * (RESIDENCY_BYTES // mmap.PAGESIZE))()
+        for start in range(0, self.num_bytes, RESIDENCY_BYTES):
+            size = min(RESIDENCY_BYTES, self.num_bytes - start)
+            if _libc.mincore(self.address + start, size, pages) != 0:
+                return self.num_bytes  # a kernel that does not say
+            found += bytes(memoryview(pages)[: size // mmap.PAGESIZE]).count(1)
+        return found * mmap.PAGESIZE
 
     def drop_pages(self) -> None:
         """Give the pages back to the system now; views read zeros from here on."""

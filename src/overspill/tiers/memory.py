@@ -131,6 +131,10 @@ class HostMemory:
         """Bytes that are really locked."""
         return self._locker.locked_bytes
 
+    def resident_bytes(self) -> int:
+        """Bytes of all allocations that are in memory now: what was pinned, and of the rest what was touched. Some 10 ns a page."""
+        return sum(block.resident_bytes() for block in tuple(self._blocks.values()))
+
     @property
     def pin_refusal(self) -> str | None:
         """Why allocations are pageable although `pin` was asked for; None if they are as asked."""
