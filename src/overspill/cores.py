@@ -20,12 +20,23 @@ from pathlib import Path
 from overspill.control_groups import group_folders
 
 ROOT = Path("/")
+CORES_SPARED = 2
+"""For the thread that dispatches and autograd's, while the host updates beside a GPU. The update is bound by memory and hardly misses them;
+with them a dispatching thread that was put aside left an H100 idle for up to 20 ms (16 cores)."""
+LEAST_CORES = 8
+"""With fewer, all update."""
 
 
 @functools.cache
 def usable_cores() -> int:
     """Cores whose time this process may use, at least 1. Found once: a quota that is changed under a running process is not noticed."""
     return count_cores(len(os.sched_getaffinity(0)), ROOT)
+
+
+def update_threads(*, is_beside_gpu: bool) -> int:
+    """Most threads of an update on the host, in a session and where its rate is measured; 0: one a core."""
+    cores = usable_cores()
+    return cores - CORES_SPARED if is_beside_gpu and cores >= LEAST_CORES else 0
 
 
 def count_cores(num_allowed: int, root: Path) -> int:

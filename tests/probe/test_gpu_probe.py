@@ -70,6 +70,13 @@ def test_a_gpus_figures_are_there_and_fit_each_other(probed: tuple[MachineFile, 
     assert compute is not None and compute.alone.median_per_s > 1e13, "matrix units of bf16"
     assert compute.compute_slowdown is not None and 0.9 < compute.compute_slowdown < 3
     assert compute.copies_slowdown is not None and 0.8 < compute.copies_slowdown < 5
+    assert rates.host_set_bytes >= 256 * MIB and rates.launches is not None and 3e3 < rates.launches.median_per_s < 1e6
+    assert rates.update_beside_copies is not None and rates.copies_beside_update is not None
+    assert rates.update_beside_copies.min_per_s < 1.1 * rates.update["fp32"].max_per_s, "company makes no update quicker"
+    assert compute.attention is not None and 0.05 < compute.attention.rate.median_per_s / compute.alone.median_per_s < 1.2
+    assert compute.elementwise is not None and compute.scattered is not None and compute.device_memory is not None
+    assert compute.scattered.median_per_s < 1.5 * compute.device_memory.median_per_s
+    assert compute.elementwise.median_per_s < 2 * compute.device_memory.median_per_s, "a cache may keep some of it"
     assert len(rates.ssd) == 2 and all(drive.read.median_per_s > 0 for drive in rates.ssd)
 
 

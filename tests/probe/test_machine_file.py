@@ -14,15 +14,14 @@ import pytest
 from overspill.report.machine import describe_bound, machine_table
 from overspill.spec.hardware import ASSUMED, HardwareSpec
 from overspill.spec.machine_file import (
-    BLOCK_FRACTION,
     FORMAT_VERSION,
     MachineFile,
     MachineRates,
-    hardware_from,
     machine_differences,
     parse_machine_file,
     software_differences,
 )
+from overspill.spec.measured_hardware import BLOCK_FRACTION, hardware_from
 from overspill.spec.rates import LinkRates
 from overspill.units import GIB
 

@@ -61,8 +61,7 @@ def only_the_drive(monkeypatch: pytest.MonkeyPatch) -> None:
     """The other measurements are left out: they have their own tests, and take time."""
     monkeypatch.setattr(machine._Probe, "_link", lambda *_: _none())
     monkeypatch.setattr(machine._Probe, "_compute", lambda *_: _none())
-    for name in ("measure_copy", "measure_in_place", "measure_adamw"):
-        monkeypatch.setattr(machine, name, lambda *_, **__: _none())
+    monkeypatch.setattr(machine._Probe, "_working_set", lambda *_: _none())
 
 
 def _none() -> None:
@@ -378,11 +377,11 @@ def test_a_block_device_is_never_written_to(
 
 def test_a_small_share_of_memory_is_taken_and_what_does_not_fit_is_noted(small: ProbeSettings) -> None:
     """An eighth of a budget of 24 MiB holds neither two buffers of 2 MiB nor the drive's; smaller units are measured."""
-    settings = without_drive(dataclasses.replace(small, copy_bytes=64 * MIB))
+    settings = without_drive(dataclasses.replace(small, host_set_bytes=64 * MIB))
     file = probe_machine(CPU, [], host_budget_bytes=24 * MIB, settings=settings)
     assert [link.unit_bytes for link in file.rates.link] == [MIB]
     assert any("in units of 2.00 MiB was not measured" in note and "3.00 MiB" in note for note in file.notes)
-    assert file.rates.host_copy is not None and file.rates.host_copy.size <= 2 * 3 * MIB // 2
+    assert file.rates.host_copy is not None and file.rates.host_copy.size <= 2 * 3 * MIB // 2 and file.rates.host_set_bytes <= 3 * MIB
     assert file.rates.compute is None, "half of 3 MiB holds no two buffers of 1 MiB"
     assert file.capacities.host_usable_bytes == 24 * MIB
 

@@ -215,7 +215,7 @@ def test_ctrl_c_ends_with_130_and_keeps_nothing(probe: Probe, cache: Path, monke
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine, "measure_adamw", interrupted)
+    monkeypatch.setattr(machine, "adamw_updates", interrupted)
     done = probe()
     assert done.exit_code == ExitCode.INTERRUPTED and not cache.exists() and "Traceback" not in done.output
 

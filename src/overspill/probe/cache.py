@@ -27,11 +27,11 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.machine_file import (
     MachineFile,
     MachineIdentity,
-    hardware_from,
     machine_differences,
     parse_machine_file,
     software_differences,
 )
+from overspill.spec.measured_hardware import hardware_from
 from overspill.tiers.calls import OS_CALLS, SpacePolicy, SpaceWaiter, write_durably
 
 

@@ -49,6 +49,30 @@ def cgroup_limit_bytes(root: Path = ROOT) -> int | None:
     return min((limit for limit, _, _ in _cgroup_limits(root)), default=None)
 
 
+def last_level_cache_bytes(root: Path = ROOT) -> int | None:
+    """Of all last-level caches of the machine together, each once however many cores share it; None: the kernel does not say. A virtual
+    machine is shown what its host chose to."""
+    found: dict[tuple[int, str], int] = {}
+    for folder in (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cache/index[0-9]*"):
+        try:
+            level, size, kind = (_line(folder / name) for name in ("level", "size", "type"))
+            if kind != "Instruction":
+                found[int(level), _line(folder / "shared_cpu_list")] = _cache_size_bytes(size)
+        except (OSError, ValueError):
+            continue
+    last = max((level for level, _ in found), default=0)
+    return sum(size for (level, _), size in found.items() if level == last) or None
+
+
+def _line(path: Path) -> str:
+    return path.read_text().strip()
+
+
+def _cache_size_bytes(text: str) -> int:
+    """Of `32768K`, as the kernel writes it."""
+    return int(text.rstrip("KMG")) << {"K": 10, "M": 20, "G": 30}.get(text[-1:], 0)
+
+
 def memlock_bytes() -> int | None:
     """Most bytes that this process may lock; None: no limit."""
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]

@@ -3,7 +3,7 @@
 Copies take memory bandwidth and, on a GPU, copy engines; a step computes beside them nearly all the time. So three things are measured:
 the product alone, the product while both directions of the link are busy, and the copies while products run without a pause.
 
-Limits: one product of one shape. Attention, norms and launches are not in it; what a model's blocks reach is `spec.workload`'s to say.
+Limits: one product of one shape. The other kinds of kernels that blocks are made of have their own file (`kernels.py`).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def measure_compute(
     with _open_product(device, shape) as product:
         alone = measured_rate(sample_seconds(product, sampling, until_s=until_s), shape.flops)
         if link is None:
-            return ComputeFigures(what=str(shape), alone=alone, beside_copies=None, device_memory=memory)
+            return ComputeFigures(what=str(shape), alone=alone, beside_copies=None, device_memory=memory, moved_bytes=shape.num_bytes)
         copies = functools.partial(link.run, BOTH)
         beside = measured_rate(sample_beside(product, copies, sampling, until_s=until_s), shape.flops)
         copies_alone = measured_rate(sample_seconds(copies, sampling, until_s=until_s), link.size)
@@ -99,6 +99,7 @@ def measure_compute(
         copies_alone=copies_alone,
         copies_beside=copies_beside,
         device_memory=memory,
+        moved_bytes=shape.num_bytes,
     )
 
 

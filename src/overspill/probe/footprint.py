@@ -5,6 +5,9 @@ allocator of torch's shows. So the operations of a training step are run once, s
 forward and backward, for both common sizes of heads, and what goes over gradients. What the driver and the kernel count afterwards is
 what a run will meet, whatever its model's size: on an H100 the context of a session was 1,031 MiB at 1.10B and 1,037 at 3.02B.
 
+Routed experts have kernels and libraries of their own (sorting, grouped products), which a dense model never loads; they are run after all
+else has been measured, and what they add is told apart.
+
 Words: **context** is what the driver counts as used less what torch's allocator has reserved.
 
 Limits: other programs on the device are part of its context. Triton is imported where it is there, but compiles nothing here (it would take
@@ -78,10 +81,17 @@ def measure_footprint(device: torch.device, room_bytes: int, sizes: StandIn = ST
     library_bytes = torch.cuda.memory_allocated(device) - allocated_bytes
     free, total = torch.cuda.mem_get_info(device)
     context_bytes = total - free - torch.cuda.memory_reserved(device)
-    growth_bytes = process.memory_info().rss - resident_bytes
+    loaded_bytes = process.memory_info().rss
+    with contextlib.suppress(Exception):  # a GPU or a torch without grouped products
+        route_once(device, sizes)
+        torch.cuda.synchronize(device)
+    expert_bytes = process.memory_info().rss - loaded_bytes
     _give_back()
     return ProcessFootprint(
-        context_bytes=max(0, context_bytes), library_bytes=max(0, library_bytes), host_growth_bytes=max(0, growth_bytes)
+        context_bytes=max(0, context_bytes),
+        library_bytes=max(0, library_bytes),
+        host_growth_bytes=max(0, loaded_bytes - resident_bytes),
+        expert_host_growth_bytes=max(0, expert_bytes),
     )
 
 
@@ -134,6 +144,30 @@ def train_once(device: torch.device, head_size: int, sizes: StandIn) -> float:
         squares += whole.to(dtype).double().square().sum()
         squares += torch.isfinite(whole).logical_not().any()
     return float(squares.sqrt())
+
+
+def route_once(device: torch.device, sizes: StandIn) -> float:
+    """Forward and backward of routed experts, each token to two of four; the norm of the gradient.
+
+    Shapes: N tokens, D hidden, F of an expert, E experts, S pairs of a token and an expert.
+    """
+    dtype, size, num_experts = getattr(torch, sizes.dtype), sizes.hidden_size, 4
+    width = max(16, sizes.ffn_size // 8)
+    hidden_ND = torch.randn(sizes.samples * sizes.tokens, size, device=device).to(dtype).requires_grad_()
+    router_ED = torch.randn(num_experts, size, device=device).to(dtype).requires_grad_()
+    up_EFD = (torch.randn(num_experts, 2 * width, size, device=device) * 0.02).to(dtype).requires_grad_()
+    down_EDF = (torch.randn(num_experts, size, width, device=device) * 0.02).to(dtype).requires_grad_()
+    shares, chosen = torch.topk(F.softmax(F.linear(hidden_ND, router_ED), dim=-1, dtype=torch.float32), 2, dim=-1)
+    experts_S, order_S = torch.sort(chosen.flatten())
+    bins = experts_S.int() if device.type == "cuda" else experts_S.float()
+    ends_E = torch.cumsum(torch.histc(bins, bins=num_experts, min=0, max=num_experts - 1), dim=0, dtype=torch.int32)
+    rows_SD = hidden_ND[order_S // 2]
+    gate_SF, wide_SF = torch._grouped_mm(rows_SD, up_EFD.transpose(-2, -1), offs=ends_E).chunk(2, dim=-1)
+    out_SD = torch._grouped_mm(F.silu(gate_SF) * wide_SF, down_EDF.transpose(-2, -1), offs=ends_E)
+    out_SD = (out_SD * shares.flatten()[order_S].unsqueeze(-1))[torch.argsort(order_S)]
+    out_ND = out_SD.view(*hidden_ND.shape[:1], 2, size).sum(dim=1)
+    gradients = torch.autograd.grad(out_ND.float().square().sum(), [hidden_ND, router_ED, up_EFD, down_EDF])
+    return float(sum(gradient.double().square().sum() for gradient in gradients).sqrt())  # type: ignore[union-attr]
 
 
 def _norm(hidden: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:

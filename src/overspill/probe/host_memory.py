@@ -1,89 +1,224 @@
-"""Host memory: a copy, an update in place, and the optimizer's own update, over more bytes than a cache holds.
+"""Host memory: a copy, an update in place, and the optimizer's own update, chunk after chunk over far more bytes than the caches hold.
 
 An update reads and writes in place, which a memory controller does faster than a copy between two places (the copy's target is read as
 well before it is written). So both are measured: the first bounds the update, the second what passes from buffer to buffer.
+
+Rules:
+
+1. What a step updates lies in memory and in no cache: by the time it comes to a chunk again it has been through all others. So everything
+   here goes in turn through the portions of one **working set**, `COLD_FACTOR` times what the caches of all sockets hold. A server's last
+   level is 100 to 500 MiB a socket today: arrays of 256 MiB showed 387 GB/s on a machine whose memory moves 140.
+2. The working set is resident before anything is measured, and each portion is of the size in which a session updates.
+3. Beside a GPU the update is measured with the threads that a session gives it, alone and while copies keep both directions of the link
+   busy, for that is how it runs there; and the copies beside the update, so that what all of them reach together is known.
+
+Limits: what is updated beside copies are other bytes than the copies have just brought; in a session they are the same. A virtual machine
+may show smaller caches than it has (`LEAST_SET_BYTES`), and where memory is short the working set is smaller; both are in the machine file.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from overspill import _native
+from overspill.errors import BudgetError
 from overspill.optim import Rounding, update_chunk
 from overspill.optim.segment import segment_table
-from overspill.probe.sampling import Sampling, measured_rate, sample_seconds
+from overspill.probe.link import BOTH, Link
+from overspill.probe.sampling import Run, Sampling, measured_rate, sample_beside, sample_seconds
 from overspill.spec.machine_file import MeasuredRate
 from overspill.spec.schedule import Role
-from overspill.spec.state_formats import resolve_state_format
+from overspill.spec.state_formats import StateFormat, resolve_state_format
 from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, DTYPE_BYTES
 from overspill.spec.update_rule import AdamW
 from overspill.tiers import HostMemory
+from overspill.tiers.mapped import populate
+from overspill.units import GIB, MIB, align_up, format_bytes
 
+COLD_FACTOR = 4
+"""Working set over the bytes of all last-level caches. Chosen: a cache that keeps what it can still hits one time in four at most."""
+LEAST_SET_BYTES = 2 * GIB
+"""Unless there is no room for it: where the caches are not told, or told too small. Chosen: four times the largest that are common."""
+MOST_SET_BYTES = 8 * GIB
+"""Chosen: touching it takes about a second of 16 cores."""
+LEAST_BYTES = 1 * MIB
+"""Chosen: a few chunks of the smallest size in each of its portions."""
+TOUCHED_BYTES = 128 * MIB
+"""At a time, before the clock is looked at."""
+LEAST_PORTIONS = 4
+"""Of a small working set; its portions are then smaller than a session's."""
 MOST_SETS = 64
-"""Chunks that are updated in turn. Chosen: tiny ones need not fill a cache."""
+"""Chunks that are updated in turn where they are allocated one by one. Chosen: tiny ones need not fill a cache."""
+
+_Copies = Mapping[Role, torch.Tensor]
 
 
-def measure_copy(num_bytes: int, sampling: Sampling, *, room_bytes: int, until_s: float = math.inf) -> MeasuredRate:
-    """Bytes read and written a second of a copy of `num_bytes` from host memory to host memory, by torch with its threads.
+def choose_set_bytes(cache_bytes: int | None, room_bytes: int) -> int:
+    """Size of the working set: whole pages, within the room.
+
+    Args:
+        cache_bytes: of all last-level caches; None: the machine does not say.
+    """
+    wanted = min(MOST_SET_BYTES, max(LEAST_SET_BYTES, COLD_FACTOR * (cache_bytes or 0)))
+    return min(wanted, room_bytes) // 4096 * 4096
+
+
+@contextlib.contextmanager
+def open_working_set(num_bytes: int, *, room_bytes: int, numa_node: int | None = None, until_s: float = math.inf) -> Iterator[torch.Tensor]:
+    """Resident memory, uint8; given back to the system at the end.
+
+    Args:
+        num_bytes: at most; less where touching it takes too long (a virtual machine whose host has to find the pages first).
+        until_s: of `time.perf_counter`.
 
     Raises:
         BudgetError: there is no room.
     """
-    host = HostMemory(pin=False, budget_bytes=room_bytes)
+    if num_bytes < LEAST_BYTES:
+        raise BudgetError(f"a working set of {format_bytes(LEAST_BYTES)} is needed at least, {format_bytes(num_bytes)} may be taken")
+    host = HostMemory(pin=False, budget_bytes=room_bytes, numa_node=numa_node)
     try:
-        target, source = (host.allocate(name, num_bytes).fill_(1) for name in ("target", "source"))
-
-        def run(times: int) -> None:
-            for _ in range(times):
-                target.copy_(source)
-
-        return measured_rate(sample_seconds(run, sampling, until_s=until_s), 2 * num_bytes)
+        block = host.allocate("working set", num_bytes)
+        touched = 0
+        while touched < num_bytes and (touched < LEAST_PORTIONS * TOUCHED_BYTES or time.perf_counter() < until_s):
+            size = min(TOUCHED_BYTES, num_bytes - touched)
+            populate(block.data_ptr() + touched, size)
+            touched += size
+        block = block[:touched]
+        yield block
     finally:
-        target = source = torch.empty(0)  # before the pages go
+        block = torch.empty(0)  # before the pages go
         host.close()
 
 
-def measure_in_place(num_bytes: int, sampling: Sampling, *, room_bytes: int, until_s: float = math.inf) -> MeasuredRate:
-    """Bytes read and written a second of x = a * x + b over `num_bytes` of fp32, by the native core with its threads.
+def measure_copy(block: torch.Tensor, portion_bytes: int, sampling: Sampling, *, until_s: float = math.inf) -> MeasuredRate:
+    """Bytes read and written a second of copies from one half of a working set to the other, by torch with its threads."""
+    half = block.numel() // 2
+    size = min(portion_bytes, half // LEAST_PORTIONS) // 4096 * 4096
+    starts = itertools.cycle(range(0, half - size + 1, size))
 
-    Raises:
-        BudgetError: there is no room.
+    def run(times: int) -> None:
+        for start in itertools.islice(starts, times):
+            block[start : start + size].copy_(block[half + start : half + start + size])
+
+    return measured_rate(sample_seconds(run, sampling, until_s=until_s), 2 * size)
+
+
+def measure_in_place(block: torch.Tensor, portion_bytes: int, sampling: Sampling, *, until_s: float = math.inf) -> MeasuredRate:
+    """Bytes read and written a second of x = a * x + b over a working set of fp32, by the native core with its threads."""
+    size = min(portion_bytes, block.numel() // LEAST_PORTIONS) // 4096 * 4096
+    starts = itertools.cycle(range(0, block.numel() - size + 1, size))
+
+    def run(times: int) -> None:
+        for start in itertools.islice(starts, times):
+            _native.scale_in_place(block.data_ptr() + start, num_elements=size // 4, factor=0.5, summand=0.5)
+
+    return measured_rate(sample_seconds(run, sampling, until_s=until_s), 2 * size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkUpdates:
+    """Updates of the chunks of a working set, one after the other; made by `adamw_updates`."""
+
+    num_elements: int
+    """Of a chunk."""
+    run: Run
+
+    def alone(self, sampling: Sampling, *, until_s: float = math.inf) -> MeasuredRate:
+        """Parameters a second."""
+        return measured_rate(sample_seconds(self.run, sampling, until_s=until_s), self.num_elements)
+
+    def beside(self, link: Link, sampling: Sampling, *, until_s: float = math.inf) -> tuple[MeasuredRate, MeasuredRate]:
+        """Parameters a second while both directions of a link are busy, and bytes a second of each direction while chunks are updated."""
+        copies = functools.partial(link.run, BOTH)
+        updated = measured_rate(sample_beside(self.run, copies, sampling, until_s=until_s), self.num_elements)
+        return updated, measured_rate(sample_beside(copies, self.run, sampling, until_s=until_s), link.size)
+
+
+def adamw_updates(block: torch.Tensor, state_format: str, *, parameter_dtype: str, chunk_bytes: int, num_threads: int = 0) -> ChunkUpdates:
+    """AdamW in `state_format` over a working set, in chunks of `chunk_bytes` over all roles, by the core that a session calls.
+
+    Args:
+        num_threads: as a session gives it (`cores.update_threads`).
     """
-    host = HostMemory(pin=False, budget_bytes=room_bytes)
-    try:
-        values = host.allocate("values", num_bytes).fill_(0).view(torch.float32)
+    layout, itemsize = resolve_state_format(state_format, parameter_dtype, "adamw"), DTYPE_BYTES[parameter_dtype]
+    within = min(chunk_bytes, block.numel() // LEAST_PORTIONS)
+    number = int(within / (2 * itemsize + layout.bytes_per_element)) // CHUNK_ALIGNMENT_ELEMENTS * CHUNK_ALIGNMENT_ELEMENTS
+    sizes = {Role.PARAMETER: number * itemsize, Role.GRADIENT: number * itemsize, Role.STATE: layout.record_bytes(number)}
+    each = sum(align_up(size, 4096) for size in sizes.values())
+    update = _adamw(layout, number, parameter_dtype, num_threads)
+    return ChunkUpdates(
+        num_elements=number, run=_in_turn([_cut(block[start:], sizes) for start in range(0, block.numel() - each + 1, each)], update)
+    )
 
-        def run(times: int) -> None:
-            for _ in range(times):
-                _native.scale_in_place(values.data_ptr(), num_elements=values.numel(), factor=0.5, summand=0.5)
 
-        return measured_rate(sample_seconds(run, sampling, until_s=until_s), 2 * num_bytes)
-    finally:
-        values = torch.empty(0)
-        host.close()
+def _cut(block: torch.Tensor, sizes: Mapping[Role, int]) -> _Copies:
+    """The roles of one chunk, each from a page on, at the beginning of `block`."""
+    found, start = {}, 0
+    for role, size in sizes.items():
+        found[role] = block[start : start + size]
+        start += align_up(size, 4096)
+    return found
+
+
+def _in_turn(sets: Sequence[_Copies], update: Callable[[_Copies], object]) -> Run:
+    turns = itertools.cycle(sets)
+
+    def run(times: int) -> None:
+        for copies in itertools.islice(turns, times):
+            update(copies)
+
+    return run
+
+
+def _adamw(layout: StateFormat, number: int, parameter_dtype: str, num_threads: int) -> Callable[[_Copies], object]:
+    """An update of one chunk of so many elements."""
+    ranges, dtype = layout.field_ranges(number), getattr(torch, parameter_dtype)
+    scalars = [AdamW(lr=1e-4, weight_decay=0.01).scalars(step=100)]
+    table: np.ndarray = segment_table(number, Rounding(key=1) if layout.is_rounded_stochastically else None)
+
+    def update(copies: _Copies) -> None:
+        record = copies[Role.STATE]
+        update_chunk(
+            scalars,
+            table,
+            state_format=layout,
+            parameter=copies[Role.PARAMETER].view(dtype),
+            gradient=copies[Role.GRADIENT].view(dtype),
+            states={field.name: record[slice(*ranges[field.name])].view(getattr(torch, field.dtype)) for field in layout.fields},
+            num_threads=num_threads,
+            with_stats=False,
+        )
+
+    return update
 
 
 def measure_update(
     num_elements: int,
     sizes: Mapping[Role, int],
-    update: Callable[[Mapping[Role, torch.Tensor]], object],
+    update: Callable[[_Copies], object],
     sampling: Sampling,
     *,
     updated_bytes: int,
     room_bytes: int,
     until_s: float = math.inf,
 ) -> MeasuredRate:
-    """Parameters a second of `update`, which is given the copies of one chunk after another.
+    """Parameters a second of `update`, which is given the copies of one chunk after another: a session's quick look. What is updated in
+    little memory a large cache may hold; the rate is then higher than a step's.
 
     Args:
         num_elements: of a chunk.
         sizes: bytes of each role of a chunk.
-        updated_bytes: of all chunks, at most; more than a large last-level cache.
+        updated_bytes: of all chunks, at most.
 
     Raises:
         BudgetError: `room_bytes` does not hold one chunk.
@@ -97,51 +232,7 @@ def measure_update(
             {role: host.allocate(f"{role}[{number}]", size).fill_(0) for role, size in sizes.items()}
             for number in range(min(num_sets, MOST_SETS))
         ]
-        turns = itertools.cycle(range(len(sets)))
-
-        def run(times: int) -> None:
-            for _ in range(times):
-                update(sets[next(turns)])
-
-        return measured_rate(sample_seconds(run, sampling, until_s=until_s), num_elements)
+        return measured_rate(sample_seconds(_in_turn(sets, update), sampling, until_s=until_s), num_elements)
     finally:
         sets = []
         host.close()
-
-
-def measure_adamw(
-    state_format: str,
-    sampling: Sampling,
-    *,
-    parameter_dtype: str,
-    chunk_bytes: int,
-    updated_bytes: int,
-    room_bytes: int,
-    until_s: float = math.inf,
-) -> MeasuredRate:
-    """Parameters a second of AdamW in `state_format`, in chunks of `chunk_bytes` over all roles, by the core that a session calls.
-
-    Raises:
-        BudgetError: there is no room for one chunk.
-    """
-    layout = resolve_state_format(state_format, parameter_dtype, "adamw")
-    itemsize = DTYPE_BYTES[parameter_dtype]
-    number = int(chunk_bytes / (2 * itemsize + layout.bytes_per_element)) // CHUNK_ALIGNMENT_ELEMENTS * CHUNK_ALIGNMENT_ELEMENTS
-    ranges, dtype = layout.field_ranges(number), getattr(torch, parameter_dtype)
-    scalars = [AdamW(lr=1e-4, weight_decay=0.01).scalars(step=100)]
-    table: np.ndarray = segment_table(number, Rounding(key=1) if layout.is_rounded_stochastically else None)
-
-    def update(copies: Mapping[Role, torch.Tensor]) -> None:
-        record = copies[Role.STATE]
-        update_chunk(
-            scalars,
-            table,
-            state_format=layout,
-            parameter=copies[Role.PARAMETER].view(dtype),
-            gradient=copies[Role.GRADIENT].view(dtype),
-            states={field.name: record[slice(*ranges[field.name])].view(getattr(torch, field.dtype)) for field in layout.fields},
-            with_stats=False,
-        )
-
-    sizes = {Role.PARAMETER: number * itemsize, Role.GRADIENT: number * itemsize, Role.STATE: layout.record_bytes(number)}
-    return measure_update(number, sizes, update, sampling, updated_bytes=updated_bytes, room_bytes=room_bytes, until_s=until_s)

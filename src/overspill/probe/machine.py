@@ -8,8 +8,7 @@ Rules:
    that of the device; it writes at most `ProbeSettings.most_written_bytes` to the drive, and only where there is room for it.
 3. Nothing is left: memory goes back to the system, the drive's file has no name. An interruption leaves as little.
 4. It never fails for want of something to measure: no GPU, no directory, no room are notes. Only wrong input raises.
-
-4. What a process takes beside its tensors is measured first, before other measurements load code.
+5. What a process takes beside its tensors is measured first, before other measurements load code.
 
 Costs: 10 to 15 s with a GPU and a drive, most of it the drive's.
 """
@@ -18,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import re
 import time
 import warnings
@@ -28,13 +28,24 @@ from typing import TypeVar
 
 import torch
 
+from overspill.cores import update_threads
 from overspill.errors import BudgetError, OverspillError, StorageError
-from overspill.probe.capacities import ROOT, look_again, place_room_bytes, read_capacities
+from overspill.probe.capacities import ROOT, last_level_cache_bytes, look_again, place_room_bytes, read_capacities
 from overspill.probe.compute import BLOCK_ON_CPU, BLOCK_ON_GPU, MatrixShape, measure_compute
 from overspill.probe.drive import TRIAL_S, TRIALS_BYTES, OpenStore, Passes, choose_depth, measure_drive, measure_trial
 from overspill.probe.footprint import measure_footprint
-from overspill.probe.host_memory import measure_adamw, measure_copy, measure_in_place
+from overspill.probe.host_memory import (
+    LEAST_SET_BYTES,
+    ChunkUpdates,
+    adamw_updates,
+    choose_set_bytes,
+    measure_copy,
+    measure_in_place,
+    open_working_set,
+)
 from overspill.probe.identity import read_identity
+from overspill.probe.kernels import KernelRates, measure_kernels
+from overspill.probe.launching import measure_launches
 from overspill.probe.link import Link, measure_link, open_link
 from overspill.probe.sampling import Sampling, rate_of
 from overspill.spec.machine_file import (
@@ -51,6 +62,7 @@ from overspill.spec.state_formats import STATE_FORMATS
 from overspill.spec.tensors import CHUNK_BYTES, HOST_CHUNK_BYTES
 from overspill.tiers import SsdStore
 from overspill.tiers.block_device import is_block_device
+from overspill.tiers.mapped import node_of_device
 from overspill.tiers.wear import COUNTER_NAME, WriteCounter
 from overspill.units import MIB, format_bytes
 
@@ -73,10 +85,10 @@ class ProbeSettings:
     sampling: Sampling = Sampling(least_s=0.05, num_samples=5)
     link_units: tuple[int, ...] = (HOST_CHUNK_BYTES, CHUNK_BYTES)
     """The sizes in which a session's chunks move (`spec.tensors`)."""
-    copy_bytes: int = 128 * MIB
-    """Of one buffer of a copy, and of half the array of an update in place: more than a large last-level cache together."""
-    updated_bytes: int = 256 * MIB
-    """Of all arrays that are updated in turn."""
+    host_set_bytes: int | None = None
+    """Over which host memory and updates are measured; None: by what the caches hold (`host_memory.choose_set_bytes`)."""
+    host_unit_bytes: int = HOST_CHUNK_BYTES
+    """Of one portion of it: a chunk of states that rest in host memory."""
     block_on_gpu: MatrixShape = BLOCK_ON_GPU
     block_on_cpu: MatrixShape = BLOCK_ON_CPU
     drive_units: tuple[int, ...] = (CHUNK_BYTES, 4 * MIB)
@@ -159,7 +171,7 @@ class _Probe:
         root: Path,
     ) -> None:
         self.begin_s = time.perf_counter()
-        self.device, self.places, self.settings, self._progress = device, places, settings, progress
+        self.device, self.places, self.settings, self._progress, self.root = device, places, settings, progress, root
         self.capacities: MachineCapacities = read_capacities(
             device, [str(place) for place in places], host_budget_bytes=host_budget_bytes, root=root
         )
@@ -178,55 +190,90 @@ class _Probe:
 
     def rates(self, open_store: OpenStore | None) -> MachineRates:
         """All of them, the drive last (rule 1)."""
-        settings, room = self.settings, self.host_room_bytes
-        buffer = min(settings.copy_bytes, room // 2 // 4096 * 4096)
-        link = self._each("the link to the device", settings.link_units, self._link)
-        copy = self._attempt("a copy in host memory", lambda end: measure_copy(buffer, settings.sampling, room_bytes=room, until_s=end))
-        place = self._attempt(
-            "an update in place of host memory",
-            lambda end: measure_in_place(2 * buffer, settings.sampling, room_bytes=room, until_s=end),
-        )
-        dtype = "bfloat16" if self.device.type == "cuda" else "float32"  # what a session there computes in
-        updates = {name: self._attempt(f"the host's update in format {name}", self._update(name, dtype)) for name in STATE_FORMATS}
-        return MachineRates(
-            link=link,
-            host_copy=copy,
-            host_in_place=place,
-            update={name: rate for name, rate in updates.items() if rate is not None},
-            update_parameter_dtype=dtype,
-            compute=self._attempt("compute", self._compute),
-            ssd=self._drive(open_store),
-        )
+        rates = MachineRates(link=self._each("the link to the device", self.settings.link_units, self._link))
+        rates = self._host(rates)
+        if self.device.type == "cuda":
+            rates = dataclasses.replace(
+                rates, launches=self._attempt("launches", lambda end: measure_launches(self.device, self.settings.sampling, until_s=end))
+            )
+        compute = self._attempt("compute", self._compute)
+        if compute is not None and self.device.type == "cuda":
+            kernels = self._attempt("the kinds of kernels", self._kernels)
+            compute = dataclasses.replace(compute, **vars(kernels)) if kernels is not None else compute
+        return dataclasses.replace(rates, compute=compute, ssd=self._drive(open_store))
+
+    def _host(self, rates: MachineRates) -> MachineRates:
+        """Host memory and updates, all over one working set, which is there as long as they take."""
+        settings, sampling = self.settings, self.settings.sampling
+        is_beside_gpu = self.device.type == "cuda"
+        rates = dataclasses.replace(rates, update_parameter_dtype="bfloat16" if is_beside_gpu else "float32")  # what a session computes in
+        with contextlib.ExitStack() as opened:
+            block = self._attempt("host memory", lambda end: opened.enter_context(self._working_set(end)))
+            if block is None:
+                return rates
+            unit = settings.host_unit_bytes
+            copy = self._attempt("a copy in host memory", lambda end: measure_copy(block, unit, sampling, until_s=end))
+            place = self._attempt("an update in place of host memory", lambda end: measure_in_place(block, unit, sampling, until_s=end))
+            found: dict[str, MeasuredRate] = {}
+            beside = None
+            for name in STATE_FORMATS:
+                updates = adamw_updates(
+                    block,
+                    name,
+                    parameter_dtype=rates.update_parameter_dtype,
+                    chunk_bytes=unit,
+                    num_threads=update_threads(is_beside_gpu=is_beside_gpu),
+                )
+                rate = self._attempt(f"the host's update in format {name}", functools.partial(_update_alone, updates, sampling))
+                found |= {name: rate} if rate is not None else {}
+                if name == "fp32" and is_beside_gpu:
+                    beside = self._attempt("the host's update beside copies", functools.partial(self._beside, updates))
+            return dataclasses.replace(
+                rates,
+                host_copy=copy,
+                host_in_place=place,
+                update=found,
+                host_set_bytes=block.numel(),
+                update_beside_copies=beside[0] if beside is not None else None,
+                copies_beside_update=beside[1] if beside is not None else None,
+            )
 
     # -- one measurement each ----------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _open_link(self, unit_bytes: int, device_room_bytes: int) -> Iterator[Link]:
+    def _open_link(self, unit_bytes: int, device_room_bytes: int, host_room_bytes: int | None = None) -> Iterator[Link]:
         """As many buffers as the largest unit takes, or as there is room for."""
         needed = 2 * unit_bytes
         if needed > device_room_bytes:
             raise BudgetError(
                 f"two copies of {format_bytes(unit_bytes)} are needed on the device, {format_bytes(device_room_bytes)} may be taken"
             )
-        slots = min(max(self.settings.link_units) // unit_bytes, self.host_room_bytes // needed, device_room_bytes // needed)
-        with open_link(self.device, unit_bytes, room_bytes=self.host_room_bytes, num_slots=max(1, slots)) as link:
+        host_room = self.host_room_bytes if host_room_bytes is None else host_room_bytes
+        slots = min(max(self.settings.link_units) // unit_bytes, host_room // needed, device_room_bytes // needed)
+        with open_link(self.device, unit_bytes, room_bytes=host_room, num_slots=max(1, slots)) as link:
             yield link
 
     def _link(self, unit_bytes: int, end_s: float) -> LinkFigures:
         with self._open_link(unit_bytes, self.device_room_bytes) as link:
             return measure_link(link, self.settings.sampling, until_s=end_s)
 
-    def _update(self, state_format: str, parameter_dtype: str) -> Callable[[float], MeasuredRate]:
-        settings = self.settings
-        return lambda end: measure_adamw(
-            state_format,
-            settings.sampling,
-            parameter_dtype=parameter_dtype,
-            chunk_bytes=min(CHUNK_BYTES, settings.updated_bytes),
-            updated_bytes=settings.updated_bytes,
-            room_bytes=self.host_room_bytes,
-            until_s=end,
-        )
+    @contextlib.contextmanager
+    def _working_set(self, end_s: float) -> Iterator[torch.Tensor]:
+        """As large as caches demand, room and time allow; a note where that is too little to be sure of them."""
+        settings, caches = self.settings, last_level_cache_bytes(self.root)
+        room = self.host_room_bytes // 2 if self.device.type == "cuda" else self.host_room_bytes  # the rest: buffers of the link
+        size = min(settings.host_set_bytes or choose_set_bytes(caches, room), room // 4096 * 4096)
+        with open_working_set(size, room_bytes=room, numa_node=node_of_device(self.device), until_s=end_s) as block:
+            if settings.host_set_bytes is None and block.numel() < 2 * (caches or LEAST_SET_BYTES // 4):
+                self.notes.append(
+                    f"host memory and updates were measured over {format_bytes(block.numel())}, caches hold "
+                    f"{format_bytes(caches) if caches else 'nobody knows how much'}: their rates may be a cache's, higher than a step's"
+                )
+            yield block
+
+    def _beside(self, updates: ChunkUpdates, end_s: float) -> tuple[MeasuredRate, MeasuredRate]:
+        with self._open_link(min(self.settings.link_units), self.device_room_bytes, self.host_room_bytes // 2) as link:
+            return updates.beside(link, self.settings.sampling, until_s=end_s)
 
     def _compute(self, end_s: float) -> ComputeFigures:
         """Half of the device's room for the matrices, half for the copies."""
@@ -234,6 +281,9 @@ class _Probe:
         shape = settings.block_on_gpu if self.device.type == "cuda" else settings.block_on_cpu
         with self._open_link(min(settings.link_units), room) as link:
             return measure_compute(self.device, shape, link, settings.sampling, room_bytes=room, until_s=end_s)
+
+    def _kernels(self, end_s: float) -> KernelRates:
+        return measure_kernels(self.device, self.settings.sampling, room_bytes=self.device_room_bytes, until_s=end_s)
 
     def _drive(self, open_store: OpenStore | None) -> tuple[DriveFigures, ...]:
         """Each unit size, as far as the time that is left suffices."""
@@ -337,6 +387,10 @@ class _Probe:
         known = {_without_sizes(note) for note in self.notes}
         if _without_sizes(text) not in known:
             self.notes.append(text)
+
+
+def _update_alone(updates: ChunkUpdates, sampling: Sampling, end_s: float) -> MeasuredRate:
+    return updates.alone(sampling, until_s=end_s)
 
 
 def _without_sizes(text: str) -> str:

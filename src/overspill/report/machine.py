@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from overspill.spec.machine_file import BLOCK_FRACTION, MachineFile, MeasuredRate
+from overspill.spec.machine_file import MachineFile, MeasuredRate
+from overspill.spec.measured_hardware import BLOCK_FRACTION
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.units import MIB, format_bytes, format_seconds
@@ -82,7 +83,7 @@ def _rounded(value: float) -> int:
     return int(float(f"{value:.1e}"))
 
 
-_UNITS = {"bytes": (1e9, "GB/s"), "parameters": (1e9, "G/s"), "flops": (1e12, "TFLOP/s")}
+_UNITS = {"bytes": (1e9, "GB/s"), "parameters": (1e9, "G/s"), "flops": (1e12, "TFLOP/s"), "launches": (1e3, "k/s")}
 
 
 def _capacity_rows(file: MachineFile) -> list[tuple[str, str]]:
@@ -115,10 +116,20 @@ def _rate_rows(file: MachineFile) -> list[tuple[str, MeasuredRate, str]]:
         rows.append((f"  each way at once ({link.duplex_factor:.2f} of sum)", link.duplex, "bytes"))
     named = [("host copy, read + written", rates.host_copy), ("host in place, read + written", rates.host_in_place)]
     rows += [(what, rate, "bytes") for what, rate in named if rate is not None]
-    rows += [(f"AdamW on the host, {name}, parameters", rate, "parameters") for name, rate in rates.update.items()]
+    for name, rate in rates.update.items():
+        rows.append((f"AdamW on the host, {name}, parameters", rate, "parameters"))
+        if name == "fp32" and rates.update_beside_copies is not None and rates.copies_beside_update is not None:
+            rows.append(("  beside copies", rates.update_beside_copies, "parameters"))
+            rows.append(("  copies beside it, each way", rates.copies_beside_update, "bytes"))
+    if rates.launches is not None:
+        rows.append(("small kernels launched from Python", rates.launches, "launches"))
     compute = rates.compute
     if compute is not None:
         rows.append((compute.what, compute.alone, "flops"))
+        kinds = [("attention, causal, both passes", compute.attention), ("routed experts' products", compute.grouped)]
+        rows += [(what, kind.rate, "flops") for what, kind in kinds if kind is not None]
+        moved = [("device memory, x + 1", compute.device_memory), ("  norms, gates and sums", compute.elementwise)]
+        rows += [(what, rate, "bytes") for what, rate in (*moved, ("  sums into indexed rows", compute.scattered)) if rate is not None]
         if compute.beside_copies is not None and compute.copies_beside is not None:
             rows.append((f"  beside copies ({compute.compute_slowdown:.2f} of time)", compute.beside_copies, "flops"))
             rows.append((f"  copies beside it ({compute.copies_slowdown:.2f} of time)", compute.copies_beside, "bytes"))

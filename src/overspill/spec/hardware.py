@@ -40,10 +40,23 @@ class HardwareSpec:
     """Operations a second of a large matrix product. 0: only `device_flops` is known."""
     device_memory_bytes_per_s: float = 0.0
     """Read and written by elementwise work on the device. 0: not known."""
+    product_flops: float = 0.0
+    """Operations a second of a large matrix product beside moving its bytes (`KernelFigures.net_per_s`). 0: not known, and so for the four
+    that follow; the first is then `matrix_flops`, and each of the others what is known of the kind that comes before it."""
+    attention_flops: float = 0.0
+    grouped_flops: float = 0.0
+    """Of routed experts' products."""
+    elementwise_bytes_per_s: float = 0.0
+    """Of a block's norms, gates and sums."""
+    scattered_bytes_per_s: float = 0.0
+    """Of rows that are added into rows that an index names."""
     compute_beside_copies: float = 1.0
     """Share of its rate that compute keeps while both directions of the link are busy."""
     copies_beside_compute: float = 1.0
     """Share of its rate that a copy keeps while the device computes."""
+    launch_s: float = 0.0
+    """Host seconds to launch one operation on the device, Python and autograd included. 0: not measured, and `spec.launches.LAUNCH_S` is
+    assumed."""
     device_capacity_bytes: int = 0
     """0: unknown."""
     host_capacity_bytes: int = 0
@@ -59,6 +72,8 @@ class HardwareSpec:
     that follow; predictions then take constants."""
     footprint_library_bytes: int = 0
     footprint_host_growth_bytes: int = 0
+    footprint_expert_host_growth_bytes: int = 0
+    """What the kernels of routed experts add to the last. 0: not measured; predictions then leave it out."""
 
     @property
     def is_measured(self) -> bool:

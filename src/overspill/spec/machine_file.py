@@ -1,4 +1,4 @@
-"""What `overspill probe` found on one machine: a frozen document, and the `HardwareSpec` that predictions take from it.
+"""What `overspill probe` found on one machine: a frozen document. `measured_hardware` makes of it what predictions take.
 
 Words:
 
@@ -13,8 +13,8 @@ Rules:
    it; a drive's figures hold for that drive only (`identity.ssd`).
 3. The file has a version. A reader refuses any version but its own, because a figure that changed its meaning is worse than none.
 
-Limits: the compute rate is that of one matrix product. How much of it a block reaches depends on the model, so a prediction from a machine
-file alone takes `BLOCK_FRACTION` of it, and says so. Collectives between GPUs have a place here (`collectives`) and are not measured yet.
+Limits: the compute rate is that of one matrix product; how much of it a block reaches depends on the model. Collectives between GPUs have
+a place here (`collectives`) and are not measured yet.
 """
 
 from __future__ import annotations
@@ -25,17 +25,12 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from overspill.spec.documents import from_plain, to_json
-from overspill.spec.hardware import HardwareSpec
 from overspill.spec.rates import LinkRates
-from overspill.spec.tensors import CHUNK_BYTES
 from overspill.units import format_bytes
 
 FORMAT_VERSION = 1
-BLOCK_FRACTION = 0.5
-"""Of the rate of a matrix product that a block reaches. Assumed: two Llama shapes reached 0.50 and 0.53 on one H100."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,6 +181,22 @@ class DriveFigures:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelFigures:
+    """A kind of product, by the device."""
+
+    rate: MeasuredRate
+    """Floating-point operations a second."""
+    moved_bytes: int
+    """Read and written by one repetition, each tensor once."""
+
+    def net_per_s(self, memory_bytes_per_s: float) -> float:
+        """The rate beside moving the bytes, if the device moves them at that rate and computes at another time: what is left is what the
+        arithmetic takes. At least the rate itself, at most twice."""
+        took_s = self.rate.size / self.rate.median_per_s
+        return self.rate.size / max(took_s / 2, took_s - self.moved_bytes / memory_bytes_per_s)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeFigures:
     """A matrix product of a block's size on the device, alone and beside copies over the link in both directions."""
 
@@ -202,6 +213,21 @@ class ComputeFigures:
     """The same while the product runs."""
     device_memory: MeasuredRate | None = None
     """Bytes read and written a second of x = x + 1 on the device; None: not measured (a machine file of before)."""
+    moved_bytes: int = 0
+    """Read and written by the product; 0: a machine file of before."""
+    attention: KernelFigures | None = None
+    """Causal attention, forward and backward. None: not measured (no GPU, or a machine file of before), and so for those that follow."""
+    grouped: KernelFigures | None = None
+    """Products of routed experts, forward and backward."""
+    elementwise: MeasuredRate | None = None
+    """Bytes read and written a second of what a block does beside products: norms, gates, residual sums."""
+    scattered: MeasuredRate | None = None
+    """The same where rows are added into rows that an index names."""
+
+    @property
+    def product(self) -> KernelFigures | None:
+        """The matrix product; None: a machine file of before, which does not say what it moved."""
+        return KernelFigures(rate=self.alone, moved_bytes=self.moved_bytes) if self.moved_bytes else None
 
     @property
     def compute_slowdown(self) -> float | None:
@@ -229,6 +255,14 @@ class MachineRates:
     """State format -> parameters a second of AdamW's update in host memory."""
     update_parameter_dtype: str = "bfloat16"
     """Of the parameters and gradients in `update`."""
+    update_beside_copies: MeasuredRate | None = None
+    """The same in format `fp32` while both directions of the link are busy; None: not measured (no GPU, or a machine file of before)."""
+    copies_beside_update: MeasuredRate | None = None
+    """Bytes a second of each direction while the host updates."""
+    host_set_bytes: int = 0
+    """Of the working set over which host memory and updates were measured; 0: a machine file of before, whose figures may be a cache's."""
+    launches: MeasuredRate | None = None
+    """Small kernels a second that the host issues from Python, forward and backward; None: not measured."""
     compute: ComputeFigures | None = None
     ssd: tuple[DriveFigures, ...] = ()
     """A row for each unit size."""
@@ -246,6 +280,9 @@ class ProcessFootprint:
     """Workspaces that matrix libraries keep, from the allocator."""
     host_growth_bytes: int
     """Resident host memory that kernels and libraries took, from a context with none of them on."""
+    expert_host_growth_bytes: int = 0
+    """What the kernels of routed experts take of host memory on top. 0: not measured (a torch without grouped products on this GPU, a
+    machine file of before). The context is the same with them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -313,78 +350,3 @@ def _differences(then: MachineIdentity, now: MachineIdentity, fields: Mapping[st
 
     pairs = [(name, getattr(then, name), getattr(now, name)) for name in fields]
     return tuple(f"{fields[name]} was {shown(name, old)}, is {shown(name, new)}" for name, old, new in pairs if old != new)
-
-
-def hardware_from(
-    file: MachineFile, capacities: HardwareSpec, *, name: str, state_format: str = "fp32", ssd: tuple[str, ...] = ()
-) -> HardwareSpec:
-    """`capacities` with the file's rates in place of the assumed ones, and `source` saying which are which.
-
-    Args:
-        capacities: what is free now. Host capacity becomes the budget that was given to the probe; else 0, unknown, on a machine whose
-            memory changes while one looks.
-        name: of the file, for `source`.
-        ssd: file systems of the directories that will be used; the file's drive figures hold only for the same ones.
-    """
-    rates, changes, assumed = file.rates, dict[str, float](), []
-    if file.footprint is not None:
-        changes |= {f"footprint_{name}": number for name, number in dataclasses.asdict(file.footprint).items()}
-    if rates.link:
-        link = _nearest(rates.link)
-        changes |= {"h2d_bytes_per_s": link.h2d.median_per_s, "d2h_bytes_per_s": link.d2h.median_per_s}
-        both = link.duplex.median_per_s
-        changes |= {
-            "h2d_duplex_bytes_per_s": min(both, link.h2d.median_per_s),
-            "d2h_duplex_bytes_per_s": min(both, link.d2h.median_per_s),
-        }
-    else:
-        assumed.append("link")
-    if rates.ssd and ssd in ((), file.identity.ssd):
-        drive = _nearest(rates.ssd)
-        changes |= {"ssd_read_bytes_per_s": drive.read.median_per_s, "ssd_write_bytes_per_s": drive.write.median_per_s}
-        changes |= {
-            "ssd_read_mixed_bytes_per_s": min(drive.mixed_read.median_per_s, drive.read.median_per_s),
-            "ssd_write_mixed_bytes_per_s": min(drive.mixed_write.median_per_s, drive.write.median_per_s),
-        }
-    else:
-        assumed.append("SSD")
-    if state_format in rates.update:
-        changes["host_update_parameters_per_s"] = rates.update[state_format].median_per_s
-    else:
-        assumed.append("update")
-    memory = [rate.median_per_s for rate in (rates.host_copy, rates.host_in_place) if rate is not None]
-    if memory:
-        changes["host_memory_bytes_per_s"] = max(memory)
-    if rates.compute is not None:
-        changes["device_flops"] = BLOCK_FRACTION * rates.compute.alone.median_per_s
-        changes |= _compute_changes(rates.compute)
-    else:
-        assumed.append("compute")
-    how = f"measured ({name}, {file.measured_at[:10]})"
-    if rates.compute is not None:
-        how += f"; blocks assumed at {BLOCK_FRACTION:g} of a matrix product"
-    if assumed:
-        how += f"; {', '.join(assumed)} assumed"
-    if not file.capacities.is_memory_steady or file.capacities.host_budget_bytes is not None:
-        capacities = dataclasses.replace(capacities, host_capacity_bytes=file.capacities.host_usable_bytes or 0)
-    return dataclasses.replace(capacities, source=how, **changes)  # type: ignore[arg-type]
-
-
-def _compute_changes(compute: ComputeFigures) -> dict[str, float]:
-    """What a prediction takes from the compute figures beside the rate that blocks are assumed to reach."""
-    changes = {"matrix_flops": compute.alone.median_per_s}
-    if compute.device_memory is not None:
-        changes["device_memory_bytes_per_s"] = compute.device_memory.median_per_s
-    if compute.beside_copies is not None:
-        changes["compute_beside_copies"] = min(1.0, compute.beside_copies.median_per_s / compute.alone.median_per_s)
-    if compute.copies_alone is not None and compute.copies_beside is not None:
-        changes["copies_beside_compute"] = min(1.0, compute.copies_beside.median_per_s / compute.copies_alone.median_per_s)
-    return changes
-
-
-_Figures = TypeVar("_Figures", LinkFigures, DriveFigures)
-
-
-def _nearest(rows: tuple[_Figures, ...]) -> _Figures:
-    """The row whose unit is nearest to a chunk's size."""
-    return min(rows, key=lambda row: abs(row.unit_bytes - CHUNK_BYTES))
