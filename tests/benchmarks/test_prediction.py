@@ -61,6 +61,8 @@ def test_the_summary_has_median_and_worst_of_what_is_held_out_and_names_what_fai
 
     text = run.summarize([line("a", -0.5), line("a", -0.01), line("b", 0.02), line("c", 0.1), line("d", 9.0, is_held_out=False)])
     assert text.startswith("3 held-out runs") and "device_peak_bytes | 2.00% | 10.00% | 3% / 8% | c" in text
+    drive = {"lanes_read_bytes": 300, "unwritten_read_bytes": 100, "kernel_read_bytes": 201}
+    assert "bytes read as the kernel counted them | +0.500% | +0.500% | a" in run.summarize([line("a", 0.0, drive=drive)])
     assert run.summarize([{"name": "e", "error": "OOM"}]).endswith("failed: e")
 
 
@@ -71,16 +73,21 @@ def test_a_run_is_a_process_of_its_own_and_its_line_has_both_predictions(tmp_pat
     options.ssd_dir.mkdir()
     with run.Crew(FOLDER / "one_run.py", num_waiting=2) as crew:
         line = run.run_one("tiny-moe:64:ssd:clip", options, crew, limit_s=60, num_runs=2)
-        broken = run.run_one("tiny:64:host", options, crew, limit_s=0.2)
+        broken = run.run_one("tiny:64:host", options, crew, limit_s=0.6)
     assert "ran past its limit" in broken["error"], sys.executable
+    assert "most recent call first" in broken["output_tail"] and "in measure_run" in broken["output_tail"], "where all its threads were"
     assert not list((tmp_path / "ssd").iterdir()), "nothing of a run is left on the drive"
     assert "error" not in line, line
     assert line["missed_by"]["ssd_read_bytes"] == line["missed_by"]["ssd_written_bytes"] == line["missed_by"]["device_peak_bytes"] == 0
     assert line["measured"]["ssd_written_bytes"] > 0 and abs(line["missed_by"]["host_peak_bytes"]) < 0.5
     assert line["missed_by"]["step_s"] is None and "blocks" in line["source"] or "assumed" in line["source"], "no machine file, no time"
     assert json.loads(json.dumps(line)) == line
+    assert line["replays"] == {"predicted": 0, "measured": 0}
+    assert {"launch_s", "replays_s", "num_repetitions"} < line["templates"][0].keys()
     drive = line["drive"]
-    assert drive["lanes_written_bytes"] == line["measured"]["ssd_written_bytes"] > 0
+    steps = 2  # the first of warming up, and the counted one: the second makes the first update, of states that nobody has written
+    assert drive["lanes_written_bytes"] > (steps - 1) * line["measured"]["ssd_written_bytes"] > 0
+    assert 0 < drive["unwritten_read_bytes"] < drive["lanes_read_bytes"]
 
 
 def test_a_process_that_waits_is_told_what_to_do_or_ends_with_us(tmp_path: Path) -> None:

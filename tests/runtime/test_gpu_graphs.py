@@ -78,9 +78,40 @@ def test_replays_of_other_blocks_change_no_bit(name: str) -> None:
     assert_same_bits(name, "bfloat16")
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_replays_under_autocast_change_no_bit(name: str) -> None:
+    """Weights are cast in the recording: a cast that an earlier micro-batch had left would be the recorded step's for ever."""
+    with torch.autocast("cuda", torch.bfloat16):
+        assert_same_bits(name, "float32", group_size=4)
+
+
 def test_replays_with_masks_and_several_lengths_change_no_bit() -> None:
     assert_same_bits("llama", "bfloat16", padded=True)
     assert_same_bits("llama", "bfloat16", lengths=(12, 8))
+
+
+def test_a_session_that_timed_templates_does_what_it_predicts_and_changes_no_bit() -> None:
+    def run(is_timed: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = tiny_model("llama").to(torch.bfloat16)
+        model.config.dtype = torch.bfloat16
+        plan = overspill.PlanRequest(
+            parameters="host", states="host", boundaries="device", dtype="bfloat16", seq_len=12, micro_batch=2, accumulate=4, device="cuda"
+        )
+        with overspill.Session(model, plan=plan, optimizer=overspill.AdamW(lr=1e-2), seed=3, cuda_graphs=is_timed) as session:
+            if is_timed:
+                times = session.time_templates()
+                assert times is not None and times.blocks[0].is_bound_by_launches, "a tiny block is bound by launches anywhere"
+            predicted = session.predict_plan()
+            reports = [session.step(batches(step)) for step in range(STEPS)]
+            assert reports[-1].num_replays == predicted.num_replays and (predicted.num_replays > 0) == is_timed
+            assert (reports[0].num_replays > 0) == is_timed, "they are recorded in the first step"
+            session.flush()
+            return [report.loss for report in reports], {name: session.homes.read(name) for name in session.homes.names}
+
+    losses, weights = run(False)
+    replayed_losses, replayed = run(True)
+    assert replayed_losses == losses
+    assert [name for name in weights if not torch.equal(weights[name], replayed[name])] == []
 
 
 def test_blocks_that_cannot_be_recorded_train_all_the_same() -> None:

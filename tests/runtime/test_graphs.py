@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import overspill
@@ -33,6 +35,20 @@ class RepeatingRecorder:
 
     def random_state(self) -> bytes:
         return bytes(torch.get_rng_state().numpy())
+
+
+class TapeOfOneDtype(RepeatingRecorder):
+    """Replays under the autocast that it recorded under, as kernels do."""
+
+    def record(self, run: Callable[[], None]) -> graphs.Replay:
+        super().record(run)
+        dtype = torch.get_autocast_dtype("cpu")
+
+        def replay() -> None:
+            with torch.autocast("cpu", dtype=dtype):
+                run()
+
+        return replay
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -196,6 +212,90 @@ def test_blocks_are_recorded_once_a_settled_step_was_bound_by_launches() -> None
         for _ in range(4):
             without.judge(launch_s=1.0, device_s=1.0)
         assert not without.is_wanted
+
+
+def test_blocks_chosen_before_the_first_step_are_recorded_in_it_and_no_others() -> None:
+    recorder = RepeatingRecorder()
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = recorder
+        assert session.executor.graphs.choose(["model.layers.1"]) and not session.executor.graphs.wants_judgement()
+        reports = [session.step(make_even_batches(step)) for step in range(STEPS)]
+        assert recorder.num_recorded == len(session.executor.graphs) > 0 and reports[0].num_replays > 0
+        assert {key[0] for key in session.executor.graphs._recordings} == {"model.layers.1"}
+        assert reports[-1].num_replays == 2 * 4, "forward and backward of each micro-batch"
+        session.flush()
+        result = [(report.loss, report.grad_norm) for report in reports], {name: session.homes.read(name) for name in session.homes.names}
+    assert_same(result, plain("llama", None))
+
+
+def test_a_recording_under_autocast_casts_the_weights_itself() -> None:
+    """A cast that autocast had kept from an op before would be the first step's weights in every replay."""
+    matrices: list[tuple[int, ...]] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].dim() == 2:
+                matrices.append(tuple(args[0].shape))
+            return func(*args, **(kwargs or {}))
+
+    class Looking(RepeatingRecorder):
+        def record(self, run: Callable[[], None]) -> graphs.Replay:
+            if not self.num_recorded:  # a forward, after others of the same visit
+                with Casts():
+                    run()
+            return super().record(run)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16), open_session("llama") as session:
+        session.executor.graphs.recorder = Looking()
+        assert session.executor.graphs.choose(["model.layers.0"])
+        session.step(make_even_batches(0))
+        assert len(session.executor.graphs) > 0
+    assert sorted(matrices) == sorted([(32, 32)] * 4 + [(64, 32)] * 2 + [(32, 64)])
+
+
+def test_a_recording_under_one_autocast_is_not_replayed_under_another() -> None:
+    def evaluate(dtype: torch.dtype) -> float:
+        with torch.autocast("cpu", dtype=dtype):
+            return session.evaluate(make_even_batches(9)).loss
+
+    with open_session("llama") as session:
+        expected = {dtype: evaluate(dtype) for dtype in (torch.bfloat16, torch.float16)}
+        assert len(set(expected.values())) == 2
+        session.executor.graphs.recorder = TapeOfOneDtype()
+        assert session.executor.graphs.choose([f"model.layers.{index}" for index in range(3)])
+        for _ in range(3):
+            for dtype, loss in expected.items():
+                assert evaluate(dtype) == loss
+        assert session.executor.graphs.num_replays > 0
+
+
+def test_what_is_chosen_again_holds_from_then_on() -> None:
+    """Templates can be timed again, when other steps have been made: what is replayed is what was chosen last."""
+    recorder, chosen = RepeatingRecorder(), (["model.layers.0", "model.layers.1"], ["model.layers.1"], [])
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = recorder
+        found = []
+        for step in range(STEPS):
+            if step % 2 == 0:
+                assert session.executor.graphs.choose(chosen[step // 2])
+            report = session.step(make_even_batches(step))
+            found.append((report.loss, report.grad_norm))
+            if step % 2 and step > 1:
+                assert report.num_replays == 2 * 4 * len(chosen[step // 2])
+        session.flush()
+        result = found, {name: session.homes.read(name) for name in session.homes.names}
+    assert_same(result, plain("llama", None))
+
+
+def test_what_a_run_has_judged_for_itself_stays() -> None:
+    with open_session("llama") as session:
+        wanted = graphs.BlockGraphs(session.model, RepeatingRecorder())
+        wanted.is_wanted = True
+        assert not wanted.choose([]) and wanted.chosen is None
+        none = graphs.BlockGraphs(session.model, RepeatingRecorder())
+        assert none.choose([])
+        for _ in range(graphs.STEPS_UNJUDGED + 1):
+            assert not none.wants_judgement(), "it is decided"
 
 
 @pytest.mark.parametrize("group_size", [4, 1])

@@ -16,9 +16,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import overspill
 from overspill.planning.memory import segment_bytes
-from overspill.report.prediction import comparison_table, describe_largest_miss, prediction_table
+from overspill.report.memory import host_resident_bytes
+from overspill.report.prediction import comparison_table, describe_largest_miss, describe_other_replays, prediction_table
 from overspill.report.progress import MetricsFile, metrics_row
 from overspill.runtime import predictions
+from overspill.runtime.machine import PROCESS_GROWTH_BYTES
 from overspill.runtime.predictions import SHARE, brings_mask, with_rates
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.prediction import COMPARED, MemoryTerm, compare
@@ -128,6 +130,36 @@ def test_templates_timed_here_replace_what_flops_would_say() -> None:
     assert after.lane_busy_s["compute"] == pytest.approx(expected, rel=0.05), "the embedding is little beside it"
 
 
+def test_once_a_step_has_been_loaded_the_process_is_what_it_holds_beside_homes_and_slots() -> None:
+    with open_session(parameters="host", states="host", boundaries="device") as session:
+        assert "process" in {term.name for term in session.predict_plan().host_terms}
+        session.step(batches())
+        session.flush()
+        host, found = session.residency.host, session._predictions
+        assert host.allocated_bytes * 0.9 <= host.resident_bytes() <= host.allocated_bytes, "all homes have been touched by a step"
+        found.note_loaded_process()
+        expected = host_resident_bytes() - host.resident_bytes() + PROCESS_GROWTH_BYTES
+        assert found.loaded_process_bytes == pytest.approx(expected, abs=8 * MIB)
+        terms = {term.name: term.num_bytes for term in session.predict_plan().host_terms}
+        assert terms["process"] == found.loaded_process_bytes and "growth beside a GPU" not in terms
+
+
+def test_templates_timed_before_the_first_step_tell_the_executor_which_blocks_to_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def decide(self: predictions.Predictions, **kwargs: object) -> frozenset[str]:
+        asked.append(self.times is not None)
+        return frozenset({"model.layers.0"})
+
+    monkeypatch.setattr(predictions.Predictions, "replayed_blocks", decide)
+    with open_session(parameters="host", states="host", boundaries="device") as session:
+        assert session.executor.graphs.chosen is None, "without templates it judges in the run"
+        session.time_templates(limit_s=0.2)
+        assert asked[-1] and session.executor.graphs.chosen == {"model.layers.0"}
+        assert session.predict(batches()).num_replays == 2 * 2
+        assert session.step(batches()).num_replays == 0, "a CPU has nothing to replay"
+
+
 def test_rates_that_a_session_measured_come_before_a_machine_files() -> None:
     link = LinkRates(up_bytes_per_s=5.0, down_bytes_per_s=4.0, up_duplex_bytes_per_s=6.0, down_duplex_bytes_per_s=3.0)
     rates = LaneRates(link=link, ssd=None, update_parameters_per_s=7.0)
@@ -195,6 +227,18 @@ def test_misses_are_relative_to_what_was_measured_and_the_largest_is_named_with_
     slow = compare(prediction(), report(step_s=8.0))
     assert describe_largest_miss(slow, prediction()) == "step time was predicted as compute 1.50 s, h2d 500.0 ms (measured)"
     assert comparison_table(found, step=1).row_count == 4 and prediction_table(prediction()).row_count == 3
+
+
+def test_a_run_that_judged_launches_otherwise_than_predicted_says_so_and_names_the_part() -> None:
+    unexpected = describe_other_replays(prediction(replays_bytes=3 * MIB), report(step=9, num_replays=48))
+    assert unexpected == (
+        "48 passes of blocks were replayed as CUDA graphs in step 9, which was not predicted: the part replayed graphs, about 3.00 MiB, is "
+        "missing from the device peak, and compute takes less than was predicted"
+    )
+    missing = describe_other_replays(prediction(num_replays=48, replays_bytes=3 * MIB), report(step=2))
+    assert missing.startswith("48 passes of blocks were predicted to be replayed as CUDA graphs, and none was in step 2: the part replayed")
+    assert describe_other_replays(prediction(), report()) == ""
+    assert describe_other_replays(prediction(num_replays=48), report(num_replays=40)) == ""
 
 
 def test_what_rests_on_assumptions_alone_is_not_compared() -> None:

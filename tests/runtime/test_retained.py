@@ -21,7 +21,7 @@ from overspill.runtime.compute import UnitRunner
 from overspill.runtime.lanes import Lanes
 from overspill.runtime.retained import RetainedGraph
 from overspill.runtime.visit import Visit
-from overspill.spec.retention import ActivationMode
+from overspill.spec.retention import ActivationMode, most_passes
 from overspill.spec.schedule import Compute, Evict, Fetch, Lane, Phase, Role
 from overspill.spec.tensors import Tier
 from overspill.tiers import Arena, FakeStore
@@ -176,6 +176,24 @@ def test_where_there_is_room_nothing_is_rebuilt_with_the_same_bits_and_the_bytes
         session.step(whole_batches(0))
         assert session.executor.units.retained.most_bytes == dict(session.plan.stored_bytes)
         assert all(stored > least.plan.stored_bytes[unit] for unit, stored in session.plan.stored_bytes.items())
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "bfloat16"), ("gpt2", "bfloat16")])
+def test_costly_rebuilds_that_are_stored_change_no_bit_and_take_the_bytes_that_were_predicted(
+    name: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of Llama's norms what was computed in fp32; of GPT-2's, which are one kernel, nothing."""
+    with open_session(name, dtype=dtype, activations="keep") as session:
+        least = dict(session.plan.stored_bytes)
+    for module in ("overspill.runtime.compute", "overspill.huggingface.workload"):
+        monkeypatch.setattr(f"{module}.most_passes", lambda mode: most_passes(ActivationMode.KEEP_COSTLY))
+    with open_session(name, dtype=dtype, activations="keep") as session:
+        stored = dict(session.plan.stored_bytes)
+        assert_same(train(session), recomputed(name, dtype, 3, None))
+    with open_session(name, dtype=dtype, activations="keep") as session:
+        session.step(whole_batches(0))
+        assert session.executor.units.retained.most_bytes == stored
+    assert all((stored[unit] > least[unit]) == (name == "llama") for unit in least)
 
 
 def test_a_plan_for_masked_batches_counts_what_they_store() -> None:

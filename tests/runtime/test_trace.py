@@ -17,13 +17,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import overspill
 from overspill.errors import StorageError
 from overspill.planning.floor import build_step_work
+from overspill.runtime import rates as rates_module
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.lanes import Completion, Lanes
+from overspill.runtime.opening import Files
 from overspill.runtime.trace import Recorder
 from overspill.spec.schedule import Lane, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
 from overspill.spec.trace import DISPATCH, Idle, Span, busy_s, exposed_s, find_idle, lane_busy_s
 from overspill.tiers import FakeStore
+from overspill.units import GIB
 
 PLACEMENTS: list[dict[str, object]] = [
     {"parameters": "ssd", "states": "ssd", "boundaries": "ssd"},
@@ -164,6 +167,32 @@ def test_reports_have_a_floor_from_the_first_question_on_and_none_is_measured_be
         trace = session.executor.trace
         assert trace is not None
         assert build_step_work(trace.schedule, rates).lane_s.keys() == {"h2d", "d2h", "ssd_read", "ssd_write", "host_update"}
+
+
+@pytest.mark.parametrize("states", ["host", "ssd"])
+def test_updates_are_measured_over_as_much_as_homes_will_take_and_no_more(monkeypatch: pytest.MonkeyPatch, states: str) -> None:
+    """So that a large cache does not hold them, and the process's peak does not rise: 3 GiB that nobody has touched are states to come."""
+    asked: dict[str, int] = {}
+
+    def measure(*_: object, **sizes: int) -> object:
+        asked.update(sizes)
+        raise ValueError("looked at")
+
+    def open_store(directory: str, capacity_bytes: int, is_scratch: bool) -> FakeStore:
+        return FakeStore(capacity_bytes)
+
+    monkeypatch.setattr(rates_module, "measure_update", measure)
+    with open_session(parameters="host", states=states, boundaries="host") as session:
+        untouched = 3 * GIB if states == "host" else 0
+        rates, _ = rates_module.measure_rates(
+            session.plan, session.optimizer, Files(open_store=open_store), room_bytes=GIB, untouched_bytes=untouched
+        )
+    assert any("looked at" in note for note in rates.notes)
+    assert asked["room_bytes"] == max(GIB, untouched)
+    if states == "host":
+        assert 2 * GIB <= asked["updated_bytes"] <= untouched
+    else:
+        assert asked["updated_bytes"] == rates_module.UPDATED_BYTES
 
 
 @pytest.mark.clock

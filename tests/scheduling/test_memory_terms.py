@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from matrices import make_plan
+from tiny_models import tiny_config
 
+from overspill.huggingface.workload import describe_workload
 from overspill.planning import full_step, plan_arena, pool_events
 from overspill.planning.memory import (
     CUDA_CONTEXT_BYTES,
@@ -42,6 +44,29 @@ def test_the_parts_of_the_process_are_homes_slots_and_itself_and_on_a_cpu_the_de
         assert terms["slots"] == 12288
         assert terms["process"] == 123
         assert ("device slots" in terms) == (device == "cpu") and ("growth beside a GPU" in terms) == (device != "cpu")
+
+
+def test_a_process_that_has_loaded_what_a_step_needs_is_as_measured_and_grows_by_no_constant() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device")
+    schedule = full_step(plan)
+    hardware = HardwareSpec(process_bytes=123, footprint_host_growth_bytes=500)
+    before = host_terms(schedule, plan, hardware, slot_bytes=8192, device=())
+    after = host_terms(schedule, plan, hardware, slot_bytes=8192, device=(), loaded_process_bytes=700)
+    assert {term.name: term.num_bytes for term in before}.items() >= {"process": 123, "growth beside a GPU": 500}.items()
+    assert {term.name: term.num_bytes for term in after if term.name not in ("homes", "slots")} == {"process": 700}
+
+
+def test_routed_experts_bring_kernels_of_their_own_as_far_as_a_probe_has_seen_them() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device")
+    schedule = full_step(plan)
+    for name, hardware, expected in (
+        ("mixtral", HardwareSpec(footprint_expert_host_growth_bytes=270), {270}),
+        ("mixtral", HardwareSpec(), set()),
+        ("llama", HardwareSpec(footprint_expert_host_growth_bytes=270), set()),
+    ):
+        workload = describe_workload(tiny_config(name), seq_len=12, micro_batch=2)
+        terms = host_terms(schedule, plan, hardware, slot_bytes=8192, device=(), workload=workload)
+        assert {term.num_bytes for term in terms if term.name == "experts' kernels"} == expected
 
 
 def test_what_a_process_takes_beside_its_tensors_is_as_measured_if_it_was_and_else_a_constant() -> None:

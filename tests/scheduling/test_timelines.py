@@ -6,13 +6,15 @@ import dataclasses
 
 import pytest
 from matrices import PLACEMENTS, make_plan
+from tiny_models import tiny_config
 
+from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, full_step, simulate
 from overspill.planning.timeline import Contention, Task, Threads, run_timeline
 from overspill.scheduling import build_evaluation, build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Fetch, Lane, Update
+from overspill.spec.schedule import Compute, Fetch, Lane, Phase, Update
 from overspill.spec.trace import Span
 
 COMPUTE, H2D, D2H, READ, WRITE, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.SSD_READ, Lane.SSD_WRITE, Lane.HOST_UPDATE
@@ -246,6 +248,23 @@ def test_a_link_takes_its_bytes_over_its_rate_and_an_update_its_elements() -> No
             assert costs.seconds(item.op, item.lane) == item.op.num_elements / 1e8
             record = plan.state_record_bytes(item.op.bundle, item.op.chunk)
             assert costs.host_bytes(item.op, item.lane) == 4 * item.op.num_elements * 3 + 2 * record
+
+
+def test_an_op_whose_kernels_are_launched_one_by_one_takes_no_less_than_that_and_a_replay_does() -> None:
+    """A kernel a millisecond to launch; everything else in no time."""
+    workload = describe_workload(tiny_config("llama"), seq_len=16, micro_batch=2, dtype="bfloat16", device="cuda")
+    names = [unit for item in workload.classes for unit in item.units]
+    plan = dataclasses.replace(make_plan(parameters="host", states="host", boundaries="device"), dtype="bfloat16")
+    units = {old.name: dataclasses.replace(old, name=name) for old, name in zip(plan.units, names, strict=False)}
+    hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=1e-3, matrix_flops=1e15, device_memory_bytes_per_s=1e15)
+    plan = dataclasses.replace(plan, units=tuple(units.values()))
+    costs = build_costs(plan, hardware, workload=workload)
+    embedding, block = (
+        costs.seconds(Compute(unit=name, micro_batch=0, phase=Phase.FORWARD, produced=(), flops=1), COMPUTE) for name in names[:2]
+    )
+    forward = workload.classes[0].forward
+    assert forward is not None and embedding == forward.work.num_ops * 1e-3, "it is launched kernel by kernel"
+    assert block < 1e-3, "it is replayed as a graph, for launches bind it"
 
 
 def test_an_evaluation_is_simulated_too() -> None:

@@ -146,6 +146,29 @@ def test_templates_of_a_real_shape_are_timed_within_five_seconds() -> None:
     assert torch.cuda.memory_allocated() <= before + 2**20
 
 
+def test_a_block_that_launches_bound_is_timed_as_a_replay_which_takes_less() -> None:
+    config = LlamaConfig(**LLAMA | dict(num_hidden_layers=4))
+    before = torch.cuda.memory_allocated()
+    (block,) = time_templates(config, device="cuda", seq_len=256, micro_batch=1).blocks
+    assert block.is_bound_by_launches and block.is_replayable, block
+    assert block.replayed_forward is not None and block.replayed_backward is not None, block
+    replayed_s = block.replayed_forward.median_s + block.replayed_backward.median_s
+    assert replayed_s < 0.8 * block.forward_backward_s, block
+    assert block.replayed_backward.spread_s < 0.5 * block.replayed_backward.median_s
+    assert torch.cuda.memory_allocated() <= before + 2**20, "recordings give their memory back"
+    (large,) = time_templates(config, device="cuda", seq_len=4096, micro_batch=8).blocks
+    assert not large.is_bound_by_launches and large.replayed_backward is None and large.launch_s > 0
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2_dropout"])
+def test_a_block_that_cannot_be_recorded_is_timed_all_the_same(name: str) -> None:
+    """A mixture of experts asks the device which tokens go where, or gives the loss its logits; a dropout draws."""
+    times = time_templates(config_of(name), device="cuda", seq_len=SEQUENCE, micro_batch=2)
+    for block in times.blocks:
+        assert block.backward is not None and (block.is_replayable == (block.replayed_backward is not None)), block
+    assert name != "gpt2_dropout" or not times.blocks[0].is_replayable
+
+
 def test_what_does_not_fit_the_gpu_is_measured_smaller_and_said() -> None:
     times = time_templates(LlamaConfig(**LLAMA), device="cuda", seq_len=65536, micro_batch=64)
     assert times.blocks[0].backward is not None

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
 from tiny_models import tiny_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from overspill import describe_workload
-from overspill.runtime import template_timing
-from overspill.runtime.template_timing import MOST_REPETITIONS, build_sizes, time_templates
-from overspill.spec.documents import from_json
-from overspill.spec.workload import TemplateTimes
+from overspill.report.workload import _describe_launches
+from overspill.runtime import template_repetitions, template_timing
+from overspill.runtime.template_repetitions import MOST_IN_DOUBT, build_sizes
+from overspill.runtime.template_runs import Sample
+from overspill.runtime.template_timing import choose_better, time_templates
+from overspill.spec.documents import from_json, from_plain, to_json
+from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
 
 SIZES = dict(seq_len=24, micro_batch=2, dtype="float32")
 
@@ -25,7 +31,7 @@ def test_every_class_of_blocks_and_the_tail_are_timed(name: str) -> None:
         assert (item.micro_batch, item.seq_len, item.note) == (2, 24, "")
         assert item.forward is not None and item.backward is not None
         assert item.forward_backward_s == item.forward.median_s + item.backward.median_s > item.forward_s > 0
-        assert 1 < item.forward.num_repetitions <= MOST_REPETITIONS and item.backward.spread_s >= 0
+        assert 1 < item.forward.num_repetitions <= MOST_IN_DOUBT and item.backward.spread_s >= 0
     assert times.tail.forward is None and times.tail.backward is not None
     assert times.elapsed_s < 10
     assert from_json(TemplateTimes, times.to_json()) == times
@@ -80,9 +86,30 @@ def test_running_out_of_memory_is_a_note(monkeypatch: pytest.MonkeyPatch) -> Non
     (block,) = time_templates(tiny_config("llama"), **sizes, device="cpu", spec=spec).blocks
     assert (block.micro_batch, block.seq_len) == (1, 32) and block.backward is not None
     assert "1 x 48 ran out of memory (tried to allocate 3 GiB)" in block.note
-    monkeypatch.setattr(template_timing, "SMALLEST_TOKENS", 64)
+    monkeypatch.setattr(template_repetitions, "SMALLEST_TOKENS", 64)
     (block,) = time_templates(tiny_config("llama"), **sizes, device="cpu", spec=spec).blocks
     assert block.backward is None and block.note == "out of memory: tried to allocate 3 GiB"
+
+
+def test_what_a_recomputation_leaves_out_is_left_out_of_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    from overspill.huggingface.unneeded import UnneededProducts
+
+    made: list[UnneededProducts] = []
+    decide = UnneededProducts.decide
+
+    def noted(self: UnneededProducts, unit: str, differentiate: Callable[[], Sequence[torch.Tensor | None]]) -> None:
+        made.append(self)
+        decide(self, unit, differentiate)
+
+    monkeypatch.setattr(UnneededProducts, "decide", noted)
+    monkeypatch.setattr(template_timing, "UNNEEDED_SHARE", 1.0)
+    times = time_templates(tiny_config("llama"), **SIZES, device="cpu", limit_s=10.0)
+    assert [found.left_out for found in made] == [{"model.layers.0": ("mlp.down_proj",)}]
+    assert times.blocks[0].backward is not None
+    made.clear()
+    monkeypatch.setattr(template_timing, "UNNEEDED_SHARE", 0.0)
+    time_templates(tiny_config("llama"), **SIZES, device="cpu", limit_s=1.0)
+    assert not made, "there was no time to find out"
 
 
 def test_timing_leaves_generators_and_the_model_alone() -> None:
@@ -106,3 +133,135 @@ def test_wrong_input_is_refused() -> None:
     spec = describe_workload(tiny_config("llama"), seq_len=8, micro_batch=1, device="cpu")
     with pytest.raises(ValueError, match="the spec is of 1 x 8 tokens in bfloat16, asked for were 2 x 24 in float32"):
         time_templates(tiny_config("llama"), **SIZES, device="cpu", spec=spec)
+
+
+# -- launches and replays, by clocks of a device that works while the host goes on ----------------------------------------
+
+
+class ApartClock:
+    """The host launches in the time that the CPU computes; the device takes `factor` times that."""
+
+    is_apart = True
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return self.factor * (end - start)
+
+
+class KeepingRecorder:
+    """Records by keeping what is to be launched."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails, self.num_recorded, self.num_replayed = fails, 0, 0
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.num_recorded += 1
+
+        def replay() -> None:
+            self.num_replayed += 1
+            run()
+
+        return replay
+
+    def random_state(self) -> bytes:
+        return bytes(torch.get_rng_state().numpy())
+
+
+def time_apart(name: str, factor: float, *, fails: bool = False, replays: bool = True, **config: object) -> tuple[UnitTimes, list]:
+    made: list[KeepingRecorder] = []
+
+    def recorder() -> KeepingRecorder:
+        made.append(KeepingRecorder(fails=fails))
+        return made[-1]
+
+    times = time_templates(
+        tiny_config(name, **config), **SIZES, device="cpu", limit_s=2.0, clock=ApartClock(factor), recorder=recorder, replays=replays
+    )
+    assert times.tail.replayed_backward is None and times.tail.launch_s > 0
+    return times.blocks[0], made
+
+
+@pytest.mark.clock
+def test_a_block_that_launches_bound_is_recorded_and_its_replays_are_timed() -> None:
+    block, made = time_apart("llama", 1.0)
+    assert block.is_bound_by_launches and block.is_replayable and block.launch_s <= block.forward_backward_s
+    assert block.replayed_forward is not None and block.replayed_backward is not None
+    assert block.replayed_backward.num_repetitions > 1 and made[-1].num_recorded == 2
+    assert made[-1].num_replayed == 2 * (block.replayed_backward.num_repetitions + 1), "the first replay does not count"
+    assert from_json(UnitTimes, to_json(block)) == block
+    assert "so it is replayed as CUDA graphs, in" in _describe_launches(block)
+
+
+@pytest.mark.clock
+def test_a_block_that_the_device_bounds_is_not_recorded_nor_one_of_a_run_without_graphs() -> None:
+    for factor, replays in ((3.0, True), (1.0, False)):
+        block, made = time_apart("llama", factor, replays=replays)
+        assert block.is_bound_by_launches == (factor == 1.0) and block.is_replayable and not made
+        assert block.replayed_forward is None and block.replayed_backward is None
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "fails"),
+    [("gpt2", {"resid_pdrop": 0.1}, False), ("mixtral", {"output_router_logits": True}, False), ("llama", {}, True)],
+    ids=["draws", "side outputs", "fails"],
+)
+def test_blocks_that_the_executor_does_not_record_have_no_replays(name: str, config: dict[str, object], fails: bool) -> None:
+    block, made = time_apart(name, 1.0, fails=fails, **config)
+    assert not block.is_replayable and block.replayed_backward is None and block.backward is not None
+    assert sum(item.num_recorded for item in made) == 0
+    assert ("it cannot be recorded as a CUDA graph: operation not permitted" in block.note) == fails
+
+
+def test_of_two_rounds_the_larger_size_counts_and_of_one_size_the_quicker() -> None:
+    def timed(seconds: float, *, tokens: int = 64, replay_s: float | None = None) -> UnitTimes:
+        part = Timing(median_s=seconds, spread_s=0.0, num_repetitions=3)
+        replay = Timing(median_s=replay_s, spread_s=0.0, num_repetitions=3) if replay_s is not None else None
+        return UnitTimes(
+            name="b", seq_len=tokens, micro_batch=1, forward=part, backward=part, replayed_forward=replay, replayed_backward=replay
+        )
+
+    nothing = UnitTimes(name="b", seq_len=64, micro_batch=1, forward=None, backward=None, note="out of memory")
+    assert choose_better(timed(1.0), timed(9.0, tokens=128)).seq_len == 128
+    assert choose_better(timed(1.0), nothing) == choose_better(nothing, timed(1.0)) == timed(1.0)
+    quicker = choose_better(timed(0.3, replay_s=0.1), timed(0.01))
+    assert quicker.forward_s == 0.01 and quicker.replayed_forward is not None and quicker.replayed_forward.median_s == 0.1
+    assert quicker.note == "another round of repetitions, which does not count, took 600.0 ms, this one 20.0 ms"
+    assert choose_better(timed(0.3), timed(0.2)).note == ""
+
+
+def test_a_result_that_flops_and_bytes_contradict_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round of the block is disturbed all along."""
+    rounds: list[str] = []
+    describe = template_timing._describe
+
+    def disturbed(unit: str, size: tuple[int, int], samples: Sequence[Sample], note: str) -> UnitTimes:
+        rounds.append(unit)
+        slow = [Sample(forward_s=2.0, backward_s=2.0)] * 4 if len(rounds) == 1 else samples
+        return describe(unit, size, slow, note)
+
+    monkeypatch.setattr(template_timing, "_describe", disturbed)
+    monkeypatch.setattr(template_timing, "LAUNCH_S", 1e-3)  # so that this machine is not doubted
+    times = time_templates(tiny_config("llama"), **SIZES, device="cpu", limit_s=60.0, clock=ApartClock(3.0))
+    assert rounds[:3] == ["model.layers.0", "tail", "model.layers.0"]
+    (block,) = times.blocks
+    assert block.forward_backward_s < 1 and "another round of repetitions, which does not count, took 4.00 s" in block.note
+
+
+def test_times_that_were_saved_before_launches_were_timed_are_read() -> None:
+    old = {
+        "name": "b", "seq_len": 8, "micro_batch": 1, "note": "",
+        "forward": {"median_s": 1.0, "spread_s": 0.0, "num_repetitions": 3},
+        "backward": {"median_s": 2.0, "spread_s": 0.0, "num_repetitions": 3},
+    }  # fmt: skip
+    found = from_plain(UnitTimes, old)
+    assert found.launch_s == 0 and not found.is_bound_by_launches and found.is_replayable and found.replayed_backward is None

@@ -13,7 +13,7 @@ from overspill.cli.finetune import FinetuneOptions
 from overspill.errors import StorageError
 from overspill.report.lanes import describe_step_time, lane_table
 from overspill.report.memory import host_peak_bytes
-from overspill.report.prediction import comparison_table, describe_largest_miss
+from overspill.report.prediction import comparison_table, describe_largest_miss, describe_other_replays
 from overspill.report.tables import describe_pools
 from overspill.runtime.session import Session
 from overspill.spec.prediction import compare
@@ -89,7 +89,7 @@ def show_last_step(console: Console, report: StepReport, predicted: Predicted | 
     if predicted is not None:
         prediction, comparison = predicted[1], compare(predicted[1], predicted[0])
         console.print(comparison_table(comparison, step=predicted[0].step))
-        resources = (describe_largest_miss(comparison, prediction), *resources)
+        resources = (describe_largest_miss(comparison, prediction), describe_other_replays(prediction, predicted[0]), *resources)
     return tuple(line for line in (describe_step_time(report), *resources) if line)
 
 

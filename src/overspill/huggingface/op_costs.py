@@ -24,6 +24,9 @@ from overspill.spec.workload import Work
 
 _ALLOCATIONS = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "empty_permuted"})
 _RANDOM = frozenset({"native_dropout", "bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "normal_", "uniform_"})
+_GROUPED = frozenset({"_grouped_mm", "grouped_mm_fallback", "grouped_mm_fallback_backward"})
+_PUTS = frozenset({"index_put", "index_put_", "_index_put_impl_", "_unsafe_index_put"})
+_SUMS_INTO_ROWS = frozenset({"index_add", "index_add_", "scatter_add", "scatter_add_"})
 _LOOKS_LIKE_PRODUCTS = re.compile(r"attention|mm|conv(?!ert)|matmul|gemm|linear|lstm|gru|einsum|_scan")
 
 
@@ -76,10 +79,16 @@ def cost_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         flops=flops,
         attention_flops=flops if is_attention else 0,
         causal_flops=flops if is_attention and _argument(func, args, kwargs, "is_causal") else 0,
+        grouped_flops=flops if _name(func) in _GROUPED else 0,
         moved_bytes=moved,
         elementwise_bytes=0 if flops else moved,
+        scattered_bytes=moved if _is_sum_into_rows(func, args, kwargs) else 0,
         num_ops=1,
     )
+
+
+def _is_sum_into_rows(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return _name(func) in _SUMS_INTO_ROWS or (_name(func) in _PUTS and bool(_argument(func, args, kwargs, "accumulate")))
 
 
 @functools.cache

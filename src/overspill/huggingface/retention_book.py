@@ -17,7 +17,7 @@ class RetentionBook(Protocol):
     """What autograd saves in a forward, booked by who keeps its graph (`activations.retaining.Book`)."""
 
     refusal: str | None
-    rebuilt_bytes: int
+    moved_bytes: int
     num_rebuilt: int
 
     @property
@@ -27,8 +27,8 @@ class RetentionBook(Protocol):
 
 class OpenBook(Protocol):
     """Opens a book for a block on tensors without values: its module, boundary, weights, and tensors that stay where they are;
-    and whether what follows from others is rebuilt."""
+    and from how many passes on what follows from others is not rebuilt (`spec.retention`)."""
 
     def __call__(
-        self, block: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor], *, rebuilds: bool
+        self, block: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor], fixed: Iterable[Tensor], *, most_passes: float
     ) -> RetentionBook: ...

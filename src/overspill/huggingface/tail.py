@@ -130,6 +130,12 @@ def cross_entropy_of_chunk(logits_rV: Tensor, tokens_r: Tensor, factor: float, w
     return loss.detach(), torch.autograd.grad(loss * factor, leaf_rV)[0] if with_gradient else None
 
 
+def load_loss(vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile and load what the loss of training runs, which takes seconds the first time on a machine."""
+    row = torch.zeros((1, vocab_size), dtype=dtype, device=device)
+    cross_entropy_of_chunk(row, torch.zeros(1, dtype=torch.int64, device=device), 1.0, True)
+
+
 @functools.cache
 def _has_fused_loss(device: torch.device) -> bool:
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:

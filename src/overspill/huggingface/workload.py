@@ -46,7 +46,19 @@ from overspill.huggingface.tail_trace import TailTrace
 from overspill.huggingface.valueless import build_batch, described_arguments, find_classes, shapes_of, without_values
 from overspill.huggingface.weights import open_config
 from overspill.spec.plan import DTYPES
-from overspill.spec.workload import LossWork, Pass, Retention, Routing, SavedTensor, UnitWork, Work, WorkloadSpec, default_loss_chunk_rows
+from overspill.spec.retention import ON_DEVICE, most_passes
+from overspill.spec.workload import (
+    Kept,
+    LossWork,
+    Pass,
+    Retention,
+    Routing,
+    SavedTensor,
+    UnitWork,
+    Work,
+    WorkloadSpec,
+    default_loss_chunk_rows,
+)
 
 DEVICES = ("cuda", "cpu")
 _VALUES_PER_TOKEN, _LEAST_VALUES, _MOST_VALUES = 4, 4096, 1 << 23
@@ -257,21 +269,23 @@ class _Tracer:
         return dataclasses.replace(traced, side_outputs=side_outputs, retention=retention)
 
     def _retain(self, unit: str, boundary: Tensor) -> Retention | None:
-        """The block's forward twice more, as it runs when its graph is kept."""
-        rebuilding, whole = (self._book(unit, boundary, rebuilds=rebuilds) for rebuilds in (True, False))
-        if rebuilding.refusal is not None or whole.refusal is not None:
-            return None
-        moved = 3 * rebuilding.rebuilt_bytes
-        rebuilt = Work(moved_bytes=moved, elementwise_bytes=moved, num_ops=rebuilding.num_rebuilt)
-        return Retention(stored_bytes=rebuilding.stored_bytes, whole_bytes=whole.stored_bytes, rebuilt=rebuilt)
+        """The block's forward once more for each mode, as it runs when its graph is kept."""
+        kept = {}
+        for mode in ON_DEVICE:
+            book = self._book(unit, boundary, most_passes=most_passes(mode))
+            if book.refusal is not None:
+                return None
+            rebuilt = Work(moved_bytes=book.moved_bytes, elementwise_bytes=book.moved_bytes, num_ops=book.num_rebuilt)
+            kept[mode] = Kept(stored_bytes=book.stored_bytes, rebuilt=rebuilt)
+        return Retention(kept=kept)
 
-    def _book(self, unit: str, boundary: Tensor, *, rebuilds: bool) -> RetentionBook:
+    def _book(self, unit: str, boundary: Tensor, *, most_passes: float) -> RetentionBook:
         assert self.embedded is not None and self.open_book is not None
         arguments = self.embedded.arguments
         leaf = boundary.detach().requires_grad_()
         sides = [tensor.detach().requires_grad_() for tensor in arguments.side_inputs]
         fixed = (*arguments.tensors, *arguments.side_inputs)
-        book = self.open_book(self.streamed.block(unit), leaf, self.leaves, fixed, rebuilds=rebuilds)
+        book = self.open_book(self.streamed.block(unit), leaf, self.leaves, fixed, most_passes=most_passes)
         with torch.enable_grad(), book.saving():
             self.streamed.run_block(unit, leaf, arguments, side_inputs=sides or None)
         return book

@@ -11,7 +11,9 @@ A mode that the user fixed holds for every block; if that does not fit, the plan
 4. Each such plan is simulated, and the quickest one is taken. So windows, rates of links, and what else crosses them, are weighed as they
    are, and none of it is a rule of thumb. Of equally quick ones it is the one that retains the least; but blocks that are kept in memory
    which nothing else would have make compute shorter, whatever else bounds the step on paper, and are kept.
-5. Where all blocks are kept on the device and there is still room, the last ones have nothing rebuilt, if that is quicker.
+5. Where all blocks are kept on the device and there is still room that nothing else would have, they rebuild less, unless that is slower:
+   first all of them what costs most for its bytes to rebuild (`ActivationMode.KEEP_COSTLY`), then the last ones nothing at all. What does
+   not fit all blocks, the last ones have.
 
 Groups of micro-batches are halved as long as that is quicker and not all blocks are retained: what is kept is kept for a whole group.
 
@@ -26,7 +28,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from overspill.errors import BudgetError
 from overspill.planning.cost import build_costs
-from overspill.planning.memory import fragmentation_bytes, is_bound_by_launches
+from overspill.planning.graphs import find_bound
+from overspill.planning.memory import fragmentation_bytes
 from overspill.planning.simulate import simulate
 from overspill.planning.space import is_host_memory
 from overspill.scheduling import full_step
@@ -85,12 +88,8 @@ def find_retention(plan: Plan, workload: WorkloadSpec | None) -> dict[str, Reten
 
 def retain(plan: Plan, modes: Mapping[str, ActivationMode], known: Mapping[str, Retention]) -> Plan:
     """`plan` with these modes, in place of those it has."""
-    stored = {unit: _bytes_of(known[unit], mode) for unit, mode in modes.items()}
+    stored = {unit: known[unit].of(mode).stored_bytes for unit, mode in modes.items()}
     return dataclasses.replace(plan, activations=dict(modes), stored_bytes=stored)
-
-
-def _bytes_of(found: Retention, mode: ActivationMode) -> int:
-    return found.whole_bytes if mode is ActivationMode.KEEP_WHOLE else found.stored_bytes
 
 
 def choose_activations(
@@ -114,9 +113,9 @@ def choose_activations(
     """
     recomputed = place(base, None)
     known = find_retention(base, workload)
-    replayed = set()
+    replayed: frozenset[str] = frozenset()
     if replays_graphs and not base.device.startswith("cpu") and workload is not None:
-        replayed = {unit for item in workload.classes[1:-1] if is_bound_by_launches(item) for unit in item.units}
+        replayed = find_bound(workload, hardware)
     blocks = [unit.name for unit in base.units[1:-1] if unit.name in known and unit.name not in replayed]
     if not blocks or workload is None:
         first = base.units[1].name
@@ -136,9 +135,9 @@ def choose_activations(
         if size == 1 or is_all or request.group_size is not None or (best is before and size < recomputed.group_size):
             break
         size = -(-size // 2)
-    whole = search.keep_whole(best)
-    if whole is not None and (step_s := search.step_s(whole)) < (1 - LEAST_GAIN / 2) * best_s:
-        best, best_s = whole, step_s
+    filled = search.fill_room(best)
+    if filled is not None and (step_s := search.step_s(filled)) < (1 + MOST_LOSS) * best_s:
+        best, best_s = filled, step_s
     return note(best, describe(best, saved=(recomputed_s, best_s) if best is not recomputed and hardware.is_measured else None))
 
 
@@ -201,28 +200,56 @@ class _Search:
     def _estimate_most(self, start: Plan, size: int) -> int:
         """Blocks that the device has room to keep beside what `start` has there."""
         over = self.excess(start).get(Tier.DEVICE)
-        each = size * max(self.known[unit].stored_bytes for unit in self.blocks)
-        most = len(self.blocks) if over is None else max(0, -over) // (each + self._reserve(each))
-        return min(len(self.blocks), most)
+        number, _ = self._count_fitting(
+            math.inf if over is None else -over, lambda unit: size * self.known[unit].of(ActivationMode.KEEP).stored_bytes
+        )
+        return number
 
-    def keep_whole(self, plan: Plan) -> Plan | None:
-        """`plan` with nothing rebuilt in the last blocks, as many as there is room for that nothing else has; None: not all blocks are kept
-        on the device, or there is none."""
+    def fill_room(self, plan: Plan) -> Plan | None:
+        """`plan` with less rebuilt, as far as there is room that nothing else has (rule 5); None: not all blocks are kept on the device, or
+        there is no room."""
         if len(plan.activations) < len(self.blocks) or not all(mode in ON_DEVICE for mode in plan.activations.values()):
             return None
         over = self.excess(plan).get(Tier.DEVICE)
-        each = plan.group_size * max(self.known[unit].whole_bytes - self.known[unit].stored_bytes for unit in self.blocks)
-        most = len(self.blocks)
-        if over is not None and each:
-            kept = plan.group_size * sum(plan.stored_bytes.values())
-            most = min(most, max(0, -over - self._reserve(kept)) // (each + self._reserve(each)))
-        for number in range(most, max(most - MOST_CORRECTED, 0), -1):
-            modes = dict.fromkeys(self.blocks[:-number], ActivationMode.KEEP)
-            modes |= dict.fromkeys(self.blocks[-number:], ActivationMode.KEEP_WHOLE)
-            found = self.try_modes(modes, plan.group_size)
+        kept = plan.group_size * sum(plan.stored_bytes.values())
+        room = math.inf if over is None else max(0, -over - self._reserve(kept))
+        num_costly, room = self._count_raised(plan, ActivationMode.KEEP, ActivationMode.KEEP_COSTLY, room)
+        num_whole = 0
+        if num_costly == len(self.blocks):
+            num_whole, _ = self._count_raised(plan, ActivationMode.KEEP_COSTLY, ActivationMode.KEEP_WHOLE, room)
+        for fewer in range(MOST_CORRECTED):
+            found = self._raised(plan, num_costly, num_whole - fewer) if num_whole else self._raised(plan, num_costly - fewer, 0)
             if found is not None and (found.placements, found.boundaries) == (plan.placements, plan.boundaries):
                 return found
         return None
+
+    def _count_raised(self, plan: Plan, low: ActivationMode, high: ActivationMode, room: float) -> tuple[int, float]:
+        """How many of the last blocks there is room for to go from one mode to another, and the room that is left."""
+
+        def more_bytes(unit: str) -> int:
+            return plan.group_size * max(0, self.known[unit].of(high).stored_bytes - self.known[unit].of(low).stored_bytes)
+
+        return self._count_fitting(room, more_bytes)
+
+    def _count_fitting(self, room: float, needed_bytes: Callable[[str], int]) -> tuple[int, float]:
+        """How many of the last blocks fit, each with its own bytes, for classes differ; and the room that is left."""
+        number = 0
+        for unit in reversed(self.blocks):
+            needed = needed_bytes(unit)
+            needed += self._reserve(needed)
+            if needed > room:
+                break
+            number, room = number + 1, room - needed
+        return number, room
+
+    def _raised(self, plan: Plan, num_costly: int, num_whole: int) -> Plan | None:
+        """The last `num_costly` blocks rebuild nothing costly, the last `num_whole` of them nothing."""
+        if num_costly <= 0 or num_whole < 0:
+            return None
+        modes = dict.fromkeys(self.blocks, ActivationMode.KEEP)
+        modes |= dict.fromkeys(self.blocks[len(self.blocks) - num_costly :], ActivationMode.KEEP_COSTLY)
+        modes |= dict.fromkeys(self.blocks[len(self.blocks) - num_whole :], ActivationMode.KEEP_WHOLE)
+        return self.try_modes(modes, plan.group_size)
 
     def _modes(self, num_kept: int, num_moved: int) -> dict[str, ActivationMode]:
         """The last blocks kept; of those before, `num_moved` evenly spread to host memory."""
@@ -233,7 +260,7 @@ class _Search:
 
     def try_modes(self, modes: Mapping[str, ActivationMode], size: int) -> Plan | None:
         """The plan with these modes; None: it does not fit, or takes the room in which parameters are fetched ahead."""
-        kept = sum(_bytes_of(self.known[unit], mode) for unit, mode in modes.items() if mode in ON_DEVICE) * size
+        kept = sum(self.known[unit].of(mode).stored_bytes for unit, mode in modes.items() if mode in ON_DEVICE) * size
         base = self.base
         if base.device_budget_bytes is not None:  # the reserve is taken from the budget while it is placed
             base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
@@ -265,6 +292,7 @@ def describe(plan: Plan, *, saved: tuple[float, float] | None = None, how: str =
     parts = []
     for mode, words in (
         (ActivationMode.KEEP, "kept on the device"),
+        (ActivationMode.KEEP_COSTLY, "kept on the device with little rebuilt"),
         (ActivationMode.KEEP_WHOLE, "kept on the device with nothing rebuilt"),
         (ActivationMode.HOST, "moved to host memory"),
         (ActivationMode.SSD, "moved to the SSD"),

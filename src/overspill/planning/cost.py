@@ -7,10 +7,11 @@ Words:
 
 Where the seconds of a compute op come from, the first of these that is known:
 
-1. Template times of its class, scaled by FLOPs where another number of tokens is computed. Timed without CUDA graphs: where launching
-   takes longer than the kernels and blocks will be replayed as graphs, at most what rule 2 says.
+1. Template times of its class, scaled by FLOPs where another number of tokens is computed. Of blocks that will be replayed as CUDA graphs
+   (`planning/graphs.py`) those of a replay; where none was timed, at most what rule 2 says, and the source says so.
 2. A workload and the rates of a matrix product and of the device's memory: matrix products and attention (a causal kernel does half of
-   T x T) at the first rate, elementwise work at the second.
+   T x T) at the first rate, elementwise work at the second. Where the probe has measured the kinds of kernels apart, each kind at its own
+   (`_kinds_seconds`). Where the host launches an op's kernels one by one, no less than that takes (`HardwareSpec.launch_s`).
 3. A workload and one rate for everything (`HardwareSpec.device_flops`): the same FLOPs over it, and each byte of elementwise work is
    part of what that rate was assumed for.
 4. Neither: the FLOPs that the program itself names, without attention.
@@ -27,24 +28,19 @@ from the device 1; a transfer of a drive 2, because a core goes over it once mor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
+from overspill.planning.graphs import choose_replayed
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
-from overspill.spec.retention import ActivationMode
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Lane, Op, Phase, Role, Update
 from overspill.spec.tensors import DTYPE_BYTES
-from overspill.spec.workload import TemplateTimes, UnitTimes, UnitWork, Work, WorkloadSpec
+from overspill.spec.workload import TemplateTimes, Timing, UnitTimes, UnitWork, Work, WorkloadSpec
 
 ASSUMED_DEVICE_MEMORY_BYTES_PER_S = 1.5e12
 """Of a GPU whose memory nobody has measured: what goes over parameters and gradients on the device is little of a step. Assumed."""
 ASSUMED_HOST_MEMORY_BYTES_PER_S = 1e10
 """The same of a CPU."""
-LAUNCH_S = 26e-6
-"""Of one operation, autograd and transformers' own code included. Measured on an H100 machine: a forward of some 60 kernels took 1.56 ms to
-launch."""
-LAUNCH_BOUND = 0.8
-"""Share of a timed template that launching must take to be what bounds it; as `runtime/graphs.py` judges."""
 GRAPH_LAUNCH_S = 30e-6
 """Of a block that is replayed: inputs are copied in, outputs out. Assumed."""
 KERNEL_S = 2e-6
@@ -139,14 +135,14 @@ def build_costs(
     *,
     workload: WorkloadSpec | None = None,
     times: TemplateTimes | None = None,
-    replays_graphs: bool | None = None,
+    replayed: Collection[str] | None = None,
 ) -> Costs:
     """What ops cost under `plan` on `hardware`.
 
     Args:
         workload: of the plan's model; FLOPs with attention.
         times: measured on this device; needs the workload, which says what units are of a class.
-        replays_graphs: whether blocks whose launches bound them are replayed as graphs; None: on a GPU.
+        replayed: blocks that are replayed as CUDA graphs; None: as `choose_replayed` has it.
 
     Raises:
         ValueError: times without a workload, or of another dtype.
@@ -156,8 +152,9 @@ def build_costs(
     if times is not None and times.dtype != plan.dtype:
         raise ValueError(f"the template times are of {times.dtype}, the plan computes in {plan.dtype}; time them in {plan.dtype}")
     is_asynchronous = not plan.device.startswith("cpu")
-    graphs = is_asynchronous if replays_graphs is None else replays_graphs
-    table = _ComputeTable(plan, hardware, workload, times, replays_graphs=graphs)
+    if replayed is None:
+        replayed = choose_replayed(plan, workload, hardware=hardware, times=times)
+    table = _ComputeTable(plan, hardware, workload, times, replayed=replayed)
     return Costs(
         plan=plan,
         hardware=hardware,
@@ -182,17 +179,18 @@ class _ComputeTable:
     """Seconds of compute ops, found once for each (unit, phase, tokens)."""
 
     def __init__(
-        self, plan: Plan, hardware: HardwareSpec, workload: WorkloadSpec | None, times: TemplateTimes | None, *, replays_graphs: bool
+        self, plan: Plan, hardware: HardwareSpec, workload: WorkloadSpec | None, times: TemplateTimes | None, *, replayed: Collection[str]
     ) -> None:
-        self.plan, self.hardware, self.workload, self.replays_graphs = plan, hardware, workload, replays_graphs
+        self.plan, self.hardware, self.workload, self.replayed = plan, hardware, workload, replayed
         self.timed: Mapping[str, UnitTimes] = {item.name: item for item in (*times.blocks, times.tail)} if times is not None else {}
-        self.blocks = {unit.name for unit in plan.units[1:-1]}
-        self.known: dict[tuple[str, Phase, bool], float] = {}
-        """Of a micro-batch at its longest."""
+        self.known: dict[tuple[str, Phase, bool], tuple[float, float]] = {}
+        """Of a micro-batch at its longest: what the op takes, and the least for its launches."""
         is_whole = workload is not None and workload.is_complete
         self.is_measured = bool(times) or (is_whole and hardware.matrix_flops > 0)
         if times is not None:
             self.source = f"blocks timed on {times.device}"
+            if self._lacks_replays():
+                self.source += ", replayed ones from their FLOPs and bytes where that is less"
         elif is_whole and hardware.matrix_flops and hardware.device_memory_bytes_per_s:
             self.source = "blocks from their FLOPs and bytes at the rates of a matrix product and of device memory, which is coarser"
         elif is_whole:
@@ -205,8 +203,18 @@ class _ComputeTable:
             return op.flops / self.hardware.device_flops
         key = op.unit, op.phase, op.is_retained
         if key not in self.known:
-            self.known[key] = self._full_seconds(op)
-        return self.known[key] * self._share(op)
+            self.known[key] = self._full_seconds(op), self._launching_seconds(op)
+        seconds, launching_s = self.known[key]
+        return max(seconds * self._share(op), launching_s)  # as many launches however few the tokens
+
+    def _launching_seconds(self, op: Compute) -> float:
+        """Of the host, for an op whose kernels it launches one by one. 0: not known, or part of what the template's timing saw."""
+        assert self.workload is not None
+        item = self.workload.class_of(op.unit)
+        work = unit_work(item, op.phase, is_retained=op.is_retained)
+        if work is None or self._timed_seconds(op, item) is not None or self.plan.device.startswith("cpu") or self._is_replayed(op):
+            return 0.0
+        return work.num_ops * self.hardware.launch_s
 
     def _share(self, op: Compute) -> float:
         """Tokens of the op's micro-batch, over those of the longest: by the boundary that it reads or makes."""
@@ -224,18 +232,36 @@ class _ComputeTable:
             work += self._rebuilt(op, item)
         if timed is None:
             return op.flops / self.hardware.device_flops if work is None else self._work_seconds(work, item, op.phase)
-        is_launched = self.replays_graphs and op.unit in self.blocks and not op.is_retained
-        if work is not None and is_launched and work.num_ops * LAUNCH_S > LAUNCH_BOUND * timed:
-            return min(timed, self._work_seconds(work, item, op.phase))
-        return timed
+        if not self._is_replayed(op) or self._replay(item, op.phase) is not None or work is None:
+            return timed
+        return min(timed, self._work_seconds(work, item, op.phase))
+
+    def _is_replayed(self, op: Compute) -> bool:
+        return op.unit in self.replayed and not op.is_retained
+
+    def _replay(self, item: UnitWork, phase: Phase) -> Timing | None:
+        """Of a replay; None: none of this class was timed."""
+        found = self.timed.get(item.name)
+        if found is None:
+            return None
+        return found.replayed_forward if phase is Phase.FORWARD else found.replayed_backward
+
+    def _lacks_replays(self) -> bool:
+        """Whether a class is replayed of which no replay was timed."""
+        assert self.workload is not None
+        replayed = [item for item in self.workload.classes if any(unit in self.replayed for unit in item.units)]
+        return any(self._replay(item, phase) is None for item in replayed for phase in Phase)
 
     def _timed_seconds(self, op: Compute, item: UnitWork) -> float | None:
         """From the template of the unit's class; None: it was not timed."""
         found = self.timed.get(item.name)
         if found is None or found.backward is None:
             return None
+        replay = self._replay(item, op.phase) if self._is_replayed(op) else None
         seconds = found.backward.median_s
-        if op.phase is Phase.FORWARD:
+        if replay is not None:
+            seconds = replay.median_s
+        elif op.phase is Phase.FORWARD:
             is_tail = op.unit == self.plan.units[-1].name
             seconds = seconds / 3 if is_tail else found.forward_s  # the tail was timed forward and backward at once
         assert self.workload is not None
@@ -250,14 +276,15 @@ class _ComputeTable:
         flops = work.flops - work.causal_flops / 2
         elementwise = work.elementwise_bytes + (self._summing_bytes(item) if phase is Phase.BACKWARD else 0)
         memory = self._memory_bytes_per_s
+        if hardware.product_flops and hardware.device_memory_bytes_per_s:
+            return _kinds_seconds(work, hardware, summed_bytes=elementwise - work.elementwise_bytes)
         if hardware.matrix_flops and hardware.device_memory_bytes_per_s:
             return flops / hardware.matrix_flops + elementwise / memory + work.num_ops * KERNEL_S
         return max(flops / hardware.device_flops, (work.moved_bytes - work.elementwise_bytes + elementwise) / memory)
 
     def _rebuilt(self, op: Compute, item: UnitWork) -> Work:
         """What the backward of a graph that was kept makes again."""
-        is_whole = self.plan.activation_mode(op.unit) is ActivationMode.KEEP_WHOLE
-        return Work() if is_whole or item.retention is None else item.retention.rebuilt
+        return Work() if item.retention is None else item.retention.of(self.plan.activation_mode(op.unit)).rebuilt
 
     @property
     def _memory_bytes_per_s(self) -> float:
@@ -273,6 +300,25 @@ class _ComputeTable:
         if item.name == self.workload.classes[-1].name and self.workload.loss is not None:
             contributions = self.workload.loss.num_chunks
         return (item.trainable_bytes // width) * (4 + contributions * (8 + width))
+
+
+def _kinds_seconds(work: Work, hardware: HardwareSpec, *, summed_bytes: int) -> float:
+    """Of a GPU whose kinds of kernels were measured: each kind's operations at its rate and what products move at the memory's, one after
+    the other, which is how a kernel that first reads, then computes and then writes spends its time unless it is large.
+
+    Args:
+        summed_bytes: read and written at the memory's rate, beside the work's own.
+    """
+    memory, product = hardware.device_memory_bytes_per_s, hardware.product_flops
+    plain = work.flops - work.attention_flops - work.grouped_flops
+    seconds = plain / product
+    seconds += (work.attention_flops - work.causal_flops / 2) / (hardware.attention_flops or product)
+    seconds += work.grouped_flops / (hardware.grouped_flops or product)
+    seconds += (work.moved_bytes - work.elementwise_bytes + summed_bytes) / memory
+    elementwise = hardware.elementwise_bytes_per_s or memory
+    seconds += (work.elementwise_bytes - work.scattered_bytes) / elementwise
+    seconds += work.scattered_bytes / (hardware.scattered_bytes_per_s or elementwise)
+    return seconds + work.num_ops * KERNEL_S
 
 
 def unit_work(item: UnitWork, phase: Phase, *, is_retained: bool = False) -> Work | None:

@@ -11,10 +11,12 @@ Device, in the terms of torch's caching allocator (Words and sizes of its docume
   again, because pieces of other sizes lay in it.
 * `library workspaces`, `CUDA context`: as `overspill probe` measured them (`probe/footprint.py`), else constants; the session's own part of
   the context is a constant in any case.
-* `replayed graphs`: recordings have a pool of their own, with one block's working memory in it, where launches bound the blocks.
+* `replayed graphs`: recordings have a pool of their own, with one block's working memory and the libraries' workspaces of another stream
+  in it, where blocks are replayed (`planning/graphs.py`); and the driver keeps what they launch.
 
-Host: `homes`, `slots` (the arena there), the process as it was when the session opened, and what it grows by. On the `cpu`
-device what is the device's is in host memory too.
+Host: `homes`, `slots` (the arena there), and the process beside them. Where a step's kernels and libraries have been loaded already
+(templates were timed), that is measured; else it is the process as it was when the session opened and what they are known or assumed to
+take, routed experts' apart. On the `cpu` device what is the device's is in host memory too.
 
 Terms that are assumed say so. Where nobody has described the workload, the plan's own assumption of a unit's working memory is taken.
 """
@@ -22,8 +24,9 @@ Terms that are assumed say so. Where nobody has described the workload, the plan
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
-from overspill.planning.cost import LAUNCH_BOUND, LAUNCH_S
+from overspill.planning.graphs import choose_replayed, graph_bytes
 from overspill.planning.pools import SLOT_BYTES
 from overspill.planning.space import is_host_memory, region_bytes
 from overspill.spec.hardware import HardwareSpec
@@ -31,7 +34,7 @@ from overspill.spec.plan import Plan
 from overspill.spec.prediction import MemoryTerm, total_bytes
 from overspill.spec.schedule import BUNDLE_ROLES, Compute, Free, Op, Phase, Piece, Role, Schedule
 from overspill.spec.tensors import Tier
-from overspill.spec.workload import UnitWork, WorkloadSpec
+from overspill.spec.workload import WorkloadSpec
 from overspill.units import MIB, align_up
 
 SMALL_BYTES, MEDIUM_BYTES = 1 * MIB, 10 * MIB
@@ -48,8 +51,8 @@ torch 2.11; 693 MiB when the session had just been opened."""
 SESSION_CONTEXT_BYTES = 264 * MIB
 """What a session's streams, recordings and fused kernels add to the context of a plain training loop, which `overspill probe` measures.
 Measured on an H100 with torch 2.11: 1,031 MiB beside 767, the same for 1.10B and (within 6) 3.02B."""
-JUDGED_FLOPS, JUDGED_BYTES_PER_S = 500e12, 2.5e12
-"""Of a GPU on which it is judged whether launches bound a block. Assumed; a slower GPU is less often bound by them."""
+RECORDINGS_CONTEXT_BYTES = 20 * MIB
+"""What recordings add to the context. Measured on an H100 with torch 2.11: 10 to 28 MiB, of 12 to 24 blocks."""
 CUDA_PROCESS_GROWTH_BYTES = 620 * MIB
 """Host memory that kernels, libraries and compiled code take in the first steps on a GPU. Assumed: the process of a plain training loop
 grew by 647 MiB between opening and its last step on an H100 machine."""
@@ -62,7 +65,7 @@ def device_terms(
     slot_bytes: int,
     hardware: HardwareSpec | None = None,
     workload: WorkloadSpec | None = None,
-    replays_graphs: bool = True,
+    replayed: Collection[str] | None = None,
 ) -> tuple[MemoryTerm, ...]:
     """The parts of the device's peak while `schedule` runs.
 
@@ -70,13 +73,15 @@ def device_terms(
         slot_bytes: of the arena that the session allocates, or of what it lends by size where there is no room for one.
         hardware: the footprint of a process there, if it was measured; None: constants.
         workload: of the plan's batch; what units take while they run.
-        replays_graphs: whether blocks whose launches bound them are replayed as graphs.
+        replayed: blocks that are replayed as CUDA graphs; None: as it is judged on paper.
     """
     homes, found = region_bytes(plan, Tier.DEVICE), hardware or HardwareSpec()
     if is_host_memory(plan.device):
         return _present(
             MemoryTerm(name="homes", num_bytes=sum(homes)), MemoryTerm(name="slots", num_bytes=align_up(slot_bytes, SLOT_BYTES))
         )
+    if replayed is None:
+        replayed = choose_replayed(plan, workload, hardware=found)
     busiest = _busiest(schedule, plan, workload)
     is_assumed = workload is None or not workload.is_complete
     rounding = sum(segment_bytes(size) - size for size in (*homes, slot_bytes, *busiest.boundaries))
@@ -88,7 +93,7 @@ def device_terms(
         MemoryTerm(name="kept activations", num_bytes=busiest.stored_bytes),
         MemoryTerm(name="arguments and side outputs", num_bytes=_argument_bytes(plan, workload), is_assumed=is_assumed),
         MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=is_assumed),
-        MemoryTerm(name="replayed graphs", num_bytes=_graph_bytes(plan, workload) if replays_graphs else 0, is_assumed=True),
+        MemoryTerm(name="replayed graphs", num_bytes=recordings_bytes(plan, workload, replayed, found), is_assumed=True),
         _workspace_term(found),
         MemoryTerm(name="allocator rounding", num_bytes=rounding),
         MemoryTerm(name="fragmentation", num_bytes=fragmentation_bytes(busiest.working_bytes), is_assumed=True),
@@ -104,17 +109,20 @@ def host_terms(
     slot_bytes: int,
     device: tuple[MemoryTerm, ...],
     workload: WorkloadSpec | None = None,
+    loaded_process_bytes: int | None = None,
 ) -> tuple[MemoryTerm, ...]:
     """The parts of the process's peak in host memory while `schedule` runs.
 
     Args:
         slot_bytes: of the arena in host memory that the session allocates, or of what it lends by size where there is no room for one.
         device: the device's terms, which are in host memory on a CPU.
+        loaded_process_bytes: what the process holds at most beside homes and slots, found when what a step needs had been loaded; None:
+            nobody has looked.
     """
     terms = [
         MemoryTerm(name="homes", num_bytes=sum(align_up(size, SLOT_BYTES) for size in region_bytes(plan, Tier.HOST))),
         MemoryTerm(name="slots", num_bytes=align_up(slot_bytes, SLOT_BYTES)),
-        MemoryTerm(name="process", num_bytes=hardware.process_bytes),
+        MemoryTerm(name="process", num_bytes=hardware.process_bytes if loaded_process_bytes is None else loaded_process_bytes),
     ]
     if is_host_memory(plan.device):
         busiest = _busiest(schedule, plan, workload)
@@ -122,14 +130,22 @@ def host_terms(
         terms.append(MemoryTerm(name="boundaries", num_bytes=sum(busiest.boundaries)))
         terms.append(MemoryTerm(name="kept activations", num_bytes=busiest.stored_bytes))
         terms.append(MemoryTerm(name="working memory of a unit", num_bytes=busiest.working_bytes, is_assumed=workload is None))
-    else:
+    elif loaded_process_bytes is None:
         terms.append(_footprint_term("growth beside a GPU", hardware.footprint_host_growth_bytes, CUDA_PROCESS_GROWTH_BYTES))
+        if workload is not None and any(item.routing for item in workload.classes):
+            terms.append(MemoryTerm(name="experts' kernels", num_bytes=hardware.footprint_expert_host_growth_bytes))
     return _present(*terms)
 
 
 def context_bytes(hardware: HardwareSpec) -> int:
     """What a session's process takes of a GPU beside what comes from torch's allocator."""
     return total_bytes(_context_terms(hardware))
+
+
+def recordings_bytes(plan: Plan, workload: WorkloadSpec | None, replayed: Collection[str], hardware: HardwareSpec) -> int:
+    """What recordings of blocks take of a GPU; 0 of none."""
+    num_bytes = graph_bytes(plan, workload, replayed)
+    return num_bytes + _workspace_term(hardware).num_bytes + RECORDINGS_CONTEXT_BYTES if num_bytes else 0
 
 
 def unit_working_bytes(workload: WorkloadSpec, hardware: HardwareSpec) -> int | None:
@@ -239,24 +255,3 @@ def _argument_bytes(plan: Plan, workload: WorkloadSpec | None) -> int:
     masks = workload.argument_bytes * (plan.group_size if workload.is_masked else 1)
     side = sum((item.side_output_bytes + item.side_input_bytes) * item.num_units for item in workload.classes)
     return masks + side * plan.group_size
-
-
-def _graph_bytes(plan: Plan, workload: WorkloadSpec | None) -> int:
-    """The recordings' own pool, and the static tensors that they read and write: of the largest class whose launches bound it, judged by
-    what launches and kernels are assumed to take."""
-    found = 0
-    for item in workload.classes[1:-1] if workload is not None else ():
-        if is_bound_by_launches(item) and any(unit not in plan.activations for unit in item.units):
-            assert item.backward is not None and item.recompute is not None
-            found = max(found, max(item.recompute.peak_bytes, item.backward.peak_bytes) + 3 * item.boundary_bytes)
-    return found
-
-
-def is_bound_by_launches(item: UnitWork) -> bool:
-    """Whether a block of a class is replayed as a CUDA graph, because launching its kernels takes longer than they do: judged by what
-    launches and kernels are assumed to take."""
-    if item.backward is None or item.recompute is None or item.side_output_bytes or item.side_input_bytes:
-        return False
-    work = item.recompute.work + item.backward.work
-    device_s = (work.flops - work.causal_flops / 2) / JUDGED_FLOPS + work.elementwise_bytes / JUDGED_BYTES_PER_S
-    return work.num_ops * LAUNCH_S > LAUNCH_BOUND * device_s

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from overspill.spec.prediction import Comparison, MemoryTerm
-from overspill.spec.report import Prediction
+from overspill.spec.report import Prediction, StepReport
 from overspill.units import format_bytes, format_seconds
 
 _NAMES = {
@@ -61,6 +61,25 @@ def describe_largest_miss(comparison: Comparison, prediction: Prediction) -> str
         return f"step time was predicted as {text} ({prediction.source})"
     terms = {"device_peak_bytes": prediction.device_terms, "host_peak_bytes": prediction.host_terms}.get(name, ())
     return f"{_NAMES[name]} was predicted as {describe_terms(terms)}" if terms else ""
+
+
+def describe_other_replays(prediction: Prediction, report: StepReport) -> str:
+    """Whether blocks were replayed as CUDA graphs otherwise than predicted, and which parts are wrong by it; empty if as predicted.
+
+    Launches are judged on paper, and by a run in its first steps, where nobody has timed templates before it.
+    """
+    if bool(prediction.num_replays) == bool(report.num_replays):
+        return ""
+    if report.num_replays:
+        size = f", about {format_bytes(prediction.replays_bytes)}," if prediction.replays_bytes else ""
+        return (
+            f"{report.num_replays} passes of blocks were replayed as CUDA graphs in step {report.step}, which was not predicted: the part "
+            f"replayed graphs{size} is missing from the device peak, and compute takes less than was predicted"
+        )
+    return (
+        f"{prediction.num_replays} passes of blocks were predicted to be replayed as CUDA graphs, and none was in step {report.step}: the "
+        f"part replayed graphs, {format_bytes(prediction.replays_bytes)}, is too much in the device peak, and compute takes longer"
+    )
 
 
 def describe_terms(terms: Sequence[MemoryTerm]) -> str:

@@ -69,7 +69,19 @@ def describe_workload_notes(spec: WorkloadSpec, times: TemplateTimes | None = No
         ]
     for measured in (*times.blocks, times.tail) if times is not None else ():
         notes += [f"{measured.name}: {measured.note}"] if measured.note else []
+        notes += [f"{measured.name}: {sentence}"] if (sentence := _describe_launches(measured)) else []
     return notes
+
+
+def _describe_launches(times: UnitTimes) -> str:
+    """What launches have to do with a block's time; empty where they do not bound it."""
+    replays = [timing.median_s for timing in (times.replayed_forward, times.replayed_backward) if timing is not None]
+    if not replays or not times.is_bound_by_launches:
+        return ""
+    return (
+        f"launching its kernels takes {format_seconds(times.launch_s)} of {format_seconds(times.forward_backward_s)}, so it is replayed as "
+        f"CUDA graphs, in {format_seconds(sum(replays))}"
+    )
 
 
 def _largest(saved: Sequence[SavedTensor]) -> list[SavedTensor]:

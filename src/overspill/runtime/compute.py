@@ -27,7 +27,7 @@ from overspill.runtime.residency import Residency
 from overspill.runtime.retained import RetainedGraphs
 from overspill.runtime.visit import TORCH_DTYPES, Visit
 from overspill.spec.plan import Plan
-from overspill.spec.retention import ActivationMode
+from overspill.spec.retention import most_passes
 from overspill.spec.schedule import Compute, Phase, Piece, Role
 from overspill.tiers.cuda import cuda_index
 
@@ -119,7 +119,7 @@ class UnitRunner:
             trainable=visit.trainable,
             side_inputs=micro_batch.side_inputs,
             room_bytes=room_bytes,
-            rebuilds=self.plan.activation_mode(op.unit) is not ActivationMode.KEEP_WHOLE,
+            most_passes=most_passes(self.plan.activation_mode(op.unit)),
         )
         if output is not None and output.side_outputs:
             micro_batch.side_outputs[op.unit] = output.side_outputs

@@ -33,6 +33,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from overspill.huggingface import StreamedModel
+from overspill.planning.graphs import has_room
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs, CudaRecorder
@@ -97,6 +98,8 @@ class Executor:
         """What a landing failed with: its step's updates are home in part."""
         self.while_waiting: Callable[[], None] = lambda: None
         """Called in every schedule when all its ops are under way."""
+        self.num_replays = 0
+        """Blocks' passes that the last schedule replayed as CUDA graphs."""
         self.lazy_trace: LazyTrace | None = None
         """When each op of the last schedule ran."""
 
@@ -131,7 +134,7 @@ class Executor:
         self.forget_step()
         self._most_device_bytes = max(self._most_device_bytes, self.residency.peak_bytes[Tier.DEVICE])
         self.residency.reset_peaks()
-        base, base_s = self._mark(), time.perf_counter()
+        base, base_s, replays_before = self._mark(), time.perf_counter(), self.graphs.num_replays
         step = RunningStep(self, schedule, micro_batches, context, updates, Recorder(base, base_s, self.landing))
         self.updated, lands_later = step.updated, False
         try:
@@ -149,7 +152,7 @@ class Executor:
             raise failure
         if not lands_later:
             check_losses(micro_batches, context.step)
-        step_s = time.perf_counter() - base_s
+        step_s, self.num_replays = time.perf_counter() - base_s, self.graphs.num_replays - replays_before
         self.lazy_trace = LazyTrace(step.recorder, schedule, step.completions, step_s, landing=self.landing)
         self._judge_launches(schedule, step.completions, base, base_s)
         return self._figures(schedule, step_s), step.gradients
@@ -270,9 +273,7 @@ class Executor:
 
     def _has_room(self) -> bool:
         """Whether the device can hold the activations of one block beside all else: a recording keeps them while any unit runs."""
-        budget = self.plan.device_budget_bytes
-        most_bytes = max(self._most_device_bytes, self.residency.peak_bytes[Tier.DEVICE])
-        return budget is None or most_bytes + self.plan.device_working_bytes <= budget
+        return has_room(self.plan, max(self._most_device_bytes, self.residency.peak_bytes[Tier.DEVICE]))
 
     def _judge_launches(self, schedule: Schedule, completions: Sequence[Completion], base: torch.cuda.Event | None, base_s: float) -> None:
         """Tell `graphs` what bounded the blocks of the last schedule, until it knows enough."""

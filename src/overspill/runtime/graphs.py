@@ -11,12 +11,14 @@ Words:
 
 Rules:
 
-1. A recording is replayed only if all that it depends on is as it was: the block, the phase, training mode, autocast, shapes and
-   dtypes, the addresses of the block's parameters and of its partial gradients, which tensors already have a contribution, and the
-   arguments that are no tensors. Else the block runs as ever; so do the embedding and the tail.
-2. Not recorded: blocks with side inputs or side outputs, and blocks that draw random numbers.
-3. A block is recorded at the earliest when it has run `RUNS_BEFORE` times with the same dependencies, and only after a step was
-   measured to be bound by launches (`judge`).
+1. A recording is replayed only if all that it depends on is as it was: the block, the phase, training mode, autocast and its dtype, shapes
+   and dtypes, the addresses of the block's parameters and of its partial gradients, which tensors already have a contribution, and the
+   arguments that are no tensors. Else the block runs as ever; so do the embedding and the tail. Autocast's casts of weights are made in
+   the recording: none is kept from op to op (`runtime/step`), whose values would be those of the step in which it was recorded.
+2. Not recorded: blocks that draw random numbers, and all blocks of a model of which any has side inputs or side outputs.
+3. A block is recorded at the earliest when it has run `RUNS_BEFORE` times with the same dependencies. Which are recorded is decided once:
+   before the first step those of `choose`, if templates were timed (`planning/graphs.py`); else all, after a step was measured to be
+   bound by launches (`judge`). The rule is the same (`spec/launches.py`).
 4. A replay of a backward needs no memory after it has begun: it has added to gradients then, and cannot be done again.
 5. A recording that fails ends all recording in this session; nothing has run then, and the block runs as ever.
 6. Recordings share one memory pool: at a time one is replayed, and what it leaves in the pool nobody reads.
@@ -29,7 +31,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -37,6 +39,7 @@ import torch
 from overspill.huggingface import StreamedModel
 from overspill.huggingface.stand_ins import BlockArguments, RecordedCall
 from overspill.runtime.visit import Visit
+from overspill.spec.launches import do_launches_bind
 from overspill.tiers.cuda import cuda_index
 
 RUNS_WATCHED = 4
@@ -49,8 +52,6 @@ STEPS_UNJUDGED = 2
 """The first ones load code and choose kernels, which looks like launching."""
 STEPS_JUDGED = 8
 """After these, one in `STEPS_JUDGED` is: batches may become smaller."""
-LAUNCH_BOUND = 0.8
-"""Share of the device's time that launching must take to be what bounds it. Chosen."""
 
 Replay = Callable[[], None]
 
@@ -112,7 +113,7 @@ class CudaRecorder:
                 end(cuda_index(self._device), self._pool)
 
 
-class _Static:
+class Static:
     """The static tensors of one shape of hidden states."""
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -151,13 +152,15 @@ class BlockGraphs:
     def __init__(self, model: StreamedModel, recorder: LaunchRecorder | None, *, has_room: Callable[[], bool] = lambda: True) -> None:
         self.model, self.recorder, self._has_room = model, recorder, has_room
         self.is_wanted = False
-        """Whether launches bind (rule 3)."""
+        """Whether launches bind, by `judge` (rule 3)."""
+        self.chosen: frozenset[str] | None = None
+        """Blocks to record, by `choose`; None: by `is_wanted`, all or none."""
         self.num_replays = 0
         self._num_steps = self._num_judged = 0
         self._runs: dict[Hashable, int] = {}
         self._recordings: dict[Hashable, _Recording | None] = {}
         """None: this one cannot be replayed as it was asked for."""
-        self._static: dict[Hashable, _Static] = {}
+        self._static: dict[Hashable, Static] = {}
         self._visit: Visit | None = None
         """The one whose block is recorded or replayed."""
         self._watched: dict[tuple[str, bool], int] = {}
@@ -169,7 +172,7 @@ class BlockGraphs:
 
     def wants_judgement(self) -> bool:
         """Whether the step that has ended is one that `judge` shall be told about; asked once a step."""
-        if self.recorder is None or self.is_wanted:
+        if self.recorder is None or self.is_wanted or self.chosen is not None:
             return False
         self._num_steps += 1
         return self._num_steps <= STEPS_JUDGED or self._num_steps % STEPS_JUDGED == 0
@@ -178,7 +181,20 @@ class BlockGraphs:
         """After a step: how long the host launched blocks, and how long the device had them under way."""
         self._num_judged += 1
         if self._num_judged > STEPS_UNJUDGED and self.recorder is not None:
-            self.is_wanted = self.is_wanted or launch_s > LAUNCH_BOUND * device_s
+            self.is_wanted = self.is_wanted or do_launches_bind(launch_s=launch_s, device_s=device_s)
+
+    def choose(self, units: Collection[str]) -> bool:
+        """Record these blocks and no others, without judging; False: it was judged already that all are, and stays so.
+
+        Asked again, the last answer holds: recordings of other blocks are not replayed any more. They are kept, for a pool of CUDA graphs
+        that has lost all of them takes no other.
+        """
+        if not self.is_wanted:
+            self.chosen = frozenset(units)
+        return not self.is_wanted
+
+    def _is_wanted(self, unit: str) -> bool:
+        return self.is_wanted if self.chosen is None else unit in self.chosen
 
     def forward(self, unit: str, visit: Visit, hidden: torch.Tensor, arguments: BlockArguments) -> torch.Tensor | None:
         """The block's output by a replay, a new tensor; None: run it."""
@@ -186,10 +202,8 @@ class BlockGraphs:
             return None
         key = (unit, "forward", *self._conditions(hidden), visit.addresses)
 
-        def run(static: _Static, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
-            with torch.no_grad():
-                output = self.model.run_block(unit, static.hidden, arguments.replace_tensors(tensors))
-                static.output.copy_(output.hidden)
+        def run(static: Static, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
+            launch_forward(self.model, unit, static, arguments.replace_tensors(tensors))
             return ()
 
         recording, static = self._find(key, unit, hidden, arguments, run)
@@ -223,23 +237,9 @@ class BlockGraphs:
         places = tuple((name, target.data_ptr(), target.dtype, is_begun) for name, (target, is_begun) in targets.items())
         key = (unit, "backward", *self._conditions(hidden), visit.addresses, places)
 
-        def run(static: _Static, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
-            leaf = static.hidden.detach().requires_grad_()
-            with torch.enable_grad():
-                output = self.model.run_block(unit, leaf, arguments.replace_tensors(tensors))
+        def run(static: Static, tensors: Sequence[torch.Tensor]) -> tuple[str, ...]:
             assert self._visit is not None
-            inputs = [leaf, *(self._visit.parameters[name] for name in targets)]
-            by_hidden, *by_parameters = torch.autograd.grad([output.hidden], inputs, [static.above], allow_unused=True)
-            if by_hidden is None:
-                static.output.zero_()
-            else:
-                static.output.copy_(by_hidden)
-            used = []
-            for (name, (target, is_begun)), gradient in zip(targets.items(), by_parameters, strict=True):
-                if gradient is not None:
-                    used.append(name)
-                    target.add_(gradient) if is_begun else target.copy_(gradient)
-            return tuple(used)
+            return launch_backward(self.model, unit, static, arguments.replace_tensors(tensors), self._visit.parameters, targets)
 
         self._visit = visit
         recording, static = self._find(key, unit, hidden, arguments, run)
@@ -273,7 +273,9 @@ class BlockGraphs:
         self._static.clear()
 
     def _conditions(self, hidden: torch.Tensor) -> tuple[Hashable, ...]:
-        return hidden.shape, hidden.dtype, hidden.device, self.model.model.training, torch.is_autocast_enabled(hidden.device.type)
+        kind = hidden.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return hidden.shape, hidden.dtype, hidden.device, self.model.model.training, autocast
 
     def _find(
         self,
@@ -281,21 +283,21 @@ class BlockGraphs:
         unit: str,
         hidden: torch.Tensor,
         arguments: BlockArguments,
-        run: Callable[[_Static, Sequence[torch.Tensor]], tuple[str, ...]],
-    ) -> tuple[_Recording | None, _Static | None]:
+        run: Callable[[Static, Sequence[torch.Tensor]], tuple[str, ...]],
+    ) -> tuple[_Recording | None, Static | None]:
         """The recording for `key`, made now if it is time; its arguments are loaded."""
         call = arguments.calls[unit]
         if key not in self._recordings:
             runs = self._runs[key] = self._runs.get(key, 0) + 1
             if len(self._runs) > 64 * MOST_RECORDINGS:
                 self._runs.clear()
-            if not self.is_wanted or runs <= RUNS_BEFORE or len(self._recordings) >= MOST_RECORDINGS:
+            if not self._is_wanted(unit) or runs <= RUNS_BEFORE or len(self._recordings) >= MOST_RECORDINGS:
                 return None, None
             watched = (unit, self.model.model.training)
             if watched in self._draws or watched not in self._watched or self.model.has_router_loss or not self._has_room():
                 self._recordings[key] = None
                 return None, None
-        elif self._recordings[key] is None:
+        elif self._recordings[key] is None or not self._is_wanted(unit):
             return None, None
         static = self._static_for(hidden)
         tensors = static.load_arguments(arguments) if static is not None else None
@@ -308,20 +310,20 @@ class BlockGraphs:
             return None, None
         return recording, static
 
-    def _static_for(self, hidden: torch.Tensor) -> _Static | None:
+    def _static_for(self, hidden: torch.Tensor) -> Static | None:
         key = (hidden.shape, hidden.dtype)
         if key not in self._static:
             if len(self._static) >= MOST_SHAPES:
                 return None
-            self._static[key] = _Static(hidden)
+            self._static[key] = Static(hidden)
         return self._static[key]
 
     def _record(
         self,
-        static: _Static,
+        static: Static,
         tensors: Sequence[torch.Tensor],
         call: RecordedCall,
-        run: Callable[[_Static, Sequence[torch.Tensor]], tuple[str, ...]],
+        run: Callable[[Static, Sequence[torch.Tensor]], tuple[str, ...]],
     ) -> _Recording | None:
         assert self.recorder is not None
         used: list[str] = []
@@ -336,6 +338,38 @@ class BlockGraphs:
             self.close()
             return None
         return _Recording(replay, call, used)
+
+
+def launch_forward(model: StreamedModel, unit: str, static: Static, arguments: BlockArguments) -> None:
+    """A block's forward from static tensors into static tensors: what a recording of it holds."""
+    with torch.no_grad():
+        static.output.copy_(model.run_block(unit, static.hidden, arguments).hidden)
+
+
+def launch_backward(
+    model: StreamedModel,
+    unit: str,
+    static: Static,
+    arguments: BlockArguments,
+    parameters: Mapping[str, torch.Tensor],
+    targets: Mapping[str, tuple[torch.Tensor, bool]],
+) -> tuple[str, ...]:
+    """Recomputation, gradients and their addition to `targets`, likewise; the parameters that got a contribution."""
+    leaf = static.hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        output = model.run_block(unit, leaf, arguments)
+    inputs = [leaf, *(parameters[name] for name in targets)]
+    by_hidden, *by_parameters = torch.autograd.grad([output.hidden], inputs, [static.above], allow_unused=True)
+    if by_hidden is None:
+        static.output.zero_()
+    else:
+        static.output.copy_(by_hidden)
+    used = []
+    for (name, (target, is_begun)), gradient in zip(targets.items(), by_parameters, strict=True):
+        if gradient is not None:
+            used.append(name)
+            target.add_(gradient) if is_begun else target.copy_(gradient)
+    return tuple(used)
 
 
 def _is_same_call(one: RecordedCall, other: RecordedCall) -> bool:

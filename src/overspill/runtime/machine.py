@@ -18,7 +18,8 @@ from overspill.spec.plan import AUTO, Plan, PlanRequest
 from overspill.tiers.cuda import let_segments_grow
 
 PROCESS_GROWTH_BYTES = 96 * 1024 * 1024
-"""Assumed: what the process itself grows by while it trains (threads, kernels, schedules); 50-60 MiB seen on two cores."""
+"""Assumed: what the process itself grows by while it trains (threads, schedules, recordings); 50-60 MiB seen on two cores. Kernels that a
+GPU's first step loads are not in it."""
 MOST_HELD_CONTEXT_BYTES = 512 * 1024 * 1024
 """Most of the device that is taken for this process's own context when a session opens; what is there beyond it may be another program's.
 Assumed: an H100's context alone takes somewhat more."""

@@ -11,11 +11,14 @@ Rules:
    `FREE_S` (8B on the SSD are 51,000 ops, 3 s) waits until that is at most `LATE_SHARE` of the time that was trained: no step waits for it
    that is not used to taking long.
 5. A run does not end because it cannot be predicted: `if_cheap` warns once and leaves it at that.
+6. Which blocks are replayed as CUDA graphs is decided once templates were timed, for every program and batch, and the session's executor
+   is told (`planning/graphs.py`). Before that paper says so for each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,15 +29,17 @@ from transformers import PreTrainedConfig
 from overspill.activations.retaining import book_without_values
 from overspill.huggingface.workload import UNDESCRIBABLE, describe_workload
 from overspill.planning import build_costs, simulate
-from overspill.planning.memory import device_terms, host_terms
-from overspill.runtime.machine import without_cycle_collection
+from overspill.planning.graphs import choose_replayed
+from overspill.planning.memory import device_terms, host_terms, recordings_bytes
+from overspill.report.memory import host_resident_bytes
+from overspill.runtime.machine import PROCESS_GROWTH_BYTES, without_cycle_collection
 from overspill.runtime.programs import Programs
 from overspill.runtime.template_timing import time_templates
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.rates import LaneRates
 from overspill.spec.report import Prediction
-from overspill.spec.schedule import Schedule
+from overspill.spec.schedule import Compute, Schedule
 from overspill.spec.tensors import Tier
 from overspill.spec.workload import TemplateTimes, WorkloadSpec
 
@@ -56,6 +61,7 @@ class Predictions:
         rates: those that the session has measured; None as long as nobody asked.
         replays_graphs: whether blocks are replayed as CUDA graphs where launches bound them.
         serial: the session runs one op after the other.
+        own_resident_bytes: of the session's homes and slots, what is in host memory now.
         workload: of the plan's batch, if somebody has described it.
     """
 
@@ -69,13 +75,17 @@ class Predictions:
         rates: Callable[[], LaneRates | None] = lambda: None,
         replays_graphs: bool = True,
         serial: bool = False,
+        own_resident_bytes: Callable[[], int] = lambda: 0,
         workload: WorkloadSpec | None = None,
     ) -> None:
         self.plan, self.config, self.programs, self.hardware = plan, config, programs, hardware
         self.rates, self.replays_graphs, self.serial = rates, replays_graphs, serial
         self.times: TemplateTimes | None = None
         """Of this model on this device, if somebody has measured them; what is predicted from then on uses them."""
+        self.loaded_process_bytes: int | None = None
+        """Of host memory, beside homes and slots, as `host_terms` has it."""
         self.spent_s = 0.0
+        self._own_resident_bytes = own_resident_bytes
         self._has_given_up = False
         self._workloads: dict[bool, WorkloadSpec | None] = {}
         if workload is not None and workload.loss is not None and workload.loss.chunk_rows == plan.loss_chunk_rows:
@@ -90,7 +100,7 @@ class Predictions:
             hardware: other rates than the session's.
         """
         rates = self.rates()
-        key = (id(schedule), is_masked, hardware, rates, id(self.times))
+        key = (id(schedule), is_masked, hardware, rates, self.times, self.loaded_process_bytes)
         if key not in self._kept:
             begun = time.perf_counter()
             with without_cycle_collection():  # a third of the time: hundreds of thousands of tuples are made, and none is garbage yet
@@ -126,18 +136,17 @@ class Predictions:
 
     def _predict(self, schedule: Schedule, *, is_masked: bool, hardware: HardwareSpec) -> Prediction:
         workload = self.workload(is_masked=is_masked)
+        replayed = self.replayed_blocks(is_masked=is_masked, hardware=hardware)
         costs = build_costs(
             self.plan,
             hardware,
             workload=workload,
             times=self.times if workload is not None else None,
-            replays_graphs=self.replays_graphs and not self.plan.device.startswith("cpu"),
+            replayed=replayed,
         )
         on_device, on_host = (self.programs.slot_bytes(schedule, tier) for tier in (Tier.DEVICE, Tier.HOST))
-        device = device_terms(
-            schedule, self.plan, slot_bytes=on_device, hardware=hardware, workload=workload, replays_graphs=self.replays_graphs
-        )
-        return simulate(
+        device = device_terms(schedule, self.plan, slot_bytes=on_device, hardware=hardware, workload=workload, replayed=replayed)
+        prediction = simulate(
             schedule,
             self.plan,
             hardware,
@@ -147,8 +156,41 @@ class Predictions:
             costs=costs,
             arenas=self.programs.arena_plans(schedule),
             device_terms=device,
-            host_terms=host_terms(schedule, self.plan, hardware, slot_bytes=on_host, device=device, workload=workload),
+            host_terms=host_terms(
+                schedule,
+                self.plan,
+                hardware,
+                slot_bytes=on_host,
+                device=device,
+                workload=workload,
+                loaded_process_bytes=self.loaded_process_bytes,
+            ),
         )
+        passes = [item.op for item in schedule.ops if isinstance(item.op, Compute) and not item.op.is_retained]
+        blocks = replayed or {unit.name for unit in self.plan.units[1:-1]}
+        return dataclasses.replace(
+            prediction,
+            num_replays=sum(op.unit in replayed for op in passes),
+            replays_bytes=0 if self.plan.device.startswith("cpu") else recordings_bytes(self.plan, workload, blocks, hardware),
+        )
+
+    def replayed_blocks(self, *, is_masked: bool = False, hardware: HardwareSpec | None = None) -> frozenset[str]:
+        """Blocks that the session replays as CUDA graphs: decided by templates once they were timed, else on paper (rule 6)."""
+        if not self.replays_graphs or self.plan.device.startswith("cpu"):
+            return frozenset()
+        has_times = self.times is not None
+        return choose_replayed(
+            self.plan,
+            self.workload(is_masked=is_masked and not has_times),
+            hardware=self.hardware if hardware is None or has_times else hardware,
+            times=self.times,
+            device_peak_bytes=self._device_peak_bytes,
+        )
+
+    @functools.cached_property
+    def _device_peak_bytes(self) -> int:
+        """Of pieces, in a step at its longest, if there is a budget for them."""
+        return 0 if self.plan.device_budget_bytes is None else self.programs.device_peak_bytes(self.programs.whole_step())
 
     def time_templates(self, device: torch.device, *, limit_s: float = 5.0) -> TemplateTimes | None:
         """Time one block of every class and the tail on the device, for all predictions from now on. None: rule 3."""
@@ -163,8 +205,16 @@ class Predictions:
                 limit_s=limit_s,
                 loss_chunk_rows=self.plan.loss_chunk_rows,
                 spec=workload,
+                replays=self.replays_graphs,
             )
+            if device.type == "cuda":
+                self.note_loaded_process()
         return self.times
+
+    def note_loaded_process(self) -> None:
+        """From here on predictions take the process as it is now, with a step's kernels and libraries loaded, in place of what it was and
+        is known to grow by. On a CPU nothing is loaded late, and what torch's allocator holds is told from the rest by nobody."""
+        self.loaded_process_bytes = host_resident_bytes() - self._own_resident_bytes() + PROCESS_GROWTH_BYTES
 
     def workload(self, *, is_masked: bool = False) -> WorkloadSpec | None:
         """What a micro-batch at its longest costs each class of units; None: it cannot be described (rule 3)."""

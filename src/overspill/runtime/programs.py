@@ -61,6 +61,10 @@ class Programs:
         arena = self.arena(schedule, tier)
         return self.limit_bytes(schedule, tier) if arena is None else max(arena.num_bytes, self._whole_step_bytes[tier])
 
+    def device_peak_bytes(self, schedule: Schedule) -> int:
+        """Most bytes of pieces on the device while one of these programs runs."""
+        return self._of(schedule).device_peak_bytes
+
     def limit_bytes(self, schedule: Schedule, tier: Tier) -> int:
         """What the pool of a tier may hold while one of these programs runs without an arena: on the device the least; in host memory,
         where pinning a slot anew takes longer than a copy, each size at its own most if the budget has room for it."""

@@ -7,7 +7,8 @@ directions of a link are measured alone and together (`spec/rates.py`). `overspi
 
 Rules:
 
-1. Nothing is left: memory is given back, to the system too; the file has no name and is closed.
+1. Nothing is left: memory is given back, to the system too; the file has no name and is closed. The process's peak does not rise: what
+   updates take beyond some 100 MiB is no more than homes will take that nobody has touched yet.
 2. It never fails a run. What cannot be measured (no room, a raw block device, which only one store may hold) has no rate and a note.
 3. Nobody else uses the lanes meanwhile: it runs between steps.
 
@@ -24,9 +25,9 @@ from typing import TypeVar
 import torch
 
 from overspill.errors import OverspillError
-from overspill.probe.capacities import host_available_bytes
+from overspill.probe.capacities import host_available_bytes, last_level_cache_bytes
 from overspill.probe.drive import Passes, measure_drive
-from overspill.probe.host_memory import measure_update
+from overspill.probe.host_memory import choose_set_bytes, measure_update
 from overspill.probe.link import measure_link, open_link
 from overspill.probe.sampling import Sampling
 from overspill.runtime.opening import Files
@@ -42,7 +43,7 @@ from overspill.units import MIB, align_up
 COPY_BYTES = 32 * MIB
 """Most bytes of one copy over the link; 0.6 ms on PCIe 5, so that starting it does not count. Chosen."""
 UPDATED_BYTES = 128 * MIB
-"""Of all arrays that are updated in turn: more than a large last-level cache. Chosen."""
+"""Of all arrays that are updated in turn, where states are not many in host memory (a large cache may hold them then). Chosen."""
 SSD_BYTES = 96 * MIB
 """Of the file, which is written three times: 288 MiB. Chosen."""
 SAMPLING = Sampling(least_s=0.03)
@@ -61,12 +62,13 @@ def spare_host_bytes(plan: Plan, allocated_bytes: int) -> int:
     return room if plan.host_budget_bytes is None else max(0, min(room, plan.host_budget_bytes - allocated_bytes))
 
 
-def measure_rates(plan: Plan, optimizer: Optimizer, files: Files, *, room_bytes: int) -> tuple[LaneRates, int]:
+def measure_rates(plan: Plan, optimizer: Optimizer, files: Files, *, room_bytes: int, untouched_bytes: int = 0) -> tuple[LaneRates, int]:
     """All rates of a session (rule 2), and the bytes that this wrote to the SSD.
 
     Args:
         files: how the session reaches the SSD.
         room_bytes: of host memory that may be taken for a moment (up to about 200 MiB are).
+        untouched_bytes: of homes that nothing has touched yet, so that as much may be taken before they are, for updates.
     """
     notes: list[str] = []
     written = [0]
@@ -80,7 +82,7 @@ def measure_rates(plan: Plan, optimizer: Optimizer, files: Files, *, room_bytes:
 
     rates = LaneRates(
         link=attempt("the link to the device", lambda: _measure_link(plan, room_bytes)),
-        update_parameters_per_s=attempt("the host's update", lambda: _measure_update(plan, optimizer, room_bytes)),
+        update_parameters_per_s=attempt("the host's update", lambda: _measure_update(plan, optimizer, room_bytes, untouched_bytes)),
         ssd=attempt("the SSD", lambda: _measure_ssd(plan, files, written, room_bytes)),
     )
     return LaneRates(link=rates.link, ssd=rates.ssd, update_parameters_per_s=rates.update_parameters_per_s, notes=tuple(notes)), written[0]
@@ -93,8 +95,9 @@ def _measure_link(plan: Plan, room_bytes: int) -> LinkRates:
         return measure_link(link, SAMPLING).rates
 
 
-def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int) -> float | None:
-    """Parameters a second of the optimizer's update in host memory, chunk by chunk, as the step calls it."""
+def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int, untouched_bytes: int) -> float | None:
+    """Parameters a second of the optimizer's update in host memory, chunk by chunk, as the step calls it; over more than caches hold, where
+    states will take as much in host memory."""
     names = [name for name, bundle in plan.bundles.items() if bundle.trainable and plan.placements[name].update_tier is Tier.HOST]
     if not names:
         return None
@@ -107,7 +110,9 @@ def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int) -> float 
     updater, context = Updater(plan), UpdateContext(optimizer, seed=0, step=1, lr=0.0, gradient_scale=1.0)
     op = Update(bundle=name, chunk=0, tier=Tier.HOST, num_elements=num_elements, num_bytes=sizes[Role.GRADIENT])
     update = functools.partial(updater.run, op, context)
-    return measure_update(num_elements, sizes, update, SAMPLING, updated_bytes=UPDATED_BYTES, room_bytes=room_bytes).median_per_s
+    updated = max(UPDATED_BYTES, choose_set_bytes(last_level_cache_bytes(), untouched_bytes))
+    room = max(room_bytes, untouched_bytes)
+    return measure_update(num_elements, sizes, update, SAMPLING, updated_bytes=updated, room_bytes=room).median_per_s
 
 
 def _measure_ssd(plan: Plan, files: Files, written: list[int], room_bytes: int) -> LinkRates | None:

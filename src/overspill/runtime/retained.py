@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 
@@ -95,7 +96,7 @@ class RetainedGraphs:
         trainable: Sequence[str],
         side_inputs: Sequence[torch.Tensor],
         room_bytes: int,
-        rebuilds: bool = True,
+        most_passes: float = math.inf,
     ) -> RetainedForward | None:
         """Run a block's forward and keep its graph; None: it could not be kept (rule 1), and nothing of it is left.
 
@@ -103,7 +104,7 @@ class RetainedGraphs:
             piece: the activations.
             parameters: leaves that the block is bound to; `shed` is for who bound it.
             room_bytes: what the plan has counted (rule 4).
-            rebuilds: whether what follows from other saved tensors is rebuilt.
+            most_passes: what takes more of them to rebuild is stored (`spec.retention`).
         """
         unit = piece.owner
         if unit in self._recomputed:
@@ -113,7 +114,7 @@ class RetainedGraphs:
         if unit not in self._epsilons:
             self._epsilons[unit] = find_epsilons(self._model.block(unit), parameters)
         fixed = (*arguments.tensors, *side_inputs, *self._model.block_buffers(unit))
-        book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit], rebuilds=rebuilds)
+        book = Book({HIDDEN: leaf, **parameters}, fixed, epsilons=self._epsilons[unit], most_passes=most_passes)
         unneeded = self._model.unneeded
         try:
             with torch.enable_grad(), book.saving(), unneeded.making_all() if unneeded is not None else contextlib.nullcontext():

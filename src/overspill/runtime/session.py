@@ -110,7 +110,7 @@ class Session(Closing):
         ssd_overwrite: Sequence[str] = (),
         machine: str | Path | None = None,
     ) -> None:
-        self.optimizer, self.seed = optimizer, seed
+        self.optimizer, self.seed, self._is_compiled = optimizer, seed, compile
         plan = plan_for_optimizer(plan, optimizer)
         files = Files(calls=calls, space=space or SpacePolicy(), num_threads=num_threads, overwrite=ssd_overwrite, open_store=open_store)
         self._checkpointer: Checkpointer | None = None
@@ -161,6 +161,7 @@ class Session(Closing):
             rates=lambda: self._timing.rates if self._timing.has_rates else None,
             replays_graphs=cuda_graphs,
             serial=serial,
+            own_resident_bytes=self.residency.host.resident_bytes,
             workload=workload,
         )
 
@@ -212,6 +213,7 @@ class Session(Closing):
             num_targets=num_targets,
             skipped=skipped,
             loss_scale=scale,
+            num_replays=self.executor.num_replays,
             ssd_life_written_bytes=self._wear.after_step(figures.step_s, land=self.executor.finish) if self._wear is not None else 0,
             read_times=self._timing.after_step(number, self.executor.lazy_trace),
         )
@@ -355,8 +357,10 @@ class Session(Closing):
         return self._timing.rates
 
     def _measure_rates(self, files: Files) -> LaneRates:
-        room = spare_host_bytes(self.plan, self.residency.host.allocated_bytes)
-        rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room)
+        host = self.residency.host
+        room = spare_host_bytes(self.plan, host.allocated_bytes)
+        untouched = host.allocated_bytes - host.resident_bytes()
+        rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room, untouched_bytes=untouched)
         if self._wear is not None:
             self._wear.add(written)
         return rates
@@ -401,10 +405,15 @@ class Session(Closing):
     def time_templates(self, *, limit_s: float = 5.0) -> TemplateTimes | None:
         """Time one block of every class and the tail on the device, for all predictions from now on, within about `limit_s`.
 
+        Before the first step this also decides which blocks are replayed as CUDA graphs, so that the run does what is predicted of it.
+
         Between steps; takes memory of the device that the plan knows nothing of. None: the model cannot be described without weights.
         """
         self._runner.check_usable()
-        return self._predictions.time_templates(self.device, limit_s=limit_s)
+        times = self._predictions.time_templates(self.device, limit_s=limit_s)
+        if times is not None and not self._is_compiled:  # compiled blocks launch less than was timed: the run judges
+            self.executor.graphs.choose(self._predictions.replayed_blocks())
+        return times
 
     # -- the end -----------------------------------------------------------------------------------------------------
 

@@ -5,26 +5,31 @@
 
 One block with random weights is on the device at a time, never the model; the tail brings its output projection. Each runs as the
 runtime runs it (`runtime/compute.py`): forward without a graph; then the forward again with one, the gradients, and their addition to
-fp32 sums, as with more than one micro-batch. Nothing is fetched, so these are the times of resident parameters (design 12).
+fp32 sums, as with more than one micro-batch; without the products that a recomputation need not make (`huggingface/unneeded.py`), where
+there is time to find them. Nothing is fetched, so these are the times of resident parameters (design 12).
 
 Rules:
 
-1. Sizes grow from a few tokens to those asked for, by the factor `GROWTH`, as long as two runs of the next size are predicted to fit the
-   time that is left: a run cannot be cut short, so a slow one must not be begun. What does not fit is measured at the largest size that
-   did, which the result and its note say. Predicted is by FLOPs, from the last size: too much where a small size is bound by weights.
-2. The first run of the smallest size is not counted, because it loads kernels, unless there is no time for another.
-3. Every class has an equal share of the time that is left when its turn comes; what one does not need goes to the next. A unit whose
+1. Which sizes are run, and which runs count, is in `template_repetitions.py`. What does not fit the time is measured at the largest size
+   that did, which the result and its note say.
+2. Every class has an equal share of the time that is left when its turn comes; what one does not need goes to the next. A unit whose
    weights alone would take longer to make and to go through once is not begun: judged by the unit before it, the first one, on a CPU,
    by an assumption.
-4. No size is begun for which memory is predicted not to suffice; what runs out of it all the same is a note, not an error.
-5. Torch's generators are as before afterwards, and what torch's allocator kept is given back.
+3. On a GPU the host's time to launch is measured beside the device's. Where it bounds a block (`spec/launches.py`), forward and backward
+   are recorded as CUDA graphs and their replays are timed as well: that is what such a block takes in a run, and no slow host is in it.
+4. Where a GPU's result is doubtful (`_is_doubtful`) and time is left when all had their turn, the unit is timed again from the beginning;
+   of two results at one size the quicker one counts, because whatever disturbs makes slower. A result far from the other is told.
+5. No size is begun for which memory is predicted not to suffice; what runs out of it all the same is a note, not an error.
+6. Torch's generators are as before afterwards, and what torch's allocator kept is given back.
 
-Limits: launches are part of the time, as in a run without CUDA graphs; so are blocks that are not compiled. On a machine's first run
-the tail's loss kernel is compiled, which may take some seconds more.
+Limits: blocks are not compiled. On a machine's first run the tail's loss kernel is compiled before the time begins that is limited, which
+takes some seconds more.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -37,29 +42,39 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from overspill.huggingface import Embedded, StreamedModel
+from overspill.huggingface.tail import load_loss
 from overspill.huggingface.workload import build_streamed, describe_workload
-from overspill.spec.workload import TemplateTimes, Timing, UnitTimes, UnitWork, WorkloadSpec, default_loss_chunk_rows
+from overspill.planning.graphs import paper_s
+from overspill.runtime.graphs import CudaRecorder, LaunchRecorder
+from overspill.runtime.template_repetitions import MOST_REPETITIONS, Repetitions, Size, build_sizes, spread_of
+from overspill.runtime.template_runs import BlockRun, Clock, CudaClock, HostClock, Sample, TailRun
+from overspill.spec.launches import LAUNCH_S
+from overspill.spec.workload import TemplateTimes, Timing, UnitTimes, UnitWork, Work, WorkloadSpec, default_loss_chunk_rows
 from overspill.tiers.cuda import cuda_index
 from overspill.units import format_bytes, format_seconds
 
 LIMIT_S = 5.0
-SMALLEST_TOKENS = 32
-"""Of the first size. Chosen: its time is that of reading the weights, anywhere."""
-GROWTH = 4
-MOST_REPETITIONS = 20
-"""Chosen: the median of as many is steady, and a small model needs no more."""
 ROOM_SHARE = 0.8
-"""Of free memory that a size may be predicted to take (rule 4). Chosen, not tuned."""
+"""Of free memory that a size may be predicted to take (rule 5). Chosen, not tuned."""
 ASSUMED_FIRST_RUN_S_PER_BYTE = 10e-9
-"""Of the first unit's parameters, on a CPU (rule 3): pages are touched for the first time. Measured 14 to 38 ns on two slow cores."""
+"""Of the first unit's parameters, on a CPU (rule 2): pages are touched for the first time. Measured 14 to 38 ns on two slow cores."""
+UNNEEDED_RUNS, UNNEEDED_SHARE = 16, 0.2
+"""What finding out what a recomputation can leave out takes at most, in runs of the smallest size, and what it may take of the time that is
+left. Chosen: 3 % of a block's time are at stake."""
+MOST_ROUNDS = 3
+"""In which a unit is timed (rule 4). Chosen."""
+LEAST_REPETITIONS = 3
+"""Fewer are doubtful (rule 4). Chosen."""
+DOUBTED_FACTOR = 8.0
+"""Slower than that times what launches, FLOPs and bytes are assumed to take is doubtful (rule 4). Chosen: a GPU with an eighth of the
+assumed rates is timed again for nothing. A mixture of experts on an H100 of which a first run had counted was 36 times slower."""
+FAR_FACTOR = 2.0
+"""Results of two rounds that differ by more are told (rule 4)."""
 _PATTERN_ELEMENTS = 1 << 20
 """Random numbers that fill all weights, over and over: drawing as many as there are weights takes seconds on a CPU."""
 
-Size = tuple[int, int]
-"""Samples, tokens."""
-Run = Callable[[], tuple[float, float]]
-"""One repetition: seconds of the forward and of the backward."""
-MakeRun = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor], Size], Run]
+UnitRun = BlockRun | TailRun
+MakeRun = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor], Size], UnitRun]
 """(unit, its parameters, sums of their gradients, size) -> what is repeated."""
 
 
@@ -73,6 +88,9 @@ def time_templates(
     limit_s: float = LIMIT_S,
     loss_chunk_rows: int | None = None,
     spec: WorkloadSpec | None = None,
+    replays: bool = True,
+    clock: Clock | None = None,
+    recorder: Callable[[], LaunchRecorder] | None = None,
 ) -> TemplateTimes:
     """Measure one block of every class and the tail, in about `limit_s` at most.
 
@@ -82,9 +100,11 @@ def time_templates(
         seq_len: tokens of every sample.
         micro_batch: samples.
         dtype: what the model computes in.
-        limit_s: for everything but looking at the model.
+        limit_s: for everything but looking at the model and compiling the loss.
         loss_chunk_rows: rows of logits at a time; None: as the planner has it.
         spec: what `describe_workload` says of it for these sizes; None: it is asked.
+        replays: of blocks that launches bound; False: the run that is predicted has no CUDA graphs.
+        clock, recorder: what reads time and, anew for each block, records launches; None: the device's own. Tests give theirs.
 
     Raises:
         ValueError: a size or limit out of range, an unknown dtype, a spec of other sizes.
@@ -105,9 +125,19 @@ def time_templates(
         )
     streamed = build_streamed(model, dtype).train()
     start = time.perf_counter()
+    if clock is None:
+        clock = CudaClock(place) if place.type == "cuda" else HostClock()
+    if not replays:
+        recorder = None
+    elif recorder is None and place.type == "cuda":
+        recorder = functools.partial(CudaRecorder, place)
+    if place.type == "cuda":
+        load_loss(spec.vocab_size, getattr(torch, dtype), place)
+    begin_s = clock.now()
     with torch.random.fork_rng(devices=[cuda_index(place)] if place.type == "cuda" else []):
-        bench = _Bench(streamed, spec, place, loss_chunk_rows or default_loss_chunk_rows(spec.vocab_size))
-        blocks, tail = bench.measure(deadline=start + limit_s)
+        rows = loss_chunk_rows or default_loss_chunk_rows(spec.vocab_size)
+        bench = _Bench(streamed, spec, place, rows, clock=clock, recorder=recorder)
+        blocks, tail = bench.measure(deadline=begin_s + limit_s)
     return TemplateTimes(
         model=type(streamed.model).__name__,
         dtype=dtype,
@@ -120,99 +150,146 @@ def time_templates(
     )
 
 
-def build_sizes(wanted: Size) -> list[Size]:
-    """Sizes that grow to `wanted`, tokens before samples (rule 1)."""
-    samples, tokens = wanted
-    sizes = []
-    now = min(SMALLEST_TOKENS, tokens)
-    while now < tokens:
-        sizes.append((1, now))
-        now = min(now * GROWTH, tokens)
-    now = 1
-    while now < samples:
-        sizes.append((now, tokens))
-        now = min(now * GROWTH, samples)
-    return [*sizes, wanted]
-
-
 class _Bench:
-    def __init__(self, streamed: StreamedModel, spec: WorkloadSpec, device: torch.device, chunk_rows: int) -> None:
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        spec: WorkloadSpec,
+        device: torch.device,
+        chunk_rows: int,
+        *,
+        clock: Clock,
+        recorder: Callable[[], LaunchRecorder] | None,
+    ) -> None:
         self.streamed, self.spec, self.device, self.chunk_rows = streamed, spec, device, chunk_rows
+        self.clock, self.recorder = clock, recorder
         self.wanted = (spec.micro_batch, spec.seq_len)
         streamed.to(device)
         self.pattern = torch.randn(_PATTERN_ELEMENTS, device=device) * 0.02
         self.side_outputs: dict[str, tuple[tuple[int, torch.dtype], ...]] = {}
         """Unit -> elements a token, and dtype, of its router logits."""
-        self.first_run_s_per_byte = 0.0 if device.type == "cuda" else ASSUMED_FIRST_RUN_S_PER_BYTE
+        self.late: set[str] = set()
+        """Units whose last round had no time for the sizes asked for."""
+        self.first_run_s_per_byte = 0.0 if clock.is_apart else ASSUMED_FIRST_RUN_S_PER_BYTE
         """Of parameters: to make the last unit's, and to go through them once."""
 
     def measure(self, *, deadline: float) -> tuple[tuple[UnitTimes, ...], UnitTimes]:
-        *classes, tail = self.spec.classes[1:]
-        found = []
-        for number, item in enumerate(classes):
-            found.append(self._measure_unit(item, _share(deadline, len(classes) + 1 - number), self._block_run))
+        *blocks, tail = self.spec.classes[1:]
+        classes: list[tuple[UnitWork, MakeRun]] = [*((item, self._block_run) for item in blocks), (tail, self._tail_run)]
+        found: dict[str, UnitTimes] = {}
+        for number, (item, make) in enumerate(classes):
+            first_s = self.first_run_s_per_byte * item.parameter_bytes
+            found[item.name] = self._measure_unit(item, self._share(deadline, len(classes) - number), make, first_s=first_s)
             self.side_outputs |= dict.fromkeys(item.units, self.side_outputs.get(item.name, ()))
-        return tuple(found), self._measure_unit(tail, deadline, self._tail_run)
+        for _ in range(MOST_ROUNDS - 1):
+            doubtful = [(item, make) for item, make in classes if self._is_doubtful(item, found[item.name])]
+            for number, (item, make) in enumerate(doubtful):
+                first_s = 2 * found[item.name].forward_backward_s
+                again = self._measure_unit(item, self._share(deadline, len(doubtful) - number), make, first_s=first_s)
+                found[item.name] = choose_better(found[item.name], again)
+        *others, last = (found[item.name] for item, _ in classes)
+        return tuple(others), last
 
-    def _measure_unit(self, item: UnitWork, deadline: float, make: MakeRun) -> UnitTimes:
-        start = time.perf_counter()
-        first_s = self.first_run_s_per_byte * item.parameter_bytes
+    def _is_doubtful(self, item: UnitWork, times: UnitTimes) -> bool:
+        """Whether it should be timed once more (rule 4). What could not be measured is not: its reason stays."""
+        timing = times.backward
+        if not self.clock.is_apart or timing is None:
+            return False
+        if item.name in self.late:
+            return True
+        most_s = self._most_s(item, (times.micro_batch, times.seq_len))
+        return (
+            timing.num_repetitions < LEAST_REPETITIONS
+            or (timing.num_repetitions > MOST_REPETITIONS and timing.spread_s > timing.median_s / 2)
+            or (most_s > 0 and times.forward_backward_s > most_s)
+        )
+
+    def _measure_unit(self, item: UnitWork, deadline: float, make: MakeRun, *, first_s: float) -> UnitTimes:
+        """`first_s`: what its first runs are thought to take (rule 2)."""
+        start = self.clock.now()
         if start + first_s > deadline:
             note = f"not measured: one run takes about {format_seconds(first_s)}, {format_seconds(max(0, deadline - start))} were left"
             return _describe(item.name, self.wanted, [], note)
-        measured, times, note = self.wanted, list[tuple[float, float]](), ""
         try:
-            measured, times, note = self._grow(item, deadline, make)
+            return self._repeat(item, deadline, make)
         except torch.OutOfMemoryError as error:
-            note = f"out of memory: {str(error).splitlines()[0][:160]}"
+            return _describe(item.name, self.wanted, [], f"out of memory: {str(error).splitlines()[0][:160]}")
         finally:
             self._give_back()
-        return _describe(item.name, measured, times, note)
 
-    def _grow(self, item: UnitWork, deadline: float, make: MakeRun) -> tuple[Size, list[tuple[float, float]], str]:
-        """The largest size that fits, its repetitions, and why it is not the one asked for (rules 1, 2 and 4)."""
-        start = time.perf_counter()
-        smallest, *others = build_sizes(self.wanted)
-        if note := self._missing_room(item, smallest):
-            return self.wanted, [], f"not measured: {note}"
-        leaves = self._random_leaves(item.name)
-        sums = {name: torch.zeros_like(leaf, dtype=torch.float32, requires_grad=False) for name, leaf in leaves.items()}
-        measured, note = smallest, ""
-        with self.streamed.bound(item.name, leaves):
-            run = make(item.name, leaves, sums, measured)
-            times = [run()]
-            self.first_run_s_per_byte = (time.perf_counter() - start) / max(1, item.parameter_bytes)
-            if time.perf_counter() + sum(times[0]) < deadline:
-                times = [run()]
-            for size in others:
-                note = self._too_late(item, measured, size, sum(times[-1]), deadline)
-                if note and self.device.type == "cuda" and time.perf_counter() + sum(times[-1]) < deadline:
-                    times = [run()]  # the first run of a size may have compiled kernels for it
-                    note = self._too_late(item, measured, size, sum(times[-1]), deadline)
-                if note := note or self._missing_room(item, size):
-                    break
-                try:
-                    run = make(item.name, leaves, sums, size)
-                    times = [run()]
-                except torch.OutOfMemoryError as error:
-                    note = f"{size[0]} x {size[1]} ran out of memory ({str(error).splitlines()[0][:120]})"
-                    run = make(item.name, leaves, sums, measured)
-                    break
-                measured = size
-            while len(times) < MOST_REPETITIONS and time.perf_counter() + sum(times[-1]) < deadline:
-                times.append(run())
-        return measured, times, f"measured at {measured[0]} x {measured[1]} tokens: {note}" if note else ""
-
-    def _too_late(self, item: UnitWork, measured: Size, following: Size, last_s: float, deadline: float) -> str:
-        """Why `following` is not begun (rule 1); empty if it is."""
-        predicted_s = last_s * self._flops(item, following) / self._flops(item, measured)
-        left_s = deadline - time.perf_counter()
-        if 2 * predicted_s <= left_s:
-            return ""
-        return (
-            f"two runs of {following[0]} x {following[1]} were predicted to take {format_seconds(2 * predicted_s)}, "
-            f"{format_seconds(max(left_s, 0))} were left"
+    def _repeat(self, item: UnitWork, deadline: float, make: MakeRun) -> UnitTimes:
+        """The largest size that fits, its repetitions, and why it is not the one asked for."""
+        start = self.clock.now()
+        leaves: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        repetitions = Repetitions(
+            self.wanted,
+            self.clock,
+            work=lambda size: self._flops(item, size),
+            most_s=self._most_s(item, build_sizes(self.wanted)[0]) or math.inf,
+            make=lambda size: make(item.name, leaves, sums, size),
+            missing_room=lambda size: self._missing_room(item, size),
+            deadline=deadline,
         )
+        if note := repetitions.missing_room():
+            return _describe(item.name, self.wanted, [], f"not measured: {note}")
+        leaves |= self._random_leaves(item.name)
+        sums |= {name: torch.zeros_like(leaf, dtype=torch.float32, requires_grad=False) for name, leaf in leaves.items()}
+        with self.streamed.bound(item.name, leaves):
+            found = repetitions.begin()
+            self.first_run_s_per_byte = (self.clock.now() - start) / max(1, item.parameter_bytes)
+            if isinstance(found.run, BlockRun) and UNNEEDED_RUNS * found.wall_s < UNNEEDED_SHARE * (deadline - self.clock.now()):
+                found.run.leave_out_unneeded()
+            found = repetitions.grow(found)
+            (self.late.add if found.is_late else self.late.discard)(item.name)
+            samples = repetitions.repeat(found)
+            size, run = found.size, found.run
+            note = f"measured at {size[0]} x {size[1]} tokens: {found.note}" if found.note else ""
+            times = _describe(item.name, size, samples, note)
+            if isinstance(run, BlockRun):
+                self.side_outputs[item.name] = run.side_outputs
+                times = self._with_replays(times, run, samples, deadline)
+        return times
+
+    def _with_replays(self, times: UnitTimes, run: BlockRun, samples: Sequence[Sample], deadline: float) -> UnitTimes:
+        """Rule 3."""
+        if self.recorder is None or not self.clock.is_apart:
+            return times
+        if run.refusal():
+            return dataclasses.replace(times, is_replayable=False)
+        if not times.is_bound_by_launches:
+            return times
+        recorder = self.recorder()
+        if run.draws(recorder):
+            return dataclasses.replace(times, is_replayable=False)
+        try:
+            replay = run.record(recorder)
+            replay()  # the first one loads it
+            replays = [replay()]
+            last_s = samples[-1].total_s
+            while len(replays) < MOST_REPETITIONS and self.clock.now() + last_s < deadline:
+                replays.append(replay())
+        except torch.OutOfMemoryError as error:
+            return _noted(times, f"a replay was not timed, there was no memory for it: {str(error).splitlines()[0][:120]}")
+        except RuntimeError as error:
+            times = _noted(times, f"it cannot be recorded as a CUDA graph: {str(error).splitlines()[0][:120]}")
+            return dataclasses.replace(times, is_replayable=False)
+        forward, backward = _timings(replays)
+        return dataclasses.replace(times, replayed_forward=forward, replayed_backward=backward)
+
+    def _share(self, deadline: float, parts: int) -> float:
+        """The end of the first of equal parts of the time that is left (rule 2)."""
+        now = self.clock.now()
+        return now + max(0.0, deadline - now) / parts
+
+    def _most_s(self, item: UnitWork, size: Size) -> float:
+        """What is not believed to be exceeded at `size`: several times what FLOPs, bytes and launches are assumed to take. 0: not known, as
+        on a device whose rates nobody assumed."""
+        work = _work(item)
+        device_s = paper_s(work)
+        if not self.clock.is_apart or not device_s:
+            return 0.0
+        return DOUBTED_FACTOR * (device_s * self._flops(item, size) + work.num_ops * LAUNCH_S)
 
     def _flops(self, item: UnitWork, size: Size) -> float:
         """Work of a unit at `size`, relative to one at the sizes asked for; attention grows with the square of a sample's tokens."""
@@ -234,60 +311,27 @@ class _Bench:
 
     # -- what runs ----------------------------------------------------------------------------------------------------
 
-    def _block_run(self, unit: str, leaves: Mapping[str, Tensor], sums: Mapping[str, Tensor], size: Size) -> Run:
-        streamed, arguments = self.streamed, self._embed(size).arguments
+    def _block_run(self, unit: str, leaves: Mapping[str, Tensor], sums: Mapping[str, Tensor], size: Size) -> BlockRun:
+        streamed = self.streamed
         before = streamed.unit_names[streamed.unit_names.index(unit) - 1]
         source, above = self._hidden(size, streamed.hidden_dtypes[before]), self._hidden(size, streamed.hidden_dtypes[unit])
-        names = [name for name, leaf in leaves.items() if leaf.requires_grad]
+        return BlockRun(streamed, unit, self.clock, leaves, sums, self._embed(size).arguments, source, above)
 
-        def run() -> tuple[float, float]:
-            marks = [self._mark()]
-            with torch.no_grad():
-                forward = streamed.run_block(unit, source, arguments)
-            self.side_outputs[unit] = tuple((tensor.numel() // math.prod(size), tensor.dtype) for tensor in forward.side_outputs)
-            del forward
-            marks.append(self._mark())
-            hidden = source.detach().requires_grad_()
-            sides = tuple(tensor.detach().requires_grad_() for tensor in arguments.side_inputs)
-            output = streamed.run_block(unit, hidden, arguments, side_inputs=sides or None)
-            outputs = [tensor for tensor in (output.hidden, *output.side_outputs) if tensor.requires_grad]
-            grad_outputs = [above, *(torch.zeros_like(tensor) for tensor in outputs[1:])]
-            wanted = [hidden, *sides, *(leaves[name] for name in names)]
-            gradients = torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True)
-            for name, gradient in zip(names, gradients[len(wanted) - len(names) :], strict=True):
-                if gradient is not None:
-                    sums[name].add_(gradient)
-            marks.append(self._mark())
-            return self._seconds(marks[0], marks[1]), self._seconds(marks[1], marks[2])
-
-        return run
-
-    def _tail_run(self, unit: str, leaves: Mapping[str, Tensor], sums: Mapping[str, Tensor], size: Size) -> Run:
+    def _tail_run(self, unit: str, leaves: Mapping[str, Tensor], sums: Mapping[str, Tensor], size: Size) -> TailRun:
         streamed = self.streamed
-        hidden = self._hidden(size, streamed.hidden_dtypes[streamed.block_names[-1]])
-        batch = {**self._batch(size), "labels": torch.zeros(size, dtype=torch.int64)}
-        sides = {
-            unit: tuple(torch.randn(math.prod(size), count, device=self.device).to(dtype) for count, dtype in described)
-            for unit, described in self.side_outputs.items()
-        }
-
-        def accumulate(name: str, gradient: Tensor) -> None:
-            sums[name].add_(gradient)
-
-        def run() -> tuple[float, float]:
-            start = self._mark()
-            streamed.run_tail(
-                batch,
-                hidden.detach().requires_grad_(),
-                side_outputs=sides,
-                parameters=leaves,
-                num_targets=max(1, size[0] * (size[1] - 1)),
-                chunk_rows=self.chunk_rows,
-                accumulate=accumulate,
-            )
-            return 0.0, self._seconds(start, self._mark())
-
-        return run
+        return TailRun(
+            streamed,
+            self.clock,
+            leaves,
+            sums,
+            batch={**self._batch(size), "labels": torch.zeros(size, dtype=torch.int64)},
+            hidden=self._hidden(size, streamed.hidden_dtypes[streamed.block_names[-1]]),
+            side_outputs={
+                unit: tuple(torch.randn(math.prod(size), count, device=self.device).to(dtype) for count, dtype in described)
+                for unit, described in self.side_outputs.items()
+            },
+            chunk_rows=self.chunk_rows,
+        )
 
     def _embed(self, size: Size) -> Embedded:
         """The blocks' arguments for a micro-batch of `size`, over an embedding of zeros that take no memory."""
@@ -319,46 +363,56 @@ class _Bench:
             part.copy_(self.pattern[: part.numel()])
         return tensor
 
-    # -- the device ---------------------------------------------------------------------------------------------------
-
-    def _mark(self) -> torch.cuda.Event | float:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
-
-    def _seconds(self, start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
-        if isinstance(start, float) or isinstance(end, float):
-            assert isinstance(start, float) and isinstance(end, float)
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) * 1e-3
-
     def _give_back(self) -> None:
-        """Rule 5."""
+        """Rule 6."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _share(deadline: float, parts: int) -> float:
-    """The end of the first of equal parts of the time that is left (rule 3)."""
-    now = time.perf_counter()
-    return now + max(0.0, deadline - now) / parts
-
-
-def _describe(unit: str, size: Size, times: Sequence[tuple[float, float]], note: str) -> UnitTimes:
-    forward, backward = ([pair[part] for pair in times] for part in (0, 1))
-    return UnitTimes(
-        name=unit,
-        seq_len=size[1],
-        micro_batch=size[0],
-        forward=_timing(forward) if any(forward) else None,
-        backward=_timing(backward) if backward else None,
-        note=note,
+def choose_better(one: UnitTimes, other: UnitTimes) -> UnitTimes:
+    """Of two results of a unit (rule 4): the larger size; of one size the quicker."""
+    if one.backward is None or other.backward is None:
+        return other if one.backward is None else one
+    sizes = [item.micro_batch * item.seq_len for item in (one, other)]
+    if sizes[0] != sizes[1]:
+        return one if sizes[0] > sizes[1] else other
+    quicker, slower = sorted((one, other), key=lambda item: item.forward_backward_s)
+    if quicker.replayed_backward is None:
+        quicker = dataclasses.replace(quicker, replayed_forward=slower.replayed_forward, replayed_backward=slower.replayed_backward)
+    if slower.forward_backward_s <= FAR_FACTOR * quicker.forward_backward_s:
+        return quicker
+    return _noted(
+        quicker,
+        f"another round of repetitions, which does not count, took {format_seconds(slower.forward_backward_s)}, this one "
+        f"{format_seconds(quicker.forward_backward_s)}",
     )
 
 
-def _timing(seconds: Sequence[float]) -> Timing:
-    lower, _, upper = statistics.quantiles(seconds, method="inclusive") if len(seconds) > 1 else (0.0, 0.0, 0.0)
-    return Timing(median_s=statistics.median(seconds), spread_s=upper - lower, num_repetitions=len(seconds))
+def _work(item: UnitWork) -> Work:
+    """Of all passes of a training step."""
+    passes = [part.work for part in (item.recompute, item.backward) if part is not None]
+    return sum(passes, item.forward.work if item.forward is not None and item.boundary_bytes else Work())
+
+
+def _noted(times: UnitTimes, note: str) -> UnitTimes:
+    return dataclasses.replace(times, note="; ".join(filter(None, (times.note, note))))
+
+
+def _describe(unit: str, size: Size, samples: Sequence[Sample], note: str) -> UnitTimes:
+    forward, backward = _timings(samples)
+    return UnitTimes(name=unit, seq_len=size[1], micro_batch=size[0], forward=forward, backward=backward, note=note)
+
+
+def _timings(samples: Sequence[Sample]) -> tuple[Timing | None, Timing | None]:
+    """Of forwards and backwards; None of neither, and of the tail's forward."""
+    if not samples:
+        return None, None
+    forward = _timing([item.forward_s for item in samples], [item.forward_issue_s for item in samples])
+    backward = _timing([item.backward_s for item in samples], [item.backward_issue_s for item in samples])
+    return forward if any(item.forward_s for item in samples) else None, backward
+
+
+def _timing(seconds: list[float], issue_s: list[float]) -> Timing:
+    return Timing(
+        median_s=statistics.median(seconds), spread_s=spread_of(seconds), num_repetitions=len(seconds), issue_s=statistics.median(issue_s)
+    )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from overspill.cores import usable_cores
+from overspill.cores import update_threads
 from overspill.optim import SEGMENT_DTYPE, GradientStats, update_chunk
 from overspill.rng import rounding_key, split_at_parts
 from overspill.runtime.visit import TORCH_DTYPES
@@ -49,20 +49,12 @@ class UpdateContext:
         return key
 
 
-CORES_SPARED = 2
-"""For the thread that dispatches and autograd's, while the host updates beside a GPU. The update is bound by memory and hardly misses them;
-with them a dispatching thread that was put aside left an H100 idle for up to 20 ms (16 cores)."""
-LEAST_CORES = 8
-"""With fewer, all update."""
-
-
 class Updater:
     """Executes `Update` ops."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        cores = usable_cores()
-        self.num_threads = cores - CORES_SPARED if plan.device.startswith("cuda") and cores >= LEAST_CORES else 0
+        self.num_threads = update_threads(is_beside_gpu=plan.device.startswith("cuda"))
         """Most threads of an update on the host; 0: one a core."""
         self._tables: dict[tuple[str, int], tuple[np.ndarray, tuple[tuple[str, int], ...]]] = {}
         """(bundle, chunk) -> its segments without keys, and the (tensor, part) of each row."""

@@ -56,6 +56,10 @@ class Prediction(StepFigures):
     """Phase (`forward`, `backward`, `landing`: after the last compute) -> tier -> most bytes of pieces there at one time."""
     device_terms: tuple[MemoryTerm, ...] = ()
     """What the device's peak is made of, as the driver sees it; empty: nobody asked."""
+    num_replays: int = 0
+    """Blocks' passes that are replayed as CUDA graphs."""
+    replays_bytes: int = 0
+    """What recordings take of the device, or would take if blocks were replayed that are predicted not to be. 0: not known."""
     host_terms: tuple[MemoryTerm, ...] = ()
     """What the process's peak in host memory is made of; empty: nobody asked."""
 
@@ -171,6 +175,8 @@ class StepReport(StepFigures):
     """The process's VmHWM."""
     pinned_bytes: int
     """Page-locked now."""
+    num_replays: int = 0
+    """Blocks' passes that were replayed as CUDA graphs; none before a block has run a few times."""
     device_context_bytes: int = 0
     """What the driver counts as used beside the allocator's: the context and kernels of this process, and other programs; 0 on a CPU."""
     pool_peak_bytes: int = 0

@@ -23,6 +23,8 @@ import enum
 from collections.abc import Mapping
 
 from overspill.spec.documents import from_json, to_json
+from overspill.spec.launches import LAUNCH_BESIDE_LANES, do_launches_bind
+from overspill.spec.retention import ActivationMode
 from overspill.spec.tensors import CHUNK_BYTES, Bundle, Unit
 from overspill.units import MIB
 
@@ -63,10 +65,14 @@ class Work:
     """The part of `flops` in attention kernels."""
     causal_flops: int = 0
     """The part of `attention_flops` in kernels told that the mask is causal: they do about half of it."""
+    grouped_flops: int = 0
+    """The part of `flops` in the products of routed experts, one matrix for each group of rows."""
     moved_bytes: int = 0
     """Read and written by all operations."""
     elementwise_bytes: int = 0
     """The part of `moved_bytes` in operations without FLOPs: they take this over the device's memory bandwidth."""
+    scattered_bytes: int = 0
+    """The part of `elementwise_bytes` in operations that add rows into rows which an index names: far slower than the memory."""
     num_ops: int = 0
     """Operations that run a kernel: each costs a launch."""
 
@@ -145,15 +151,25 @@ class Routing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Retention:
-    """What keeping a unit's graph from forward to backward takes (`spec.retention`)."""
+class Kept:
+    """What a unit's graph takes that lives from forward to backward, in one mode."""
 
     stored_bytes: int
     """Of one micro-batch: what is neither there anyway nor rebuilt."""
-    whole_bytes: int
-    """What is not there anyway: with nothing rebuilt."""
     rebuilt: Work
-    """Of rebuilding in backward what is not stored. Assumed: each rebuilt tensor is written once, and as much is read twice."""
+    """Of rebuilding in backward what is not stored."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retention:
+    """What keeping a unit's graph from forward to backward takes (`spec.retention`)."""
+
+    kept: Mapping[ActivationMode, Kept]
+    """Of each mode that keeps it on the device."""
+
+    def of(self, mode: ActivationMode) -> Kept:
+        """Of any mode that keeps a graph; what leaves the device is what `keep` stores."""
+        return self.kept.get(mode, self.kept[ActivationMode.KEEP])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,6 +302,8 @@ class Timing:
     spread_s: float
     """Upper quartile less the lower one, so that one disturbed repetition does not make it; 0 with one."""
     num_repetitions: int
+    issue_s: float = 0.0
+    """Median of the host's time to launch it, from before the first call to after the last. 0: not measured, or the host computes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -302,6 +320,22 @@ class UnitTimes:
     backward: Timing | None
     """Recomputation, gradients, and their addition to fp32 sums, as the runtime does them. None: `note` says why."""
     note: str = ""
+    replayed_forward: Timing | None = None
+    """Replayed as a CUDA graph, which is what a block takes that launches bound. None: they do not bind, or it was not recorded."""
+    replayed_backward: Timing | None = None
+    is_replayable: bool = True
+    """False: it has side inputs or outputs, draws random numbers, or could not be recorded; its kernels are launched one by one."""
+
+    @property
+    def launch_s(self) -> float:
+        """Of the host, for forward and backward. 0: not measured."""
+        return sum(timing.issue_s for timing in (self.forward, self.backward) if timing is not None)
+
+    @property
+    def is_bound_by_launches(self) -> bool:
+        """Whether launching will bound it in a session; False too where it was not measured."""
+        launch_s = LAUNCH_BESIDE_LANES * self.launch_s
+        return launch_s > 0 and do_launches_bind(launch_s=launch_s, device_s=self.forward_backward_s)
 
     @property
     def forward_s(self) -> float:
