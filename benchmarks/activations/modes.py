@@ -199,8 +199,9 @@ def context(
     window_bytes = WIDE_RECORDS * known.largest_bytes if mode.is_wide and known is not None else places.window_bytes
     settings = build_settings(
         **{
-            "host_budget": max(host_bytes, 4 * LEAST_STAGING_BYTES), "ssd_dir": None, "ssd_budget": None, "device_budget": device_budget,
-            "amount": mode.amount, "storage": "as_is", "recompute": mode.recompute, "min_bytes": places.min_bytes,
+            "host_budget": max(host_bytes, 4 * LEAST_STAGING_BYTES), "ssd_dir": None, "ssd_budget": None, "gpudirect": False,
+            "device_budget": device_budget, "amount": mode.amount, "storage": "as_is", "recompute": mode.recompute,
+            "min_bytes": places.min_bytes,
             "window": window_bytes, "open_store": None, **more,
         }
     )  # fmt: skip

@@ -9,7 +9,9 @@ never told anything ends with its input. Nothing of a run has happened in it bef
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import faulthandler
 import json
 import math
 import os
@@ -26,6 +28,8 @@ from workers import take_order  # noqa: E402
 
 MOST_TOKENS_TOGETHER = 8192
 """Of a micro-batch."""
+STACKS_S = 3.0
+"""Before its limit a run that still goes on writes the stacks of all its threads to its output, of which the result has the end."""
 LEAST_COUNTED = 2
 """Steps that are counted in any case."""
 
@@ -52,6 +56,8 @@ class Order:
     templates_s: float
     dtype: str
     cuda_graphs: bool
+    limit_s: float
+    """Of the run, from the order on; then it is ended from outside."""
 
 
 def main(ready_fd: int) -> int:
@@ -62,11 +68,13 @@ def main(ready_fd: int) -> int:
     if "probe" in told:
         return probe(told["probe"])
     order = Order(**told)
+    faulthandler.dump_traceback_later(max(0.1, order.limit_s - STACKS_S), exit=False)
     try:
         result = measure_run(order)
     except BaseException as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"[:1000]}
+    faulthandler.cancel_dump_traceback_later()
     Path(order.report).write_text(json.dumps(result))
     return 1 if "error" in result else 0
 
@@ -143,16 +151,19 @@ def measure_run(order: Order) -> dict[str, Any]:
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
         marks |= {"before_steps": status_bytes("VmRSS"), "peak_before_steps": status_bytes("VmHWM")}
-        reports = [session.step(batches) for _ in range(order.warmup)]
-        # The first step reads states that nobody has written, which a file system does not ask its drive for. Without clip what lands
-        # after the last counted step is missing, as what landed after the last one of warming up is too much.
         io = counters.read()
+        reports = [session.step(batches) for _ in range(order.warmup)]
         counted = _counted_steps(session, batches, order)
         reports += counted
+        session.executor.finish()
         io = counters.read() - io
         context_bytes = max([_context_bytes(session.device), *(report.device_context_bytes for report in reports)])
         marks["ended"] = status_bytes("VmRSS")
-        plan = session.plan
+        plan, trace = session.plan, session.executor.trace
+        by_kind = {
+            "predicted": _compute_by_kind(plan, trace.schedule, prediction.spans),
+            "measured": _compute_by_kind(plan, trace.schedule, trace.spans),
+        }
     figures = _figures(from_file, prediction, reports, counted, context_bytes)
     return {
         "hardware": f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores",
@@ -164,17 +175,38 @@ def measure_run(order: Order) -> dict[str, Any]:
         "cuda_graphs": order.cuda_graphs,
         "num_parameters": plan.num_parameters,
         **figures,
-        "drive": _drive_bytes(io, counted),
+        "drive": _drive_bytes(io, reports, plan),
         "memory_marks": marks,
         "device_reserved_peak_bytes": max(report.device_peak_bytes for report in reports),
         "device_context_bytes": context_bytes,
+        "compute_s": by_kind,
         "all_step_s": [report.step_s for report in reports],
         "num_counted": len(counted),
         "templates": [] if times is None else [
-            {"name": item.name, "forward_s": item.forward_s, "forward_backward_s": item.forward_backward_s, "note": item.note}
+            {
+                "name": item.name, "forward_s": item.forward_s, "forward_backward_s": item.forward_backward_s, "note": item.note,
+                "launch_s": item.launch_s, "is_replayable": item.is_replayable,
+                "replays_s": [timing.median_s for timing in (item.replayed_forward, item.replayed_backward) if timing],
+                "spread_s": item.backward.spread_s if item.backward else None,
+                "num_repetitions": item.backward.num_repetitions if item.backward else 0,
+            }
             for item in (*times.blocks, times.tail)
         ],
     }  # fmt: skip
+
+
+def _compute_by_kind(plan: Any, schedule: Any, spans: Any) -> dict[str, float]:
+    """Seconds of lane `compute`, by what its ops do: where a prediction of compute is off."""
+    from overspill.spec.schedule import Compute, Lane
+
+    roles = {plan.units[0].name: "embedding", plan.units[-1].name: "tail"}
+    found: collections.Counter[str] = collections.Counter()
+    for span in spans:
+        if span.lane is Lane.COMPUTE and 0 <= span.op < len(schedule.ops):
+            op = schedule.ops[span.op].op
+            kind = f"{roles.get(op.unit, 'blocks')} {op.phase.value}" if isinstance(op, Compute) else type(op).__name__.lower()
+            found[kind] += span.end_s - span.start_s
+    return dict(found)
 
 
 def _counted_steps(session: Any, batches: list[dict[str, Any]], order: Order) -> list[Any]:
@@ -208,6 +240,7 @@ def _figures(from_file: Any, prediction: Any, reports: list[Any], counted: list[
         "missed_by": missed,
         "source": prediction.source,
         "source_from_file": from_file.source,
+        "replays": {"predicted": prediction.num_replays, "measured": reports[-1].num_replays},
         "device_terms": {term.name: term.num_bytes for term in prediction.device_terms},
         "host_terms": {term.name: term.num_bytes for term in prediction.host_terms},
         "lane_busy_s": {"predicted": dict(prediction.lane_busy_s), "measured": dict(reports[-1].lane_busy_s)},
@@ -226,14 +259,29 @@ def _context_bytes(device: Any) -> int:
     return int(max(0, total - free - torch.cuda.memory_reserved(device)))
 
 
-def _drive_bytes(io: Any, counted: list[Any]) -> dict[str, int]:
-    """Of the counted steps: what the lanes say, and what the kernel counted for this process."""
+def _drive_bytes(io: Any, reports: list[Any], plan: Any) -> dict[str, int]:
+    """Of all steps, landed: what the lanes say, and what the kernel counted for this process at the drive.
+
+    From a session's first step to the end of its last one, since a step's own bytes cannot be told from those of the landing beside it. The
+    first update reads states that nobody has written: a file system answers for such blocks without asking its drive
+    (`unwritten_read_bytes`), so these are in the lanes' bytes and not in the kernel's. With clip that update is made by the second step.
+    """
+    has_updated = len(reports) > (1 if plan.clip is not None else 0)
     return {
-        "lanes_read_bytes": sum(report.ssd_read_bytes for report in counted),
-        "lanes_written_bytes": sum(report.ssd_written_bytes for report in counted),
+        "lanes_read_bytes": sum(report.ssd_read_bytes for report in reports),
+        "unwritten_read_bytes": _state_bytes_on_ssd(plan) if has_updated else 0,
+        "lanes_written_bytes": sum(report.ssd_written_bytes for report in reports),
         "kernel_read_bytes": io.process_read_bytes,
         "kernel_written_bytes": io.process_written_bytes,
     }
+
+
+def _state_bytes_on_ssd(plan: Any) -> int:
+    """Of all records of states that rest there."""
+    from overspill.spec.tensors import Tier
+
+    names = [name for name in plan.bundles if plan.has_state(name) and plan.placements[name].states is Tier.SSD]
+    return sum(plan.state_record_bytes(name, index) for name in names for index in range(len(plan.bundles[name].chunks)))
 
 
 def fill_windows(model: Any) -> None:

@@ -12,7 +12,8 @@ Protocol:
    measured). Its prediction is made when the session has opened, before its first step, twice: with the templates timed there, and from
    the machine file alone. Nothing else runs meanwhile.
 3. Measured are the median of the counted steps' times, the most that allocator and driver had reserved, VmHWM from a fresh process to
-   the last step, and the drive's bytes; of the drive also what the kernel counted. `missed_by` is measured less predicted, over measured.
+   the last step, and the drive's bytes; of the drive also what the kernel counted, from before the first step until the last has landed,
+   less reads of states that nobody has written yet. `missed_by` is measured less predicted, over measured.
 4. A line a run, with the terms of both peaks; a run that fails is a line with its error. `--summarize` prints medians and the worst beside
    `TARGETS`, and what each shape, length, place and clip was off by.
 5. The order is balanced: wherever a call ends, shapes, lengths, places and clip have been had about equally often. A run that is
@@ -41,7 +42,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "host_memory")]
 
 from attempt import Outcome, read_json  # noqa: E402
 from measure import append_result, provenance, read_lines  # noqa: E402
-from workers import Crew, on_termination  # noqa: E402
+from workers import TAIL_BYTES, Crew, on_termination  # noqa: E402
 
 TOKENS = 16384
 CALIBRATION = ("1.10B:2048:host", "1.10B:2048:host:clip")
@@ -65,8 +66,8 @@ CLOSING_S = 6.0
 """Left before the deadline for ending a run and writing its line."""
 PROBE_LIMIT_S = 60.0
 WARMUP = {"host": 5, "ssd": 1}
-"""On the host CUDA graphs are judged in the third step and recorded in the fourth. On the SSD the first step has loaded all code, and the
-second one finds the landing of the one before, as any later one."""
+"""On the host CUDA graphs are recorded in the first two steps (where no templates were timed, they are judged in the third and recorded in
+the fourth). On the SSD the first step has loaded all code, and the second one finds the landing of the one before, as any later one."""
 STEPS, STEPS_S = 5, 8.0
 OPENING_S, HOST_S_PER_PARAMETER, SSD_S_PER_PARAMETER = 8.0, 5e-9, 46 / 1.7e9
 """For estimates: of any run; of a run on the host; of a step on the SSD, by bytes a parameter and the slowest drive that was seen."""
@@ -243,6 +244,7 @@ def run_one(name: str, options: argparse.Namespace, crew: Crew, *, limit_s: floa
             "machine": str(options.machine) if options.machine is not None else None,
             "warmup": WARMUP[run["place"]] if options.warmup is None else options.warmup,
             "cuda_graphs": run["place"] == "host",
+            "limit_s": limit_s,
         }
         order |= {name: getattr(options, name) for name in ("tokens", "steps", "steps_s", "templates_s", "dtype")}
         try:
@@ -254,7 +256,8 @@ def run_one(name: str, options: argparse.Namespace, crew: Crew, *, limit_s: floa
     if "error" not in result and (outcome.return_code != 0 or "missed_by" not in result):
         result["error"] = outcome.describe_failure(limit_s)
     if "error" in result:
-        result["output_tail"] = outcome.output_tail[-2000:].replace(f"{HERE.parents[1]}{os.sep}", "")
+        tail_bytes = TAIL_BYTES if outcome.return_code is None else 2000
+        result["output_tail"] = outcome.output_tail[-tail_bytes:].replace(f"{HERE.parents[1]}{os.sep}", "")
     return result
 
 
@@ -299,7 +302,9 @@ def _kernel_bytes(newest: dict[str, dict[str, Any]]) -> list[str]:
     for way in ("read", "written"):
         ratios = {}
         for name, line in newest.items():
-            lanes, kernel = (line.get("drive", {}).get(f"{who}_{way}_bytes", 0) for who in ("lanes", "kernel"))
+            drive = line.get("drive", {})
+            lanes, kernel = (drive.get(f"{who}_{way}_bytes", 0) for who in ("lanes", "kernel"))
+            lanes -= drive.get("unwritten_read_bytes", 0) if way == "read" else 0
             if lanes and kernel:
                 ratios[name] = kernel / lanes - 1
         if ratios:

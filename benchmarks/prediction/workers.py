@@ -25,10 +25,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from attempt import TAIL_BYTES, Outcome
+from attempt import Outcome
 
 LOADING_LIMIT_S = 120.0
 """Of one batch. Chosen: many times what loading takes from a slow disk."""
+TAIL_BYTES = 24_000
+"""Of a worker's output, from its end: room for the stacks of all threads of a run that hangs."""
 MOST_WAITING = 12
 """Chosen: what a call has time for needs two or three batches."""
 
