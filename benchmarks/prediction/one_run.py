@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import faulthandler
 import json
 import math
 import os
@@ -24,12 +23,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory")]
 
-from workers import take_order  # noqa: E402
+from workers import take_order, write_stacks_when_asked  # noqa: E402
 
 MOST_TOKENS_TOGETHER = 8192
 """Of a micro-batch."""
-STACKS_S = 3.0
-"""Before its limit a run that still goes on writes the stacks of all its threads to its output, of which the result has the end."""
 LEAST_COUNTED = 2
 """Steps that are counted in any case."""
 
@@ -56,11 +53,10 @@ class Order:
     templates_s: float
     dtype: str
     cuda_graphs: bool
-    limit_s: float
-    """Of the run, from the order on; then it is ended from outside."""
 
 
 def main(ready_fd: int) -> int:
+    write_stacks_when_asked()
     load_all()
     told = take_order(ready_fd)
     if told is None:
@@ -68,13 +64,11 @@ def main(ready_fd: int) -> int:
     if "probe" in told:
         return probe(told["probe"])
     order = Order(**told)
-    faulthandler.dump_traceback_later(max(0.1, order.limit_s - STACKS_S), exit=False)
     try:
         result = measure_run(order)
     except BaseException as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"[:1000]}
-    faulthandler.cancel_dump_traceback_later()
     Path(order.report).write_text(json.dumps(result))
     return 1 if "error" in result else 0
 

@@ -244,7 +244,6 @@ def run_one(name: str, options: argparse.Namespace, crew: Crew, *, limit_s: floa
             "machine": str(options.machine) if options.machine is not None else None,
             "warmup": WARMUP[run["place"]] if options.warmup is None else options.warmup,
             "cuda_graphs": run["place"] == "host",
-            "limit_s": limit_s,
         }
         order |= {name: getattr(options, name) for name in ("tokens", "steps", "steps_s", "templates_s", "dtype")}
         try:

@@ -4,7 +4,8 @@ Rules:
 
 1. A worker is started by exec, does one run and ends; no two runs share a process, so contexts, libraries and peaks are a fresh one's.
 2. Workers load side by side, and nothing is measured before all of them wait for an order: loading takes a core each.
-3. Whatever becomes of a worker, there is an `Outcome`; one that runs past its limit is ended with all that it started.
+3. Whatever becomes of a worker, there is an `Outcome`; one that runs past its limit is ended with all that it started, and asked before that
+   where its threads are.
 4. One that is still waiting when this process ends, ends by itself: its input does.
 
 Standard library only. A waiting worker holds some 0.4 GB of host memory and nothing of the device.
@@ -13,6 +14,7 @@ Standard library only. A waiting worker holds some 0.4 GB of host memory and not
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import select
@@ -29,6 +31,8 @@ from attempt import Outcome
 
 LOADING_LIMIT_S = 120.0
 """Of one batch. Chosen: many times what loading takes from a slow disk."""
+STACKS_S = 1.0
+"""That a worker past its limit has for writing the stacks of all its threads, before it is ended."""
 TAIL_BYTES = 24_000
 """Of a worker's output, from its end: room for the stacks of all threads of a run that hangs."""
 MOST_WAITING = 12
@@ -41,6 +45,14 @@ def take_order(ready_fd: int) -> dict[str, Any] | None:
     os.close(ready_fd)
     line = sys.stdin.readline()
     return dict(json.loads(line)) if line.strip() else None
+
+
+def write_stacks_when_asked() -> None:
+    """The worker's own side: SIGUSR1 has the stacks of all threads written to the standard error, also where the interpreter hangs.
+
+    To be asked only of a process that is ended next: reading the stacks of threads that run can crash it.
+    """
+    faulthandler.register(signal.SIGUSR1, all_threads=True, chain=False)
 
 
 class Worker:
@@ -86,9 +98,15 @@ class Worker:
             code: int | None = self._child.wait(timeout=max(0.0, limit_s))
         except subprocess.TimeoutExpired:
             code = None
+            self._ask_for_stacks()
         wall_s = time.monotonic() - started
         tail = self.close()
         return Outcome(return_code=code, wall_s=wall_s, output_tail=tail)
+
+    def _ask_for_stacks(self) -> None:
+        self._child.send_signal(signal.SIGUSR1)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._child.wait(timeout=STACKS_S)
 
     def close(self) -> str:
         """End it and what it started; the end of what it wrote. Twice is once."""
