@@ -4,8 +4,8 @@ Rules:
 
 1. A worker is started by exec, does one run and ends; no two runs share a process, so contexts, libraries and peaks are a fresh one's.
 2. Workers load side by side, and nothing is measured before all of them wait for an order: loading takes a core each.
-3. Whatever becomes of a worker, there is an `Outcome`; one that runs past its limit is ended with all that it started, and asked before that
-   where its threads are.
+3. Whatever becomes of a worker, there is an `Outcome`; one that runs past its limit is asked where its threads are, and ended with all that
+   it started.
 4. One that is still waiting when this process ends, ends by itself: its input does.
 
 Standard library only. A waiting worker holds some 0.4 GB of host memory and nothing of the device.
