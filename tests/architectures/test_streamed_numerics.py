@@ -88,10 +88,12 @@ def test_loss_and_gradients_are_those_of_the_models_own_loss(name: str) -> None:
     expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     streamed = run_unit_major_step(StreamedModel(model), weights, [batch], chunk_rows=CHUNK_ROWS)
     assert abs(streamed.losses[0] - loss.detach()) <= 1e-6 * abs(loss.detach())
-    # A key's bias changes no attention: its gradient is rounding, measured against the largest one.
-    floor = 1e-6 * max(gradient.norm() for gradient in expected.values())
+    largest = max(gradient.norm() for gradient in expected.values())
     for tensor, gradient in expected.items():
-        assert (streamed.gradients[tensor] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(floor), tensor
+        # A key's bias changes no attention: its gradient is rounding, which differs with the CPU, and is measured against the largest one.
+        is_rounding = gradient.norm() <= 1e-6 * largest
+        allowed = torch.finfo(torch.float32).eps * largest if is_rounding else 1e-5 * gradient.norm()
+        assert (streamed.gradients[tensor] - gradient).norm() <= allowed, tensor
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi", "mixtral"])
