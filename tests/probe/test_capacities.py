@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from overspill.probe.capacities import (
+    LIMITS_S,
+    AvailableBytes,
     cgroup_limit_bytes,
     host_available_bytes,
     host_total_bytes,
@@ -64,6 +66,23 @@ def test_in_a_container_the_limit_at_the_root_holds(tmp_path: Path) -> None:
     root = make_root(tmp_path, cgroup="0::/kubepods/pod7/c1\n")
     limit(root, "", 8 * GIB, 2 * GIB)
     assert (cgroup_limit_bytes(root), host_available_bytes(root)) == (8 * GIB, 6 * GIB)
+
+
+def test_who_asks_often_is_told_the_same_below_enough_and_file_cache_is_summed_up_only_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_root(tmp_path, cgroup="0::/\n")
+    limit(root, "", 8 * GIB, 2 * GIB, inactive=GIB)
+    now = [0.0]
+    monkeypatch.setattr("overspill.probe.capacities.time.monotonic", lambda: now[0])
+    available = AvailableBytes(enough_bytes=4 * GIB, root=root)
+    assert (host_available_bytes(root), available()) == (7 * GIB, 6 * GIB), "6 GiB are enough, whatever could be dropped"
+    limit(root, "", 8 * GIB, 5 * GIB, inactive=GIB)
+    assert available() == host_available_bytes(root) == 4 * GIB
+    limit(root, "", 6 * GIB, 5 * GIB, inactive=GIB)
+    assert (available(), host_available_bytes(root)) == (4 * GIB, 2 * GIB), "a limit is looked up once a second"
+    now[0] = LIMITS_S
+    assert available() == 2 * GIB
 
 
 def test_a_group_that_is_over_its_limit_leaves_nothing_and_not_less(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ from overspill.tiers.block_device import device_room_bytes, is_block_device
 from overspill.tiers.extent_file import FILE_NAME, nearest_existing
 
 ROOT = Path("/")
+LIMITS_S = 1.0
+"""How long a limit is taken to hold by who asks again and again. Chosen."""
+_GroupLimit = tuple[int, Path, str]
+"""(limit, folder of a control group, name of the file with its usage)."""
 _V1_NO_LIMIT_BYTES = 1 << 62
 """Version 1 says "no limit" with the largest multiple of a page below 2**63."""
 
@@ -29,13 +34,42 @@ def host_available_bytes(root: Path = ROOT) -> int:
     Args:
         root: of `/proc` and `/sys`; tests give their own.
     """
+    return _available_bytes(root, _cgroup_limits(root))
+
+
+class AvailableBytes:
+    """`host_available_bytes` for who asks many times a second.
+
+    Which groups there are and what limits they have is read anew every `LIMITS_S`. What a group could drop of file cache is added only
+    where it would leave less than enough without: the kernel sums that up over all CPUs, which can take milliseconds on a large machine.
+
+    Args:
+        enough_bytes: an answer that is larger may be too small, but never below this.
+        root: of `/proc` and `/sys`; tests give their own.
+    """
+
+    def __init__(self, *, enough_bytes: int, root: Path = ROOT) -> None:
+        self._enough_bytes, self._root = enough_bytes, root
+        self._limits: tuple[_GroupLimit, ...] = ()
+        self._limits_until_s = 0.0
+
+    def __call__(self) -> int:
+        now_s = time.monotonic()
+        if now_s >= self._limits_until_s:
+            self._limits, self._limits_until_s = tuple(_cgroup_limits(self._root)), now_s + LIMITS_S
+        return _available_bytes(self._root, self._limits, enough_bytes=self._enough_bytes)
+
+
+def _available_bytes(root: Path, limits: Iterable[_GroupLimit], *, enough_bytes: int | None = None) -> int:
     available = _meminfo_bytes("MemAvailable", root)
-    for limit, folder, usage_name in _cgroup_limits(root):
+    for limit, folder, usage_name in limits:
         try:
-            usage = int((folder / usage_name).read_text()) - _reclaimable_bytes(folder)
+            left = limit - int((folder / usage_name).read_text())
         except (OSError, ValueError):
             continue
-        available = min(available, max(0, limit - usage))
+        if enough_bytes is None or left < enough_bytes:
+            left += _reclaimable_bytes(folder)
+        available = min(available, max(0, left))
     return available
 
 
@@ -118,8 +152,8 @@ def look_again(capacities: MachineCapacities, root: Path = ROOT) -> MachineCapac
     return dataclasses.replace(capacities, memory_total_after_bytes=host_total_bytes(root))
 
 
-def _cgroup_limits(root: Path) -> Iterator[tuple[int, Path, str]]:
-    """(limit, folder, name of the file with the usage) of each limited control group of this process, versions 2 and 1."""
+def _cgroup_limits(root: Path) -> Iterator[_GroupLimit]:
+    """Of each limited control group of this process, versions 2 and 1."""
     for folder, is_version_2 in group_folders("memory", root):
         limit_name, usage_name = ("memory.max", "memory.current") if is_version_2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
         limit = _read_limit(folder / limit_name)

@@ -9,7 +9,7 @@ the ops of a step, at most every `INTERVAL_S`:
 
 Both name what grew most since the session was opened.
 
-Costs: about 0.2 ms a look. Limit: an allocation larger than the margin between two looks is not seen in time.
+Costs: 0.03 ms a look, and 0.15 ms once a second. Limit: an allocation larger than the margin between two looks is not seen in time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 from overspill.errors import HostMemoryError
-from overspill.probe.capacities import host_available_bytes
+from overspill.probe.capacities import AvailableBytes, host_available_bytes
 from overspill.report.memory import host_resident_bytes
 from overspill.runtime.residency import Residency
 from overspill.units import MIB, format_bytes
@@ -34,18 +34,18 @@ class HostMemoryGuard:
     """Watches one session.
 
     Args:
-        available_bytes: what is left for this process; tests give their own.
+        available_bytes: what is left for this process; None: the kernel's answer. Tests give their own.
         margin_bytes: None: the smaller of the two constants above.
     """
 
-    def __init__(
-        self, residency: Residency, *, available_bytes: Callable[[], int] = host_available_bytes, margin_bytes: int | None = None
-    ) -> None:
-        self._residency, self._available_bytes = residency, available_bytes
+    def __init__(self, residency: Residency, *, available_bytes: Callable[[], int] | None = None, margin_bytes: int | None = None) -> None:
+        self._residency = residency
+        self._all_available_bytes = available_bytes or host_available_bytes
         self._at_start = self._pools()
         self._last_look_s = 0.0
-        left = available_bytes()
+        left = self._all_available_bytes()
         self.margin_bytes = min(MARGIN_BYTES, int(left * MARGIN_SHARE)) if margin_bytes is None else margin_bytes
+        self._available_bytes = available_bytes or AvailableBytes(enough_bytes=self.margin_bytes)
         self.warning: str | None = None
         """Why the run should stop after this step; None while there is room."""
 
@@ -79,7 +79,7 @@ class HostMemoryGuard:
         }
         if on_cpu:
             pools["the tier of the cpu device"] = device.allocated_bytes
-        pools["other processes, and files kept in memory"] = -(self._available_bytes() + resident)
+        pools["other processes, and files kept in memory"] = -(self._all_available_bytes() + resident)
         return pools
 
     def _describe(self, left: int) -> str:
