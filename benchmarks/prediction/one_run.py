@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -154,10 +155,8 @@ def measure_run(order: Order) -> dict[str, Any]:
         context_bytes = max([_context_bytes(session.device), *(report.device_context_bytes for report in reports)])
         marks["ended"] = status_bytes("VmRSS")
         plan, trace = session.plan, session.executor.trace
-        by_kind = {
-            "predicted": _compute_by_kind(plan, trace.schedule, prediction.spans),
-            "measured": _compute_by_kind(plan, trace.schedule, trace.spans),
-        }
+        timelines = {"predicted": prediction.spans, "measured": trace.spans}
+        kinds = _op_kinds(plan, trace.schedule)
     figures = _figures(from_file, prediction, reports, counted, context_bytes)
     return {
         "hardware": f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores",
@@ -173,7 +172,10 @@ def measure_run(order: Order) -> dict[str, Any]:
         "memory_marks": marks,
         "device_reserved_peak_bytes": max(report.device_peak_bytes for report in reports),
         "device_context_bytes": context_bytes,
-        "compute_s": by_kind,
+        "compute_s": {who: _compute_by_kind(kinds, spans) for who, spans in timelines.items()},
+        "host_s": {who: _host_by_kind(kinds, spans) for who, spans in timelines.items()},
+        "leads": {who: _leads(spans) for who, spans in timelines.items()},
+        "spans": {"kinds": kinds, **{who: _compact(spans) for who, spans in timelines.items()}},
         "all_step_s": [report.step_s for report in reports],
         "num_counted": len(counted),
         "templates": [] if times is None else [
@@ -189,18 +191,45 @@ def measure_run(order: Order) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _compute_by_kind(plan: Any, schedule: Any, spans: Any) -> dict[str, float]:
-    """Seconds of lane `compute`, by what its ops do: where a prediction of compute is off."""
-    from overspill.spec.schedule import Compute, Lane
+def _op_kinds(plan: Any, schedule: Any) -> list[str]:
+    """What each op of a program does."""
+    from overspill.spec.schedule import Compute
 
     roles = {plan.units[0].name: "embedding", plan.units[-1].name: "tail"}
+    ops = [item.op for item in schedule.ops]
+    return [f"{roles.get(op.unit, 'blocks')} {op.phase.value}" if isinstance(op, Compute) else type(op).__name__.lower() for op in ops]
+
+
+def _compute_by_kind(kinds: list[str], spans: Any) -> dict[str, float]:
+    """Seconds of lane `compute`, by what its ops do: where a prediction of compute is off."""
     found: collections.Counter[str] = collections.Counter()
     for span in spans:
-        if span.lane is Lane.COMPUTE and 0 <= span.op < len(schedule.ops):
-            op = schedule.ops[span.op].op
-            kind = f"{roles.get(op.unit, 'blocks')} {op.phase.value}" if isinstance(op, Compute) else type(op).__name__.lower()
-            found[kind] += span.end_s - span.start_s
+        if span.lane.value == "compute" and 0 <= span.op < len(kinds):
+            found[kinds[span.op]] += span.end_s - span.start_s
     return dict(found)
+
+
+def _host_by_kind(kinds: list[str], spans: Any) -> dict[str, float]:
+    """Seconds of the dispatching thread, by op: from its turn to the next one's, waits and the `Free`s behind it included."""
+    found: collections.Counter[str] = collections.Counter()
+    ours = [span for span in spans if 0 <= span.op < len(kinds)]
+    for span, following in itertools.pairwise(ours):
+        found[kinds[span.op]] += following.submitted_s - span.submitted_s
+    return dict(found)
+
+
+def _leads(spans: Any) -> dict[str, float]:
+    """How far the host was ahead of the device: from a compute op's turn to its begin."""
+    leads = [span.start_s - span.submitted_s for span in spans if span.lane.value == "compute"]
+    return {"median_s": statistics.median(leads), "share_below_1ms": sum(lead < 1e-3 for lead in leads) / len(leads)} if leads else {}
+
+
+def _compact(spans: Any) -> list[list[Any]]:
+    """[op, lane, turn, ready, begin, end], in microseconds."""
+    return [
+        [span.op, span.lane.value, *(round(1e6 * time_s) for time_s in (span.submitted_s, span.ready_s, span.start_s, span.end_s))]
+        for span in spans
+    ]
 
 
 def _counted_steps(session: Any, batches: list[dict[str, Any]], order: Order) -> list[Any]:

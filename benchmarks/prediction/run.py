@@ -144,6 +144,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--templates-s", type=float, default=5.0, help="for timing templates")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--deadline-s", type=float, default=470.0, help="of the whole call")
+    parser.add_argument("--spans", type=Path, help="file for the timelines of each run's last step, predicted and measured")
     parser.add_argument("--waiting", type=int, help="processes that load side by side; without: two cores stay free, 12 at most")
     options = parser.parse_args(arguments)
     if not (options.list or options.summarize) and (options.out is None or options.ssd_dir is None):
@@ -196,6 +197,8 @@ def measure_all(names: list[str], options: argparse.Namespace) -> int:
                 continue
             result = run_one(name, options, crew, limit_s=min(options.limit_s, left_s()), num_runs=len(names) - index)
             walls[kind] = max(walls.get(kind, 0.0), result["wall_s"])
+            if (spans := result.pop("spans", None)) is not None and options.spans is not None:
+                append_result(options.spans, {"name": name, **spans})
             append_result(options.out, {"name": name, **provenance(), "is_held_out": name not in CALIBRATION, **result})
             missed = {key: round(value, 3) for key, value in result.get("missed_by", {}).items() if value is not None}
             print(f"{name} ({result['wall_s']:.0f} s): {result.get('error', missed)}", flush=True)

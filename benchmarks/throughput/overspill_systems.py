@@ -25,6 +25,7 @@ STATE_BYTES = 10
 PLACEMENTS = {
     "resident-overspill": {"parameters": "device", "states": "device", "boundaries": "device"},
     "overspill-host": {"parameters": "host", "states": "host", "device_states_share": 0.10},
+    "overspill-host-graphs": {"parameters": "host", "states": "host", "device_states_share": 0.10},
     "overspill-host-states6": {"parameters": "host", "device_states_bytes": DEVICE_STATES_BYTES},
     "overspill-host-keep": {"parameters": "host", "states": "host", "device_states_share": 0.10, "activations": "keep"},
     "overspill-host-auto": {"parameters": "host", "states": "host", "device_states_share": 0.10, "activations": "auto"},
@@ -84,6 +85,8 @@ class Overspill:
         self.precision = f"bf16 parameters, {states}"
         model = build_windowed_model(SHAPES[row.shape], dtype=dtype, max_positions=max(4096, row.seq_len))
         self.session = overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=LEARNING_RATE), cuda_graphs=True)
+        if row.system == "overspill-host-graphs":
+            self.session.executor.graphs.choose({unit.name for unit in self.session.plan.units[1:-1]})
         self.reports: list[overspill.StepReport] = []
         self.floor_error: str | None = None
 
@@ -113,6 +116,7 @@ class Overspill:
             "lane_busy_s": dict(report.lane_busy_s),
             "lane_bytes": dict(report.lane_bytes),
             "num_ops": report.num_ops,
+            "num_replays": report.num_replays,
             "boundaries": plan.boundaries.value,
             "group_size": plan.group_size,
             "prefetch_units": plan.prefetch_units,

@@ -47,6 +47,12 @@ SYSTEMS = {
         open_s=8,
         meaning="overspill, parameters and fp32 states in host memory, at most 10 % of the states on the device",
     ),
+    "overspill-host-graphs": System(
+        tokens_per_s=36e3,
+        is_bound_by_device=True,
+        open_s=10,
+        meaning="overspill-host with every block replayed as a CUDA graph, whether launches bound it or not",
+    ),
     "overspill-host-states6": System(
         tokens_per_s=36e3, is_bound_by_device=True, open_s=8, meaning="the same, up to 6 GiB of the states on the device"
     ),

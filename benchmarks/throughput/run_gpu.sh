@@ -3,6 +3,8 @@
 # build included.
 #   bash benchmarks/throughput/run_gpu.sh RESULTS_DIR PART [TEXT...]
 # PART: of run.py --list. TEXT: only the part's rows that contain one of these, as zero2 or :clip.
+#   bash benchmarks/throughput/run_gpu.sh RESULTS_DIR rows ROW...
+# ROW: a name, as 8B@8GiB:16x1x2048:overspill-host.
 #   DEEPSPEED_ENV  file to source first, so that deepspeed imports with its CPU Adam compiled; without it its rows say that it is missing
 #   TORCHAO_SITE   folder with an installed torchao, for its rows alone
 #   SSD_DIR        for rows that need a drive (/tmp/throughput-ssd)
@@ -24,8 +26,9 @@ if [ "${INSTALL:-1}" = 1 ]; then
 fi
 ssd=${SSD_DIR:-/tmp/throughput-ssd}
 only=()
-[ $# -gt 0 ] && only=(--rows "$@")
-python3 "$here/run.py" --part "$part" ${only[@]+"${only[@]}"} --ssd-dir "$ssd" --steps "${STEPS:-5}" --warmup "${WARMUP:-2}" \
+[ "$part" != rows ] && only+=(--part "$part")
+[ $# -gt 0 ] && only+=(--rows "$@")
+python3 "$here/run.py" "${only[@]}" --ssd-dir "$ssd" --steps "${STEPS:-5}" --warmup "${WARMUP:-2}" \
   --deadline-s "$((${DEADLINE_S:-525} - SECONDS))" --dtype "${DTYPE:-bfloat16}" --out "$out" 2>&1 | tee -a "$log" |
   grep -E '^==|tokens/s|step|rror|limit|not started' | tail -200
 code=${PIPESTATUS[0]}

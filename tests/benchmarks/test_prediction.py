@@ -81,6 +81,12 @@ def test_a_run_is_a_process_of_its_own_and_its_line_has_both_predictions(tmp_pat
     assert line["measured"]["ssd_written_bytes"] > 0 and abs(line["missed_by"]["host_peak_bytes"]) < 0.5
     assert line["missed_by"]["step_s"] is None and "blocks" in line["source"] or "assumed" in line["source"], "no machine file, no time"
     assert json.loads(json.dumps(line)) == line
+    for figures in (line["compute_s"], line["host_s"]):
+        assert set(figures["measured"]) == set(figures["predicted"]) and all(value >= 0 for value in figures["measured"].values())
+    assert {"blocks backward", "update", "fetch"} <= line["host_s"]["measured"].keys() and line["leads"]["measured"]["median_s"] < 1
+    kinds = line["spans"]["kinds"]
+    for who in ("predicted", "measured"):
+        assert all(-len(kinds) <= op < len(kinds) and begin <= end for op, _, _, _, begin, end in line["spans"][who] if op >= 0)
     assert line["replays"] == {"predicted": 0, "measured": 0}
     assert {"launch_s", "replays_s", "num_repetitions"} < line["templates"][0].keys()
     drive = line["drive"]
@@ -131,11 +137,14 @@ def test_a_call_resumes_leaves_out_what_is_done_and_takes_what_still_fits(
 
     def fake(name: str, options: Any, crew: Any, *, limit_s: float, num_runs: int) -> dict[str, Any]:
         asked.append(name)
-        return {"wall_s": 1.0, "missed_by": dict.fromkeys(run.TARGETS, 0.0)}
+        return {"wall_s": 1.0, "missed_by": dict.fromkeys(run.TARGETS, 0.0), "spans": {"kinds": []}}
 
     monkeypatch.setattr(run, "run_one", fake)
     monkeypatch.setattr(run, "provenance", dict)
     flags = ["--out", str(out), "--ssd-dir", str(tmp_path / "ssd"), "--machine", str(tmp_path / "machine.json"), "--deadline-s", "26"]
+    flags += ["--spans", str(tmp_path / "spans.jsonl")]
     names = ["160M:512:host", "0.5B:512:ssd", "160M:2048:host"]
     assert run.measure_all(names, run.parse_arguments(flags)) == 0
     assert asked == ["160M:2048:host"] and "0.5B:512:ssd: not started" in capsys.readouterr().out
+    assert json.loads((tmp_path / "spans.jsonl").read_text()) == {"name": "160M:2048:host", "kinds": []}
+    assert "spans" not in out.read_text()

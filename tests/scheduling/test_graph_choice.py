@@ -69,7 +69,7 @@ def times_of(*, launch_share: float, replay_s: float | None = None, seq_len: int
         replayed_backward=timing(3 * replay_s) if replay_s is not None else None,
         **fields,  # type: ignore[arg-type]
     )
-    tail = UnitTimes(name="tail", seq_len=seq_len, micro_batch=4, forward=None, backward=timing(8e-3, 7.9e-3))
+    tail = UnitTimes(name="tail", seq_len=seq_len, micro_batch=4, forward=None, backward=timing(8e-3, 1e-3))
     return TemplateTimes(
         model="M", dtype="bfloat16", device="a GPU", seq_len=2048, micro_batch=4, blocks=(block,), tail=tail, elapsed_s=1.0
     )
@@ -145,8 +145,9 @@ def test_the_memory_term_and_the_time_of_compute_follow_one_decision() -> None:
         backward = workload().classes[1].backward
         assert backward is not None and found.replays_bytes > backward.peak_bytes + MEASURED.footprint_library_bytes
         assert found.num_replays == (2 * 4 * 2 if is_replayed else 0), "forward and backward of each micro-batch and block"
-        block_s = 4e-3 if is_replayed else 8e-3
-        assert found.lane_busy_s["compute"] == pytest.approx(2 * (4 * block_s + 8e-3), rel=0.1), "the embedding is little beside it"
+        block_s = 4e-3 if is_replayed else max(8e-3, LAUNCH_BESIDE_LANES * launch_share * 8e-3)
+        expected_s = 2 * (4 * block_s + 8e-3)
+        assert expected_s < found.lane_busy_s["compute"] < expected_s + 8e-3, "the embedding's launches are in it"
 
 
 def test_a_replay_that_was_not_timed_is_estimated_and_that_is_said() -> None:

@@ -10,12 +10,15 @@ from tiny_models import tiny_config
 
 from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, full_step, simulate
+from overspill.planning.dispatching import REPLAY_OPERATIONS, VISIT_S, count_operations, find_operation_s
 from overspill.planning.timeline import Contention, Task, Threads, run_timeline
 from overspill.scheduling import build_evaluation, build_train_step
 from overspill.spec.hardware import HardwareSpec
+from overspill.spec.launches import LAUNCH_BESIDE_LANES
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Compute, Fetch, Lane, Phase, Update
 from overspill.spec.trace import Span
+from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
 
 COMPUTE, H2D, D2H, READ, WRITE, UPDATE = Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.SSD_READ, Lane.SSD_WRITE, Lane.HOST_UPDATE
 BALANCED = HardwareSpec(
@@ -29,8 +32,8 @@ BALANCED = HardwareSpec(
 """Every lane takes about as long as every other."""
 
 
-def task(lane: Lane, work_s: float, *waits: int, host: float = 0.0) -> Task:
-    return Task(lane=lane, work_s=work_s, host_bytes_per_s=host, waits=waits)
+def task(lane: Lane, work_s: float, *waits: int, host: float = 0.0, dispatch: float = 0.0) -> Task:
+    return Task(lane=lane, work_s=work_s, host_bytes_per_s=host, waits=waits, dispatch_s=dispatch)
 
 
 def times(tasks: list[Task], *, streams: bool = False, **hardware: float) -> list[tuple[float, float]]:
@@ -75,16 +78,17 @@ def test_transfers_of_a_drive_are_in_flight_together_and_served_in_order() -> No
     assert times(tasks) == [(0, 2), (0, 3), (2, 3), (3, 4)]
 
 
-def test_frees_take_no_time_and_have_no_span() -> None:
+def test_frees_hold_no_lane_and_have_no_span() -> None:
     free = Task(lane=COMPUTE, work_s=0.0, host_bytes_per_s=0.0, waits=(0,), is_free=True)
     spans = spans_of([task(COMPUTE, 1), free, task(H2D, 1, 1)], streams=True)
     assert [(span.op, span.end_s) for span in spans] == [(0, 1), (2, 1)]
 
 
-def test_dispatching_and_launching_take_the_dispatching_threads_time() -> None:
-    threads = Threads(has_streams=True, dispatch_s=0.5, launch_s=1.0)
-    spans, _ = run_timeline([task(COMPUTE, 0.25), task(COMPUTE, 0.25), task(H2D, 1)], [0], threads, Contention(HardwareSpec()))
-    assert [(span.start_s, span.end_s) for span in spans] == [(0, 0.25), (1.5, 1.75), (3.0, 4.0)]
+def test_dispatching_takes_the_dispatching_threads_time_and_compute_ends_no_sooner_than_it_is_launched() -> None:
+    tasks = [task(COMPUTE, 0.25, dispatch=1.5), task(COMPUTE, 4, dispatch=1.5), task(COMPUTE, 1, dispatch=1.5), task(H2D, 1, dispatch=0.5)]
+    assert times(tasks, streams=True) == [(0, 1.5), (1.5, 5.5), (5.5, 6.5), (4.5, 5.5)], "the third was launched while the second ran"
+    free = Task(lane=COMPUTE, work_s=0.0, host_bytes_per_s=0.0, waits=(), dispatch_s=0.5, is_free=True)
+    assert [span.start_s for span in spans_of([free, task(COMPUTE, 1)], streams=True)] == [0.5]
 
 
 # -- contention --------------------------------------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def test_a_link_takes_its_bytes_over_its_rate_and_an_update_its_elements() -> No
             assert costs.host_bytes(item.op, item.lane) == 4 * item.op.num_elements * 3 + 2 * record
 
 
-def test_an_op_whose_kernels_are_launched_one_by_one_takes_no_less_than_that_and_a_replay_does() -> None:
+def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> None:
     """A kernel a millisecond to launch; everything else in no time."""
     workload = describe_workload(tiny_config("llama"), seq_len=16, micro_batch=2, dtype="bfloat16", device="cuda")
     names = [unit for item in workload.classes for unit in item.units]
@@ -259,12 +263,45 @@ def test_an_op_whose_kernels_are_launched_one_by_one_takes_no_less_than_that_and
     hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=1e-3, matrix_flops=1e15, device_memory_bytes_per_s=1e15)
     plan = dataclasses.replace(plan, units=tuple(units.values()))
     costs = build_costs(plan, hardware, workload=workload)
-    embedding, block = (
-        costs.seconds(Compute(unit=name, micro_batch=0, phase=Phase.FORWARD, produced=(), flops=1), COMPUTE) for name in names[:2]
-    )
+    assert costs.operation_s == LAUNCH_BESIDE_LANES * 1e-3
+    embedding, block = (Compute(unit=name, micro_batch=0, phase=Phase.FORWARD, produced=(), flops=1) for name in names[:2])
     forward = workload.classes[0].forward
-    assert forward is not None and embedding == forward.work.num_ops * 1e-3, "it is launched kernel by kernel"
-    assert block < 1e-3, "it is replayed as a graph, for launches bind it"
+    assert forward is not None
+    stand_ins = len(plan.units) - 2
+    assert costs.launched_s(embedding) == pytest.approx((forward.work.num_ops + stand_ins) * costs.operation_s)
+    assert costs.launched_s(block) == REPLAY_OPERATIONS * costs.operation_s, "it is replayed as a graph, for launches bind it"
+    assert max(costs.seconds(op, COMPUTE) for op in (embedding, block)) < 1e-3, "the device's own time has no launches in it"
+    launched = build_costs(plan, hardware, workload=workload, replayed=())
+    work = workload.classes[1].forward
+    assert work is not None and launched.launched_s(block) == pytest.approx(work.work.num_ops * costs.operation_s)
+
+
+def test_a_visit_is_dispatched_dearer_at_its_first_micro_batch_and_nothing_takes_time_where_nobody_measured() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="device")
+    schedule = full_step(plan)
+    hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=1e-5)
+    seconds = build_costs(dataclasses.replace(plan, device="cuda:0"), hardware).dispatch_s(schedule.ops)
+    found: dict[tuple[str, Phase], list[float]] = {}
+    for item, dispatch_s in zip(schedule.ops, seconds, strict=True):
+        assert dispatch_s > 0
+        if isinstance(item.op, Compute):
+            found.setdefault((item.op.unit, item.op.phase), []).append(dispatch_s)
+    for (_, phase), (first, *others) in found.items():
+        assert others and all(first - other == pytest.approx(LAUNCH_BESIDE_LANES * VISIT_S[phase]) for other in others)
+    assert not any(build_costs(dataclasses.replace(plan, device="cuda:0"), BALANCED).dispatch_s(schedule.ops)), "rates are assumed"
+    assert not any(build_costs(dataclasses.replace(plan, device="cpu"), hardware).dispatch_s(schedule.ops)), "the host computes"
+
+
+def test_templates_say_what_an_operation_takes_on_this_host() -> None:
+    workload = describe_workload(tiny_config("llama"), seq_len=16, micro_batch=2, dtype="bfloat16", device="cuda")
+    block = workload.classes[1]
+    timing = Timing(median_s=1.0, spread_s=0.0, num_repetitions=3, issue_s=count_operations(block) * 1e-5)
+    timed = UnitTimes(name=block.name, seq_len=16, micro_batch=2, forward=dataclasses.replace(timing, issue_s=0.0), backward=timing)
+    on_a_gpu = TemplateTimes(model="m", dtype="bfloat16", device="d", seq_len=16, micro_batch=2, blocks=(timed,), tail=timed, elapsed_s=1.0)
+    hardware = dataclasses.replace(BALANCED, launch_s=1.0)
+    assert find_operation_s(hardware, workload, on_a_gpu) == pytest.approx(LAUNCH_BESIDE_LANES * 1e-5)
+    on_a_cpu = dataclasses.replace(on_a_gpu, blocks=(dataclasses.replace(timed, backward=dataclasses.replace(timing, issue_s=0.0)),))
+    assert find_operation_s(hardware, workload, on_a_cpu) == LAUNCH_BESIDE_LANES, "the host computed: the probe's"
 
 
 def test_an_evaluation_is_simulated_too() -> None:

@@ -16,6 +16,8 @@ Where the seconds of a compute op come from, the first of these that is known:
    part of what that rate was assumed for.
 4. Neither: the FLOPs that the program itself names, without attention.
 
+What the host takes to launch it, and the runtime to dispatch any op, is `planning/dispatching.py`'s to say.
+
 A unit whose graph is kept (`Compute.is_retained`) computes no recomputation and rebuilds what is not stored: a template's time, which is
 of both passes, less a forward, plus elementwise work over the device's memory.
 
@@ -28,12 +30,13 @@ from the device 1; a transfer of a drive 2, because a core goes over it once mor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
+from overspill.planning.dispatching import REPLAY_OPERATIONS, STAND_IN_OPERATIONS, Dispatching, find_operation_s, issue_s
 from overspill.planning.graphs import choose_replayed
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Lane, Op, Phase, Role, Update
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Lane, Op, Phase, Role, ScheduledOp, Update
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes, UnitWork, Work, WorkloadSpec
 
@@ -41,13 +44,8 @@ ASSUMED_DEVICE_MEMORY_BYTES_PER_S = 1.5e12
 """Of a GPU whose memory nobody has measured: what goes over parameters and gradients on the device is little of a step. Assumed."""
 ASSUMED_HOST_MEMORY_BYTES_PER_S = 1e10
 """The same of a CPU."""
-GRAPH_LAUNCH_S = 30e-6
-"""Of a block that is replayed: inputs are copied in, outputs out. Assumed."""
 KERNEL_S = 2e-6
 """The least that a kernel takes with what lies between it and the next one in a graph. Assumed."""
-DISPATCH_S = 8e-6
-"""Of the dispatching thread for an op, beside a GPU whose rates were measured. Its own were 6 and 10 ms of steps of 913 and 1,396 ops on
-an H100 machine; on a CPU it is part of what compute takes."""
 DRIVE_PASSES = 2
 """Over each byte in host memory: the transfer's and the checksum's."""
 
@@ -63,15 +61,25 @@ class Costs:
     has_times: bool
     """Whether compute and lanes rest on measurements."""
     compute_s: Callable[[Compute], float]
-    launch_s: float
-    """Of the dispatching thread for a compute op."""
-    dispatch_s: float
-    """Of the dispatching thread for any op."""
+    launched_s: Callable[[Compute], float]
+    """Of the host, to launch an op's kernels."""
+    operation_s: float
+    """Of the host in a session, for one operation (`planning/dispatching.py`). 0: not known, or the host computes."""
     is_asynchronous: bool
     """Whether compute and copies are put into streams of a device; else the dispatching thread computes."""
 
+    def dispatch_s(self, ops: Sequence[ScheduledOp]) -> list[float]:
+        """Of the dispatching thread, for each op of a program."""
+        if not self.operation_s:
+            return [0.0] * len(ops)
+        dispatching = Dispatching(self.operation_s)
+        return [
+            dispatching.seconds(item.op, item.lane, launched_s=self.launched_s(item.op) if isinstance(item.op, Compute) else 0.0)
+            for item in ops
+        ]
+
     def seconds(self, op: Op, lane: Lane) -> float:
-        """Alone on its lane."""
+        """Alone on its lane, once it is launched."""
         hardware = self.hardware
         match op:
             case Fetch() | Evict():
@@ -154,15 +162,16 @@ def build_costs(
     is_asynchronous = not plan.device.startswith("cpu")
     if replayed is None:
         replayed = choose_replayed(plan, workload, hardware=hardware, times=times)
-    table = _ComputeTable(plan, hardware, workload, times, replayed=replayed)
+    operation_s = find_operation_s(hardware, workload, times) if is_asynchronous and hardware.is_measured else 0.0
+    table = _ComputeTable(plan, hardware, workload, times, replayed=replayed, operation_s=operation_s)
     return Costs(
         plan=plan,
         hardware=hardware,
         source=_describe_source(hardware, table),
         has_times=hardware.is_measured and table.is_measured,
         compute_s=table.seconds,
-        launch_s=GRAPH_LAUNCH_S if is_asynchronous and hardware.is_measured else 0.0,
-        dispatch_s=DISPATCH_S if is_asynchronous and hardware.is_measured else 0.0,
+        launched_s=table.launched_seconds,
+        operation_s=operation_s,
         is_asynchronous=is_asynchronous,
     )
 
@@ -179,12 +188,19 @@ class _ComputeTable:
     """Seconds of compute ops, found once for each (unit, phase, tokens)."""
 
     def __init__(
-        self, plan: Plan, hardware: HardwareSpec, workload: WorkloadSpec | None, times: TemplateTimes | None, *, replayed: Collection[str]
+        self,
+        plan: Plan,
+        hardware: HardwareSpec,
+        workload: WorkloadSpec | None,
+        times: TemplateTimes | None,
+        *,
+        replayed: Collection[str],
+        operation_s: float,
     ) -> None:
-        self.plan, self.hardware, self.workload, self.replayed = plan, hardware, workload, replayed
+        self.plan, self.hardware, self.workload, self.replayed, self.operation_s = plan, hardware, workload, replayed, operation_s
         self.timed: Mapping[str, UnitTimes] = {item.name: item for item in (*times.blocks, times.tail)} if times is not None else {}
-        self.known: dict[tuple[str, Phase, bool], tuple[float, float]] = {}
-        """Of a micro-batch at its longest: what the op takes, and the least for its launches."""
+        self.known: dict[tuple[str, Phase, bool], float] = {}
+        """Of a micro-batch at its longest."""
         is_whole = workload is not None and workload.is_complete
         self.is_measured = bool(times) or (is_whole and hardware.matrix_flops > 0)
         if times is not None:
@@ -203,18 +219,24 @@ class _ComputeTable:
             return op.flops / self.hardware.device_flops
         key = op.unit, op.phase, op.is_retained
         if key not in self.known:
-            self.known[key] = self._full_seconds(op), self._launching_seconds(op)
-        seconds, launching_s = self.known[key]
-        return max(seconds * self._share(op), launching_s)  # as many launches however few the tokens
+            self.known[key] = self._full_seconds(op)
+        return self.known[key] * self._share(op)
 
-    def _launching_seconds(self, op: Compute) -> float:
-        """Of the host, for an op whose kernels it launches one by one. 0: not known, or part of what the template's timing saw."""
-        assert self.workload is not None
-        item = self.workload.class_of(op.unit)
-        work = unit_work(item, op.phase, is_retained=op.is_retained)
-        if work is None or self._timed_seconds(op, item) is not None or self.plan.device.startswith("cpu") or self._is_replayed(op):
+    def launched_seconds(self, op: Compute) -> float:
+        """Of the host: as many launches however few the tokens."""
+        if self.workload is None:
             return 0.0
-        return work.num_ops * self.hardware.launch_s
+        item = self.workload.class_of(op.unit)
+        if self._is_replayed(op):
+            return issue_s(self._replay(item, op.phase)) or REPLAY_OPERATIONS * self.operation_s
+        found = self.timed.get(item.name)
+        timing = None if found is None or op.is_retained else found.forward if op.phase is Phase.FORWARD else found.backward
+        if timing is not None and timing.issue_s:
+            return issue_s(timing)
+        work = unit_work(item, op.phase, is_retained=op.is_retained)
+        is_block = op.unit not in (self.plan.units[0].name, self.plan.units[-1].name)
+        stand_ins = 0 if is_block else STAND_IN_OPERATIONS * (len(self.plan.units) - 2)
+        return (stand_ins + (0 if work is None else work.num_ops)) * self.operation_s
 
     def _share(self, op: Compute) -> float:
         """Tokens of the op's micro-batch, over those of the longest: by the boundary that it reads or makes."""

@@ -120,13 +120,16 @@ def _walk(schedule: Schedule, plan: Plan) -> tuple[dict[str, int], dict[Tier, in
 def _serial(schedule: Schedule, costs: Costs) -> list[Span]:
     """One op after the other."""
     clock, spans = 0.0, []
-    for index, item in enumerate(schedule.ops):
+    for index, (item, dispatch_s) in enumerate(zip(schedule.ops, costs.dispatch_s(schedule.ops), strict=True)):
         if isinstance(item.op, Free):
+            clock += dispatch_s
             continue
-        begin, clock = clock, clock + costs.dispatch_s + costs.seconds(item.op, item.lane)
+        is_launched = isinstance(item.op, Compute)  # the device computes meanwhile
+        seconds = costs.seconds(item.op, item.lane)
+        begin, clock = clock, clock + (max(dispatch_s, seconds) if is_launched else dispatch_s + seconds)
         num_bytes = item.op.num_bytes if isinstance(item.op, Fetch | Evict) else 0
         waits = tuple(wait for wait in item.waits if not isinstance(schedule.ops[wait].op, Free))
-        start = begin + costs.dispatch_s
+        start = begin if is_launched else begin + dispatch_s
         spans.append(Span(index, item.lane, start, clock, begin, start, num_bytes, waits))
     return spans
 
@@ -140,9 +143,7 @@ def _overlapping(
     buffers = BufferWaits(plan, arenas or plan_arenas(pool_events(schedule, plan), plan))
     tasks = _tasks(schedule, costs, buffers.follow(schedule))
     contention = Contention(costs.hardware)
-    threads = Threads(
-        has_streams=costs.is_asynchronous, dispatch_s=costs.dispatch_s, launch_s=costs.launch_s, overlaps_steps=repeats and overlaps_steps
-    )
+    threads = Threads(has_streams=costs.is_asynchronous, overlaps_steps=repeats and overlaps_steps)
     if not threads.overlaps_steps:  # every step begins with nothing under way
         spans, (alone_s,) = run_timeline(tasks, [0], threads, contention)
         return spans, [], alone_s, alone_s
@@ -172,14 +173,24 @@ def _shifted(span: Span, num_ops: int, begin_s: float) -> Span:
 
 def _tasks(schedule: Schedule, costs: Costs, waits: Sequence[tuple[int, ...]]) -> list[Task]:
     tasks = []
-    for item, after in zip(schedule.ops, waits, strict=True):
+    for item, after, dispatch_s in zip(schedule.ops, waits, costs.dispatch_s(schedule.ops), strict=True):
         op = item.op
         if isinstance(op, Free):
-            tasks.append(Task(lane=item.lane, work_s=0.0, host_bytes_per_s=0.0, waits=after, is_free=True))
+            tasks.append(Task(lane=item.lane, work_s=0.0, host_bytes_per_s=0.0, waits=after, dispatch_s=dispatch_s, is_free=True))
             continue
         seconds = costs.seconds(op, item.lane)
         rate = costs.host_bytes(op, item.lane) / seconds if seconds else 0.0
         num_bytes = op.num_bytes if isinstance(op, Fetch | Evict) else 0
         looks = isinstance(op, Compress | Update)
-        tasks.append(Task(lane=item.lane, work_s=seconds, host_bytes_per_s=rate, waits=after, needs_step_before=looks, num_bytes=num_bytes))
+        tasks.append(
+            Task(
+                lane=item.lane,
+                work_s=seconds,
+                host_bytes_per_s=rate,
+                waits=after,
+                dispatch_s=dispatch_s,
+                needs_step_before=looks,
+                num_bytes=num_bytes,
+            )
+        )
     return tasks

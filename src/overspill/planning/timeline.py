@@ -7,10 +7,11 @@ Words:
 
 Rules, the executor's (there in the same order):
 
-1. One thread goes through the program. A `Free` is done when it gets there. Every other op is handed to its lane, whose thread takes
-   its ops in order.
+1. One thread goes through the program and takes its time for each op. A `Free` is done when it gets there. Every other op is handed to its
+   lane, whose thread takes its ops in order.
 2. An op is issued when all that it waits for has ended; but of two ops on streams of the device, the later is issued when the earlier
-   has been, and starts when that has ended. The dispatching thread issues compute itself and blocks until it can.
+   has been, and starts when that has ended. The dispatching thread issues compute itself and blocks until it can. Its kernels are launched
+   one after the other, so it ends no sooner than the last has been.
 3. Where there are no streams (`cpu`), an op is under way until its thread can go on. A drive's thread goes on at once: any number of
    transfers of one direction may be in flight, and the drive serves them in order.
 4. Steps of one program in a row: the next one begins when all of the step has ended, or, where steps overlap, when its compute has; all
@@ -54,6 +55,8 @@ class Task:
     """Of host memory, while it runs alone."""
     waits: tuple[int, ...]
     """Earlier tasks."""
+    dispatch_s: float = 0.0
+    """Of the dispatching thread; of compute on a stream, to launch it."""
     is_free: bool = False
     needs_step_before: bool = False
     """It is not handed to its lane before all of the step before has ended (rule 4)."""
@@ -66,10 +69,6 @@ class Threads:
 
     has_streams: bool
     """Whether compute and both directions of the link are streams of a device."""
-    dispatch_s: float = 0.0
-    """Of the dispatching thread, for an op."""
-    launch_s: float = 0.0
-    """Of the dispatching thread, for an op that it computes on a stream."""
     overlaps_steps: bool = False
     """Rule 4."""
 
@@ -143,6 +142,8 @@ class _Timeline:
         """Of each task's waits, in their order: how many were found to be no hindrance to issuing it, or to have ended. That does not
         change again, so each is looked at once, but for the one that it stands at."""
         self.submitted = [0.0] * number
+        self.launched = [0.0] * number
+        """When the last kernel of compute has been."""
         self.start = [-1.0] * number
         self.end = [-1.0] * number
         self.ready = [0.0] * number
@@ -198,7 +199,8 @@ class _Timeline:
                 self.submitted[index] = self.clock
                 self.issued[index] = True
                 self.flights[_COMPUTE].append(index)
-                self.clock += self.threads.dispatch_s + (self.threads.launch_s if self.threads.has_streams else 0.0)
+                self.clock += task.dispatch_s
+                self.launched[index] = self.clock
                 self.next += 1
                 if not self.threads.has_streams:
                     break  # the thread computes
@@ -208,10 +210,10 @@ class _Timeline:
             self.clock = max(self.clock, self.now)
             self.submitted[index] = self.clock
             self.next += 1
+            self.clock += task.dispatch_s
             if task.is_free:
                 self.issued[index] = self.ended[index] = True
                 continue
-            self.clock += self.threads.dispatch_s
             self.queues[lane].append(index)
         return self.next > begun
 
@@ -280,6 +282,8 @@ class _Timeline:
             flight.popleft()
             if self.start[index] < 0:
                 self.start[index] = self.now
+            if lane == _COMPUTE:
+                self.left[index] = max(self.left[index], self.launched[index] - self.now)
             self.running[lane] = index
             has_moved = True
         return has_moved

@@ -1,0 +1,96 @@
+"""What the thread that dispatches a step takes for each op: the host's time to launch kernels, and the runtime's own.
+
+A device that is done before the next op has been launched waits for it. So the timeline (`planning/timeline.py`) lets the thread take this
+time for each op, and an op on a device's stream ends no sooner than it has been launched.
+
+Words:
+
+* **operation**: the unit: what the host takes to launch one kernel of a block, Python, autograd and transformers' own code included
+  (`spec/launches.py`). It differs by a factor of three between hosts; what the runtime's own Python takes differs with it.
+
+Where it comes from, the first of these that is known: templates timed on this machine, over the kernels of their trace; the probe's
+(`HardwareSpec.launch_s`); for ops on paper, nothing. In a session it is `LAUNCH_BESIDE_LANES` times what it is alone.
+
+The runtime's own Python is taken to be as quick as on two virtual cores without a GPU, where it was measured (a Llama of 12 blocks, 40
+steps, medians), and slowed down by its lanes as much as launching.
+"""
+
+from __future__ import annotations
+
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.launches import LAUNCH_BESIDE_LANES
+from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Update
+from overspill.spec.workload import TemplateTimes, Timing, UnitWork, WorkloadSpec
+
+COMPUTE_S = 50e-6
+"""Around a block's own: seeds, hidden states taken and put, events."""
+VISIT_S = {Phase.FORWARD: 250e-6, Phase.BACKWARD: 600e-6}
+"""Once a visit: views of parameters are made and swapped in; backward, sums of gradients are made too."""
+MOVE_S = 65e-6
+"""A `Fetch` or `Evict`: slots, waits, and handing it to its lane."""
+HOST_UPDATE_S = 45e-6
+FREE_S = 15e-6
+OWN_COMPRESS_S = 200e-6
+STAND_IN_OPERATIONS = 1
+"""Of each block's stand-in, wherever the model's own forward runs: in the embedding and in the tail."""
+REPLAY_OPERATIONS = 8
+"""Of a CUDA graph that nobody timed, copies in and out included. Assumed."""
+COMPRESS_OPERATIONS, DEVICE_UPDATE_OPERATIONS = 10, 10
+"""Of fused kernels: sums into the gradient that leaves, its sum of squares and verdict; an update. Assumed."""
+
+
+class Dispatching:
+    """Seconds of the dispatching thread.
+
+    Args:
+        operation_s: of one operation in a session; 0: not known, and nothing takes time.
+    """
+
+    def __init__(self, operation_s: float) -> None:
+        self.operation_s = operation_s
+        self._visited: tuple[str, Phase] | None = None
+
+    def seconds(self, op: Op, lane: Lane, *, launched_s: float) -> float:
+        """Of one op; asked in the order of the program.
+
+        Args:
+            launched_s: of a `Compute`, to launch its kernels.
+        """
+        match op:
+            case Compute():
+                visit, self._visited = self._visited, (op.unit, op.phase)
+                own_s = COMPUTE_S + (VISIT_S[op.phase] if visit != self._visited else 0)
+                return launched_s + LAUNCH_BESIDE_LANES * own_s
+            case Compress():
+                self._visited = None
+                return LAUNCH_BESIDE_LANES * OWN_COMPRESS_S + COMPRESS_OPERATIONS * self.operation_s
+            case Update() if lane is Lane.HOST_UPDATE:
+                return LAUNCH_BESIDE_LANES * HOST_UPDATE_S
+            case Update():
+                return LAUNCH_BESIDE_LANES * HOST_UPDATE_S + DEVICE_UPDATE_OPERATIONS * self.operation_s
+            case Fetch() | Evict():
+                return LAUNCH_BESIDE_LANES * MOVE_S
+            case Free():
+                return LAUNCH_BESIDE_LANES * FREE_S
+            case _:
+                return 0.0
+
+
+def find_operation_s(hardware: HardwareSpec, workload: WorkloadSpec | None, times: TemplateTimes | None) -> float:
+    """Of one operation in a session; 0: nobody measured it."""
+    known = {item.name: item for item in workload.classes} if workload is not None else {}
+    for timed in times.blocks if times is not None else ():
+        number = count_operations(known[timed.name])
+        if timed.launch_s and timed.forward is not None and number:
+            return LAUNCH_BESIDE_LANES * timed.launch_s / number
+    return LAUNCH_BESIDE_LANES * hardware.launch_s
+
+
+def count_operations(item: UnitWork) -> int:
+    """Kernels of a template's forward, recomputation and backward."""
+    return sum(part.work.num_ops for part in (item.forward, item.recompute, item.backward) if part is not None)
+
+
+def issue_s(timing: Timing | None) -> float:
+    """To launch what was timed, in a session. 0: not measured."""
+    return LAUNCH_BESIDE_LANES * timing.issue_s if timing is not None else 0.0
