@@ -12,7 +12,7 @@ Where it comes from, the first of these that is known: templates timed on this m
 (`HardwareSpec.launch_s`); for ops on paper, nothing. In a session it is `LAUNCH_BESIDE_LANES` times what it is alone.
 
 The runtime's own Python is taken to be as quick as on two virtual cores without a GPU, where it was measured (a Llama of 12 blocks, 40
-steps, medians), and slowed down by its lanes as much as launching.
+steps, lower quartiles), and slowed down by its lanes as much as launching.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from overspill.spec.launches import LAUNCH_BESIDE_LANES
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Update
 from overspill.spec.workload import TemplateTimes, Timing, UnitWork, WorkloadSpec
 
-COMPUTE_S = 50e-6
+COMPUTE_S = 30e-6
 """Around a block's own: seeds, hidden states taken and put, events."""
-VISIT_S = {Phase.FORWARD: 250e-6, Phase.BACKWARD: 600e-6}
+VISIT_S = {Phase.FORWARD: 180e-6, Phase.BACKWARD: 450e-6}
 """Once a visit: views of parameters are made and swapped in; backward, sums of gradients are made too."""
-MOVE_S = 65e-6
+MOVE_S = 60e-6
 """A `Fetch` or `Evict`: slots, waits, and handing it to its lane."""
-HOST_UPDATE_S = 45e-6
-FREE_S = 15e-6
+HOST_UPDATE_S = 40e-6
+FREE_S = 10e-6
 OWN_COMPRESS_S = 200e-6
+"""Beside its kernels. Assumed: on a CPU they are not apart."""
 STAND_IN_OPERATIONS = 1
 """Of each block's stand-in, wherever the model's own forward runs: in the embedding and in the tail."""
 REPLAY_OPERATIONS = 8
