@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 import overspill
-from overspill.runtime import graphs
+from overspill.runtime import graphs, predictions
+from overspill.spec.hardware import HardwareSpec
+from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
 
 VOCAB, STEPS = 96, 6
+BLOCKS = [f"model.layers.{index}" for index in range(3)]
 
 
 class RepeatingRecorder:
@@ -262,7 +265,7 @@ def test_a_recording_under_one_autocast_is_not_replayed_under_another() -> None:
         expected = {dtype: evaluate(dtype) for dtype in (torch.bfloat16, torch.float16)}
         assert len(set(expected.values())) == 2
         session.executor.graphs.recorder = TapeOfOneDtype()
-        assert session.executor.graphs.choose([f"model.layers.{index}" for index in range(3)])
+        assert session.executor.graphs.choose(BLOCKS)
         for _ in range(3):
             for dtype, loss in expected.items():
                 assert evaluate(dtype) == loss
@@ -296,6 +299,143 @@ def test_what_a_run_has_judged_for_itself_stays() -> None:
         assert none.choose([])
         for _ in range(graphs.STEPS_UNJUDGED + 1):
             assert not none.wants_judgement(), "it is decided"
+
+
+# -- one decision for the run and its predictions ----------------------------------------------------------------------
+
+PASSES = 2 * 4
+"""Of one block in a step: forward and backward of each micro-batch."""
+
+
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> frozenset[str]:
+    """What timed templates choose, on a device that has nothing to record; timing them takes no time."""
+    part = Timing(median_s=1e-3, spread_s=0.0, num_repetitions=9)
+    unit = UnitTimes(name="model.layers.0", seq_len=12, micro_batch=2, forward=part, backward=part)
+    times = TemplateTimes(model="M", dtype="float32", device="a GPU", seq_len=12, micro_batch=2, blocks=(unit,), tail=unit, elapsed_s=0.0)
+    units = frozenset({"model.layers.1"})
+    monkeypatch.setattr(predictions, "time_templates", lambda *args, **kwargs: times)
+    monkeypatch.setattr(predictions.Predictions, "choose_blocks", lambda self, **kwargs: units if self.times else frozenset())
+    return units
+
+
+def let_launches_bind(monkeypatch: pytest.MonkeyPatch, *, binds: bool) -> None:
+    monkeypatch.setattr(graphs, "do_launches_bind", lambda **seconds: binds)
+
+
+def make_first_steps(session: overspill.Session) -> None:
+    """As many as a pass must have run before it is recorded that each step has once: a backward that begins a gradient."""
+    for number in range(graphs.RUNS_BEFORE):
+        session.step(make_even_batches(number))
+
+
+def step_as_predicted(session: overspill.Session, number: int) -> int:
+    """Make step `number`; passes that it replays, which are those that were predicted."""
+    batches = make_even_batches(number)
+    predicted = session.predict(batches).num_replays
+    report = session.step(batches)
+    assert report.num_replays == predicted, f"step {number}"
+    return report.num_replays
+
+
+def test_a_session_that_judges_and_then_times_templates_does_what_it_predicts(
+    chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_launches_bind(monkeypatch, binds=True)
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        found = [step_as_predicted(session, number) for number in range(STEPS)]
+        judged = graphs.STEPS_UNJUDGED + 1
+        assert found == [0] * judged + [3 * PASSES] * (STEPS - judged)
+        session.time_templates()
+        assert "blocks timed on a GPU" in session.predict(make_even_batches(9), hardware=HardwareSpec(source="measured (m)")).source
+        assert step_as_predicted(session, STEPS) == 3 * PASSES, "what it has found itself stays"
+
+
+def test_a_session_that_times_templates_and_could_judge_then_does_what_it_predicts(
+    chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_launches_bind(monkeypatch, binds=True)
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        session.time_templates()
+        make_first_steps(session)
+        assert [step_as_predicted(session, number) for number in range(3)] == [len(chosen) * PASSES] * 3
+        assert not session.executor.graphs.is_wanted
+
+
+def test_templates_decide_where_steps_have_not_found_launches_to_bind(chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    let_launches_bind(monkeypatch, binds=False)
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        assert [step_as_predicted(session, number) for number in range(4)] == [0] * 4
+        session.time_templates()
+        assert [step_as_predicted(session, number) for number in range(4, 6)] == [len(chosen) * PASSES] * 2
+
+
+def test_before_anybody_has_decided_predictions_are_of_paper_and_a_judgement_takes_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predictions.Predictions, "choose_blocks", lambda self, **kwargs: frozenset(BLOCKS))
+    let_launches_bind(monkeypatch, binds=False)
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        for number in range(graphs.STEPS_UNJUDGED + 1):
+            assert session.executor.graphs.replayed is None
+            assert session.predict(make_even_batches(number)).num_replays == 3 * PASSES
+            session.step(make_even_batches(number))
+        assert session.executor.graphs.replayed == frozenset()
+        assert step_as_predicted(session, 5) == 0
+        let_launches_bind(monkeypatch, binds=True)
+        assert step_as_predicted(session, 6) == 0
+        assert step_as_predicted(session, 7) == 3 * PASSES
+
+
+@pytest.mark.parametrize("name", ["gpt2-dropout", "mixtral"])
+def test_what_the_executor_will_not_record_is_not_predicted_to_be_replayed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_launches_bind(monkeypatch, binds=True)
+    with open_session(name) as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        assert [step_as_predicted(session, number) for number in range(STEPS)] == [0] * STEPS
+
+
+def test_nor_what_it_has_no_room_for_or_could_not_record(chosen: frozenset[str]) -> None:
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        session.executor.graphs._has_room = lambda: False
+        session.time_templates()
+        assert [step_as_predicted(session, number) for number in range(3)] == [0] * 3
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder(fails=True)
+        session.time_templates()
+        with pytest.warns(UserWarning, match="kernel by kernel"):
+            session.step(make_even_batches(0))
+        assert step_as_predicted(session, 1) == 0
+
+
+def test_a_block_that_was_recorded_once_is_replayed_whatever_another_shape_has_no_room_for(chosen: frozenset[str]) -> None:
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        session.time_templates()
+        make_first_steps(session)
+        assert step_as_predicted(session, 2) == len(chosen) * PASSES
+        session.executor.graphs._has_room = lambda: False
+        for number in range(3, 6):
+            session.step(make_even_batches(number, length=7))
+        assert step_as_predicted(session, 6) == len(chosen) * PASSES
+
+
+def test_only_training_steps_are_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tokens of a text that is generated are bound by launches anywhere."""
+    let_launches_bind(monkeypatch, binds=True)
+    with open_session("llama", clip=1.0) as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        session.generate([[1, 2, 3]], max_new_tokens=6)
+        for number in range(graphs.STEPS_UNJUDGED):
+            session.evaluate(make_even_batches(9))
+            session.step(make_even_batches(number))
+            session.flush()
+        assert session.executor.graphs.replayed is None and not session.executor.graphs.is_wanted
+        session.step(make_even_batches(5))
+        assert session.executor.graphs.is_wanted
 
 
 @pytest.mark.parametrize("group_size", [4, 1])

@@ -151,13 +151,27 @@ def test_templates_timed_before_the_first_step_tell_the_executor_which_blocks_to
         asked.append(self.times is not None)
         return frozenset({"model.layers.0"})
 
-    monkeypatch.setattr(predictions.Predictions, "replayed_blocks", decide)
+    monkeypatch.setattr(predictions.Predictions, "choose_blocks", decide)
     with open_session(parameters="host", states="host", boundaries="device") as session:
         assert session.executor.graphs.chosen is None, "without templates it judges in the run"
         session.time_templates(limit_s=0.2)
-        assert asked[-1] and session.executor.graphs.chosen == {"model.layers.0"}
-        assert session.predict(batches()).num_replays == 2 * 2
-        assert session.step(batches()).num_replays == 0, "a CPU has nothing to replay"
+        assert asked == [True] and session.executor.graphs.chosen == {"model.layers.0"}
+        assert session.predict(batches()).num_replays == session.step(batches()).num_replays == 0, "a CPU has nothing to replay"
+
+
+def test_as_long_as_nothing_is_decided_predictions_go_by_paper_and_then_by_the_decision(monkeypatch: pytest.MonkeyPatch) -> None:
+    decided: list[frozenset[str] | None] = [None]
+    monkeypatch.setattr(predictions.Predictions, "choose_blocks", lambda self, **kwargs: frozenset({"model.layers.0"}))
+    with open_session(parameters="host", states="host", boundaries="device", activations="keep") as session:
+        kept = dataclasses.replace(session.plan, activations={"model.layers.1": "keep"})
+        found = predictions.Predictions(kept, session.model.config, session._programs, session.hardware, decided=lambda: decided[0])
+        assert found.replayed_blocks() == {"model.layers.0"}
+        decided[0] = frozenset()
+        assert found.replayed_blocks() == frozenset()
+        decided[0] = frozenset(session.model.block_names)
+        assert found.replayed_blocks() == {"model.layers.0", "model.layers.2"}, (
+            "a block whose graph is kept is not replayed, whatever was decided"
+        )
 
 
 def test_rates_that_a_session_measured_come_before_a_machine_files() -> None:

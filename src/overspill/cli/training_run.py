@@ -27,6 +27,7 @@ from overspill.cli.continuation import (
     validate_same_flags,
 )
 from overspill.cli.finetune import FinetuneOptions
+from overspill.cli.forecast import show_forecast
 from overspill.cli.optimizer_flags import build_optimizer
 from overspill.cli.outcome import (
     Course,
@@ -50,13 +51,12 @@ from overspill.report.tables import placement_table
 from overspill.runtime.resume import resume
 from overspill.runtime.session import Session
 from overspill.spec.checkpoint import Manifest
-from overspill.spec.hardware import ASSUMED
 from overspill.spec.plan import Plan, PlanRequest, validate_clip
 from overspill.spec.report import StepReport
 from overspill.spec.tensors import DTYPE_BYTES
 from overspill.spec.update_rule import LearningRate
 from overspill.tiers.calls import SpacePolicy
-from overspill.units import format_bytes, format_seconds, parse_bytes
+from overspill.units import format_bytes, parse_bytes
 
 
 def run_finetune(options: FinetuneOptions, console: Console) -> None:
@@ -87,11 +87,7 @@ def run_finetune(options: FinetuneOptions, console: Console) -> None:
         _announce(options, console, session.plan, data, num_steps)
         for sentence in session.wear.announce(num_steps) if session.wear is not None else ():
             console.print(f"· {sentence}", highlight=False)
-        for sentence in session.rates.notes:  # measured here, so that every step has its floor
-            console.print(f"· {sentence}", highlight=False)
-        if session.hardware.source != ASSUMED:
-            expected = session.predict_plan()
-            console.print(f"· predicted: {format_seconds(expected.step_s)} a step; {expected.source}", highlight=False)
+        show_forecast(session, options, console)
         if source is None or source[0].resolve() == checkpoint_directory(options).resolve():
             note_flags(options)  # else at the first checkpoint: until then the run goes on from where it came
         course = Course.from_checkpoint(source[1].data_position["course"]) if source is not None else Course()

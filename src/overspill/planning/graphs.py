@@ -2,7 +2,7 @@
 
 The same answer goes to the executor (`runtime/graphs.BlockGraphs.choose`), to the memory terms and to the times of compute, so that a run
 does what was predicted of it. Only where nobody has timed templates the executor judges by its own first steps, and may judge otherwise
-than paper; the report of its steps says so then.
+than paper; predictions of later steps go by its judgement.
 
 Rules, for each class of blocks:
 

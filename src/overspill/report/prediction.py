@@ -66,7 +66,7 @@ def describe_largest_miss(comparison: Comparison, prediction: Prediction) -> str
 def describe_other_replays(prediction: Prediction, report: StepReport) -> str:
     """Whether blocks were replayed as CUDA graphs otherwise than predicted, and which parts are wrong by it; empty if as predicted.
 
-    Launches are judged on paper, and by a run in its first steps, where nobody has timed templates before it.
+    Where nobody has timed templates, what was predicted before a run had judged its first steps is by paper.
     """
     if bool(prediction.num_replays) == bool(report.num_replays):
         return ""

@@ -276,8 +276,8 @@ class Executor:
         return has_room(self.plan, max(self._most_device_bytes, self.residency.peak_bytes[Tier.DEVICE]))
 
     def _judge_launches(self, schedule: Schedule, completions: Sequence[Completion], base: torch.cuda.Event | None, base_s: float) -> None:
-        """Tell `graphs` what bounded the blocks of the last schedule, until it knows enough."""
-        if not self.graphs.wants_judgement():
+        """Tell `graphs` what bounded the blocks of the last training step, until it knows enough."""
+        if schedule.name != "train" or not self.graphs.wants_judgement():  # a short text's launches say nothing of training
             return
         blocks = {unit.name for unit in self.plan.units[1:-1]}
         ran = [completions[index] for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]

@@ -16,9 +16,10 @@ Rules:
    arguments that are no tensors. Else the block runs as ever; so do the embedding and the tail. Autocast's casts of weights are made in
    the recording: none is kept from op to op (`runtime/step`), whose values would be those of the step in which it was recorded.
 2. Not recorded: blocks that draw random numbers, and all blocks of a model of which any has side inputs or side outputs.
-3. A block is recorded at the earliest when it has run `RUNS_BEFORE` times with the same dependencies. Which are recorded is decided once:
-   before the first step those of `choose`, if templates were timed (`planning/graphs.py`); else all, after a step was measured to be
-   bound by launches (`judge`). The rule is the same (`spec/launches.py`).
+3. A block is recorded at the earliest when it has run `RUNS_BEFORE` times with the same dependencies. Which are recorded is decided once,
+   by what comes first: those of `choose`, from timed templates (`planning/graphs.py`); or all, after a training step was measured to be
+   bound by launches (`judge`), and this stays, for recordings keep their memory. The rule is the same (`spec/launches.py`). Predictions
+   do not decide it again: they ask `replayed`.
 4. A replay of a backward needs no memory after it has begun: it has added to gradients then, and cannot be done again.
 5. A recording that fails ends all recording in this session; nothing has run then, and the block runs as ever.
 6. Recordings share one memory pool: at a time one is replayed, and what it leaves in the pool nobody reads.
@@ -166,25 +167,43 @@ class BlockGraphs:
         self._watched: dict[tuple[str, bool], int] = {}
         """(block, training mode) -> runs in which nobody drew a random number."""
         self._draws: set[tuple[str, bool]] = set()
+        self._was_recorded: dict[tuple[str, bool], bool] = {}
+        """Likewise, of blocks that were to be recorded: whether any recording was made; if not, there was a reason against it."""
 
     def __len__(self) -> int:
         return sum(recording is not None for recording in self._recordings.values())
 
     def wants_judgement(self) -> bool:
-        """Whether the step that has ended is one that `judge` shall be told about; asked once a step."""
+        """Whether the training step that has ended is one that `judge` shall be told about; asked once a step."""
         if self.recorder is None or self.is_wanted or self.chosen is not None:
             return False
         self._num_steps += 1
         return self._num_steps <= STEPS_JUDGED or self._num_steps % STEPS_JUDGED == 0
 
+    @property
+    def replayed(self) -> frozenset[str] | None:
+        """Blocks that training steps replay from here on, those whose graphs are kept and limits of number left aside; None: nobody has
+        chosen or judged yet, and none is."""
+        if self.recorder is None or self._has_sides:
+            return frozenset()
+        if self.chosen is None and not self.is_wanted and self._num_judged <= STEPS_UNJUDGED:
+            return None
+        wanted, has_room = filter(self._is_wanted, self.model.block_names), self._has_room()
+        return frozenset(unit for unit in wanted if (unit, True) not in self._draws and self._was_recorded.get((unit, True), has_room))
+
+    @property
+    def _has_sides(self) -> bool:
+        """Whether any block has side inputs or outputs (rule 2)."""
+        return self.model.has_router_loss or bool(self.model.inspection.side_paths)
+
     def judge(self, *, launch_s: float, device_s: float) -> None:
-        """After a step: how long the host launched blocks, and how long the device had them under way."""
+        """After a training step: how long the host launched blocks, and how long the device had them under way."""
         self._num_judged += 1
         if self._num_judged > STEPS_UNJUDGED and self.recorder is not None:
             self.is_wanted = self.is_wanted or do_launches_bind(launch_s=launch_s, device_s=device_s)
 
     def choose(self, units: Collection[str]) -> bool:
-        """Record these blocks and no others, without judging; False: it was judged already that all are, and stays so.
+        """Record these blocks and no others, without judging; False: steps have said already that all are, and it stays so (rule 3).
 
         Asked again, the last answer holds: recordings of other blocks are not replayed any more. They are kept, for a pool of CUDA graphs
         that has lost all of them takes no other.
@@ -294,8 +313,9 @@ class BlockGraphs:
             if not self._is_wanted(unit) or runs <= RUNS_BEFORE or len(self._recordings) >= MOST_RECORDINGS:
                 return None, None
             watched = (unit, self.model.model.training)
-            if watched in self._draws or watched not in self._watched or self.model.has_router_loss or not self._has_room():
+            if watched in self._draws or watched not in self._watched or self._has_sides or not self._has_room():
                 self._recordings[key] = None
+                self._was_recorded.setdefault(watched, False)
                 return None, None
         elif self._recordings[key] is None or not self._is_wanted(unit):
             return None, None
@@ -305,6 +325,7 @@ class BlockGraphs:
             return None, None
         if key not in self._recordings:
             self._recordings[key] = self._record(static, tensors, call, run)
+            self._was_recorded[unit, self.model.model.training] = self._recordings[key] is not None
         recording = self._recordings[key]
         if recording is None or not _is_same_call(recording.call, call):
             return None, None

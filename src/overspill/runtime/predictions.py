@@ -11,8 +11,9 @@ Rules:
    `FREE_S` (8B on the SSD are 51,000 ops, 3 s) waits until that is at most `LATE_SHARE` of the time that was trained: no step waits for it
    that is not used to taking long.
 5. A run does not end because it cannot be predicted: `if_cheap` warns once and leaves it at that.
-6. Which blocks are replayed as CUDA graphs is decided once templates were timed, for every program and batch, and the session's executor
-   is told (`planning/graphs.py`). Before that paper says so for each.
+6. Which blocks are replayed as CUDA graphs is what the session's executor has decided, for every program and batch: by the choice that
+   timed templates gave it (`choose_blocks`), or by its own steps (`runtime/graphs`, rule 3). Until it has, and without a session, that
+   choice stands alone, by templates if they were timed, else on paper.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from overspill.planning.memory import device_terms, host_terms, recordings_bytes
 from overspill.report.memory import host_resident_bytes
 from overspill.runtime.machine import PROCESS_GROWTH_BYTES, without_cycle_collection
 from overspill.runtime.programs import Programs
-from overspill.runtime.template_timing import time_templates
+from overspill.runtime.template_timing import LIMIT_S, time_templates
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, UpdateTiming
 from overspill.spec.rates import LaneRates
@@ -60,6 +61,7 @@ class Predictions:
         hardware: rates and capacities, as of the opening.
         rates: those that the session has measured; None as long as nobody asked.
         replays_graphs: whether blocks are replayed as CUDA graphs where launches bound them.
+        decided: blocks that the executor has decided to replay; None: it has not decided yet (rule 6).
         serial: the session runs one op after the other.
         own_resident_bytes: of the session's homes and slots, what is in host memory now.
         workload: of the plan's batch, if somebody has described it.
@@ -74,6 +76,7 @@ class Predictions:
         *,
         rates: Callable[[], LaneRates | None] = lambda: None,
         replays_graphs: bool = True,
+        decided: Callable[[], frozenset[str] | None] = lambda: None,
         serial: bool = False,
         own_resident_bytes: Callable[[], int] = lambda: 0,
         workload: WorkloadSpec | None = None,
@@ -85,7 +88,7 @@ class Predictions:
         self.loaded_process_bytes: int | None = None
         """Of host memory, beside homes and slots, as `host_terms` has it."""
         self.spent_s = 0.0
-        self._own_resident_bytes = own_resident_bytes
+        self._decided, self._own_resident_bytes = decided, own_resident_bytes
         self._has_given_up = False
         self._workloads: dict[bool, WorkloadSpec | None] = {}
         if workload is not None and workload.loss is not None and workload.loss.chunk_rows == plan.loss_chunk_rows:
@@ -99,16 +102,17 @@ class Predictions:
             is_masked: its micro-batches bring a mask or are packed.
             hardware: other rates than the session's.
         """
-        rates = self.rates()
-        key = (id(schedule), is_masked, hardware, rates, self.times, self.loaded_process_bytes)
-        if key not in self._kept:
-            begun = time.perf_counter()
-            with without_cycle_collection():  # a third of the time: hundreds of thousands of tuples are made, and none is garbage yet
-                prediction = self._predict(schedule, is_masked=is_masked, hardware=hardware or with_rates(self.hardware, rates))
-            if len(self._kept) >= MOST_KEPT:
-                self._kept.pop(next(iter(self._kept)))
-            self._kept[key] = schedule, prediction  # the schedule, so that nothing else gets its id
-            self.spent_s += time.perf_counter() - begun
+        begun, rates = time.perf_counter(), self.rates()
+        with without_cycle_collection():  # a third of the time: hundreds of thousands of tuples are made, and none is garbage yet
+            replayed = self.replayed_blocks(is_masked=is_masked, hardware=hardware)
+            key = (id(schedule), is_masked, hardware, rates, self.times, self.loaded_process_bytes, replayed)
+            if key not in self._kept:
+                found = hardware or with_rates(self.hardware, rates)
+                prediction = self._predict(schedule, is_masked=is_masked, hardware=found, replayed=replayed)
+                if len(self._kept) >= MOST_KEPT:
+                    self._kept.pop(next(iter(self._kept)))
+                self._kept[key] = schedule, prediction  # the schedule, so that nothing else gets its id
+                self.spent_s += time.perf_counter() - begun
         return self._kept[key][1]
 
     def predict_whole_step(self) -> Prediction:
@@ -134,9 +138,8 @@ class Predictions:
         needed_s = S_PER_OP * len(schedule.ops)
         return needed_s <= FREE_S or needed_s <= LATE_SHARE * trained_s
 
-    def _predict(self, schedule: Schedule, *, is_masked: bool, hardware: HardwareSpec) -> Prediction:
+    def _predict(self, schedule: Schedule, *, is_masked: bool, hardware: HardwareSpec, replayed: frozenset[str]) -> Prediction:
         workload = self.workload(is_masked=is_masked)
-        replayed = self.replayed_blocks(is_masked=is_masked, hardware=hardware)
         costs = build_costs(
             self.plan,
             hardware,
@@ -175,7 +178,14 @@ class Predictions:
         )
 
     def replayed_blocks(self, *, is_masked: bool = False, hardware: HardwareSpec | None = None) -> frozenset[str]:
-        """Blocks that the session replays as CUDA graphs: decided by templates once they were timed, else on paper (rule 6)."""
+        """Blocks that the session replays as CUDA graphs, or is thought to as long as it has not decided (rule 6)."""
+        decided = self._decided()
+        if decided is None:
+            return self.choose_blocks(is_masked=is_masked, hardware=hardware)
+        return frozenset(unit for unit in decided if unit not in self.plan.activations)
+
+    def choose_blocks(self, *, is_masked: bool = False, hardware: HardwareSpec | None = None) -> frozenset[str]:
+        """Blocks that should be replayed: by templates once they were timed, else on paper (`planning/graphs.py`)."""
         if not self.replays_graphs or self.plan.device.startswith("cpu"):
             return frozenset()
         has_times = self.times is not None
@@ -192,7 +202,7 @@ class Predictions:
         """Of pieces, in a step at its longest, if there is a budget for them."""
         return 0 if self.plan.device_budget_bytes is None else self.programs.device_peak_bytes(self.programs.whole_step())
 
-    def time_templates(self, device: torch.device, *, limit_s: float = 5.0) -> TemplateTimes | None:
+    def time_templates(self, device: torch.device, *, limit_s: float = LIMIT_S) -> TemplateTimes | None:
         """Time one block of every class and the tail on the device, for all predictions from now on. None: rule 3."""
         workload = self.workload()
         if workload is not None:

@@ -42,6 +42,7 @@ from overspill.runtime.program_runner import ProgramRunner
 from overspill.runtime.programs import Programs
 from overspill.runtime.rates import measure_rates, spare_host_bytes
 from overspill.runtime.step_memory import MemoryWatch
+from overspill.runtime.template_timing import LIMIT_S
 from overspill.runtime.timing import StepTiming
 from overspill.runtime.updating import UpdateContext
 from overspill.runtime.verdicts import judge_norm
@@ -160,6 +161,7 @@ class Session(Closing):
             self.hardware,
             rates=lambda: self._timing.rates if self._timing.has_rates else None,
             replays_graphs=cuda_graphs,
+            decided=lambda: self.executor.graphs.replayed,
             serial=serial,
             own_resident_bytes=self.residency.host.resident_bytes,
             workload=workload,
@@ -402,17 +404,19 @@ class Session(Closing):
         schedule, is_masked = self.schedule(micro_batches), brings_mask(micro_batches)
         return self._predictions.if_cheap(schedule, is_masked=is_masked, trained_s=trained_s)
 
-    def time_templates(self, *, limit_s: float = 5.0) -> TemplateTimes | None:
+    def time_templates(self, *, limit_s: float = LIMIT_S) -> TemplateTimes | None:
         """Time one block of every class and the tail on the device, for all predictions from now on, within about `limit_s`.
 
-        Before the first step this also decides which blocks are replayed as CUDA graphs, so that the run does what is predicted of it.
+        This also decides which blocks are replayed as CUDA graphs, unless steps that were made before have shown that launches bound all
+        of them. Predictions are of what the session does, either way.
 
         Between steps; takes memory of the device that the plan knows nothing of. None: the model cannot be described without weights.
         """
         self._runner.check_usable()
+        self.executor.finish()  # what a step has left under way would be timed along
         times = self._predictions.time_templates(self.device, limit_s=limit_s)
         if times is not None and not self._is_compiled:  # compiled blocks launch less than was timed: the run judges
-            self.executor.graphs.choose(self._predictions.replayed_blocks())
+            self.executor.graphs.choose(self._predictions.choose_blocks())
         return times
 
     # -- the end -----------------------------------------------------------------------------------------------------
