@@ -5,6 +5,7 @@ On the CPU a recorder stands in that keeps the launches and repeats them: everyt
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,7 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import overspill
 from overspill.runtime import graphs, predictions
+from overspill.runtime.compute import UnitRunner
 from overspill.spec.hardware import HardwareSpec
+from overspill.spec.launches import REPLAYED_FROM
+from overspill.spec.schedule import Compute
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
 
 VOCAB, STEPS = 96, 6
@@ -207,9 +211,9 @@ def test_blocks_are_recorded_once_a_settled_step_was_bound_by_launches() -> None
         for _ in range(graphs.STEPS_UNJUDGED):
             wanted.judge(launch_s=1.0, device_s=1.0)
         assert not wanted.is_wanted, "loading code in the first steps is no launching"
-        wanted.judge(launch_s=0.5, device_s=1.0)
+        wanted.judge(launch_s=REPLAYED_FROM, device_s=1.0)
         assert not wanted.is_wanted
-        wanted.judge(launch_s=0.9, device_s=1.0)
+        wanted.judge(launch_s=REPLAYED_FROM + 0.01, device_s=1.0)
         assert wanted.is_wanted
         without = graphs.BlockGraphs(session.model, None)
         for _ in range(4):
@@ -320,7 +324,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> frozenset[str]:
 
 
 def let_launches_bind(monkeypatch: pytest.MonkeyPatch, *, binds: bool) -> None:
-    monkeypatch.setattr(graphs, "do_launches_bind", lambda **seconds: binds)
+    monkeypatch.setattr(graphs, "is_worth_replaying", lambda **seconds: binds)
 
 
 def make_first_steps(session: overspill.Session) -> None:
@@ -476,4 +480,47 @@ def test_memory_that_runs_out_around_a_replay_adds_no_gradient_twice(group_size:
         result = train(session, recorder)
         monkeypatch.undo()
     assert failures
+    assert_same(result, plain("llama", None))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_some_blocks_are_kept_while_the_others_are_replayed(clip: float | None) -> None:
+    """A device that has room for some graphs, on a host that launches slowly."""
+    with open_session("llama", activations="keep", clip=clip) as session:
+        whole = session.plan
+    last = whole.units[-2].name
+    plan = dataclasses.replace(whole, activations={last: whole.activations[last]}, stored_bytes={last: whole.stored_bytes[last]})
+    recorder = RepeatingRecorder()
+    with overspill.Session(make_model("llama"), plan=plan, optimizer=overspill.AdamW(lr=1e-2), seed=3) as session:
+        losses, weights = train(session, recorder)
+        assert session.executor.graphs.num_replays > 0 and len(session.executor.units.retained) == 0
+        assert last not in {key[0] for key in session.executor.graphs._recordings}
+    expected, plain_weights = plain("llama", clip)
+    assert losses == expected
+    assert [name for name in weights if not torch.equal(weights[name], plain_weights[name])] == []
+
+
+@pytest.mark.parametrize("activations", ["recompute", "keep"])
+def test_recordings_are_given_up_before_anything_else_for_an_op_that_has_no_memory_beside_them(
+    activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, failures = UnitRunner.run, list[str]()
+
+    def scarce(self: UnitRunner, op: Compute, *args: Any) -> None:
+        if op.unit == "tail" and len(self.graphs):
+            failures.append(op.unit)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self, op, *args)
+
+    with open_session("llama", activations=activations) as session:
+        whole = session.plan
+    kept = dict(list(whole.activations.items())[-1:])
+    plan = dataclasses.replace(whole, activations=kept, stored_bytes={unit: whole.stored_bytes[unit] for unit in kept})
+    monkeypatch.setattr(UnitRunner, "run", scarce)
+    with overspill.Session(make_model("llama"), plan=plan, optimizer=overspill.AdamW(lr=1e-2), seed=3) as session:
+        with pytest.warns(RuntimeWarning, match="not replayed as CUDA graphs any more: the device has no memory left beside"):
+            result = train(session, RepeatingRecorder())
+        assert len(session.executor.graphs) == 0 and session.executor.graphs.replayed == frozenset()
+        assert not session.executor.units.retained._recomputed, "what autograd keeps stays"
+    assert len(failures) == 2, "with the room that is idle first; and not again once they are gone"
     assert_same(result, plain("llama", None))

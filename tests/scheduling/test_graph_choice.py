@@ -18,7 +18,7 @@ from overspill.runtime.predictions import Predictions
 from overspill.runtime.programs import Programs
 from overspill.scheduling import full_step
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_BOUND, LAUNCH_S, do_launches_bind
+from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_BOUND, LAUNCH_S, REPLAYED_FROM, do_launches_bind
 from overspill.spec.plan import Plan, PlanRequest
 from overspill.spec.schedule import Compute, Lane, Phase
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes, WorkloadSpec
@@ -83,9 +83,10 @@ def predictions(plan: Plan, times: TemplateTimes | None, *, replays_graphs: bool
 
 def test_what_templates_say_comes_before_paper() -> None:
     plan = plan_for()
-    assert choose_replayed(plan, workload(), hardware=MEASURED) == frozenset(), "8,192 tokens take longer than launching on paper"
+    large = plan_for(micro_batch=16)
+    assert choose_replayed(large, workload(16), hardware=MEASURED) == frozenset(), "32,768 tokens take longer than launching on paper"
     assert choose_replayed(plan, workload(), hardware=MEASURED, times=times_of(launch_share=0.9)) == BLOCKS
-    just_not = times_of(launch_share=LAUNCH_BOUND / LAUNCH_BESIDE_LANES - 0.01)
+    just_not = times_of(launch_share=REPLAYED_FROM / LAUNCH_BESIDE_LANES - 0.01)
     assert choose_replayed(plan, workload(), hardware=MEASURED, times=just_not) == frozenset()
     one = plan_for(micro_batch=1)
     assert choose_replayed(one, workload(1), hardware=MEASURED) == BLOCKS, "2,048 tokens do not"
@@ -134,9 +135,15 @@ def test_the_machines_own_launch_time_is_taken_where_it_was_measured() -> None:
     assert do_launches_bind(launch_s=0.81, device_s=1.0) and not do_launches_bind(launch_s=0.8, device_s=1.0)
 
 
+def test_a_block_is_replayed_before_launches_bound_it_and_kept_as_long_as_they_do_not() -> None:
+    """Replays cost nothing but memory that is left; what is kept is computed once."""
+    assert REPLAYED_FROM < LAUNCH_BOUND
+    assert choose_replayed(plan_for(), workload(), hardware=MEASURED) == BLOCKS and not find_bound(workload(), MEASURED)
+
+
 def test_the_memory_term_and_the_time_of_compute_follow_one_decision() -> None:
     plan = plan_for()
-    for launch_share, replays_graphs, is_replayed in ((0.9, True, True), (0.5, True, False), (0.9, False, False)):
+    for launch_share, replays_graphs, is_replayed in ((0.9, True, True), (0.3, True, False), (0.9, False, False)):
         times = times_of(launch_share=launch_share, replay_s=1e-3)
         found = predictions(plan, times, replays_graphs=replays_graphs).predict_whole_step()
         terms = {term.name: term.num_bytes for term in found.device_terms}

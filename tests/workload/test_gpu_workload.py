@@ -150,14 +150,14 @@ def test_a_block_that_launches_bound_is_timed_as_a_replay_which_takes_less() -> 
     config = LlamaConfig(**LLAMA | dict(num_hidden_layers=4))
     before = torch.cuda.memory_allocated()
     (block,) = time_templates(config, device="cuda", seq_len=256, micro_batch=1).blocks
-    assert block.is_bound_by_launches and block.is_replayable, block
+    assert block.is_worth_replaying and block.is_replayable, block
     assert block.replayed_forward is not None and block.replayed_backward is not None, block
     replayed_s = block.replayed_forward.median_s + block.replayed_backward.median_s
     assert replayed_s < 0.8 * block.forward_backward_s, block
     assert block.replayed_backward.spread_s < 0.5 * block.replayed_backward.median_s
     assert torch.cuda.memory_allocated() <= before + 2**20, "recordings give their memory back"
     (large,) = time_templates(config, device="cuda", seq_len=4096, micro_batch=8).blocks
-    assert not large.is_bound_by_launches and large.replayed_backward is None and large.launch_s > 0
+    assert not large.is_worth_replaying and large.replayed_backward is None and large.launch_s > 0
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt2_dropout"])

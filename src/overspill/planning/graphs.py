@@ -6,7 +6,7 @@ than paper; predictions of later steps go by its judgement.
 
 Rules, for each class of blocks:
 
-1. Replayed are blocks that launches bound (`spec/launches.py`), by their timed template; without one, on paper: operations at
+1. Replayed are blocks that launches bound, or nearly (`spec/launches.py`), by their timed template; without one, on paper: operations at
    `HardwareSpec.launch_s` beside what their FLOPs and bytes are assumed to take. Of a template that was timed smaller than asked for,
    launching is as measured, for it does not depend on tokens, and the device's time is on paper.
 2. Never: blocks that draw random numbers, and those whose recording failed when they were timed; and no block of a model of which any has
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_S, do_launches_bind
+from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_S, do_launches_bind, is_worth_replaying
 from overspill.spec.plan import Plan
 from overspill.spec.workload import TemplateTimes, UnitTimes, UnitWork, Work, WorkloadSpec
 
@@ -55,25 +55,27 @@ def has_room(plan: Plan, device_peak_bytes: int) -> bool:
 
 
 def room_bytes(plan: Plan) -> int:
-    """What recordings are taken to need beside a step's most, of a block that nobody has traced."""
-    return _pool_bytes(plan.device_working_bytes)
+    """What recordings are taken to need beside a step's most: of a model that nobody has traced, as much as its largest unit works with."""
+    return _pool_bytes(plan.device_working_bytes) if plan.recordings_bytes is None else plan.recordings_bytes
 
 
 def is_replayed(item: UnitWork, workload: WorkloadSpec, *, hardware: HardwareSpec, timed: UnitTimes | None) -> bool:
     """Whether the blocks of a class are, room and retention aside (rules 1 and 2)."""
     if not _is_recordable(item) or (timed is not None and not timed.is_replayable):
         return False
-    if timed is None or not timed.launch_s:
-        return is_bound_by_launches(item, hardware)
-    if timed.seq_len * timed.micro_batch < workload.num_tokens:
-        device_s = _paper_device_s(item)
-        launch_s = LAUNCH_BESIDE_LANES * timed.backward.issue_s if timed.backward is not None else 0.0
-        return device_s is not None and do_launches_bind(launch_s=launch_s, device_s=device_s)
-    return timed.is_bound_by_launches
+    if timed is not None and timed.launch_s and timed.seq_len * timed.micro_batch >= workload.num_tokens:
+        return timed.is_worth_replaying
+    device_s = _paper_device_s(item)
+    if device_s is None:
+        return False
+    launch_s = _paper_launch_s(item, hardware)
+    if timed is not None and timed.launch_s and timed.backward is not None:
+        launch_s = LAUNCH_BESIDE_LANES * timed.backward.issue_s
+    return is_worth_replaying(launch_s=launch_s, device_s=device_s)
 
 
 def find_bound(workload: WorkloadSpec, hardware: HardwareSpec) -> frozenset[str]:
-    """Names of the blocks that are replayed on paper, room and retention aside."""
+    """Names of the blocks whose launches bound them on paper, and which are replayed therefore and not kept, room aside."""
     if _has_sides(workload):
         return frozenset()
     return frozenset(unit for item in workload.classes[1:-1] if is_bound_by_launches(item, hardware) for unit in item.units)
@@ -84,9 +86,7 @@ def is_bound_by_launches(item: UnitWork, hardware: HardwareSpec) -> bool:
     device_s = _paper_device_s(item)
     if device_s is None or not _is_recordable(item):
         return False
-    assert item.recompute is not None and item.backward is not None
-    op_s = LAUNCH_BESIDE_LANES * hardware.launch_s or LAUNCH_S
-    return do_launches_bind(launch_s=(item.recompute.work + item.backward.work).num_ops * op_s, device_s=device_s)
+    return do_launches_bind(launch_s=_paper_launch_s(item, hardware), device_s=device_s)
 
 
 def graph_bytes(plan: Plan, workload: WorkloadSpec | None, replayed: Collection[str]) -> int:
@@ -117,6 +117,12 @@ def _has_sides(workload: WorkloadSpec) -> bool:
 def _is_recordable(item: UnitWork) -> bool:
     """Rule 2, as far as it is known of a class on paper."""
     return not (item.side_output_bytes or item.side_input_bytes or any(tensor.is_random for tensor in item.saved))
+
+
+def _paper_launch_s(item: UnitWork, hardware: HardwareSpec) -> float:
+    """Of recomputation and gradients of a class that could be traced."""
+    op_s = LAUNCH_BESIDE_LANES * hardware.launch_s or LAUNCH_S
+    return op_s * sum(part.work.num_ops for part in (item.recompute, item.backward) if part is not None)
 
 
 def _paper_device_s(item: UnitWork) -> float | None:

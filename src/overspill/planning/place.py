@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 from overspill.errors import BudgetError
 from overspill.planning.activations import choose_activations, describe, force_mode, note
-from overspill.planning.memory import context_bytes, unit_working_bytes
+from overspill.planning.memory import context_bytes, recordings_bytes, unit_working_bytes
 from overspill.planning.simulate import resident_peaks, simulate
 from overspill.planning.space import is_host_memory, scratch_bytes, store_bytes
 from overspill.scheduling import full_step, largest_steps
@@ -64,6 +64,8 @@ def build_plan(
     if fixed and request.ssd_dir is None:
         raise ValueError(f"--{fixed[0]} ssd needs a directory: give --ssd-dir DIRECTORY on the drive that shall hold it")
     base = _base_plan(request, layout, hardware, workload, device=device)
+    if workload is not None and not is_host_memory(device):
+        base = dataclasses.replace(base, recordings_bytes=recordings_bytes(base, workload, {unit.name for unit in base.units}, hardware))
 
     def place(base: Plan, group_size: int | None = None) -> Plan:
         wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)

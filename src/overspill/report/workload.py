@@ -76,7 +76,7 @@ def describe_workload_notes(spec: WorkloadSpec, times: TemplateTimes | None = No
 def _describe_launches(times: UnitTimes) -> str:
     """What launches have to do with a block's time; empty where they do not bound it."""
     replays = [timing.median_s for timing in (times.replayed_forward, times.replayed_backward) if timing is not None]
-    if not replays or not times.is_bound_by_launches:
+    if not replays or not times.is_worth_replaying:
         return ""
     return (
         f"launching its kernels takes {format_seconds(times.launch_s)} of {format_seconds(times.forward_backward_s)}, so it is replayed as "

@@ -40,7 +40,7 @@ import torch
 from overspill.huggingface import StreamedModel
 from overspill.huggingface.stand_ins import BlockArguments, RecordedCall
 from overspill.runtime.visit import Visit
-from overspill.spec.launches import do_launches_bind
+from overspill.spec.launches import is_worth_replaying
 from overspill.tiers.cuda import cuda_index
 
 RUNS_WATCHED = 4
@@ -200,7 +200,7 @@ class BlockGraphs:
         """After a training step: how long the host launched blocks, and how long the device had them under way."""
         self._num_judged += 1
         if self._num_judged > STEPS_UNJUDGED and self.recorder is not None:
-            self.is_wanted = self.is_wanted or do_launches_bind(launch_s=launch_s, device_s=device_s)
+            self.is_wanted = self.is_wanted or is_worth_replaying(launch_s=launch_s, device_s=device_s)
 
     def choose(self, units: Collection[str]) -> bool:
         """Record these blocks and no others, without judging; False: steps have said already that all are, and it stays so (rule 3).
@@ -284,6 +284,13 @@ class BlockGraphs:
             self._watched[watched] = self._watched.get(watched, 0) + 1
         else:
             self._draws.add(watched)
+
+    def give_up(self, reason: str) -> None:
+        """Free what recordings hold, for who needs it more; blocks are launched kernel by kernel from here on."""
+        warnings.warn(f"blocks are not replayed as CUDA graphs any more: {reason}", RuntimeWarning, stacklevel=2)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # a replay may be under way
+        self.close()
 
     def close(self) -> None:
         """Give the recordings' memory back; nothing is recorded afterwards."""

@@ -3,8 +3,8 @@
 The rules are the executor's (`runtime/executor`). This is the thread that dispatches; a job of another lane is a function and its waits.
 
 Retries: when the device is out of memory, an op that has not yet added to a gradient is run again after idle buffers were freed
-(its inputs are still held), never the whole step; and then again as long as there are graphs that can be given up (`runtime/retained`). It
-is run again when the error is gone, and with it the frames that hold half a graph.
+(its inputs are still held), never the whole step; and then again as long as there are recordings (`runtime/graphs`) or graphs of autograd
+(`runtime/retained`) that can be given up. It is run again when the error is gone, and with it the frames that hold half a graph.
 """
 
 from __future__ import annotations
@@ -153,9 +153,9 @@ class RunningStep:
         micro_batch, added = self.micro_batches[op.micro_batch], self.gradients.num_added
         run = functools.partial(self.executor.units.run, op, visit, micro_batch, self.context, self.gradients)
         num_tries = 0
-        while not self._runs(run, is_last=num_tries > 0 and not len(self.retained), added=added):
+        while not self._runs(run, is_last=num_tries > 0 and not self._can_give_up(), added=added):
             if num_tries:
-                self.retained.give_up_half()
+                self._give_up_some()
             gc.collect()
             self.residency.trim()
             torch.cuda.empty_cache()
@@ -165,6 +165,16 @@ class RunningStep:
                 self.residency.put_activations(piece, size)
         if op.unit == self.plan.units[0].name and op.phase is Phase.FORWARD:
             self._share_arguments(self.micro_batches[: op.micro_batch + 1])
+
+    def _can_give_up(self) -> bool:
+        """Whether anything is on the device that makes the step quicker and is not needed for it."""
+        return len(self.executor.graphs) + len(self.retained) > 0
+
+    def _give_up_some(self) -> None:
+        if len(self.executor.graphs):
+            self.executor.graphs.give_up("the device has no memory left beside their recordings")
+        else:
+            self.retained.give_up_half()
 
     def _runs(self, run: Callable[[], None], *, is_last: bool, added: int) -> bool:
         """Whether an op ran; not if the device was out of memory, and it may be tried again."""

@@ -257,7 +257,7 @@ class _Bench:
             return times
         if run.refusal():
             return dataclasses.replace(times, is_replayable=False)
-        if not times.is_bound_by_launches:
+        if not times.is_worth_replaying:
             return times
         recorder = self.recorder()
         if run.draws(recorder):

@@ -1,14 +1,17 @@
-"""When launching a block's kernels takes longer than running them: the one rule, for all who ask.
+"""When launching a block's kernels takes as long as running them, or nearly: the one rule, for all who ask.
 
-A block that launches bound is recorded as a CUDA graph and replayed (`runtime/graphs.py`). The executor asks after a step
-(`runtime/graphs.py`), timed templates answer before the first one (`spec/workload.UnitTimes`), and without either it is judged on paper
-(`planning/graphs.py`).
+Such a block is recorded as a CUDA graph and replayed (`runtime/graphs.py`). The executor asks after a step (`runtime/graphs.py`), timed
+templates answer before the first one (`spec/workload.UnitTimes`), and without either it is judged on paper (`planning/graphs.py`).
 """
 
 from __future__ import annotations
 
 LAUNCH_BOUND = 0.8
 """Share of the device's time that launching must take to be what bounds it. Chosen."""
+REPLAYED_FROM = 0.5
+"""Share from which a block is replayed. Chosen below the one before, because the host does more than launch, a busy one takes twice as
+long, and a replay costs nothing but memory, where that is left: 1.10B with launches at 0.78 took 60 ms of 513 longer than its blocks
+(H100)."""
 LAUNCH_BESIDE_LANES = 1.4
 """What launching takes in a session, whose lanes want the interpreter and the cores as well, over what it takes alone. Chosen within what
 runs on an H100 machine allow, 1.1 to 1.6: blocks that took 7.0 to 7.8 ms to launch alone were judged to be bound in sessions where the
@@ -16,6 +19,11 @@ device took 10.9 ms, and not where it took 14.5."""
 LAUNCH_S = 26e-6
 """Of one operation, autograd and transformers' own code included, where nobody has measured it (`HardwareSpec.launch_s`). Measured on an
 H100 machine: a forward of some 60 kernels took 1.56 ms to launch."""
+
+
+def is_worth_replaying(*, launch_s: float, device_s: float) -> bool:
+    """Whether launching some work takes so much of its time that it is better replayed; as `do_launches_bind`."""
+    return launch_s > REPLAYED_FROM * device_s
 
 
 def do_launches_bind(*, launch_s: float, device_s: float) -> bool:

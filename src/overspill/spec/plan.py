@@ -195,6 +195,8 @@ class Plan:
     ssd_budget_bytes: int | None
     device_working_bytes: int
     """Assumed device memory of activations and logits while a unit computes (measured by the probe later)."""
+    recordings_bytes: int | None = None
+    """What recordings of the blocks as CUDA graphs would take of the device; None: not known."""
     ssd_stripes: tuple[str, ...] = ()
     """More places beside `ssd_dir`, over which all that rests on the SSD is striped."""
     pinned_budget_bytes: int | None = None

@@ -23,7 +23,7 @@ import enum
 from collections.abc import Mapping
 
 from overspill.spec.documents import from_json, to_json
-from overspill.spec.launches import LAUNCH_BESIDE_LANES, do_launches_bind
+from overspill.spec.launches import LAUNCH_BESIDE_LANES, is_worth_replaying
 from overspill.spec.retention import ActivationMode
 from overspill.spec.tensors import CHUNK_BYTES, Bundle, Unit
 from overspill.units import MIB
@@ -332,10 +332,10 @@ class UnitTimes:
         return sum(timing.issue_s for timing in (self.forward, self.backward) if timing is not None)
 
     @property
-    def is_bound_by_launches(self) -> bool:
-        """Whether launching will bound it in a session; False too where it was not measured."""
+    def is_worth_replaying(self) -> bool:
+        """Whether launching will bound it in a session, or nearly; False too where it was not measured."""
         launch_s = LAUNCH_BESIDE_LANES * self.launch_s
-        return launch_s > 0 and do_launches_bind(launch_s=launch_s, device_s=self.forward_backward_s)
+        return launch_s > 0 and is_worth_replaying(launch_s=launch_s, device_s=self.forward_backward_s)
 
     @property
     def forward_s(self) -> float:
