@@ -10,13 +10,13 @@ from tiny_models import tiny_config
 
 from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, full_step, simulate
-from overspill.planning.dispatching import REPLAY_OPERATIONS, VISIT_S, count_operations, find_operation_s
+from overspill.planning.dispatching import REPLAY_OPERATIONS, RETAINED_LAUNCHES, VISIT_S, count_operations, find_operation_s
 from overspill.planning.timeline import Contention, Task, Threads, run_timeline
 from overspill.scheduling import build_evaluation, build_train_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.launches import LAUNCH_BESIDE_LANES
 from overspill.spec.plan import Plan
-from overspill.spec.schedule import Compute, Fetch, Lane, Phase, Update
+from overspill.spec.schedule import Compute, Fetch, Lane, Phase, Piece, Role, Update
 from overspill.spec.trace import Span
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
 
@@ -274,6 +274,8 @@ def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> N
     launched = build_costs(plan, hardware, workload=workload, replayed=())
     work = workload.classes[1].forward
     assert work is not None and launched.launched_s(block) == pytest.approx(work.work.num_ops * costs.operation_s)
+    kept = dataclasses.replace(block, produced=((Piece(role=Role.ACTIVATIONS, owner=names[1], index=0), 8),))
+    assert costs.launched_s(kept) == pytest.approx(RETAINED_LAUNCHES * launched.launched_s(block)), "it is not replayed"
 
 
 def test_a_visit_is_dispatched_dearer_at_its_first_micro_batch_and_nothing_takes_time_where_nobody_measured() -> None:

@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from overspill.planning.dispatching import REPLAY_OPERATIONS, STAND_IN_OPERATIONS, Dispatching, find_operation_s, issue_s
+from overspill.planning.dispatching import REPLAY_OPERATIONS, RETAINED_LAUNCHES, STAND_IN_OPERATIONS, Dispatching, find_operation_s, issue_s
 from overspill.planning.graphs import choose_replayed
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
@@ -229,14 +229,17 @@ class _ComputeTable:
         item = self.workload.class_of(op.unit)
         if self._is_replayed(op):
             return issue_s(self._replay(item, op.phase)) or REPLAY_OPERATIONS * self.operation_s
+        factor = RETAINED_LAUNCHES if op.is_retained and op.phase is Phase.FORWARD else 1.0
         found = self.timed.get(item.name)
-        timing = None if found is None or op.is_retained else found.forward if op.phase is Phase.FORWARD else found.backward
+        timing = None if found is None else found.forward if op.phase is Phase.FORWARD else None if op.is_retained else found.backward
         if timing is not None and timing.issue_s:
-            return issue_s(timing)
+            return factor * issue_s(timing)
         work = unit_work(item, op.phase, is_retained=op.is_retained)
+        if work is not None and op.consumed:
+            work += self._rebuilt(op, item)
         is_block = op.unit not in (self.plan.units[0].name, self.plan.units[-1].name)
         stand_ins = 0 if is_block else STAND_IN_OPERATIONS * (len(self.plan.units) - 2)
-        return (stand_ins + (0 if work is None else work.num_ops)) * self.operation_s
+        return factor * (stand_ins + (0 if work is None else work.num_ops)) * self.operation_s
 
     def _share(self, op: Compute) -> float:
         """Tokens of the op's micro-batch, over those of the longest: by the boundary that it reads or makes."""

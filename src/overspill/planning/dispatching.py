@@ -34,6 +34,8 @@ OWN_COMPRESS_S = 200e-6
 """Beside its kernels. Assumed: on a CPU they are not apart."""
 STAND_IN_OPERATIONS = 1
 """Of each block's stand-in, wherever the model's own forward runs: in the embedding and in the tail."""
+RETAINED_LAUNCHES = 2.2
+"""Of a forward whose graph is kept, over one without a graph: autograd, and a decision for each saved tensor."""
 REPLAY_OPERATIONS = 8
 """Of a CUDA graph that nobody timed, copies in and out included. Assumed."""
 COMPRESS_OPERATIONS, DEVICE_UPDATE_OPERATIONS = 10, 10
