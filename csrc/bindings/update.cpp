@@ -73,5 +73,6 @@ void bind_update(nb::module_& module) {
              "isa"_a = "");
   module.def("scale_in_place", &scale_in_place, Unlocked(), "data"_a, nb::kw_only(), "num_elements"_a, "factor"_a, "summand"_a,
              "num_arrays"_a = 1, "num_threads"_a = 0, "isa"_a = "");
+  module.def("let_helpers_give_way", &overspill::let_helpers_give_way);
   module.def("supported_isas", &overspill::supported_isas);
 }

@@ -183,6 +183,8 @@ StateFormat parse_state_format(const std::string& name) {
   throw std::invalid_argument("state format '" + name + "' is unknown; choose one of fp32, bf16, int8");
 }
 
+void let_helpers_give_way() { WorkerPool::instance().let_helpers_give_way(); }
+
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
   for (const Kernels* kernels : runnable_kernels()) names.emplace_back(kernels->name);

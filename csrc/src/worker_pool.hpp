@@ -10,6 +10,7 @@
 //    on the others; the caller's own is restored afterwards. Pool threads take no signals.
 // 5. A thread that has run out of tasks looks for the next call's for some 20 us before it sleeps: an update is a row of calls
 //    of half a millisecond, and waking 15 sleepers costs a good part of one. Not longer, since I/O threads want the cores.
+// 6. Pool threads can be told to give way. Callers do not: they hold locks that others wait for (Python's).
 #pragma once
 
 #include <atomic>
@@ -34,6 +35,9 @@ class WorkerPool {
   // Throws std::system_error when a thread cannot be started; no task has run then.
   void run(std::int64_t num_tasks, int num_threads, const std::function<void(std::int64_t)>& task, Split split = Split::in_order);
 
+  // Rule 6, from their next task on, and for good: a priority that was lowered cannot be raised again.
+  void let_helpers_give_way() { gives_way_ = true; }
+
  private:
   struct Job;
 
@@ -49,6 +53,7 @@ class WorkerPool {
   Job* job_ = nullptr;
   std::atomic<int> num_active_{0};          // written under mutex_; read outside to look before sleeping
   std::atomic<std::uint64_t> num_jobs_{0};  // the same
+  std::atomic<bool> gives_way_{false};
   std::size_t num_workers_ = 0;
 };
 

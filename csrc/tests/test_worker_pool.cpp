@@ -1,4 +1,5 @@
 // The pool of the update: every task once, calls from several threads, denormals kept whatever the caller has set.
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -60,6 +61,30 @@ void check_a_forked_child_has_a_pool_of_its_own() {
 #endif
 }
 
+// Only threads of the pool, and only once they are told; a caller's own priority stays. Lowered for good, so this comes last.
+void check_helpers_give_way_and_callers_do_not() {
+#if defined(__linux__)
+  const auto niceness_of_all = [] {
+    std::vector<std::atomic<int>> found(3);
+    std::atomic<int> num_begun{0};
+    const auto task = [&](std::int64_t index) {
+      ++num_begun;
+      while (num_begun < 3) std::this_thread::yield();  // one task a thread
+      found[static_cast<std::size_t>(index)] = getpriority(PRIO_PROCESS, 0);
+    };
+    WorkerPool::instance().run(3, 3, task);
+    return std::vector<int>(found.begin(), found.end());
+  };
+  const int own = getpriority(PRIO_PROCESS, 0);
+  for (const int niceness : niceness_of_all()) CHECK(niceness == own);
+  WorkerPool::instance().let_helpers_give_way();
+  int num_lowered = 0;
+  for (const int niceness : niceness_of_all()) num_lowered += niceness > own;
+  CHECK(num_lowered == 2);
+  CHECK(getpriority(PRIO_PROCESS, 0) == own);
+#endif
+}
+
 }  // namespace
 
 int main() {
@@ -72,5 +97,6 @@ int main() {
   check_a_run_that_is_stuck_is_taken_over();
   check_calls_from_several_threads_take_turns();
   check_a_forked_child_has_a_pool_of_its_own();
+  check_helpers_give_way_and_callers_do_not();
   return overspill::testing::finish("worker pool");
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -178,3 +180,29 @@ def test_wrong_arguments_are_refused_and_nothing_is_written(build_segment):
 def test_an_empty_segment_is_no_work(build_segment):
     segment = build_segment(torch.bfloat16, torch.bfloat16, 0)
     update(SCALARS, **segment.arguments)
+
+
+PRIORITIES = """
+import os
+import torch
+from overspill.optim import let_helpers_give_way
+from overspill.optim.native import all_finite_native
+
+def raised():
+    for _ in range(50):  # a thread lowers its own before its first task, and which of them gets one is not defined
+        all_finite_native(torch.zeros(4_000_000), num_threads=3)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    return [number for task in os.listdir("/proc/self/task") if (number := os.getpriority(os.PRIO_PROCESS, int(task))) != own]
+
+assert not raised()
+let_helpers_give_way()
+found = raised()
+assert found and len(found) <= 2 and set(found) == {os.getpriority(os.PRIO_PROCESS, 0) + 5}, found
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
+def test_helpers_give_way_once_they_are_told_and_callers_do_not():
+    """In a process of its own: a priority that was lowered stays."""
+    done = subprocess.run([sys.executable, "-c", PRIORITIES], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

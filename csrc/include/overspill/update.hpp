@@ -128,6 +128,10 @@ void scale_in_place(float* data, std::int64_t num_elements, float factor, float 
 // Names of the compiled variants that this CPU can run, best first; "baseline" is always the last.
 std::vector<std::string> supported_isas();
 
+// From the next call on, the threads that help a caller run at a lower priority than all others of this process, for good:
+// another thread that wants a core gets it at once, and not behind a time slice of theirs. Linux; elsewhere nothing changes.
+void let_helpers_give_way();
+
 // CPUs that this process may run on (its affinity mask, not the machine's count).
 int default_num_threads();
 

@@ -36,6 +36,7 @@ __all__ = [
     "count_non_finite",
     "decode_moment",
     "global_norm",
+    "let_helpers_give_way",
     "merge_master",
     "split_master",
     "sum_of_squares",
@@ -56,6 +57,15 @@ def update_backend(device: str = "cpu") -> UpdateBackend:
     if device == "cpu":
         return "native" if _HAS_NATIVE else "reference"
     return "fused" if is_fused(device) else "reference"
+
+
+def let_helpers_give_way() -> None:
+    """For the rest of this process the threads that help with updates on the host run at a lower priority than all others (Linux, native
+    core): a thread that feeds a GPU beside them is then not put aside for a time slice of theirs. Who calls `update` keeps his own."""
+    if _HAS_NATIVE:
+        from overspill import _native
+
+        _native.let_helpers_give_way()
 
 
 def update(

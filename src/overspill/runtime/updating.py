@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from overspill.cores import update_threads
-from overspill.optim import SEGMENT_DTYPE, GradientStats, update_chunk
+from overspill.optim import SEGMENT_DTYPE, GradientStats, let_helpers_give_way, update_chunk
 from overspill.rng import rounding_key, split_at_parts
 from overspill.runtime.visit import TORCH_DTYPES
 from overspill.spec.plan import Plan
@@ -54,8 +54,11 @@ class Updater:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self.num_threads = update_threads(is_beside_gpu=plan.device.startswith("cuda"))
+        is_beside_gpu = plan.device.startswith("cuda")
+        self.num_threads = update_threads(is_beside_gpu=is_beside_gpu)
         """Most threads of an update on the host; 0: one a core."""
+        if is_beside_gpu:
+            let_helpers_give_way()
         self._tables: dict[tuple[str, int], tuple[np.ndarray, tuple[tuple[str, int], ...]]] = {}
         """(bundle, chunk) -> its segments without keys, and the (tensor, part) of each row."""
         self._fields: dict[tuple[str, int], dict[str, tuple[int, int, torch.dtype]]] = {}
