@@ -14,7 +14,7 @@ from overspill.planning.dispatching import REPLAY_OPERATIONS, RETAINED_LAUNCHES,
 from overspill.planning.timeline import Contention, Task, Threads, run_timeline
 from overspill.scheduling import build_evaluation, build_train_step
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.launches import LAUNCH_BESIDE_LANES
+from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_S
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Compute, Fetch, Lane, Phase, Piece, Role, Update
 from overspill.spec.trace import Span
@@ -281,7 +281,7 @@ def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> N
 def test_a_visit_is_dispatched_dearer_at_its_first_micro_batch_and_nothing_takes_time_where_nobody_measured() -> None:
     plan = make_plan(parameters="host", states="host", boundaries="device")
     schedule = full_step(plan)
-    hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=1e-5)
+    hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=LAUNCH_S)
     seconds = build_costs(dataclasses.replace(plan, device="cuda:0"), hardware).dispatch_s(schedule.ops)
     found: dict[tuple[str, Phase], list[float]] = {}
     for item, dispatch_s in zip(schedule.ops, seconds, strict=True):

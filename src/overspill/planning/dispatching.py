@@ -11,14 +11,14 @@ Words:
 Where it comes from, the first of these that is known: templates timed on this machine, over the kernels of their trace; the probe's
 (`HardwareSpec.launch_s`); for ops on paper, nothing. In a session it is `LAUNCH_BESIDE_LANES` times what it is alone.
 
-The runtime's own Python is taken to be as quick as on two virtual cores without a GPU, where it was measured (a Llama of 12 blocks, 40
-steps, lower quartiles), and slowed down by its lanes as much as launching.
+The runtime's own Python was measured on two virtual cores without a GPU (a Llama of 12 blocks, 40 steps, lower quartiles). A host that
+launches at `LAUNCH_S` is taken to be as quick, and every other one in proportion.
 """
 
 from __future__ import annotations
 
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.launches import LAUNCH_BESIDE_LANES
+from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_S
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Update
 from overspill.spec.workload import TemplateTimes, Timing, UnitWork, WorkloadSpec
 
@@ -51,6 +51,7 @@ class Dispatching:
 
     def __init__(self, operation_s: float) -> None:
         self.operation_s = operation_s
+        self._slowness = operation_s / LAUNCH_S
         self._visited: tuple[str, Phase] | None = None
 
     def seconds(self, op: Op, lane: Lane, *, launched_s: float) -> float:
@@ -63,18 +64,18 @@ class Dispatching:
             case Compute():
                 visit, self._visited = self._visited, (op.unit, op.phase)
                 own_s = COMPUTE_S + (VISIT_S[op.phase] if visit != self._visited else 0)
-                return launched_s + LAUNCH_BESIDE_LANES * own_s
+                return launched_s + self._slowness * own_s
             case Compress():
                 self._visited = None
-                return LAUNCH_BESIDE_LANES * OWN_COMPRESS_S + COMPRESS_OPERATIONS * self.operation_s
+                return self._slowness * OWN_COMPRESS_S + COMPRESS_OPERATIONS * self.operation_s
             case Update() if lane is Lane.HOST_UPDATE:
-                return LAUNCH_BESIDE_LANES * HOST_UPDATE_S
+                return self._slowness * HOST_UPDATE_S
             case Update():
-                return LAUNCH_BESIDE_LANES * HOST_UPDATE_S + DEVICE_UPDATE_OPERATIONS * self.operation_s
+                return self._slowness * HOST_UPDATE_S + DEVICE_UPDATE_OPERATIONS * self.operation_s
             case Fetch() | Evict():
-                return LAUNCH_BESIDE_LANES * MOVE_S
+                return self._slowness * MOVE_S
             case Free():
-                return LAUNCH_BESIDE_LANES * FREE_S
+                return self._slowness * FREE_S
             case _:
                 return 0.0
 

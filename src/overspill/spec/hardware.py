@@ -55,8 +55,8 @@ class HardwareSpec:
     copies_beside_compute: float = 1.0
     """Share of its rate that a copy keeps while the device computes."""
     launch_s: float = 0.0
-    """Host seconds to launch one operation on the device, Python and autograd included. 0: not measured, and `spec.launches.LAUNCH_S` is
-    assumed."""
+    """Host seconds to launch one operation of a model on the device, Python and autograd included. 0: not measured, and
+    `spec.launches.LAUNCH_S` is assumed."""
     device_capacity_bytes: int = 0
     """0: unknown."""
     host_capacity_bytes: int = 0

@@ -16,6 +16,9 @@ LAUNCH_BESIDE_LANES = 1.4
 """What launching takes in a session, whose lanes want the interpreter and the cores as well, over what it takes alone. Chosen within what
 runs on an H100 machine allow, 1.1 to 1.6: blocks that took 7.0 to 7.8 ms to launch alone were judged to be bound in sessions where the
 device took 10.9 ms, and not where it took 14.5."""
+MODEL_LAUNCH = 1.5
+"""What launching an operation of a model takes over one of the probe's bare blocks: transformers' own code, and a trace that counts
+kernels and not calls. Templates of three models on an H100 machine: 1.4 to 1.6; on two CPU cores, where a launch is cheaper, 2.0."""
 LAUNCH_S = 26e-6
 """Of one operation, autograd and transformers' own code included, where nobody has measured it (`HardwareSpec.launch_s`). Measured on an
 H100 machine: a forward of some 60 kernels took 1.56 ms to launch."""

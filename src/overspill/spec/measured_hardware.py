@@ -12,6 +12,7 @@ import dataclasses
 from typing import TypeVar
 
 from overspill.spec.hardware import HardwareSpec
+from overspill.spec.launches import MODEL_LAUNCH
 from overspill.spec.machine_file import ComputeFigures, DriveFigures, LinkFigures, MachineFile, MachineRates
 from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES
@@ -60,7 +61,7 @@ def hardware_from(
     if rates.host_copy is not None or rates.host_in_place is not None:
         changes["host_memory_bytes_per_s"] = _host_memory_bytes_per_s(rates)
     if rates.launches is not None:
-        changes["launch_s"] = 1 / rates.launches.median_per_s
+        changes["launch_s"] = MODEL_LAUNCH / rates.launches.median_per_s
     if rates.compute is not None:
         changes["device_flops"] = BLOCK_FRACTION * rates.compute.alone.median_per_s
         changes |= _compute_changes(rates.compute)
