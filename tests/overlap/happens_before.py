@@ -37,6 +37,7 @@ class SoFar:
 
     lane = Lane.COMPUTE
     is_done = False
+    is_issued = True
 
     def __init__(self, index: int) -> None:
         self.index = index

@@ -15,7 +15,7 @@ from training_loop import make_batches
 import overspill
 from overspill.errors import StorageError
 from overspill.runtime.compute import UnitRunner
-from overspill.runtime.lanes import Abandoned, Lanes
+from overspill.runtime.lanes import Abandoned, Lanes, settle_all
 from overspill.spec.schedule import Lane
 from overspill.spec.trace import Span, busy_s, overlap_s
 from overspill.tiers import FakeStore
@@ -192,6 +192,56 @@ def test_jobs_behind_a_failure_are_abandoned_and_the_lanes_work_again_after_a_re
     lanes.reset()
     lanes.submit(Lane.SSD_READ, lambda: done.append("fourth"), []).wait()
     assert done == ["fourth"]
+    lanes.close()
+
+
+def wait_for(event: threading.Event) -> None:
+    event.wait(0.2)
+
+
+class EventOfStream:
+    """Ends when it is waited for; the numbers of those that were, in order."""
+
+    def __init__(self, number: int, waited: list[int], error: Exception | None = None) -> None:
+        self.number, self.waited, self.error = number, waited, error
+
+    def synchronize(self) -> None:
+        self.waited.append(self.number)
+        if self.error is not None:
+            raise self.error
+
+
+def test_of_a_stream_only_the_last_event_is_waited_for_and_every_failure_is_found() -> None:
+    lanes, waited = Lanes(torch.device("cpu")), list[int]()
+    broken, late = RuntimeError("an illegal memory access"), OSError("no such drive")
+    completions = [lanes.done(lane) for lane in (Lane.COMPUTE, Lane.H2D, Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.HOST_UPDATE)]
+    for number, completion in enumerate(completions[:5]):
+        completion._event = EventOfStream(number, waited, broken if number == 3 else None)  # type: ignore[assignment]
+    completions[4]._error = late
+    assert settle_all(completions) == [late, broken] and waited == [2, 3]
+
+    release = threading.Event()
+    job = lanes.submit(Lane.HOST_UPDATE, lambda: wait_for(release), ())
+    threading.Timer(0.05, release.set).start()
+    assert settle_all([job]) == [] and release.is_set(), "it waits for what has not been issued"
+    lanes.close()
+
+
+def test_the_dispatching_thread_does_what_there_is_to_do_until_what_it_waits_for_is_issued() -> None:
+    lanes, release, rounds = Lanes(torch.device("cpu")), threading.Event(), list[bool]()
+
+    def work() -> bool:
+        rounds.append(release.is_set())
+        if len(rounds) == 5:
+            release.set()
+        return len(rounds) < 4 or release.is_set()
+
+    lanes.while_blocked = work
+    slow = lanes.submit(Lane.HOST_UPDATE, lambda: wait_for(release), ())
+    done = lanes.run_here(lambda: None, [slow])
+    assert done.is_done and slow.is_done and len(rounds) == 4, "no more than there is; then it waits"
+    lanes.run_here(lambda: None, [slow, done])
+    assert len(rounds) == 4, "nothing to wait for"
     lanes.close()
 
 

@@ -21,7 +21,7 @@ from overspill.runtime import rates as rates_module
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.lanes import Completion, Lanes
 from overspill.runtime.opening import Files
-from overspill.runtime.trace import Recorder
+from overspill.runtime.trace import SLICE_OPS, LazyTrace, Recorder
 from overspill.spec.schedule import Lane, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
 from overspill.spec.trace import DISPATCH, Idle, Span, busy_s, exposed_s, find_idle, lane_busy_s
@@ -361,7 +361,7 @@ def test_what_an_op_costs_does_not_grow_with_the_number_of_ops() -> None:
         took = []
         for _ in range(3):
             begun_s = time.process_time()
-            trace = recorder.trace(program, completions, count + 2.0)
+            trace = LazyTrace(recorder, program, completions, count + 2.0).get()
             exposed = exposed_s(find_idle(trace.spans, trace.step_s))
             took.append(time.process_time() - begun_s)
         assert exposed["host_update"] == pytest.approx(0.9 * count * 3 / 4)
@@ -374,8 +374,8 @@ def test_what_an_op_costs_does_not_grow_with_the_number_of_ops() -> None:
 
 def test_a_report_that_nobody_keeps_is_never_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    trace = Recorder.trace
-    monkeypatch.setattr(Recorder, "trace", lambda *args: built.append(1) or trace(*args))
+    slices = Recorder.slices
+    monkeypatch.setattr(Recorder, "slices", lambda *args: built.append(1) or slices(*args))
     with open_session(parameters="host", states="host") as session:
         for step in range(3):
             assert session.step(batches(step)).step_s > 0
@@ -384,9 +384,9 @@ def test_a_report_that_nobody_keeps_is_never_traced(monkeypatch: pytest.MonkeyPa
 
 def test_a_report_that_is_kept_is_traced_while_the_next_step_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    trace = Recorder.trace
+    slices = Recorder.slices
     with open_session(parameters="host", states="host") as session:
-        monkeypatch.setattr(Recorder, "trace", lambda *args: built.append(where[0]) or trace(*args))
+        monkeypatch.setattr(Recorder, "slices", lambda *args: built.append(where[0]) or slices(*args))
         where = ["between"]
         first = session.step(batches(0))
         assert not built
@@ -397,3 +397,53 @@ def test_a_report_that_is_kept_is_traced_while_the_next_step_is_under_way(monkey
         assert first.read_times._lazy is None, "its events are given back"  # type: ignore[attr-defined]
         assert sum(first.exposed_s.values()) + first.lane_busy_s["compute"] == pytest.approx(first.step_s, rel=1e-6, abs=1e-5)
         assert second.lane_busy_s["compute"] > 0 and second.times is second.times
+
+
+def copy_of(lazy: LazyTrace) -> LazyTrace:
+    """One that nobody has begun to read, of the same step."""
+    assert lazy._source is not None
+    recorder, schedule, completions, step_s, landing = lazy._source
+    return LazyTrace(recorder, schedule, completions, step_s, landing=landing)
+
+
+@pytest.mark.parametrize("fields", PLACEMENTS[:3])
+def test_a_kept_report_is_read_slice_by_slice_where_the_next_step_would_only_wait(fields: dict[str, object]) -> None:
+    with open_session(delay_s=0.01, **fields) as session:
+        session.step(batches(0))
+        first = session.step(batches(1))
+        lazy, left = session.executor.lazy_trace, list[object]()
+        assert lazy is not None and len(lazy._source[1].ops) > 2 * SLICE_OPS  # type: ignore[index]
+        at_once, advances = copy_of(lazy), list[bool]()
+        advance = session.executor.lanes.while_blocked
+        session.executor.lanes.while_blocked = lambda: advances.append(advance()) or advances[-1]  # type: ignore[func-returns-value]
+        session.executor.while_waiting = lambda: left.append(first.read_times._lazy)  # type: ignore[attr-defined]
+        session.step(batches(2))
+        assert left == [None], "nothing is left to read when all ops are under way"
+        assert sum(advances) > 3 and lazy.get() == at_once.get()
+        assert sum(first.exposed_s.values()) + first.lane_busy_s["compute"] == pytest.approx(first.step_s, rel=1e-6, abs=1e-5)
+        assert 0 < first.trace_s < 0.1
+
+
+def test_reading_that_ctrl_c_ends_begins_anew_and_what_has_not_landed_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(**PLACEMENTS[0]) as session:
+        session.step(batches(0))
+        lazy = session.executor.lazy_trace
+        assert lazy is not None
+        at_once, stopped = copy_of(lazy), copy_of(lazy)
+        session.executor.finish()
+        assert lazy.advance() and not lazy.is_complete
+        with monkeypatch.context() as patch:
+            patch.setattr(Completion, "span_s", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            for reading in (lazy, stopped):
+                with pytest.raises(KeyboardInterrupt):
+                    while reading.advance():
+                        pass
+        while lazy.advance():
+            pass
+        assert lazy.is_complete and not lazy.advance() and lazy.get() == stopped.get() == at_once.get()
+
+        class Airborne:
+            is_over = False
+
+        waiting = LazyTrace(Recorder(None, 0.0), lazy.get().schedule, (), 0.0, landing=Airborne())  # type: ignore[arg-type]
+        assert not waiting.advance() and not waiting.is_complete

@@ -38,7 +38,7 @@ from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs, CudaRecorder
 from overspill.runtime.landing import Chunk, Landing, find_applied, find_late, have_homes_landed
-from overspill.runtime.lanes import Abandoned, Completion, Lanes
+from overspill.runtime.lanes import Abandoned, Completion, Lanes, settle_all
 from overspill.runtime.machine import without_cycle_collection
 from overspill.runtime.memory_guard import HostMemoryGuard
 from overspill.runtime.residency import Residency, Work
@@ -195,6 +195,7 @@ class Executor:
         """Let the compute lane wait for `work`."""
         stream = self.lanes.stream(Lane.COMPUTE)
         for completion in work:
+            self.lanes.use_wait(completion)
             completion.wait_on(stream)
 
     # -- ends --------------------------------------------------------------------------------------------------------
@@ -244,7 +245,7 @@ class Executor:
                     self.model.unbind()
                 self.lanes.drain()
                 self._end_landing()
-                failures = [error for completion in completions if (error := completion.settle()) is not None]
+                failures = settle_all(completions)
             except Exception as error:  # of leaving the visit, which is left all the same
                 failure = failure or error
             except BaseException as error:

@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from overspill.errors import StorageError
-from overspill.runtime.lanes import Abandoned, Completion, JobGroup
+from overspill.runtime.lanes import Abandoned, Completion, JobGroup, settle_all
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Compute, Evict, Fetch, Free, Lane, Op, Piece, Role, Schedule, Update, effects, home_tier
 from overspill.spec.tensors import Tier
@@ -114,7 +114,7 @@ class Landing:
         Raises:
             KeyboardInterrupt: this thread was told to stop waiting; settle again.
         """
-        failures = [error for completion in self.late if (error := completion.settle()) is not None]
+        failures = settle_all(self.late)
         cause = next((error for error in failures if not isinstance(error, Abandoned)), None)
         if self._failure is None and cause is not None:
             self._failure = as_of_step(cause, self.step)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import collections
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,11 @@ class Completion:
         self._transfer: Transfer | None = None
         self._error: BaseException | None = None
         self._begin_s = self._end_s = 0.0
+
+    @property
+    def is_issued(self) -> bool:
+        """Whether the job's function has returned, or will never be called."""
+        return self._issued
 
     @property
     def is_done(self) -> bool:
@@ -119,6 +124,18 @@ class Completion:
             return error
         return None
 
+    def settle_issue(self) -> BaseException | None:
+        """Wait until the job's function has returned; what it failed with."""
+        if not self._issued:
+            with self._lanes.condition:
+                self._lanes.condition.wait_for(lambda: self._issued)
+        return self._error
+
+    @property
+    def is_on_stream(self) -> bool:
+        """Of an op that has been issued: whether it ends in the order of its lane's stream."""
+        return self._event is not None
+
     def span_s(self, base: torch.cuda.Event | None, base_s: float) -> tuple[float, float]:
         """When the complete op ran, in seconds after the base; zeros if it never ran."""
         if self._begin_event is not None and self._event is not None and base is not None:
@@ -132,11 +149,9 @@ class Completion:
         return self._end_s - self._begin_s if self._begin_s else 0.0
 
     def _wait_issued(self) -> None:
-        if not self._issued:
-            with self._lanes.condition:
-                self._lanes.condition.wait_for(lambda: self._issued)
-        if self._error is not None:
-            raise self._error
+        error = self.settle_issue()
+        if error is not None:
+            raise error
 
     def _end(self, *, transfer: Transfer | None = None, error: BaseException | None = None) -> None:
         self._transfer, self._error = transfer, error
@@ -144,6 +159,26 @@ class Completion:
         with self._lanes.condition:
             self._issued = True
             self._lanes.condition.notify_all()
+
+
+def settle_all(completions: Iterable[Completion]) -> list[BaseException]:
+    """Wait for the end of all, whatever it is; what failed.
+
+    A stream ends its work in order, so of each only the last event is waited for: asking the driver takes microseconds, and a step has
+    hundreds of ops.
+
+    Raises:
+        KeyboardInterrupt: this thread was told to stop waiting; some may not have ended.
+    """
+    failures: list[BaseException] = []
+    last: dict[Lane, Completion] = {}
+    for completion in completions:
+        error = completion.settle_issue()
+        if error is None and completion.is_on_stream:
+            last[completion.lane] = completion
+        elif error is not None or (error := completion.settle()) is not None:
+            failures.append(error)
+    return failures + [error for completion in last.values() if (error := completion.settle()) is not None]
 
 
 class Lanes:
@@ -159,6 +194,8 @@ class Lanes:
         """Notified whenever an op is issued."""
         self.group = JobGroup()
         """That jobs submitted now belong to."""
+        self.while_blocked: Callable[[], bool] = lambda: False
+        """A little work for the dispatching thread that can be done at any time, where it would only wait; whether there was any."""
         self._queues: dict[Lane, _Queue] = {}
         self._streams: dict[Lane, torch.cuda.Stream] = {}
         self._is_closed = False
@@ -181,7 +218,7 @@ class Lanes:
         queue.put((job, tuple(waits), completion))
         return completion
 
-    def run_here(self, job: Callable[[], Any], waits: Iterable[Completion]) -> Completion:
+    def run_here(self, job: Callable[[], Any], waits: Sequence[Completion]) -> Completion:
         """Do a job of lane `compute` on this thread, which waits as rule 2 says.
 
         Raises:
@@ -189,10 +226,17 @@ class Lanes:
         """
         completion = Completion(self, Lane.COMPUTE)
         stream = self.stream(Lane.COMPUTE)
+        for wait in waits:
+            self.use_wait(wait)
         self._run(completion, job, waits, stream)
         if completion._error is not None:
             raise completion._error
         return completion
+
+    def use_wait(self, wait: Completion) -> None:
+        """On the dispatching thread, before it waits for an op to be issued: do what there is to do until it is."""
+        while not wait.is_issued and self.while_blocked():
+            pass
 
     def compute_so_far(self) -> tuple[Completion, ...]:
         """All that was put into the stream of lane `compute` until now; nothing where compute is done when it returns."""
@@ -220,8 +264,7 @@ class Lanes:
         """
         for queue in tuple(self._queues.values()):
             queue.wait_until_empty()
-        for completion in tuple(self.group.taken):
-            completion.settle()
+        settle_all(tuple(self.group.taken))
 
     def begin(self) -> None:
         """From now on jobs belong to another group; those of the present one may be under way."""

@@ -154,6 +154,7 @@ class Session(Closing):
         self._memory = MemoryWatch(self.residency, self.device)
         self._timing = StepTiming(lambda: self._measure_rates(files))
         self.executor.while_waiting = self._timing.read_previous
+        self.executor.lanes.while_blocked = self._timing.advance_previous
         self._predictions = Predictions(
             self.plan,
             self.model.config,

@@ -3,12 +3,14 @@
 Rule 1. Rates are measured when somebody first asks for a floor, between steps, once a session; from then on every report has its floor.
 Rule 2. The trace is of the last training step, whatever was evaluated or flushed since.
 Rule 3. Reading a step's times takes milliseconds, and waits until the step has landed (`runtime/landing`). It happens when somebody
-    asks, at the latest when the next step's ops are all under way and this thread has nothing to do but wait: a report that nobody looks
-    at costs no step any time, and holds no events for long. Who asks at once gives away what would land under the next forward.
+    asks; else in slices, wherever the thread that dispatches the next step would only wait, and what is left when all its ops are under
+    way. So a report that nobody looks at costs no step any time, as long as the host is ahead, and holds no events for long. Who asks at
+    once gives away what would land under the next forward.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import weakref
 from collections.abc import Callable
@@ -67,6 +69,11 @@ class StepTiming:
         if times is not None:
             times()
 
+    def advance_previous(self) -> bool:
+        """A slice of that, if it needs no wait; whether there was anything to do."""
+        times = self._previous() if self._previous is not None else None
+        return times is not None and times.advance()
+
     def read(self, lazy: LazyTrace) -> StepTimes:
         """The floor is among them if somebody has asked for the rates by then."""
         begun_s = time.perf_counter()
@@ -108,10 +115,26 @@ class LazyTimes:
         self._timing = timing
         self._lazy: LazyTrace | None = lazy
         self._times: StepTimes | None = None
+        self._spent_s = 0.0
+
+    def advance(self) -> bool:
+        """Go on with reading by a slice, if that needs no wait; whether there was one."""
+        if self._lazy is None:
+            return False
+        begun_s = time.perf_counter()
+        has_more = self._lazy.advance()
+        self._spent_s += time.perf_counter() - begun_s
+        if has_more:
+            return True
+        if not self._lazy.is_complete:
+            return False
+        self()
+        return True
 
     def __call__(self) -> StepTimes:
         if self._times is None:
             assert self._lazy is not None
-            self._times = self._timing.read(self._lazy)
+            times = self._timing.read(self._lazy)
+            self._times = dataclasses.replace(times, trace_s=times.trace_s + self._spent_s)
             self._lazy = None
         return self._times

@@ -1,7 +1,7 @@
 """From completions to a trace: when each op of a schedule that has ended ran, and what it waited for.
 
-While a step runs, an op costs it one clock reading and one list; the rest is done here when somebody asks for it (`LazyTrace`), outside
-of its time.
+While a step runs, an op costs it one clock reading and one list; the rest is done here when somebody asks for it (`LazyTrace`), or slice by
+slice while the thread that dispatches the next step would only wait.
 
 Rules:
 
@@ -13,7 +13,7 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -21,6 +21,9 @@ from overspill.runtime.landing import Landing
 from overspill.runtime.lanes import Completion
 from overspill.spec.schedule import Evict, Fetch, Free, Lane, Schedule
 from overspill.spec.trace import Span, StepTrace
+
+SLICE_OPS = 32
+"""Looked at together. Chosen: half a millisecond on a slow host, for which nothing else is held up."""
 
 
 class Recorder:
@@ -38,8 +41,10 @@ class Recorder:
         self.waits: list[list[Completion]] = []
         """Completions that the op waits for; one that is found later is appended."""
 
-    def trace(self, schedule: Schedule, completions: Sequence[Completion], step_s: float, lands_later: bool = False) -> StepTrace:
-        """All completions have ended."""
+    def slices(
+        self, schedule: Schedule, completions: Sequence[Completion], step_s: float, lands_later: bool = False
+    ) -> Generator[None, None, StepTrace]:
+        """The trace, with a stop every `SLICE_OPS` ops. All completions have ended."""
         base, base_s = self.base, self.base_s
         numbers = {id(completion): index for index, completion in enumerate(completions)}
         ends_s = [0.0] * len(completions)
@@ -53,6 +58,8 @@ class Recorder:
         for index, item in enumerate(schedule.ops):
             op = item.op
             kind = type(op)
+            if not index % SLICE_OPS:
+                yield
             if kind is Free:
                 continue
             begin_s, end_s = completions[index].span_s(base, base_s)
@@ -81,7 +88,7 @@ class Recorder:
 
 
 class LazyTrace:
-    """A trace that is put together when it is first asked for.
+    """A trace that is put together when it is first asked for, or before that by `advance`.
 
     Args:
         landing: what the step has left under way (rule 3); None: it has waited for all.
@@ -98,15 +105,42 @@ class LazyTrace:
     ) -> None:
         self._source: tuple[Recorder, Schedule, Sequence[Completion], float, Landing | None] | None
         self._source = (recorder, schedule, completions, step_s, landing)
+        self._slices: Generator[None, None, StepTrace] | None = None
         self._trace: StepTrace | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has been put together."""
+        return self._trace is not None
 
     def get(self) -> StepTrace:
         """Asks each op's events for their times, once; waits for those that are still under way, whose failure others tell."""
-        if self._trace is None:
-            assert self._source is not None
-            recorder, schedule, completions, step_s, landing = self._source
+        while self._trace is None:
+            self._advance()
+        return self._trace
+
+    def advance(self) -> bool:
+        """Go on by one slice, if that needs no wait; whether there was one."""
+        if self._trace is not None:
+            return False
+        assert self._source is not None
+        landing = self._source[-1]
+        if self._slices is None and landing is not None and not landing.is_over:
+            return False
+        self._advance()
+        return True
+
+    def _advance(self) -> None:
+        assert self._source is not None
+        recorder, schedule, completions, step_s, landing = self._source
+        if self._slices is None:
             if landing is not None:
                 landing.settle()
-            self._trace = recorder.trace(schedule, completions, step_s, landing is not None)
-            self._source = None
-        return self._trace
+            self._slices = recorder.slices(schedule, completions, step_s, landing is not None)
+        try:
+            next(self._slices)
+        except StopIteration as end:
+            self._trace, self._source, self._slices = end.value, None, None
+        except BaseException:  # Ctrl-C: what was begun is begun again
+            self._slices = None
+            raise
