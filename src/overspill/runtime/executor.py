@@ -140,7 +140,7 @@ class Executor:
         try:
             with self._seeded_apart(), without_cycle_collection():  # a pass holds every lane up for tens of ms
                 step.dispatch_all()
-            self.while_waiting()
+                self.while_waiting()
             _collect_young()
             lands_later = self._leave_under_way(step)
             failure = None if lands_later else self._settle(step, None)
