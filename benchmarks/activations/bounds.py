@@ -206,6 +206,6 @@ def largest_rows(*, fits: dict[int, bool], predicted: int, most: int) -> int | N
         return guess
     if bad > most:  # nothing has failed: a little more
         return min(most, good + max(1, good // 16))
-    if good == 0:  # nothing has fit: a little less
-        return bad - max(1, bad // 16)
+    if good == 0:  # nothing has fit: clearly less, for tries are few
+        return bad - max(1, bad // 6)
     return (good + bad) // 2

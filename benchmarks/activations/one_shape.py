@@ -5,15 +5,22 @@
 It loads everything, says so on `READY_FD`, and waits for an order on its input, as `prediction/one_run.py` does; nothing has touched the
 device before. `steps.py` says why modes that share a process have a fresh one's figures.
 
-`keep` is measured first in every job, whatever is asked for, so that each row has the keep of its own process beside it. What earlier
-jobs found out about the shape (`known`) is in the order, for a job that goes on where another call ended.
+Rules:
+
+1. `keep` is measured first in every job, whatever is asked for, so that each row has the keep of its own process beside it. What earlier
+   jobs found out about the shape (`known`) is in the order, for a job that goes on where another call ended.
+2. A line is written in one piece when its mode has ended, and the bounds as soon as what they need is there: whatever ends the process
+   later takes nothing of it along.
+3. A mode that takes longer than `mode_limit_s` ends the process, with the stacks of all threads: a hang costs one mode's time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -23,10 +30,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), *(str(HERE.parent / folder) for folder in (".", "host_memory", "prediction", "throughput"))]
 
-from workers import take_order  # noqa: E402
+from workers import take_order, write_stacks_when_asked  # noqa: E402
 
 CLOSING_S = 3.0
 """Left before the limit for ending."""
+WANTS_ANOTHER_PROCESS = 4
+"""Exit status: the modes that are left were not begun, because of what one left on the device."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,8 @@ class Order:
     steps: int
     steps_s: float
     limit_s: float
+    mode_limit_s: float
+    """Of one mode, or of building the net (rule 3)."""
     fit_bytes: int
     """Of the device, for `fit`."""
     out: str
@@ -54,16 +65,16 @@ class Order:
 
 
 def main(ready_fd: int) -> int:
+    write_stacks_when_asked()
     load_all()
     told = take_order(ready_fd)
     if told is None:
         return 0
     try:
-        Job(Order(**told)).run()
+        return Job(Order(**told)).run()
     except BaseException:
         traceback.print_exc()
         return 1
-    return 0
 
 
 def load_all() -> None:
@@ -81,7 +92,7 @@ class Job:
     def __init__(self, order: Order) -> None:
         import torch
         from modes import Places
-        from nets import NetShape
+        from net_shapes import NetShape
         from steps import Bench
 
         self.order, self.begun_s = order, time.monotonic()
@@ -93,8 +104,11 @@ class Job:
         self.bench = Bench(NetShape(**order.shape), device, getattr(torch, order.dtype))
         self.build_s = time.monotonic() - self.begun_s
         self._longest_s = 0.0
+        self._bounds_of: Any = None
+        """What the last line with bounds was made of."""
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """The exit status."""
         from fit import fit_mode
         from steps import MOST_RESIDUE_BYTES
 
@@ -114,11 +128,13 @@ class Job:
                     break
                 self._write_running(mode)
                 self._append(mode, self._measure(mode))
+                self._append_bounds()
                 if self.bench.residue_bytes > MOST_RESIDUE_BYTES:
                     print(f"{mode} left {self.bench.residue_bytes} B on the device: the modes after it want another process")
-                    break
-            self._append_bounds()
+                    self._write_running("")
+                    return WANTS_ANOTHER_PROCESS
         self._write_running("")
+        return 0
 
     def _measure(self, mode: str) -> dict[str, Any]:
         from modes import MODES
@@ -130,7 +146,7 @@ class Job:
         elif share:
             found = self.mix(share)
             if found is None:
-                return {"missing": "keep (or checkpoint), and cheap, have to be measured first", "mode_wall_s": 0.0}
+                return {"error": "checkpoint, and counted or cheap, have to be measured first", "is_oom": False, "mode_wall_s": 0.0}
             num_full = math.floor(found.full_fraction * self.bench.num_blocks + 1e-6)
             if num_full == 0:
                 words = f"at {share:.0%} the linear program recomputes {abs(found.full_fraction):.2f} of {self.bench.num_blocks} blocks"
@@ -184,15 +200,21 @@ class Job:
         return best_mix(terms, throughput_fraction=share) if terms is not None else None
 
     def _append_bounds(self) -> None:
-        """A line with the bound and the optima, once all that they need is there."""
-        terms = self.terms()
-        if self.order.job != "core" or terms is None:
+        """A line with the link's bound as soon as A is known, and with the mix's optima once all that they need is there."""
+        known = self.known()
+        terms = self.terms() if self._line("checkpoint") and self._line("cheap") else None
+        if self.order.job != "core" or known is None or (known, terms) == self._bounds_of:
             return
-        bound = min(1.0, terms.d2h_bytes_per_s * terms.forward_s / terms.all_bytes)
-        mixes = {f"mix_{round(share * 100)}": dataclasses.asdict(self.mix(share)) for share in (0.98, 0.97, 0.90)}
-        self._append(
-            "bounds", {"bound_fraction": bound, "terms": dataclasses.asdict(terms), "is_keep_measured": bool(self._line("keep")), **mixes}
-        )
+        self._bounds_of = known, terms
+        told = {"all_bytes": known.all_bytes, "forward_s": known.forward_s, **self.bench.rates}
+        line = {
+            "bound_fraction": min(1.0, known.d2h_bytes_per_s * known.forward_s / known.all_bytes),
+            "terms": dataclasses.asdict(terms) if terms is not None else told,
+            "is_keep_measured": bool(self._line("keep")),
+        }
+        if terms is not None:
+            line |= {f"mix_{round(share * 100)}": dataclasses.asdict(self.mix(share)) for share in (0.98, 0.97, 0.90)}
+        self._append("bounds", line)
 
     def _append(self, mode: str, line: dict[str, Any]) -> None:
         import torch
@@ -209,8 +231,8 @@ class Job:
         }  # fmt: skip
         line = {**beside, **order.provenance, **line}
         self.lines[mode] = line
-        with Path(order.out).open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with Path(order.out).open("ab", buffering=0) as file:
+            file.write(json.dumps(line).encode() + b"\n")
         step = f"{line['step_s'] * 1e3:.1f} ms" if "step_s" in line else line.get("error") or line.get("missing") or ""
         print(f"{order.shape_name} {order.job} {mode}: {step[:160]} ({line.get('mode_wall_s', 0):.1f} s)", flush=True)
 
@@ -225,8 +247,16 @@ class Job:
         return self._left_s() <= 0
 
     def _write_running(self, mode: str) -> None:
+        """What runs from here on, and the end of its time (rule 3)."""
         Path(self.order.running).write_text(mode)
+        if mode:
+            faulthandler.dump_traceback_later(self.order.mode_limit_s, exit=True)
+        else:
+            faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    status = main(int(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all is written and closed: taking down the interpreter and torch takes a second of the call

@@ -3,12 +3,14 @@
 Rules:
 
 1. Before a mode the device holds the net and its inputs and nothing else. That is checked: what a mode leaves behind is in its row
-   (`residue_bytes`), and beyond `MOST_RESIDUE_BYTES` no further mode runs in this process.
-2. Torch's cached device memory is given back between modes, and so is pinned memory: ours with its context, torch's own by name. So no mode
-   finds memory that an earlier one pinned or split, and peaks start at the same floor. What stays is what every mode has: CUDA's context,
-   loaded kernels, cuBLAS' workspaces; the first mode's warm-up pays for them, and no timed step.
-3. Amounts are decided anew in each mode. It warms up until they have settled (two rounds alike), and `keep` is run first and last: their
-   difference is the drift of a process, beside the spread of steps.
+   (`residue_bytes`), and beyond `MOST_RESIDUE_BYTES` no further mode runs in this process. (What `keep` leaves is no mode's.)
+2. Torch's cached device memory is given back between modes, and so are cuBLAS' workspaces (32 MiB for each thread that multiplies, in
+   torch's own allocator), pinned memory, ours with its context and torch's own by name, and the graph of a backward that failed, which
+   torch's engine holds until the next one. So no mode finds memory that an earlier one pinned or split, and peaks start at the same floor.
+   What stays is what every mode has: CUDA's context and loaded kernels; the first mode's warm-up pays for them, and no timed step.
+3. Amounts are decided anew in each mode. It warms up until they have settled (two rounds alike), and the first mode of a process for
+   `FIRST_WARM_S`, so that the device's clocks have settled under load too. `keep` is run first and last: their difference is the drift of a
+   process, beside the spread of steps.
 4. A step is forward, backward, SGD and the end of it on the device. Its activation peak is taken from torch's allocation history in one
    step more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
    device's peak would count gradients, which come while activations go.)
@@ -22,6 +24,7 @@ import gc
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +33,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bounds import activation_peak_bytes, simulate_host  # noqa: E402
-from modes import MODES, Known, Missing, Places, context  # noqa: E402
-from nets import NetShape, build_inputs, build_net, recompute, spread  # noqa: E402
+from modes import MODES, EachStep, Known, Missing, Places, context  # noqa: E402
+from net_shapes import NetShape  # noqa: E402
+from nets import build_inputs, build_net, recompute, spread  # noqa: E402
 
 from overspill.activations.windows import default_window_bytes  # noqa: E402
 from overspill.spec.documents import to_plain  # noqa: E402
 
-MOST_RESIDUE_BYTES = 64 << 20
+MOST_RESIDUE_BYTES = 256 << 20
+"""Of weights, gradients and activations of 15 GB and more."""
 WARMUP, WARMUP_ADAPTIVE, MOST_WARMUP = 2, 5, 9
 """Rounds 2 and 3 of our own are measured, and decide."""
+FIRST_WARM_S = 1.5
+"""Chosen."""
 SETTLED_FRACTION = 0.01
 HISTORY_ENTRIES = 400_000
-LEAST_SLOW_STEPS, MOST_PEER_S = 2, 15.0
-"""Of peers whose steps take seconds fewer are timed; the row says how many."""
+MOST_TIMED_S = {False: 3.0, True: 10.0}
+"""Where steps take seconds, fewer are timed, down to `LEAST_STEPS`; of others' tools (True), whose steps may take ten, the same."""
+LEAST_STEPS = {False: 3, True: 2}
 
 
 class Bench:
@@ -54,6 +62,9 @@ class Bench:
         self.inputs = build_inputs(shape, shape.rows, device, dtype)
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-6, fused=device.type == "cuda")
         self.residue_bytes = 0
+        self._is_warm = False
+        self._around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        """Hooks that are entered for each step anew."""
         self._floor_bytes = self.clean()
         self.rates = self._link_rates()
 
@@ -80,24 +91,27 @@ class Bench:
     def clean(self) -> int:
         """Rule 2; bytes that are allocated on the device afterwards."""
         self.net.zero_grad(set_to_none=True)
+        torch.ones(1, requires_grad=True).sum().backward()  # the engine lets go of what a failed backward was about to run
         gc.collect()
         if not self.is_cuda:
             return 0
         self.synchronize()
+        for name in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
+            empty = getattr(torch._C, name, None)
+            if empty is not None:
+                empty()
         torch.cuda.empty_cache()
-        empty_host = getattr(torch._C, "_host_emptyCache", None)
-        if empty_host is not None:
-            empty_host()
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
 
     def step(self) -> dict[str, float]:
         """One step; seconds of its parts (rule 4)."""
         begun_s, marks = time.perf_counter(), [self._mark()]
-        loss = self.net(self.inputs)
-        marks.append(self._mark())
-        loss.backward()
-        marks.append(self._mark())
+        with self._around:
+            loss = self.net(self.inputs)
+            marks.append(self._mark())
+            loss.backward()
+            marks.append(self._mark())
         del loss
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,8 +132,21 @@ class Bench:
         except Exception as error:  # a row too: that a mode does not fit is a result
             is_oom = isinstance(error, torch.OutOfMemoryError)
             line = {"error": f"{type(error).__name__}: {error}"[:600], "is_oom": is_oom}
-        self.residue_bytes = max(0, self.clean() - self._floor_bytes)
+        left_bytes = self.clean()
+        self.residue_bytes = max(0, left_bytes - self._floor_bytes)
+        if name == "keep" and "step_s" in line:  # what plain steps leave is the process's, and found by every mode
+            self._floor_bytes = max(self._floor_bytes, left_bytes)
         return {**line, "residue_bytes": self.residue_bytes, "mode_wall_s": round(time.perf_counter() - begun_s, 2)}
+
+    @contextlib.contextmanager
+    def entered(self, hooks: contextlib.AbstractContextManager[Any]) -> Iterator[Any]:
+        """What a mode is, around its steps or in each of them."""
+        with hooks as active:
+            self._around = hooks.hooks if isinstance(hooks, EachStep) else contextlib.nullcontext()
+            try:
+                yield active
+            finally:
+                self._around = contextlib.nullcontext()
 
     def _measure(
         self, name: str, places: Places, known: Known | None, num_full: int, steps: int, steps_s: float, device_budget: int | None
@@ -128,16 +155,17 @@ class Bench:
         with contextlib.ExitStack() as stack:
             if num_full:
                 stack.callback(recompute(self.net, spread(num_full, self.num_blocks)))
-            active = stack.enter_context(context(mode, self.net, places, known, device_budget=device_budget))
+            active = stack.enter_context(self.entered(context(mode, self.net, places, known, device_budget=device_budget)))
             num_warm, warm_s = self._warm_up(active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"))
-            if mode.peer is not None:
-                steps = min(steps, max(LEAST_SLOW_STEPS, int(MOST_PEER_S / warm_s)))
+            is_peer = mode.peer is not None
+            steps = min(steps, max(LEAST_STEPS[is_peer], int(MOST_TIMED_S[is_peer] / warm_s)))
             if self.is_cuda:
                 torch.cuda.reset_peak_memory_stats()
             timed: list[dict[str, float]] = []
             while len(timed) < steps or (sum(item["step_s"] for item in timed) < steps_s and len(timed) < 4 * steps):
                 timed.append(self.step())
             line: dict[str, Any] = {"num_warm": num_warm, "num_steps": len(timed), "num_full_blocks": num_full}
+            line["full_inputs_bytes"] = num_full * self.shape.tokens() * self.shape.hidden * self.dtype.itemsize
             for part in timed[0]:
                 values = sorted(item[part] for item in timed)
                 line[part], line[f"{part}_spread"] = statistics.median(values), [values[0], values[-1]]
@@ -157,6 +185,10 @@ class Bench:
             last_s = self.step()["step_s"]
             if number >= least and (active is None or not is_adaptive or _has_settled(active.report().rounds)):
                 break
+        begun_s = time.perf_counter()
+        while self.is_cuda and not self._is_warm and time.perf_counter() - begun_s < FIRST_WARM_S:
+            last_s = self.step()["step_s"]
+        self._is_warm = True
         return number, last_s
 
     def _activation_peak(self) -> int | None:
@@ -168,7 +200,8 @@ class Bench:
             return None
         try:
             num_before = len(self._history())
-            self.net(self.inputs).backward()
+            with self._around:
+                self.net(self.inputs).backward()
             self.synchronize()
             events = self._history()[num_before:]
             gradients = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
@@ -237,6 +270,7 @@ def _amounts(report: dict[str, Any]) -> dict[str, Any]:
     return {
         **{name: last[name] for name in ("packed_bytes", "kept_bytes", "host_bytes", "ssd_bytes", "rebuilt_bytes", "forwarded_bytes")},
         "moved_bytes": last["host_bytes"] + last["ssd_bytes"],
+        "written_bytes": last["ssd_bytes"] - min(last["ssd_bytes"], last["cancelled_bytes"]),
         "records_peak_bytes": last["device_peak_bytes"],
         "window_bytes": last["window_bytes"],
         "back_window_bytes": last["back_window_bytes"],

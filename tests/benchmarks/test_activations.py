@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,12 +22,16 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "activations"
 sys.path.append(str(FOLDER))
 
+sys.path.append(str(ROOT / "benchmarks" / "host_memory"))
+
 import bounds  # noqa: E402
 import modes  # noqa: E402
+import net_shapes  # noqa: E402
 import nets  # noqa: E402
 import pipeline  # noqa: E402
 import stored  # noqa: E402
 import tables  # noqa: E402
+from attempt import Outcome  # noqa: E402
 
 from overspill.tiers.fake import FakeStore  # noqa: E402
 
@@ -81,7 +86,7 @@ def test_every_mode_writes_a_line_and_the_bound_is_a_share(tmp_path: Path) -> No
     assert found["cheap"]["rebuilt_bytes"] == found["mix"]["rebuilt_bytes"] > 0 == found["cheap"]["moved_bytes"]
     assert found["counted"]["moved_bytes"] == 0 < found["host-everything"]["moved_bytes"]
     assert all(found[name]["ssd_bytes"] > 0 == found[name]["host_bytes"] for name in ("ssd-everything", "ssd-7", "ssd-14"))
-    assert all("installed" in found[name]["missing"] or "No module" in found[name]["missing"] for name in ("trl", "torchtune"))
+    assert all("missing" in found[name] for name in ("trl", "torchtune"))
     assert found["checkpoint"]["num_full_blocks"] == 4 and all(line.get("residue_bytes", 0) == 0 for line in found.values())
     assert 0 < found["bounds"]["bound_fraction"] <= 1 and "bound of the link" in done.stdout
 
@@ -103,38 +108,74 @@ def test_a_call_that_ends_early_is_gone_on_with_and_nothing_is_run_twice(
     assert rest.returncode == 0 and "is no JSON" in rest.stderr, rest.stderr
     found = [json.loads(text) for text in second.read_text().splitlines()]
     core = [line["mode"] for line in found if line["job"] == "core"]
-    assert core == ["keep", "host", "mix", "mix-90", "host-wide", "mix-97", "keep-again", "bounds"], "keep is each process's own"
-    assert all(line["rows"] >= 1 and line["tokens_per_s"] > 0 for line in found if line["job"] == "fit")
+    assert core == ["keep", "bounds", "mix", "mix-97", "mix-90", "keep-again", "host"], "keep is each process's own; what failed comes last"
+    fits = {line["mode"]: line for line in found if line["job"] == "fit"}
+    assert set(fits) == set(calls.MODES_OF["fit"]) and "missing" in fits.pop("trl")
+    assert all(line["rows"] >= 1 and line["tokens_per_s"] > 0 for line in fits.values())
 
 
 def test_a_process_that_is_ended_leaves_a_line_that_says_at_which_mode_and_is_tried_again(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
     options = calls.parse_arguments(["--tiny", "--out", str(out)])
-    under_test = calls.Call(options, nets.TINY)
+    under_test = calls.Call(options, net_shapes.TINY, time.monotonic())
 
     class Worker:
         def run(self, order: dict[str, Any], *, limit_s: float) -> Any:
             assert order["modes"] == list(calls.MODES_OF["ssd"]) and order["limit_s"] == limit_s
             Path(order["running"]).write_text("ssd-7")
-            return calls.Outcome(return_code=None, wall_s=limit_s, output_tail="")
+            return Outcome(return_code=None, wall_s=limit_s, output_tail="")
+
+        def close(self) -> None:
+            pass
 
     crew: Any = SimpleNamespace(take=lambda number: Worker(), loading_s=0.0)
-    under_test._run_job("ssd", "gpt-64x4", under_test._pending("ssd", "gpt-64x4"), crew, 1)
+    assert under_test._run_job("ssd", "gpt-64x4", under_test._pending("ssd", "gpt-64x4"), crew, 1), "the job is gone on with"
     (line,) = tables.read_lines(out)
     assert line["mode"] == "ssd-7" and "ran past its limit" in line["error"] and not line["is_oom"]
-    assert "ssd-7" in under_test._pending("ssd", "gpt-64x4")
+    assert under_test._pending("ssd", "gpt-64x4") == ["ssd", "ssd-14"], "without it in this call"
+    under_test = calls.Call(options, net_shapes.TINY, time.monotonic())
+    assert under_test._pending("ssd", "gpt-64x4") == ["ssd", "ssd-14", "ssd-7"], "and with it, last, in the next"
     for more in ({"step_s": 1.0}, {"error": "OutOfMemoryError", "is_oom": True}, {"missing": "no drive"}):
         with out.open("a") as file:
             file.write(json.dumps({"shape": "gpt-64x4", "job": "ssd", "mode": f"ssd{'-7' if 'step_s' in more else '-14'}", **more}) + "\n")
     assert under_test._pending("ssd", "gpt-64x4") == ["ssd"]
 
 
-def test_jobs_come_widest_first_and_core_of_all_before_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("code", "running", "is_gone_on_with", "num_lines"),
+    [(0, "", False, 0), (calls.WANTS_ANOTHER_PROCESS, "", True, 0), (-9, None, True, 1), (1, "the net", False, 1), (1, "keep", False, 1)],
+)
+def test_another_process_is_begun_where_it_may_help(
+    tmp_path: Path, code: int, running: str | None, is_gone_on_with: bool, num_lines: int
+) -> None:
+    out = tmp_path / "a.jsonl"
+    under_test = calls.Call(calls.parse_arguments(["--tiny", "--out", str(out)]), net_shapes.TINY, time.monotonic())
+
+    class Worker:
+        def run(self, order: dict[str, Any], *, limit_s: float) -> Any:
+            if running is not None:
+                Path(order["running"]).write_text(running)
+            return Outcome(return_code=code, wall_s=1.0, output_tail="")
+
+        def close(self) -> None:
+            pass
+
+    crew: Any = SimpleNamespace(take=lambda number: Worker(), loading_s=0.0)
+    assert under_test._run_job("ssd", "gpt-64x4", ["ssd"], crew, 1) == is_gone_on_with
+    assert len(tables.read_lines(out)) == num_lines
+
+
+def test_each_claim_has_its_line_early_and_the_core_of_all_shapes_comes_before_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--list") == 0
-    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert [job for _, job in rows[:10]] == ["core"] * 10 and rows[0][0] == "gpt-12288x3"
-    assert {tuple(row) for row in rows} >= {(shape, job) for shape in nets.SHAPES for job in ("core", "ssd", "peers")}
+    rows = [tuple(line.split()[:2]) for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert rows[:3] == [("gpt-12288x3", job) for job in ("core", "ssd", "peers")]
+    assert [job for _, job in rows[3:11]] == ["core"] * 7 + ["fit"] and [job for _, job in rows[:17]].count("core") == 10
+    assert len(set(rows)) == len(rows) and set(rows) >= {
+        (shape, job) for shape in net_shapes.SHAPES for job in ("core", "ssd", "peers", "more")
+    }
     assert {shape for shape, job in rows if job == "fit"} == {"llama-1.10B-2048", "gpt-8192x4"}
+    claimed = {mode for modes_of, *_ in (*tables.CLAIMS, *tables.FALLS) for mode in modes_of}
+    assert claimed <= {mode for modes_of in calls.MODES_OF.values() for mode in modes_of} <= set(modes.MODES)
 
 
 # -- bounds ------------------------------------------------------------------------------------------------------------
@@ -214,9 +255,9 @@ def test_the_search_ends_at_the_largest_micro_batch_that_fits(limit: int, predic
 # -- nets, pacing, tables, pipeline ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", nets.TINY)
+@pytest.mark.parametrize("name", net_shapes.TINY)
 def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
-    shape = nets.TINY[name]
+    shape = net_shapes.TINY[name]
     net = nets.build_net(shape, torch.device("cpu"), torch.float32)
     inputs = nets.build_inputs(shape, shape.rows, torch.device("cpu"), torch.float32)
 
@@ -241,8 +282,6 @@ def test_blocks_are_spread_evenly_and_the_last_is_recomputed_only_with_all() -> 
 
 @pytest.mark.clock
 def test_a_paced_store_moves_no_faster_than_its_pace_and_the_same_bytes() -> None:
-    import time
-
     with FakeStore(1 << 20) as inner:
         store = modes.PacedStore(inner, 1e6)
         store.allocate("x", 40_000)
@@ -285,13 +324,13 @@ def test_the_table_compares_with_the_keep_of_the_same_process_and_counts_the_dri
     }
     ssd = {
         **base, "job": "ssd", "mode": "ssd", "step_s": 86.4, "step_s_spread": [86, 87], "kept_bytes": 900, "moved_bytes": 100,
-        "ssd_bytes": 1e9, "rates": {"ssd_write_bytes_per_s": 300.0},
+        "ssd_bytes": 2e9, "written_bytes": 1e9, "rates": {"ssd_write_bytes_per_s": 300.0},
     }  # fmt: skip
     old = {**host, "error": "late"}
     text = tables.summarize([bound, host, slow, ssd, old, {**base, "job": "core", "mode": "cheap", "error": "OutOfMemoryError: so much"}])
-    assert "yes s: host tier: 0.9 of the bound at 0.98 of keep's throughput: 0.96 at 0.990" in text
-    assert "NO  s: mix: 0.9 of the optimum at 0.97: 1.00 at 0.500" in text and "OutOfMemoryError: so much" in text
-    assert "yes s: host: the peak falls by 47%" in text and "NO  s: mix: the peak falls by 75%" in text
+    assert "yes s: host tier: 0.9 of the bound at 0.98 of keep's throughput: host: 0.96 at 0.990" in text
+    assert "NO  s: mix: 0.9 of the optimum at 0.97: mix: 1.00 at 0.500" in text and "OutOfMemoryError: so much" in text
+    assert "yes s: the peak falls by 47%" in text and "NO  s: the peak falls by 75%" in text
     assert "1.00 GB a step, 1 TB a day: 600.0 days" in text
 
 

@@ -1,0 +1,415 @@
+"""What may go wrong on a machine with a GPU, tried without one: modes that hang, crash or run out of memory, and functions of torch.cuda
+with stand-ins. Nothing that was measured is lost, and the rest is measured."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks" / "activations"
+sys.path.append(str(FOLDER))
+
+import estimates  # noqa: E402
+import fit  # noqa: E402
+import modes  # noqa: E402
+import net_shapes  # noqa: E402
+import steps  # noqa: E402
+import tables  # noqa: E402
+
+GIB = 1 << 30
+PLACES = modes.Places(
+    ssd_dir=None, shm_dir=None, min_bytes=1024, window_bytes=16384, most_host_bytes=16 << 20, least_host_bytes=1 << 20
+)  # fmt: skip
+BREAKING = """
+import os, signal, sys, time
+sys.path.insert(0, {folder!r})
+import one_shape, steps, torch
+from modes import MODES
+inner = steps.context
+def breaking(mode, *arguments, **more):
+    if mode is MODES["host"]:
+        time.sleep(1000)
+    if mode is MODES["checkpoint"] and not os.path.exists({once!r}):
+        open({once!r}, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mode is MODES["mix"]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    if mode is MODES["keep-again"]:
+        raise RuntimeError("CUDA error: something else")
+    return inner(mode, *arguments, **more)
+steps.context = breaking
+status = one_shape.main(int(sys.argv[1]))
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+def test_a_hang_a_crash_and_a_mode_without_memory_cost_their_own_lines_alone(tmp_path: Path) -> None:
+    worker, out = tmp_path / "worker.py", tmp_path / "a.jsonl"
+    worker.write_text(BREAKING.format(folder=str(FOLDER), once=str(tmp_path / "once")))
+    start = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import run; run.WORKER = {str(worker)!r}; sys.exit(run.main(sys.argv[1:]))"
+    command = [
+        sys.executable, "-c", start, "--tiny", "--out", str(out), "--shapes", "gpt-64x4", "bert-64x2", "t5-64x3", "--jobs", "core",
+        "--steps", "2", "--steps-s", "0", "--waiting", "4", "--mode-limit-s", "8",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = tables.newest(tables.read_lines(out))
+    found = {(line["shape"], line["mode"]): line for line in lines}
+    for shape in ("gpt-64x4", "bert-64x2", "t5-64x3"):
+        assert all("step_s" in found[shape, mode] for mode in ("keep", "counted", "cheap")), done.stdout[-3000:]
+        assert found[shape, "mix"]["is_oom"] and "something else" in found[shape, "keep-again"]["error"]
+        assert 0 < found[shape, "bounds"]["bound_fraction"] <= 1 and ("mix_97" in found[shape, "bounds"]) == (shape != "gpt-64x4")
+    assert "SIGKILL" in found["gpt-64x4", "checkpoint"]["error"] and "step_s" in found["bert-64x2", "checkpoint"]
+    assert [found[shape, "host"]["error"] for shape in ("gpt-64x4", "bert-64x2")] == ["ran past 8 s"] * 2
+    assert ("t5-64x3", "host") not in found, "what ended two processes is not begun in a third"
+    assert "time.sleep" in done.stdout or "in breaking" in done.stdout, "the stacks of a hang are in the log"
+    assert "bound of the link" in done.stdout
+
+
+def test_a_machine_on_which_nothing_loads_ends_the_call_at_once(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text("import no_such_module")
+    start = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import run; run.WORKER = {str(worker)!r}; sys.exit(run.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", start, "--tiny", "--out", str(tmp_path / "a.jsonl"), "--waiting", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "PYTHONPATH": "src"})
+    assert done.returncode == 1 and "no_such_module" in done.stdout
+    assert len(tables.read_lines(tmp_path / "a.jsonl")) == 2
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+def bench_of(name: str = "gpt-64x4") -> steps.Bench:
+    return steps.Bench(net_shapes.TINY[name], torch.device("cpu"), torch.float32)
+
+
+def measure(bench: steps.Bench, mode: str, known: modes.Known | None = None) -> dict[str, Any]:
+    return bench.measure(mode, PLACES, known, num_full=0, steps=2, steps_s=0.0)
+
+
+class Held:
+    """Something that a graph holds."""
+
+
+class Branches(torch.nn.Module):
+    """Two branches; the backward of the one that was made last, and comes first, runs out of memory while the other waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(8))
+        self.held: weakref.ref[Held] | None = None
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        held = Held()
+        self.held = weakref.ref(held)
+        waiting, failing = (self.weight * 2).exp(), (self.weight * 3).exp()
+        waiting.register_hook(lambda gradient, held=held: None)
+        failing.register_hook(self.fail)
+        return (waiting + failing).sum()
+
+    def fail(self, gradient: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_backward_without_memory_leaves_no_graph_behind() -> None:
+    bench = bench_of()
+    net, bench.net = bench.net, Branches()
+    line = measure(bench, "keep")
+    assert line["is_oom"] and bench.net.held is not None and bench.net.held() is None
+    bench.net = net
+    assert "step_s" in measure(bench, "counted")
+
+
+class Hooks(torch.autograd.graph.saved_tensors_hooks):
+    """`OffloadActivations` as a package of others has it: it expects to be entered for each step."""
+
+    entered, most_entered = 0, 0
+
+    def __init__(self, *, use_pin_memory: bool, use_streams: bool) -> None:
+        assert use_pin_memory and use_streams
+        super().__init__(lambda tensor: tensor, lambda tensor: tensor)
+
+    def update_model_params(self, model: torch.nn.Module) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        Hooks.entered += 1
+        super().__enter__()
+
+
+def test_others_hooks_are_entered_for_each_step_and_left_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.ModuleType("trl.models.activation_offloading")
+    package.OffloadActivations = Hooks  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trl", types.ModuleType("trl"))
+    monkeypatch.setitem(sys.modules, "trl.models", types.ModuleType("trl.models"))
+    monkeypatch.setitem(sys.modules, "trl.models.activation_offloading", package)
+    monkeypatch.setattr(modes.torch.cuda, "is_available", lambda: True)
+    bench = bench_of()
+    line = measure(bench, "trl")
+    assert "step_s" in line, line
+    assert Hooks.entered == line["num_warm"] + line["num_steps"]
+    bench.net.blocks[1].forward = lambda *arguments: 1 / 0  # type: ignore[index]
+    assert "ZeroDivisionError" in measure(bench, "trl")["error"]
+    del bench.net.blocks[1].forward  # type: ignore[index]
+    torch._C._autograd._saved_tensors_hooks_enable()
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    assert "step_s" in measure(bench, "keep")
+
+
+def test_a_package_that_cannot_be_imported_for_whatever_reason_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise RuntimeError("Failed to import trl.models because of something")
+
+    monkeypatch.setattr(modes.importlib, "import_module", fail)
+    assert "because of something" in measure(bench_of(), "trl")["missing"]
+
+
+# -- stand-ins for torch.cuda ------------------------------------------------------------------------------------------
+
+
+class Event:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at_s = 0.0
+
+    def record(self) -> None:
+        self.at_s = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        return (other.at_s - self.at_s) * 1e3
+
+
+class Device:
+    """Numbers that torch.cuda would say, and what was called."""
+
+    def __init__(self) -> None:
+        self.allocated_bytes = 1000
+        self.peak_bytes = 0
+        self.most_bytes = 80 * GIB
+        self.calls: list[str] = []
+        self.history: list[dict[str, Any]] = []
+        self.is_recording = False
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A CPU that is taken for a GPU by `steps` and `fit`; arguments are checked against torch's own functions."""
+    found = Device()
+
+    def record(enabled: str | None = "all", **more: Any) -> None:
+        inspect.signature(torch.cuda.memory._record_memory_history_impl).bind(enabled, **more)
+        found.is_recording = enabled is not None
+        if not enabled:
+            found.history.clear()
+
+    def snapshot() -> dict[str, Any]:
+        return {"device_traces": [list(found.history)]}
+
+    def limit(fraction: float) -> None:
+        assert 0.0 <= fraction <= 1.0
+        found.most_bytes = int(fraction * 80 * GIB)
+
+    cuda: dict[str, Any] = {
+        "Event": Event, "synchronize": lambda: None, "empty_cache": lambda: found.calls.append("empty_cache"),
+        "memory_allocated": lambda: found.allocated_bytes, "max_memory_allocated": lambda: found.peak_bytes, "current_device": lambda: 0,
+        "reset_peak_memory_stats": lambda: None, "mem_get_info": lambda device: (78 * GIB, 80 * GIB), "memory_reserved": lambda device: GIB,
+        "set_per_process_memory_fraction": limit,
+    }  # fmt: skip
+    for name, stand_in in cuda.items():
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", record)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", snapshot)
+    for name in ("_cuda_clearCublasWorkspaces", "_host_emptyCache"):
+        monkeypatch.setattr(torch._C, name, lambda name=name: found.calls.append(name), raising=False)
+    monkeypatch.setattr(steps.Bench, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(steps.Bench, "_link_rates", lambda self: {"d2h_bytes_per_s": 50e9, "h2d_bytes_per_s": 50e9})
+    monkeypatch.setattr(steps, "FIRST_WARM_S", 0.05)
+    yield found
+
+
+def test_workspaces_and_pinned_memory_go_before_each_mode_and_the_floor_is_what_plain_steps_leave(device: Device) -> None:
+    bench = bench_of()
+    assert {"_cuda_clearCublasWorkspaces", "_host_emptyCache", "empty_cache"} == set(device.calls)
+    assert device.calls.index("_cuda_clearCublasWorkspaces") < device.calls.index("empty_cache")
+    device.allocated_bytes += 2 * steps.MOST_RESIDUE_BYTES  # such as cuBLAS' workspaces, of a torch that has no way to free them
+    line = measure(bench, "keep")
+    assert line["residue_bytes"] == 2 * steps.MOST_RESIDUE_BYTES and line["num_steps"] == 2
+    assert measure(bench, "counted")["residue_bytes"] == 0
+    device.allocated_bytes += 77
+    assert measure(bench, "checkpoint")["residue_bytes"] == 77
+
+
+def test_the_first_mode_of_a_process_warms_the_device_up(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, count = bench_of(), [0]
+    inner = bench.step
+
+    def step() -> dict[str, float]:
+        count[0] += 1
+        time.sleep(0.01)
+        return inner()
+
+    monkeypatch.setattr(bench, "step", step)
+    measure(bench, "keep")
+    first, count[0] = count[0], 0
+    measure(bench, "keep-again")
+    assert first > count[0] == steps.WARMUP + 2
+
+
+def test_the_peak_is_read_from_the_history_of_one_step_and_recording_ends(device: Device) -> None:
+    bench = bench_of()
+    device.history.append({"action": "alloc", "addr": 1, "size": 10**9})  # before the step: not counted
+
+    class Net(torch.nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            assert device.is_recording
+            device.history.extend({"action": "alloc", "addr": 10 + number, "size": 100} for number in range(3))
+            device.history.append({"action": "free_completed", "addr": 10, "size": 100})
+            device.history.append({"action": "snapshot", "addr": 0, "size": 0})
+            return bench_net(inputs)
+
+    bench_net, bench.net = bench.net, Net()
+    assert bench._activation_peak() == 300 and not device.is_recording
+
+    class Failing(torch.nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    bench.net = Failing()
+    with pytest.raises(torch.OutOfMemoryError):
+        bench._activation_peak()
+    assert not device.is_recording, "or every later step would be recorded"
+
+
+def simulate_memory(
+    bench: steps.Bench, device: Device, monkeypatch: pytest.MonkeyPatch, *, row_bytes: float, step_s: float = 0.0
+) -> list[int]:
+    """Steps take 10 GiB and so much a row, and run out of memory at the limit; the rows that were tried."""
+    tried = []
+
+    def step() -> dict[str, float]:
+        rows = bench.inputs.shape[0]
+        tried.append(rows)
+        device.peak_bytes = int(10 * GIB + rows * row_bytes)
+        if device.peak_bytes > device.most_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"step_s": step_s or 0.001 * rows}
+
+    monkeypatch.setattr(bench, "step", step)
+    return tried
+
+
+def fit_of(bench: steps.Bench, mode: str, host_gib: int = 40) -> dict[str, Any]:
+    places = modes.Places(**{**vars(PLACES), "most_host_bytes": host_gib * GIB})
+    return fit.fit_mode(bench, mode, places, 24 * GIB, steps=5, is_late=lambda: False)
+
+
+def test_the_largest_micro_batch_fits_beside_the_context_and_memory_is_unlimited_again(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of()
+    simulate_memory(bench, device, monkeypatch, row_bytes=0.7 * GIB)
+    line = fit_of(bench, "keep")
+    assert line["rows"] == int((23 - 10) / 0.7) and line["is_largest_known"] and not line["host_limited"], line
+    assert device.most_bytes == 80 * GIB and bench.inputs.shape[0] == bench.shape.rows
+    assert any("error" in item for item in line["tried"].values())
+
+
+def test_a_guess_that_is_far_too_large_still_ends_with_rows_that_fit(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    tried = simulate_memory(bench, device, monkeypatch, row_bytes=0.7 * GIB)
+    monkeypatch.setattr(fit, "_line", lambda *_: fit._Line(foot_bytes=10 * GIB, slope_bytes=0.5 * GIB, saved_bytes=0.0))
+    monkeypatch.setattr(fit, "MOST_TRIALS_S", 0.0)
+    assert fit_of(bench, "checkpoint")["rows"] > 12 and max(tried) == 24
+
+
+def test_others_tools_get_no_more_host_memory_than_ours(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    tried = simulate_memory(bench, device, monkeypatch, row_bytes=0.01 * GIB)
+    counted = types.SimpleNamespace(report=lambda: types.SimpleNamespace(rounds=[types.SimpleNamespace(packed_bytes=2 * GIB)]))
+    monkeypatch.setattr(fit, "context", lambda mode, *_, **__: contextlib.nullcontext(counted))
+    line = fit_of(bench, "save_on_cpu-pinned")
+    assert line["host_limited"] and line["rows"] == max(tried) == int(40 / (2 * modes.ROUNDING[True])), line
+
+
+# -- estimates and tables ----------------------------------------------------------------------------------------------
+
+
+def test_estimates_grow_with_the_shape_and_fit_what_was_measured_of_a_step() -> None:
+    """1.10B with 8 x 2048 tokens: 280 ms without recomputation on an H100; its blocks save 1,698 MiB each."""
+    shape = net_shapes.SHAPES["llama-1.10B-2048"]
+    assert estimates.step_s(shape) == pytest.approx(0.28, rel=0.2)
+    assert estimates.saved_bytes(shape) == pytest.approx(16 * 1698 * 2**20, rel=0.05)
+    for job in estimates.STEPS_OF:
+        assert estimates.estimate_s(job, net_shapes.SHAPES["gpt-8192x4"]) <= estimates.estimate_s(job, net_shapes.SHAPES["gpt-12288x3"]) + 1
+
+
+def line_of(mode: str, *, speed: float, peak: int = 50, gone: float = 0.5, job: str = "core", **more: Any) -> dict[str, Any]:
+    return {
+        "shape": "s", "job": job, "mode": mode, "tokens": 1, "num_steps": 3, "all_bytes": 1000, "keep_step_s": 1.0, "step_s": 1 / speed,
+        "step_s_spread": [1 / speed, 1 / speed], "kept_bytes": 1000 * (1 - gone), "net": {"hidden": 8192, "length": 1},
+        "keep_activation_peak_bytes": 100, "activation_peak_bytes": peak, **more,
+    }  # fmt: skip
+
+
+BOUNDS = {
+    "shape": "s", "job": "core", "mode": "bounds", "bound_fraction": 0.5, "is_keep_measured": True,
+    "terms": {"all_bytes": 1000, "forward_s": 0.3, "d2h_bytes_per_s": 1.0, "h2d_bytes_per_s": 1.0},
+    **{f"mix_{share}": {"gone_fraction": 0.8 + (100 - share) / 100} for share in (98, 97, 90)},
+}  # fmt: skip
+
+
+def test_a_mix_with_whole_blocks_may_meet_the_claim_and_inputs_that_stay_count() -> None:
+    lines = [BOUNDS, line_of("mix", speed=0.99, gone=0.6), line_of("mix-97", speed=0.975, gone=0.8, full_inputs_bytes=20, peak=20)]
+    text = tables.summarize(lines)
+    assert "yes s: mix: 0.9 of the optimum at 0.97: mix-97: 0.94 at 0.975" in text
+    assert "yes s: the peak falls by 75% at 0.97 of keep's speed: mix-97: 0.80 at 0.975" in text
+    assert "NO  s: mix: 0.9 of the optimum at 0.90: mix-97: 0.87" in text
+
+
+def test_drift_of_a_process_is_halved_and_a_drive_is_credited_with_what_it_was_written() -> None:
+    again = line_of("keep-again", speed=0.96, kept_bytes=None)
+    ssd = line_of("ssd-7", speed=0.99, job="ssd", moved_bytes=900, written_bytes=60, ssd_bytes=900, rates={"ssd_write_bytes_per_s": 200.0})
+    other = {**ssd, "keep_step_s": 1.1}
+    drifted, same = tables.between_keeps([line_of("host", speed=0.98), other, again])[:2]
+    assert drifted["keep_step_s"] == pytest.approx((1 + 1 / 0.96) / 2) and same is other
+    known = tables.figures(ssd, BOUNDS)
+    assert known["allowed"] == pytest.approx(0.06) and known["reached"] == pytest.approx(1.0)
+    assert "ssd-7 (0.0 GB/s)" in tables.summarize([BOUNDS, ssd])
+
+
+def test_a_tool_of_others_is_beaten_only_at_no_higher_peak() -> None:
+    trl = line_of("trl", speed=0.5, peak=40, job="peers", kept_bytes=None)
+    low, fast = line_of("mix-everything", speed=0.6, peak=39, job="peers"), line_of("host", speed=0.99, peak=41)
+    text = tables.summarize([trl, low, fast])
+    assert "yes s: faster than trl at no higher peak: mix-everything 0.600 of keep at 0.00 GB, trl 0.500" in text
+    assert "NO  s: faster than trl at no higher peak: host" in tables.summarize([trl, fast])
+    assert "NO  s: faster than trl" in tables.summarize([trl, {**low, "step_s": 2.5}])
+
+
+def test_whatever_lines_there_are_tables_are_made(tmp_path: Path) -> None:
+    lines = [
+        {"shape": "s", "job": "core", "mode": "the net", "error": "ran past 50 s", "is_oom": False},
+        {"shape": "s", "job": "fit", "mode": "loading", "error": "exit status 1", "is_oom": False},
+        {"shape": "s", "job": "peers", "mode": "torchtune", "missing": "not here"},
+        line_of("host", speed=0.9, residue_bytes=1 << 30),
+    ]
+    results = tmp_path / "a.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut of')
+    text = tables.summarize(tables.read_lines(results))
+    assert "host !" in text and "the net | ran past 50 s" in text and "not here" in text
