@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from tiny_models import tiny_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from overspill import describe_workload
 from overspill.report.workload import _describe_launches
@@ -112,8 +112,12 @@ def test_what_a_recomputation_leaves_out_is_left_out_of_its_template(monkeypatch
     assert not made, "there was no time to find out"
 
 
-def test_timing_leaves_generators_and_the_model_alone() -> None:
-    model = LlamaForCausalLM(tiny_config("llama"))
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_timing_leaves_generators_and_the_model_alone(dropout: float) -> None:
+    """The embedding is run with values to find the blocks' arguments, which draws where it has a dropout."""
+    config = tiny_config("gpt2")
+    config.embd_pdrop = dropout
+    model = AutoModelForCausalLM.from_config(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     time_templates(model, **SIZES, device="cpu", limit_s=0.5)
