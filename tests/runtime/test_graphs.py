@@ -368,6 +368,21 @@ def test_a_session_that_times_templates_and_could_judge_then_does_what_it_predic
         assert not session.executor.graphs.is_wanted
 
 
+def test_templates_that_could_not_be_timed_leave_the_decision_to_the_steps(chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is full of weights has no room for a block beside them."""
+    let_launches_bind(monkeypatch, binds=True)
+    timed = predictions.time_templates(None, device="cpu", seq_len=12, micro_batch=2)
+    full = dataclasses.replace(timed.blocks[0], forward=None, backward=None, note="out of memory: CUDA out of memory")
+    times = dataclasses.replace(timed, blocks=(*timed.blocks, full))
+    monkeypatch.setattr(predictions, "time_templates", lambda *args, **kwargs: times)
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        assert session.time_templates() is times and session.executor.graphs.replayed is None
+        for number in range(graphs.STEPS_UNJUDGED + 1):
+            session.step(make_even_batches(number))
+        assert step_as_predicted(session, 3) == 3 * PASSES
+
+
 def test_templates_decide_where_steps_have_not_found_launches_to_bind(chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
     let_launches_bind(monkeypatch, binds=False)
     with open_session("llama") as session:
