@@ -5,7 +5,7 @@ Rules:
 1. A worker is started by exec, does one run and ends; no two runs share a process, so contexts, libraries and peaks are a fresh one's.
 2. Workers load side by side, and nothing is measured before all of them wait for an order: loading takes a core each.
 3. Whatever becomes of a worker, there is an `Outcome`; one that runs past its limit is asked where its threads are, and ended with all that
-   it started.
+   it started. So is one whose run is given up by an exception here (Ctrl-C, SIGTERM).
 4. One that is still waiting when this process ends, ends by itself: its input does.
 
 Standard library only. A waiting worker holds some 0.4 GB of host memory and nothing of the device.
@@ -88,19 +88,21 @@ class Worker:
         return bool(found) and self._ready.read(1) == b"!"
 
     def run(self, order: dict[str, Any], *, limit_s: float) -> Outcome:
-        """Let it do `order`, to its end or to `limit_s`, and end it."""
+        """Let it do `order`, to its end or to `limit_s`, and end it, also where an exception comes while it runs."""
         started = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):
-            assert self._child.stdin is not None
-            self._child.stdin.write(json.dumps(order).encode() + b"\n")
-            self._child.stdin.flush()
         try:
-            code: int | None = self._child.wait(timeout=max(0.0, limit_s))
-        except subprocess.TimeoutExpired:
-            code = None
-            self._ask_for_stacks()
-        wall_s = time.monotonic() - started
-        tail = self.close()
+            with contextlib.suppress(BrokenPipeError):
+                assert self._child.stdin is not None
+                self._child.stdin.write(json.dumps(order).encode() + b"\n")
+                self._child.stdin.flush()
+            try:
+                code: int | None = self._child.wait(timeout=max(0.0, limit_s))
+            except subprocess.TimeoutExpired:
+                code = None
+                self._ask_for_stacks()
+            wall_s = time.monotonic() - started
+        finally:
+            tail = self.close()
         return Outcome(return_code=code, wall_s=wall_s, output_tail=tail)
 
     def _ask_for_stacks(self) -> None:

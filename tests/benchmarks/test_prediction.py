@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -126,6 +127,26 @@ def test_a_run_that_hangs_says_where_before_it_is_ended(tmp_path: Path) -> None:
         outcome = crew.take(1).run({"run": 1}, limit_s=1.0)
     assert outcome.return_code is None, "however it ended once it was asked"
     assert outcome.output_tail.count("in hang") == 2 and "most recent call first" in outcome.output_tail
+
+
+def test_a_run_ends_with_who_waits_for_it(tmp_path: Path) -> None:
+    """SIGTERM and Ctrl-C are exceptions here: what runs would go on with the device that the next call measures on."""
+    script = tmp_path / "child.py"
+    script.write_text("import os, sys, time\nos.write(int(sys.argv[1]), b'!')\nsys.stdin.readline()\ntime.sleep(60)\n")
+
+    def leave(*args: object) -> None:
+        raise SystemExit
+
+    before = signal.signal(signal.SIGALRM, leave)
+    try:
+        with workers.Crew(script, num_waiting=1) as crew:
+            worker = crew.take(1)
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(SystemExit):
+                worker.run({"run": 1}, limit_s=30)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert worker._child.poll() == -signal.SIGKILL
 
 
 def test_a_call_resumes_leaves_out_what_is_done_and_takes_what_still_fits(

@@ -85,6 +85,19 @@ def test_who_asks_often_is_told_the_same_below_enough_and_file_cache_is_summed_u
     assert available() == 2 * GIB
 
 
+def test_too_little_is_never_said_by_a_limit_that_does_not_hold_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's run ends because its limit was raised a moment before it used more."""
+    root = make_root(tmp_path, cgroup="0::/\n")
+    limit(root, "", 8 * GIB, 2 * GIB)
+    monkeypatch.setattr("overspill.probe.capacities.time.monotonic", lambda: 0.0)
+    available = AvailableBytes(enough_bytes=GIB, root=root)
+    assert available() == 6 * GIB
+    limit(root, "", 16 * GIB, 9 * GIB)
+    assert available() == 7 * GIB
+    limit(root, "", 16 * GIB, 15 * GIB + 1)
+    assert available() == GIB - 1
+
+
 def test_a_group_that_is_over_its_limit_leaves_nothing_and_not_less(tmp_path: Path) -> None:
     root = make_root(tmp_path, cgroup="0::/\n")
     limit(root, "", GIB, 2 * GIB)

@@ -368,6 +368,21 @@ def test_a_session_that_times_templates_and_could_judge_then_does_what_it_predic
         assert not session.executor.graphs.is_wanted
 
 
+def test_templates_that_could_not_be_timed_leave_the_decision_to_the_steps(chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is full of weights has no room for a block beside them."""
+    let_launches_bind(monkeypatch, binds=True)
+    timed = predictions.time_templates(None, device="cpu", seq_len=12, micro_batch=2)
+    full = dataclasses.replace(timed.blocks[0], forward=None, backward=None, note="out of memory: CUDA out of memory")
+    times = dataclasses.replace(timed, blocks=(*timed.blocks, full))
+    monkeypatch.setattr(predictions, "time_templates", lambda *args, **kwargs: times)
+    with open_session("llama") as session:
+        session.executor.graphs.recorder = RepeatingRecorder()
+        assert session.time_templates() is times and session.executor.graphs.replayed is None
+        for number in range(graphs.STEPS_UNJUDGED + 1):
+            session.step(make_even_batches(number))
+        assert step_as_predicted(session, 3) == 3 * PASSES
+
+
 def test_templates_decide_where_steps_have_not_found_launches_to_bind(chosen: frozenset[str], monkeypatch: pytest.MonkeyPatch) -> None:
     let_launches_bind(monkeypatch, binds=False)
     with open_session("llama") as session:
@@ -478,8 +493,25 @@ def test_memory_that_runs_out_around_a_replay_adds_no_gradient_twice(group_size:
         monkeypatch.setattr(graphs.torch, "empty_like", failing(torch.empty_like))
         monkeypatch.setattr(torch.Tensor, "clone", failing(torch.Tensor.clone))
         result = train(session, recorder)
+        num_failures = len(failures)
+        assert step_as_predicted(session, 9) == 3 * PASSES, "what is run again is counted once"
         monkeypatch.undo()
-    assert failures
+    assert len(failures) > num_failures > 0
+    assert_same(result, plain("llama", None))
+
+
+@pytest.mark.parametrize("part", ["__init__", "load_arguments"])
+def test_a_device_without_room_for_static_tensors_has_its_blocks_launched_kernel_by_kernel(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graphs.Static, part, fail)
+    with open_session("llama") as session:
+        with pytest.warns(UserWarning, match="kernel by kernel from now on: recording one failed: CUDA out of memory"):
+            result = train(session, RepeatingRecorder())
+        assert session.executor.graphs.replayed == frozenset() and not session.executor.graphs._static
     assert_same(result, plain("llama", None))
 
 

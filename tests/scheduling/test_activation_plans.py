@@ -266,6 +266,17 @@ def test_blocks_whose_launches_bind_are_replayed_as_graphs_and_recomputed() -> N
     )
 
 
+def test_a_session_without_graphs_keeps_what_it_would_have_to_launch_again() -> None:
+    """A slow host takes longer to launch kernels than the device to run them: what is kept is not launched again."""
+    slow = dataclasses.replace(H100, launch_s=80e-6)
+    wanted = request(micro_batch=1, accumulate=2)
+    plans = [
+        plan_model(wanted, streamed(), slow, device="cuda:0", chunk_bytes=None, workload=workload(1), replays_graphs=replays_graphs)
+        for replays_graphs in (True, False)
+    ]
+    assert not plans[0].activations and len(plans[1].activations) == 16, [plan.notes[-1] for plan in plans]
+
+
 @pytest.mark.parametrize("mode", ["keep", "host"])
 def test_a_mode_that_does_not_fit_is_refused_with_both_numbers_and_the_cure(mode: str) -> None:
     fields: dict[str, object] = {"device_budget_bytes": 9 * GIB} if mode == "keep" else {"host_budget_bytes": 20 * GIB}

@@ -91,6 +91,25 @@ def test_dispatching_takes_the_dispatching_threads_time_and_compute_ends_no_soon
     assert [span.start_s for span in spans_of([free, task(COMPUTE, 1)], streams=True)] == [0.5]
 
 
+def test_a_step_ends_no_sooner_than_its_last_free_is_dispatched() -> None:
+    free = Task(lane=COMPUTE, work_s=0.0, host_bytes_per_s=0.0, waits=(), dispatch_s=1.5, is_free=True)
+    for streams, tasks, end_s in ((True, [task(COMPUTE, 1), free], 1.5), (True, [task(COMPUTE, 2), free], 2), (True, [free], 1.5)):
+        assert run_timeline(tasks, [0], Threads(has_streams=streams), Contention(HardwareSpec()))[1] == [end_s]
+    hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=1e-3)
+    plan = make_plan(parameters="host", states="host", boundaries="device", device="cuda:0")
+    schedule = full_step(plan)
+    least_s = sum(build_costs(plan, hardware).dispatch_s(schedule.ops))
+    for overlap in (False, True):
+        assert simulate(schedule, plan, dataclasses.replace(hardware, **dict.fromkeys(RATES, 1e15)), overlap=overlap).step_s >= least_s
+
+
+def test_launching_is_not_slowed_down_by_copies() -> None:
+    """A second to launch beside a copy, for work of a quarter that the copy makes half a second; and of 0.9, that it makes 1.8."""
+    for work_s, end_s in ((0.25, 1), (0.9, 1.8)):
+        found = times([task(H2D, 9), task(COMPUTE, work_s, dispatch=1)], streams=True, compute_beside_copies=0.0)
+        assert found[1] == (0, end_s)
+
+
 # -- contention --------------------------------------------------------------------------------------------------------
 
 
@@ -304,6 +323,8 @@ def test_templates_say_what_an_operation_takes_on_this_host() -> None:
     assert find_operation_s(hardware, workload, on_a_gpu) == pytest.approx(LAUNCH_BESIDE_LANES * 1e-5)
     on_a_cpu = dataclasses.replace(on_a_gpu, blocks=(dataclasses.replace(timed, backward=dataclasses.replace(timing, issue_s=0.0)),))
     assert find_operation_s(hardware, workload, on_a_cpu) == LAUNCH_BESIDE_LANES, "the host computed: the probe's"
+    of_others = dataclasses.replace(on_a_gpu, blocks=(dataclasses.replace(timed, name="another"),))
+    assert find_operation_s(hardware, workload, of_others) == LAUNCH_BESIDE_LANES, "no class of this model was timed"
 
 
 def test_an_evaluation_is_simulated_too() -> None:

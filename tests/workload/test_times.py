@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import tiny_config
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from overspill import describe_workload
 from overspill.report.workload import _describe_launches
 from overspill.runtime import template_repetitions, template_timing
 from overspill.runtime.template_repetitions import MOST_IN_DOUBT, build_sizes
-from overspill.runtime.template_runs import Sample
+from overspill.runtime.template_runs import BlockRun, Sample
 from overspill.runtime.template_timing import choose_better, time_templates
 from overspill.spec.documents import from_json, from_plain, to_json
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
@@ -112,13 +115,43 @@ def test_what_a_recomputation_leaves_out_is_left_out_of_its_template(monkeypatch
     assert not made, "there was no time to find out"
 
 
-def test_timing_leaves_generators_and_the_model_alone() -> None:
-    model = LlamaForCausalLM(tiny_config("llama"))
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_timing_leaves_generators_and_the_model_alone(dropout: float) -> None:
+    """The embedding is run with values to find the blocks' arguments, which draws where it has a dropout."""
+    config = tiny_config("gpt2")
+    config.embd_pdrop = dropout
+    model = AutoModelForCausalLM.from_config(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
     time_templates(model, **SIZES, device="cpu", limit_s=0.5)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_under_autocast_each_pass_casts_the_weights_itself_as_in_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no cast is left behind that the caller's autocast would hold."""
+    matrices: list[weakref.ref[torch.UntypedStorage]] = []
+    numbers: list[int] = []
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten._to_copy.default and made.dim() == 2:
+                matrices.append(weakref.ref(made.untyped_storage()))
+            return made
+
+    def counted(self: BlockRun) -> Sample:
+        number = len(matrices)
+        sample = run(self)
+        numbers.append(len(matrices) - number)
+        return sample
+
+    run = BlockRun.__call__
+    monkeypatch.setattr(BlockRun, "__call__", counted)
+    with torch.autocast("cpu", dtype=torch.bfloat16), Casts():
+        time_templates(tiny_config("llama"), **SIZES, device="cpu", limit_s=0.5)
+        assert matrices and not any(storage() is not None for storage in matrices)
+    assert len(numbers) > 2 and min(numbers) >= 2 * 7, "seven matrices, forward and again in backward"
 
 
 def test_sizes_grow_to_what_was_asked_for() -> None:

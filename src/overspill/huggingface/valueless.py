@@ -47,7 +47,7 @@ def described_arguments(streamed: StreamedModel, *, is_masked: bool) -> object:
         for name, spec in streamed.parameters.items()
         if name in streamed.unit_parameters[EMBEDDING]
     }
-    with torch.no_grad(), streamed.bound(EMBEDDING, zeros):
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), streamed.bound(EMBEDDING, zeros):  # an embedding may have a dropout
         return shapes_of(streamed.embed(build_batch(streamed, 1, NUM_TOKENS, is_masked=is_masked)).arguments)
 
 

@@ -121,7 +121,17 @@ def choose_activations(
         first = base.units[1].name
         why = "their launches bound them, and they are replayed as CUDA graphs" if replayed else _why_unknown(first, workload)
         return note(recomputed, f"activations: all blocks are recomputed (auto: {why})")
-    search = _Search(base, hardware, workload, blocks, known, place, excess, prefetch_units=recomputed.prefetch_units)
+    search = _Search(
+        base,
+        hardware,
+        workload,
+        blocks,
+        known,
+        place,
+        excess,
+        prefetch_units=recomputed.prefetch_units,
+        replays_graphs=replays_graphs,
+    )
     recomputed_s = search.step_s(recomputed)
     best, best_s = recomputed, recomputed_s
     size = recomputed.group_size
@@ -155,14 +165,15 @@ class _Search:
         excess: Excess,
         *,
         prefetch_units: int,
+        replays_graphs: bool,
     ) -> None:
-        self.prefetch_units = prefetch_units
+        self.prefetch_units, self.replays_graphs = prefetch_units, replays_graphs
         self.base, self.hardware, self.workload = base, hardware, workload
         self.blocks, self.known, self.place, self.excess = blocks, known, place, excess
 
     def step_s(self, plan: Plan) -> float:
         """Of a step in a row of equal ones, on paper."""
-        costs = build_costs(plan, self.hardware, workload=self.workload)
+        costs = build_costs(plan, self.hardware, workload=self.workload, replayed=None if self.replays_graphs else ())
         overlaps_steps = plan.timing is UpdateTiming.IMMEDIATE
         prediction = simulate(full_step(plan), plan, self.hardware, overlap=True, repeats=True, overlaps_steps=overlaps_steps, costs=costs)
         return prediction.step_s

@@ -11,7 +11,7 @@ Where the seconds of a compute op come from, the first of these that is known:
    (`planning/graphs.py`) those of a replay; where none was timed, at most what rule 2 says, and the source says so.
 2. A workload and the rates of a matrix product and of the device's memory: matrix products and attention (a causal kernel does half of
    T x T) at the first rate, elementwise work at the second. Where the probe has measured the kinds of kernels apart, each kind at its own
-   (`_kinds_seconds`). Where the host launches an op's kernels one by one, no less than that takes (`HardwareSpec.launch_s`).
+   (`_kinds_seconds`).
 3. A workload and one rate for everything (`HardwareSpec.device_flops`): the same FLOPs over it, and each byte of elementwise work is
    part of what that rate was assumed for.
 4. Neither: the FLOPs that the program itself names, without attention.

@@ -84,7 +84,7 @@ def find_operation_s(hardware: HardwareSpec, workload: WorkloadSpec | None, time
     """Of one operation in a session; 0: nobody measured it."""
     known = {item.name: item for item in workload.classes} if workload is not None else {}
     for timed in times.blocks if times is not None else ():
-        number = count_operations(known[timed.name])
+        number = count_operations(known[timed.name]) if timed.name in known else 0
         if timed.launch_s and timed.forward is not None and number:
             return LAUNCH_BESIDE_LANES * timed.launch_s / number
     return LAUNCH_BESIDE_LANES * hardware.launch_s

@@ -1,8 +1,8 @@
 """Which blocks a run replays as CUDA graphs, decided before it, and what their recordings take of the device.
 
 The same answer goes to the executor (`runtime/graphs.BlockGraphs.choose`), to the memory terms and to the times of compute, so that a run
-does what was predicted of it. Only where nobody has timed templates the executor judges by its own first steps, and may judge otherwise
-than paper; predictions of later steps go by its judgement.
+does what was predicted of it. Only where nobody has timed templates, or one could not be timed, the executor judges by its own first
+steps, and may judge otherwise than paper; predictions of later steps go by its judgement.
 
 Rules, for each class of blocks:
 

@@ -58,8 +58,8 @@ def simulate(
     if overlap:
         spans, earlier, step_s, alone_s = _overlapping(schedule, plan, costs, arenas, repeats=repeats, overlaps_steps=overlaps_steps)
     else:
-        spans, earlier = _serial(schedule, costs), []
-        step_s = alone_s = max((span.end_s for span in spans), default=0.0)
+        (spans, alone_s), earlier = _serial(schedule, costs), []
+        step_s = alone_s
     lands_later = repeats and overlaps_steps
     return Prediction(
         step_s=step_s,
@@ -117,9 +117,9 @@ def _walk(schedule: Schedule, plan: Plan) -> tuple[dict[str, int], dict[Tier, in
     return lane_bytes, total, {name: {tier.value: size for tier, size in peaks.items()} for name, peaks in phases.items()}
 
 
-def _serial(schedule: Schedule, costs: Costs) -> list[Span]:
-    """One op after the other."""
-    clock, spans = 0.0, []
+def _serial(schedule: Schedule, costs: Costs) -> tuple[list[Span], float]:
+    """One op after the other; spans, and when the last one was done."""
+    clock, spans = 0.0, list[Span]()
     for index, (item, dispatch_s) in enumerate(zip(schedule.ops, costs.dispatch_s(schedule.ops), strict=True)):
         if isinstance(item.op, Free):
             clock += dispatch_s
@@ -131,7 +131,7 @@ def _serial(schedule: Schedule, costs: Costs) -> list[Span]:
         waits = tuple(wait for wait in item.waits if not isinstance(schedule.ops[wait].op, Free))
         start = begin if is_launched else begin + dispatch_s
         spans.append(Span(index, item.lane, start, clock, begin, start, num_bytes, waits))
-    return spans
+    return spans, clock
 
 
 def _overlapping(

@@ -143,7 +143,7 @@ class _Timeline:
         change again, so each is looked at once, but for the one that it stands at."""
         self.submitted = [0.0] * number
         self.launched = [0.0] * number
-        """When the last kernel of compute has been."""
+        """When the last kernel of compute has been, which nothing that is under way slows down."""
         self.start = [-1.0] * number
         self.end = [-1.0] * number
         self.ready = [0.0] * number
@@ -177,7 +177,7 @@ class _Timeline:
                 break
         assert self.next == len(self.tasks) and all(self.ended), "a program that gets stuck"
         if len(self.returned) < len(self.starts):
-            self.returned.append(self.now)
+            self.returned.append(max(self.now, self.clock))  # the last `Free`s take the thread's time, too
         return self.spans(), self.returned
 
     # -- the dispatching thread ---------------------------------------------------------------------------------------
@@ -282,8 +282,6 @@ class _Timeline:
             flight.popleft()
             if self.start[index] < 0:
                 self.start[index] = self.now
-            if lane == _COMPUTE:
-                self.left[index] = max(self.left[index], self.launched[index] - self.now)
             self.running[lane] = index
             has_moved = True
         return has_moved
@@ -295,7 +293,7 @@ class _Timeline:
         speeds = self.contention.speeds(self.running, self.tasks)
         until = _NEVER
         for lane, index in self.running.items():
-            until = min(until, self.now + self.left[index] / speeds[lane])
+            until = min(until, max(self.now + self.left[index] / speeds[lane], self.launched[index]))
         for lane in range(len(_LANES)):
             for line in (self.queues[lane], self.flights[lane]):
                 if line and self.now < self.submitted[line[0]] < until:
@@ -306,7 +304,7 @@ class _Timeline:
         self.now = until
         for lane, index in tuple(self.running.items()):
             self.left[index] -= passed * speeds[lane]
-            if self.left[index] <= _DONE_S:
+            if self.left[index] <= _DONE_S and self.launched[index] <= self.now:
                 del self.running[lane]
                 self.end[index], self.ended[index] = self.now, True
                 self.num_left[self.step_of[index]] -= 1

@@ -40,8 +40,9 @@ def host_available_bytes(root: Path = ROOT) -> int:
 class AvailableBytes:
     """`host_available_bytes` for who asks many times a second.
 
-    Which groups there are and what limits they have is read anew every `LIMITS_S`. What a group could drop of file cache is added only
-    where it would leave less than enough without: the kernel sums that up over all CPUs, which can take milliseconds on a large machine.
+    Which groups there are and what limits they have is read anew every `LIMITS_S`, and where less than enough is left. What a group could
+    drop of file cache is added only where it would leave less than enough without: the kernel sums that up over all CPUs, which can take
+    milliseconds on a large machine.
 
     Args:
         enough_bytes: an answer that is larger may be too small, but never below this.
@@ -54,9 +55,12 @@ class AvailableBytes:
         self._limits_until_s = 0.0
 
     def __call__(self) -> int:
-        now_s = time.monotonic()
-        if now_s >= self._limits_until_s:
-            self._limits, self._limits_until_s = tuple(_cgroup_limits(self._root)), now_s + LIMITS_S
+        if time.monotonic() < self._limits_until_s and (left := self._left()) >= self._enough_bytes:
+            return left
+        self._limits, self._limits_until_s = tuple(_cgroup_limits(self._root)), time.monotonic() + LIMITS_S
+        return self._left()
+
+    def _left(self) -> int:
         return _available_bytes(self._root, self._limits, enough_bytes=self._enough_bytes)
 
 

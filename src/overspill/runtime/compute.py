@@ -299,6 +299,12 @@ def seed_generators(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[cuda_index(device)].manual_seed(seed)
 
 
+def forget_casts(device: torch.device) -> None:
+    """After an op: autocast would hold a cast of every weight that it has met until the caller leaves it."""
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
+
+
 def check_losses(micro_batches: Sequence[MicroBatch], step: int) -> None:
     """Stop if a loss is not finite.
 

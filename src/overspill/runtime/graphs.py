@@ -20,8 +20,9 @@ Rules:
    by what comes first: those of `choose`, from timed templates (`planning/graphs.py`); or all, after a training step was measured to be
    bound by launches (`judge`), and this stays, for recordings keep their memory. The rule is the same (`spec/launches.py`). Predictions
    do not decide it again: they ask `replayed`.
-4. A replay of a backward needs no memory after it has begun: it has added to gradients then, and cannot be done again.
-5. A recording that fails ends all recording in this session; nothing has run then, and the block runs as ever.
+4. A replay needs no memory after it has begun: a backward has added to gradients then, and cannot be done again.
+5. A recording that fails, or the first one whose static tensors have no memory, ends all recording in this session; nothing has run then,
+   and the block runs as ever.
 6. Recordings share one memory pool: at a time one is replayed, and what it leaves in the pool nobody reads.
 
 Limits: at most `MOST_RECORDINGS`; the memory of one block's activations is held for good.
@@ -228,10 +229,11 @@ class BlockGraphs:
         recording, static = self._find(key, unit, hidden, arguments, run)
         if recording is None or static is None:
             return None
+        result = torch.empty_like(static.output)  # before the replay: what runs out of memory after it would be counted twice
         static.hidden.copy_(hidden)
         recording.replay()
         self.num_replays += 1
-        return static.output.clone()
+        return result.copy_(static.output)
 
     def backward(
         self,
@@ -326,8 +328,14 @@ class BlockGraphs:
                 return None, None
         elif self._recordings[key] is None or not self._is_wanted(unit):
             return None, None
-        static = self._static_for(hidden)
-        tensors = static.load_arguments(arguments) if static is not None else None
+        try:
+            static = self._static_for(hidden)
+            tensors = static.load_arguments(arguments) if static is not None else None
+        except torch.OutOfMemoryError as error:
+            if len(self):  # which can be given up for it
+                raise
+            self._fail(error)
+            return None, None
         if static is None or tensors is None:
             return None, None
         if key not in self._recordings:
@@ -362,10 +370,14 @@ class BlockGraphs:
         try:
             replay = self.recorder.record(launch)
         except RuntimeError as error:
-            warnings.warn(f"blocks are launched kernel by kernel from now on: recording one failed: {error}", stacklevel=2)
-            self.close()
+            self._fail(error)
             return None
         return _Recording(replay, call, used)
+
+    def _fail(self, error: RuntimeError) -> None:
+        """Rule 5."""
+        warnings.warn(f"blocks are launched kernel by kernel from now on: recording one failed: {error}", stacklevel=2)
+        self.close()
 
 
 def launch_forward(model: StreamedModel, unit: str, static: Static, arguments: BlockArguments) -> None:

@@ -409,14 +409,15 @@ class Session(Closing):
         """Time one block of every class and the tail on the device, for all predictions from now on, within about `limit_s`.
 
         This also decides which blocks are replayed as CUDA graphs, unless steps that were made before have shown that launches bound all
-        of them. Predictions are of what the session does, either way.
+        of them, or a class could not be timed (`UnitTimes.note`): then steps decide. Predictions are of what the session does, either way.
 
         Between steps; takes memory of the device that the plan knows nothing of. None: the model cannot be described without weights.
         """
         self._runner.check_usable()
         self.executor.finish()  # what a step has left under way would be timed along
         times = self._predictions.time_templates(self.device, limit_s=limit_s)
-        if times is not None and not self._is_compiled:  # compiled blocks launch less than was timed: the run judges
+        is_timed = times is not None and all(item.backward is not None for item in times.blocks)
+        if is_timed and not self._is_compiled:  # compiled blocks launch less than was timed: the run judges
             self.executor.graphs.choose(self._predictions.choose_blocks())
         return times
 

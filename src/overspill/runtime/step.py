@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from overspill.huggingface import share_equal_tensors
-from overspill.runtime.compute import MicroBatch, StepContext
+from overspill.runtime.compute import MicroBatch, StepContext, forget_casts
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.landing import Chunk, Landing
 from overspill.runtime.lanes import Abandoned, Completion, Job
@@ -185,8 +185,7 @@ class RunningStep:
                 raise
             return False
         finally:
-            if torch.is_autocast_enabled(self.executor.device.type):
-                torch.clear_autocast_cache()  # it would hold a cast of every weight until the caller leaves autocast
+            forget_casts(self.executor.device)
         return True
 
     def _share_arguments(self, micro_batches: Sequence[MicroBatch]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from overspill.huggingface import StreamedModel
 from overspill.huggingface.stand_ins import BlockArguments
-from overspill.runtime.compute import seed_generators
+from overspill.runtime.compute import forget_casts, seed_generators
 from overspill.runtime.graphs import LaunchRecorder, Static, launch_backward, launch_forward
 
 
@@ -146,6 +146,7 @@ class BlockRun:
             return self._differentiate()
 
         unneeded.decide(self._unit, seeded)
+        forget_casts(self._source.device)
 
     def draws(self, recorder: LaunchRecorder) -> bool:
         """Whether a run draws random numbers."""
@@ -164,10 +165,13 @@ class BlockRun:
         targets = {name: (self._sums[name], True) for name in self._names}
         replay_forward = recorder.record(lambda: launch_forward(self._streamed, self._unit, static, arguments))
 
+        forget_casts(source.device)
+
         def backward() -> None:
             launch_backward(self._streamed, self._unit, static, arguments, self._leaves, targets)
 
         replay_backward = recorder.record(backward)
+        forget_casts(source.device)
 
         def run_forward() -> None:
             static.hidden.copy_(source)
@@ -184,12 +188,14 @@ class BlockRun:
         return lambda: self._timed(run_forward, run_backward)
 
     def _timed(self, forward: Callable[[], None], backward: Callable[[], None]) -> Sample:
-        clock = self._clock
+        clock, device = self._clock, self._source.device
         begin, begin_s = clock.mark(), clock.now()
         forward()
+        forget_casts(device)
         forward_issue_s = clock.now() - begin_s
         middle, middle_s = clock.mark(), clock.now()
         backward()
+        forget_casts(device)
         backward_issue_s = clock.now() - middle_s
         end = clock.mark()
         return Sample(
@@ -258,6 +264,7 @@ class TailRun:
             chunk_rows=self._chunk_rows,
             accumulate=self._accumulate,
         )
+        forget_casts(self._hidden.device)
         issue_s = clock.now() - begin_s
         seconds = clock.seconds(begin, clock.mark())
         return Sample(forward_s=0.0, backward_s=seconds, backward_issue_s=issue_s if clock.is_apart else 0.0)
