@@ -36,7 +36,7 @@ def show_forecast(session: Session, options: FinetuneOptions, console: Console) 
 
 
 def is_worth_timing(session: Session, options: FinetuneOptions) -> bool:
-    """Whether blocks of this run can be timed in less time than their steps take, and will take what was timed."""
+    """Whether blocks of this run will take what templates take, and launching them is worth timing (see above)."""
     return session.hardware.is_measured and session.device.type == "cuda" and not options.compile and not options.serial
 
 

@@ -74,7 +74,7 @@ def describe_workload_notes(spec: WorkloadSpec, times: TemplateTimes | None = No
 
 
 def _describe_launches(times: UnitTimes) -> str:
-    """What launches have to do with a block's time; empty where they do not bound it."""
+    """What launches have to do with a block's time; empty where it is not replayed for them."""
     replays = [timing.median_s for timing in (times.replayed_forward, times.replayed_backward) if timing is not None]
     if not replays or not times.is_worth_replaying:
         return ""

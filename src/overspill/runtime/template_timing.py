@@ -15,8 +15,9 @@ Rules:
 2. Every class has an equal share of the time that is left when its turn comes; what one does not need goes to the next. A unit whose
    weights alone would take longer to make and to go through once is not begun: judged by the unit before it, the first one, on a CPU,
    by an assumption.
-3. On a GPU the host's time to launch is measured beside the device's. Where it bounds a block (`spec/launches.py`), forward and backward
-   are recorded as CUDA graphs and their replays are timed as well: that is what such a block takes in a run, and no slow host is in it.
+3. On a GPU the host's time to launch is measured beside the device's. Where it bounds a block, or nearly (`spec/launches.py`), forward
+   and backward are recorded as CUDA graphs and their replays are timed as well: that is what such a block takes in a run, and no slow host
+   is in it.
 4. Where a GPU's result is doubtful (`_is_doubtful`) and time is left when all had their turn, the unit is timed again from the beginning;
    of two results at one size the quicker one counts, because whatever disturbs makes slower. A result far from the other is told.
 5. No size is begun for which memory is predicted not to suffice; what runs out of it all the same is a note, not an error.

@@ -321,7 +321,7 @@ class UnitTimes:
     """Recomputation, gradients, and their addition to fp32 sums, as the runtime does them. None: `note` says why."""
     note: str = ""
     replayed_forward: Timing | None = None
-    """Replayed as a CUDA graph, which is what a block takes that launches bound. None: they do not bind, or it was not recorded."""
+    """Replayed as a CUDA graph, what a block takes that is worth it (`is_worth_replaying`). None: it is not, or was not recorded."""
     replayed_backward: Timing | None = None
     is_replayable: bool = True
     """False: it has side inputs or outputs, draws random numbers, or could not be recorded; its kernels are launched one by one."""
