@@ -27,7 +27,8 @@ from overspill.activations.links import End
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "activations"))
 
 from bounds import simulate_host  # noqa: E402
-from nets import SHAPES, Attention, Block, NetShape, WideNet, build_net  # noqa: E402
+from net_shapes import SHAPES, NetShape  # noqa: E402
+from nets import Attention, Block, WideNet, build_net  # noqa: E402
 
 __all__ = ["LINK_BYTES_PER_S", "SHAPES", "PacedLink", "PacedNet", "simulate_host"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import LlamaConfig
 
 from overspill.errors import BudgetError
 from overspill.huggingface.workload import build_streamed
-from overspill.planning import build_costs
+from overspill.planning import activations, build_costs
 from overspill.planning.space import activation_slot_bytes, scratch_bytes
 from overspill.runtime.opening import describe_batch, refuse_compiled
 from overspill.runtime.opening import make_plan as plan_model
@@ -266,15 +267,18 @@ def test_blocks_whose_launches_bind_are_replayed_as_graphs_and_recomputed() -> N
     )
 
 
-def test_a_session_without_graphs_keeps_what_it_would_have_to_launch_again() -> None:
-    """A slow host takes longer to launch kernels than the device to run them: what is kept is not launched again."""
-    slow = dataclasses.replace(H100, launch_s=80e-6)
-    wanted = request(micro_batch=1, accumulate=2)
-    plans = [
-        plan_model(wanted, streamed(), slow, device="cuda:0", chunk_bytes=None, workload=workload(1), replays_graphs=replays_graphs)
-        for replays_graphs in (True, False)
-    ]
-    assert not plans[0].activations and len(plans[1].activations) == 16, [plan.notes[-1] for plan in plans]
+@pytest.mark.parametrize("replays_graphs", [True, False])
+def test_plans_of_a_session_without_graphs_are_compared_without_replays(replays_graphs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared, build = list[object](), activations.build_costs
+
+    def build_and_note(*args: Any, replayed: Any = None, **fields: Any) -> Any:
+        compared.append(replayed)
+        return build(*args, replayed=replayed, **fields)
+
+    monkeypatch.setattr(activations, "build_costs", build_and_note)
+    wanted = request(micro_batch=8)
+    plan_model(wanted, streamed(), H100, device="cuda:0", chunk_bytes=None, workload=workload(8), replays_graphs=replays_graphs)
+    assert len(compared) > 1 and set(compared) == {None if replays_graphs else ()}
 
 
 @pytest.mark.parametrize("mode", ["keep", "host"])
