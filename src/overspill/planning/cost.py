@@ -201,6 +201,7 @@ class _ComputeTable:
         self.timed: Mapping[str, UnitTimes] = {item.name: item for item in (*times.blocks, times.tail)} if times is not None else {}
         self.known: dict[tuple[str, Phase, bool], float] = {}
         """Of a micro-batch at its longest."""
+        self.launched: dict[tuple[str, Phase, bool], float] = {}
         is_whole = workload is not None and workload.is_complete
         self.is_measured = bool(times) or (is_whole and hardware.matrix_flops > 0)
         if times is not None:
@@ -226,7 +227,12 @@ class _ComputeTable:
         """Of the host: as many launches however few the tokens."""
         if self.workload is None:
             return 0.0
-        item = self.workload.class_of(op.unit)
+        key = op.unit, op.phase, op.is_retained
+        if key not in self.launched:
+            self.launched[key] = self._launch_seconds(op, self.workload.class_of(op.unit))
+        return self.launched[key]
+
+    def _launch_seconds(self, op: Compute, item: UnitWork) -> float:
         if self._is_replayed(op):
             return issue_s(self._replay(item, op.phase)) or REPLAY_OPERATIONS * self.operation_s
         factor = RETAINED_LAUNCHES if op.is_retained and op.phase is Phase.FORWARD else 1.0
@@ -234,9 +240,7 @@ class _ComputeTable:
         timing = None if found is None else found.forward if op.phase is Phase.FORWARD else None if op.is_retained else found.backward
         if timing is not None and timing.issue_s:
             return factor * issue_s(timing)
-        work = unit_work(item, op.phase, is_retained=op.is_retained)
-        if work is not None and op.consumed:
-            work += self._rebuilt(op, item)
+        work = self._work(op, item)
         is_block = op.unit not in (self.plan.units[0].name, self.plan.units[-1].name)
         stand_ins = 0 if is_block else STAND_IN_OPERATIONS * (len(self.plan.units) - 2)
         return factor * (stand_ins + (0 if work is None else work.num_ops)) * self.operation_s
@@ -252,14 +256,17 @@ class _ComputeTable:
         assert self.workload is not None
         item = self.workload.class_of(op.unit)
         timed = self._timed_seconds(op, item)
-        work = unit_work(item, op.phase, is_retained=op.is_retained)
-        if work is not None and op.consumed:
-            work += self._rebuilt(op, item)
+        work = self._work(op, item)
         if timed is None:
             return op.flops / self.hardware.device_flops if work is None else self._work_seconds(work, item, op.phase)
         if not self._is_replayed(op) or self._replay(item, op.phase) is not None or work is None:
             return timed
         return min(timed, self._work_seconds(work, item, op.phase))
+
+    def _work(self, op: Compute, item: UnitWork) -> Work | None:
+        """What the op does, and makes again of a graph that was kept; None: it could not be traced."""
+        work = unit_work(item, op.phase, is_retained=op.is_retained)
+        return work + self._rebuilt(op, item) if work is not None and op.consumed else work
 
     def _is_replayed(self, op: Compute) -> bool:
         return op.unit in self.replayed and not op.is_retained

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from overspill.planning.dispatching import issue_s
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_S, do_launches_bind, is_worth_replaying
 from overspill.spec.plan import Plan
@@ -68,9 +69,10 @@ def is_replayed(item: UnitWork, workload: WorkloadSpec, *, hardware: HardwareSpe
     device_s = _paper_device_s(item)
     if device_s is None:
         return False
-    launch_s = _paper_launch_s(item, hardware)
     if timed is not None and timed.launch_s and timed.backward is not None:
-        launch_s = LAUNCH_BESIDE_LANES * timed.backward.issue_s
+        launch_s = issue_s(timed.backward)
+    else:
+        launch_s = _paper_launch_s(item, hardware)
     return is_worth_replaying(launch_s=launch_s, device_s=device_s)
 
 
