@@ -6,17 +6,15 @@ through its own host memory (what `gpudirect=True` refuses outside of tests); an
 
 from __future__ import annotations
 
-import gc
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from stand_in_kvikio import install
-from test_gpu_offload import assert_same, batch, deterministic, llama, offload, run
+from test_gpu_offload import assert_a_kept_graph_and_an_exception_leave_nothing, assert_same, batch, deterministic, llama, offload, run
 
 from overspill.tiers import gpudirect
-from overspill.units import MIB
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 __all__ = ["deterministic"]
@@ -67,25 +65,4 @@ def test_a_device_that_runs_late_changes_no_bit(is_own_stream: bool, way: str, t
 
 
 def test_a_kept_graph_and_an_exception_leave_nothing_on_the_device(way: str, tmp_path: Path) -> None:
-    model, ids = llama(), batch()
-    run(model, ids)
-    model.zero_grad()
-    gc.collect()
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    active = offload(model, host_budget="64KiB", ssd_dir=tmp_path / "ssd", ssd_budget="2GiB", gpudirect=True)
-    with pytest.raises(ZeroDivisionError), active:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward(retain_graph=True)
-        first = [parameter.grad.clone() for parameter in model.parameters()]
-        model.zero_grad()
-        loss.backward(retain_graph=True)
-        assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(model.parameters(), first, strict=True))
-        raise ZeroDivisionError
-    del loss, first
-    model.zero_grad()
-    gc.collect()
-    torch.cuda.synchronize()
-    report = active.report()
-    assert (report.num_live, report.host_used_bytes, report.ssd_used_bytes, report.pinned_bytes) == (0, 0, 0, 0)
-    assert torch.cuda.memory_allocated() <= before + MIB
+    assert_a_kept_graph_and_an_exception_leave_nothing(host_budget="64KiB", ssd_dir=tmp_path / "ssd", ssd_budget="2GiB", gpudirect=True)
