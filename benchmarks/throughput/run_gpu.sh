@@ -10,8 +10,8 @@
 #   SSD_DIR        for rows that need a drive (/tmp/throughput-ssd)
 #   STEPS, WARMUP  counted steps (5), steps before them (2)
 #   INSTALL=0      overspill is importable already
-# Writes RESULTS_DIR/throughput-PART.jsonl (a line a row, failures too), .log, throughput.md over all parts there, and plots if there is
-# matplotlib.
+#   PLOTS=1        draw plots too, a file a workload; plot.py draws them from the results at any time, anywhere
+# Writes RESULTS_DIR/throughput-PART.jsonl (a line a row, failures too), .log, and throughput.md over all parts there.
 set -uo pipefail
 results=$1 part=$2
 shift 2
@@ -33,5 +33,5 @@ python3 "$here/run.py" "${only[@]}" --ssd-dir "$ssd" --steps "${STEPS:-5}" --war
   grep -E '^==|tokens/s|step|rror|limit|not started' | tail -200
 code=${PIPESTATUS[0]}
 python3 "$here/summarize.py" "$results"/throughput-*.jsonl --out "$results/throughput.md" || code=1
-python3 -c 'import matplotlib' 2> /dev/null && python3 "$here/plot.py" "$results" "$results"/throughput-*.jsonl
+[ "${PLOTS:-0}" = 1 ] && python3 "$here/plot.py" "$results" "$results"/throughput-*.jsonl
 exit "$code"

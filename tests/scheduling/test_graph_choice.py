@@ -154,7 +154,7 @@ def test_the_memory_term_and_the_time_of_compute_follow_one_decision() -> None:
         assert found.num_replays == (2 * 4 * 2 if is_replayed else 0), "forward and backward of each micro-batch and block"
         block_s = 4e-3 if is_replayed else max(8e-3, LAUNCH_BESIDE_LANES * launch_share * 8e-3)
         expected_s = 2 * (4 * block_s + 8e-3)
-        assert expected_s < found.lane_busy_s["compute"] < 1.2 * expected_s, "launches of the embedding and visits are in it"
+        assert expected_s < found.lane_busy_s["compute"] < 1.25 * expected_s, "launches of the embedding and visits are in it"
 
 
 def test_a_replay_that_was_not_timed_is_estimated_and_that_is_said() -> None:

@@ -1,6 +1,7 @@
 """Models and data of the Hugging Face ecosystem: taken apart into units, loaded, exported, tokenized."""
 
 from overspill.huggingface.export import write_model_folder
+from overspill.huggingface.host_reads import HostReads
 from overspill.huggingface.meta_model import build_meta_model, swap_parameters_for_meta
 from overspill.huggingface.model_object import validate_model_object
 from overspill.huggingface.skeleton import copy_without_weights
@@ -12,6 +13,7 @@ __all__ = [
     "BlockOutput",
     "Checkpoint",
     "Embedded",
+    "HostReads",
     "StreamedModel",
     "build_meta_model",
     "copy_without_weights",

@@ -32,7 +32,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -261,18 +261,19 @@ class StreamedModel:
         if self.unneeded is not None:
             self.unneeded.reset()
 
-    def embed(self, batch: Mapping[str, Tensor]) -> Embedded:
+    def embed(self, batch: Mapping[str, Tensor], *, reading: AbstractContextManager[None] | None = None) -> Embedded:
         """The micro-batch's way to the first block, and every block's arguments; inside `bound("embedding", ...)`.
 
         With grad enabled the hidden states and side inputs carry the graph of the embedding.
 
         Args:
             batch: `input_ids` [B, T]; `attention_mask` [B, T] and `position_ids` [B, T] if wanted; `labels` are not looked at.
+            reading: around the model's own code (`host_reads`).
         """
         self._validate_bound(EMBEDDING)
         self._rotary.reset()
         recorder = CallRecorder(self._stack, self.inspection.side_paths)
-        with self._stack.visited_by(RecordingVisitor(recorder, self.inspection.returns)):
+        with self._stack.visited_by(RecordingVisitor(recorder, self.inspection.returns)), reading or nullcontext():
             try:
                 self.model(**self.inputs(batch))
             except AllRecorded:
@@ -315,6 +316,7 @@ class StreamedModel:
         chunk_rows: int,
         accumulate: Accumulate | None,
         before_tail: Callable[[], None] | None = None,
+        reading: AbstractContextManager[None] | None = None,
     ) -> TailOutput:
         """From the last block's hidden states to the loss and, unless in evaluation, back; inside `bound("tail", parameters)`.
 
@@ -328,6 +330,7 @@ class StreamedModel:
             chunk_rows: most rows of logits at a time.
             accumulate: gets every contribution to a parameter's gradient: the head's per chunk, then the norm's. None: evaluation.
             before_tail: called right before the tail's own code runs (to seed its dropout).
+            reading: as for `embed`.
         """
         self._validate_bound(TAIL)
         self._rotary.reset()
@@ -342,6 +345,7 @@ class StreamedModel:
             chunk_rows=chunk_rows,
             accumulate=accumulate,
             before_tail=before_tail,
+            reading=reading or nullcontext(),
         )
 
     def logits(self, batch: Mapping[str, Tensor], hidden: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -194,13 +194,14 @@ class Tail:
         chunk_rows: int,
         accumulate: Accumulate | None,
         before_tail: Callable[[], None] | None,
+        reading: AbstractContextManager[None],
     ) -> TailOutput:
         """See `StreamedModel.run_tail`."""
         is_training = accumulate is not None
         targets = find_targets(labels_BT)
         leaf = hidden.detach().requires_grad_(is_training)
         with torch.set_grad_enabled(is_training):
-            output = self.run_body(inputs, leaf, before_tail)
+            output = self.run_body(inputs, leaf, before_tail, reading)
         last_hidden_BTH = last_hidden_state(output)
         total, gradient = cross_entropy_chunks(
             lambda rows: self.run_head(inputs, output, rows),
@@ -226,7 +227,13 @@ class Tail:
         _pass_on(accumulate, trainable, gradients)
         return TailOutput(loss=loss, num_targets=targets.num_targets, hidden_gradient=hidden_gradient, side_output_gradients=side_gradients)
 
-    def run_body(self, inputs: Mapping[str, Any], hidden: Tensor, before_tail: Callable[[], None] | None = None) -> Any:
+    def run_body(
+        self,
+        inputs: Mapping[str, Any],
+        hidden: Tensor,
+        before_tail: Callable[[], None] | None = None,
+        reading: AbstractContextManager[None] | None = None,
+    ) -> Any:
         """The owner's output for `hidden` as the last block's hidden states (rule 1)."""
         forward = self.owner.forward
 
@@ -236,6 +243,7 @@ class Tail:
         with (
             self.stack.visited_by(_TailVisitor(self.stack, self.returns, hidden, before_tail)),
             forward_replaced(self.owner, stop_behind_owner),
+            reading or nullcontext(),
         ):
             try:
                 self.model(**inputs)

@@ -19,7 +19,7 @@ import torch
 
 from overspill.activations.retaining import HIDDEN
 from overspill.errors import NonFiniteError, UnsupportedModelError
-from overspill.huggingface import StreamedModel
+from overspill.huggingface import HostReads, StreamedModel
 from overspill.rng import unit_seed
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs
@@ -46,6 +46,8 @@ class MicroBatch:
     side_gradients: list[torch.Tensor | None] = dataclasses.field(default_factory=list)
     side_outputs: dict[str, tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
     side_output_gradients: dict[str, tuple[torch.Tensor | None, ...]] = dataclasses.field(default_factory=dict)
+    reads: HostReads = dataclasses.field(default_factory=HostReads)
+    """Of the embedding's forward, for the tail and the embedding's backward."""
     loss: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     """Where generation wants logits, [B]; None: the tail computes the loss."""
@@ -94,7 +96,7 @@ class UnitRunner:
         self._seed(op, context)
         with torch.no_grad():
             if position == 0:
-                embedded = self.model.embed(micro_batch.batch)
+                embedded = self.model.embed(micro_batch.batch, reading=micro_batch.reads.noted())
                 hidden = embedded.hidden
                 micro_batch.arguments = embedded.arguments
                 micro_batch.side_inputs = tuple(tensor.detach() for tensor in embedded.side_inputs)
@@ -233,7 +235,7 @@ class UnitRunner:
         above = self.residency.boundary(self._boundary(self.names[1], op, Role.BOUNDARY_GRADIENT))
         self._seed(op, context)
         with torch.enable_grad():
-            embedded = self.model.embed(micro_batch.batch)
+            embedded = self.model.embed(micro_batch.batch, reading=micro_batch.reads.answered())
         outputs, grad_outputs = [embedded.hidden], [above]
         for tensor, gradient in zip(embedded.side_inputs, micro_batch.side_gradients, strict=True):
             if gradient is not None and tensor.requires_grad:
@@ -268,6 +270,7 @@ class UnitRunner:
             chunk_rows=self.plan.loss_chunk_rows,
             accumulate=accumulate if trains else None,
             before_tail=lambda: self._seed(op, context),
+            reading=micro_batch.reads.answered(),
         )
         micro_batch.loss = output.loss
         micro_batch.side_outputs = {}

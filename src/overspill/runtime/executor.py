@@ -36,7 +36,7 @@ from overspill.huggingface import StreamedModel
 from overspill.planning.graphs import has_room
 from overspill.runtime.compute import MicroBatch, StepContext, UnitRunner, check_losses
 from overspill.runtime.gradients import Gradients
-from overspill.runtime.graphs import BlockGraphs, CudaRecorder
+from overspill.runtime.graphs import BlockGraphs, CudaRecorder, waited_for_s
 from overspill.runtime.landing import Chunk, Landing, find_applied, find_late, have_homes_landed
 from overspill.runtime.lanes import Abandoned, Completion, Lanes, settle_all
 from overspill.runtime.machine import without_cycle_collection
@@ -282,8 +282,8 @@ class Executor:
             return
         blocks = {unit.name for unit in self.plan.units[1:-1]}
         ran = [completions[index] for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]
-        spans_s = [completion.span_s(base, base_s) for completion in ran]
-        self.graphs.judge(launch_s=sum(item.issue_s for item in ran), device_s=sum(end_s - begin_s for begin_s, end_s in spans_s))
+        launches_s, spans_s = [item.issue_span_s(base_s) for item in ran], [item.span_s(base, base_s) for item in ran]
+        self.graphs.judge(launch_s=waited_for_s(launches_s, spans_s), device_s=sum(end_s - begin_s for begin_s, end_s in spans_s))
 
     def _figures(self, schedule: Schedule, step_s: float) -> StepFigures:
         lane_bytes = dict.fromkeys(LINK_LANES, 0)

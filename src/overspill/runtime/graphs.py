@@ -198,7 +198,8 @@ class BlockGraphs:
         return self.model.has_router_loss or bool(self.model.inspection.side_paths)
 
     def judge(self, *, launch_s: float, device_s: float) -> None:
-        """After a training step: how long the host launched blocks, and how long the device had them under way."""
+        """After a training step: how long the host launched blocks that the device had to wait for (`waited_for_s`), and how long the
+        device had all of them under way."""
         self._num_judged += 1
         if self._num_judged > STEPS_UNJUDGED and self.recorder is not None:
             self.is_wanted = self.is_wanted or is_worth_replaying(launch_s=launch_s, device_s=device_s)
@@ -378,6 +379,20 @@ class BlockGraphs:
         """Rule 5."""
         warnings.warn(f"blocks are launched kernel by kernel from now on: recording one failed: {error}", stacklevel=2)
         self.close()
+
+
+def waited_for_s(launches_s: Sequence[tuple[float, float]], spans_s: Sequence[tuple[float, float]]) -> float:
+    """Seconds that the host launched what the device was ready for before its launching had ended.
+
+    Where the device began later, the host was ahead: nothing waited for it, and the driver, whose queue is full then, lets a launch take
+    as long as the device takes for another one.
+
+    Args:
+        launches_s: of each run of a block, when the host launched it: begin and end.
+        spans_s: when the device ran it, on the same clock.
+    """
+    pairs = zip(launches_s, spans_s, strict=True)
+    return sum(end_s - begin_s for (begin_s, end_s), (started_s, _) in pairs if started_s < end_s)
 
 
 def launch_forward(model: StreamedModel, unit: str, static: Static, arguments: BlockArguments) -> None:

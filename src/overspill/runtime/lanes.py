@@ -143,10 +143,9 @@ class Completion:
         end_s = getattr(self._transfer, "ended_s", None) or self._end_s
         return (self._begin_s - base_s, end_s - base_s) if self._begin_s else (0.0, 0.0)
 
-    @property
-    def issue_s(self) -> float:
-        """How long the job's function took, on the host; of an op that has been issued."""
-        return self._end_s - self._begin_s if self._begin_s else 0.0
+    def issue_span_s(self, base_s: float) -> tuple[float, float]:
+        """When the job's function ran, on the host, in seconds after the base; of an op that has been issued; zeros if it never ran."""
+        return (self._begin_s - base_s, self._end_s - base_s) if self._begin_s else (0.0, 0.0)
 
     def _wait_issued(self) -> None:
         error = self.settle_issue()
