@@ -97,8 +97,8 @@ def test_a_step_asks_no_more_than_one_forward_of_the_plain_model_does(masked: bo
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_step_on_a_gpu_waits_where_the_model_asks_first_and_at_its_end() -> None:
-    """Everywhere else the thread that launches is ahead of the device."""
+def test_a_step_on_a_gpu_waits_for_the_device_before_its_first_block_and_at_its_end() -> None:
+    """In between the thread that launches can be ahead of the device."""
     count = 3
     plan = overspill.PlanRequest(
         parameters="host",
@@ -124,6 +124,8 @@ def test_a_step_on_a_gpu_waits_where_the_model_asks_first_and_at_its_end() -> No
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = collections.Counter(f"{Path(found.filename).name}:{found.lineno}" for found in caught if "synchron" in str(found.message))
-    by_file = collections.Counter(place.split(":")[0] for place in places.elements())
-    known = {"host_reads.py": count, "stand_ins.py": 2 * (count - 1), "compute.py": count}
-    assert {file: number for file, number in by_file.items() if number > known.get(file, 0)} == {}, places
+    files = {place.split(":")[0] for place in places}
+    before = {"batches.py", "stand_ins.py"}  # checks of the batch; arguments that are equal are held once
+    after = {"executor.py", "gradients.py", "streams.py"}  # losses, sums of squares, and the end of compute
+    assert files <= {"host_reads.py"} | before | after, places
+    assert sum(number for place, number in places.items() if place.startswith("host_reads.py")) == count, places

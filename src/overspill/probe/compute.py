@@ -21,6 +21,7 @@ from overspill.probe.link import BOTH, Link
 from overspill.probe.sampling import Run, Sampling, measured_rate, sample_beside, sample_seconds
 from overspill.spec.machine_file import ComputeFigures, MeasuredRate
 from overspill.spec.tensors import DTYPE_BYTES
+from overspill.tiers.cuda import give_back_unused
 from overspill.units import MIB, format_bytes
 
 LEAST_TOKENS = 512
@@ -144,6 +145,4 @@ def _open_product(device: torch.device, shape: MatrixShape) -> Iterator[Run]:
     finally:
         rows = weight = out = torch.empty(0)
         if device.type == "cuda":
-            with contextlib.suppress(AttributeError):  # a torch without it keeps some workspaces of tens of MiB
-                torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
+            give_back_unused()

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from overspill.errors import BudgetError
 from overspill.spec.machine_file import ProcessFootprint
+from overspill.tiers.cuda import give_back_unused
 from overspill.units import format_bytes
 
 HEAD_SIZES = (64, 128)
@@ -86,7 +87,7 @@ def measure_footprint(device: torch.device, room_bytes: int, sizes: StandIn = ST
         route_once(device, sizes)
         torch.cuda.synchronize(device)
     expert_bytes = process.memory_info().rss - loaded_bytes
-    _give_back()
+    give_back_unused()
     return ProcessFootprint(
         context_bytes=max(0, context_bytes),
         library_bytes=max(0, library_bytes),
@@ -178,9 +179,3 @@ def _norm(hidden: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
 def _rotate(tensor: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     first, second = tensor.chunk(2, dim=-1)
     return tensor * angles.cos().to(tensor.dtype) + torch.cat((-second, first), dim=-1) * angles.sin().to(tensor.dtype)
-
-
-def _give_back() -> None:
-    with contextlib.suppress(AttributeError):  # a torch without it keeps some workspaces of tens of MiB
-        torch._C._cuda_clearCublasWorkspaces()
-    torch.cuda.empty_cache()

@@ -51,7 +51,7 @@ from overspill.runtime.template_repetitions import MOST_REPETITIONS, Repetitions
 from overspill.runtime.template_runs import BlockRun, Clock, CudaClock, HostClock, Sample, TailRun
 from overspill.spec.launches import LAUNCH_S
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes, UnitWork, Work, WorkloadSpec, default_loss_chunk_rows
-from overspill.tiers.cuda import cuda_index
+from overspill.tiers.cuda import cuda_index, give_back_unused
 from overspill.units import format_bytes, format_seconds
 
 LIMIT_S = 5.0
@@ -367,7 +367,7 @@ class _Bench:
     def _give_back(self) -> None:
         """Rule 6."""
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            give_back_unused()
 
 
 def choose_better(one: UnitTimes, other: UnitTimes) -> UnitTimes:

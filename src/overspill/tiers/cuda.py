@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -21,6 +22,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     From pageable memory a copy to CUDA would wait for what the device has to do before. torch keeps the pinned copy while it is read.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def give_back_unused() -> None:
+    """Let torch return the device memory that nobody uses, the matrix library's workspaces too: each stream has one of its own, of tens of
+    MiB, which outlives it. Where work goes on, the next product gets a new one."""
+    with contextlib.suppress(AttributeError):  # private to torch; one without it keeps them
+        torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
 
 
 def let_segments_grow() -> bool:
