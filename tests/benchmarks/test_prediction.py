@@ -46,8 +46,10 @@ def test_wherever_a_call_ends_every_shape_length_place_and_clip_was_had(number: 
     for key, values in {"shape": 4, "seq_len": 3, "place": 2, "clip": 2}.items():
         counts = collections.Counter(item[key] for item in found)
         assert len(counts) == values and min(counts.values()) >= (least if key != "shape" else number // 5), (key, counts)
-    estimated_s = sum(run.estimate_s(item) for item in found)
-    assert number < 24 or estimated_s < 440, "as many as a call must show fit into it beside loading and the probe, on a slow drive"
+
+
+def test_as_many_runs_as_a_call_must_show_fit_into_it_beside_loading_and_the_probe_on_a_slow_drive() -> None:
+    assert sum(run.estimate_s(run.parse_name(name)) for name in run.HELD_OUT[:20]) < 440
 
 
 @pytest.mark.parametrize("name", ["1.10B:2048", "9B:2048:host", "1.10B:long:host", "1.10B:2048:tape", "1.10B:2048:host:clap"])

@@ -10,7 +10,7 @@ from tiny_models import tiny_config
 
 from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, full_step, simulate
-from overspill.planning.dispatching import REPLAY_OPERATIONS, RETAINED_LAUNCHES, VISIT_S, count_operations, find_operation_s
+from overspill.planning.dispatching import BESIDE_UPDATES, REPLAY_OPERATIONS, RETAINED_LAUNCHES, VISIT_S, count_operations, find_operation_s
 from overspill.planning.timeline import Contention, Task, Threads, run_timeline
 from overspill.scheduling import build_evaluation, build_train_step
 from overspill.spec.hardware import HardwareSpec
@@ -295,6 +295,19 @@ def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> N
     assert work is not None and launched.launched_s(block) == pytest.approx(work.work.num_ops * costs.operation_s)
     kept = dataclasses.replace(block, produced=((Piece(role=Role.ACTIVATIONS, owner=names[1], index=0), 8),))
     assert costs.launched_s(kept) == pytest.approx(RETAINED_LAUNCHES * launched.launched_s(block)), "it is not replayed"
+
+
+def test_a_forward_beside_the_hosts_updates_is_dispatched_dearer_and_no_other() -> None:
+    hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=LAUNCH_S)
+    found = {}
+    for clip in (None, 1.0):
+        plan = dataclasses.replace(make_plan(parameters="host", states="host", boundaries="device", clip=clip), device="cuda:0")
+        schedule = full_step(plan)
+        seconds = build_costs(plan, hardware).dispatch_s(schedule.ops)
+        found[clip] = {item.op: dispatch_s for item, dispatch_s in zip(schedule.ops, seconds, strict=True) if isinstance(item.op, Compute)}
+    for op, alone_s in found[None].items():
+        factor = BESIDE_UPDATES if op.phase is Phase.FORWARD else 1
+        assert found[1.0][op] == pytest.approx(factor * alone_s), op
 
 
 def test_a_visit_is_dispatched_dearer_at_its_first_micro_batch_and_nothing_takes_time_where_nobody_measured() -> None:
