@@ -9,9 +9,7 @@ never told anything ends with its input. Nothing of a run has happened in it bef
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -24,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory")]
 
+from timelines import compute_by_kind, host_by_kind, leads, op_kinds  # noqa: E402
 from workers import take_order, write_stacks_when_asked  # noqa: E402
 
 MOST_TOKENS_TOGETHER = 8192
@@ -156,7 +155,7 @@ def measure_run(order: Order) -> dict[str, Any]:
         marks["ended"] = status_bytes("VmRSS")
         plan, trace = session.plan, session.executor.trace
         timelines = {"predicted": prediction.spans, "measured": trace.spans}
-        kinds = _op_kinds(plan, trace.schedule)
+        kinds = op_kinds(plan, trace.schedule)
     figures = _figures(from_file, prediction, reports, counted, context_bytes)
     return {
         "hardware": f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores",
@@ -172,9 +171,9 @@ def measure_run(order: Order) -> dict[str, Any]:
         "memory_marks": marks,
         "device_reserved_peak_bytes": max(report.device_peak_bytes for report in reports),
         "device_context_bytes": context_bytes,
-        "compute_s": {who: _compute_by_kind(kinds, spans) for who, spans in timelines.items()},
-        "host_s": {who: _host_by_kind(kinds, spans) for who, spans in timelines.items()},
-        "leads": {who: _leads(spans) for who, spans in timelines.items()},
+        "compute_s": {who: compute_by_kind(kinds, spans) for who, spans in timelines.items()},
+        "host_s": {who: host_by_kind(kinds, spans) for who, spans in timelines.items()},
+        "leads": {who: leads(spans) for who, spans in timelines.items()},
         "spans": {"kinds": kinds, **{who: _compact(spans) for who, spans in timelines.items()}},
         "all_step_s": [report.step_s for report in reports],
         "num_counted": len(counted),
@@ -189,39 +188,6 @@ def measure_run(order: Order) -> dict[str, Any]:
             for item in (*times.blocks, times.tail)
         ],
     }  # fmt: skip
-
-
-def _op_kinds(plan: Any, schedule: Any) -> list[str]:
-    """What each op of a program does."""
-    from overspill.spec.schedule import Compute
-
-    roles = {plan.units[0].name: "embedding", plan.units[-1].name: "tail"}
-    ops = [item.op for item in schedule.ops]
-    return [f"{roles.get(op.unit, 'blocks')} {op.phase.value}" if isinstance(op, Compute) else type(op).__name__.lower() for op in ops]
-
-
-def _compute_by_kind(kinds: list[str], spans: Any) -> dict[str, float]:
-    """Seconds of lane `compute`, by what its ops do: where a prediction of compute is off."""
-    found: collections.Counter[str] = collections.Counter()
-    for span in spans:
-        if span.lane.value == "compute" and 0 <= span.op < len(kinds):
-            found[kinds[span.op]] += span.end_s - span.start_s
-    return dict(found)
-
-
-def _host_by_kind(kinds: list[str], spans: Any) -> dict[str, float]:
-    """Seconds of the dispatching thread, by op: from its turn to the next one's, waits and the `Free`s behind it included."""
-    found: collections.Counter[str] = collections.Counter()
-    ours = [span for span in spans if 0 <= span.op < len(kinds)]
-    for span, following in itertools.pairwise(ours):
-        found[kinds[span.op]] += following.submitted_s - span.submitted_s
-    return dict(found)
-
-
-def _leads(spans: Any) -> dict[str, float]:
-    """How far the host was ahead of the device: from a compute op's turn to its begin."""
-    leads = [span.start_s - span.submitted_s for span in spans if span.lane.value == "compute"]
-    return {"median_s": statistics.median(leads), "share_below_1ms": sum(lead < 1e-3 for lead in leads) / len(leads)} if leads else {}
 
 
 def _compact(spans: Any) -> list[list[Any]]:

@@ -16,6 +16,7 @@ import torch
 from plain_systems import LEARNING_RATE, Batch
 from rows import GIB, Row
 from shapes import SHAPES, build_windowed_model
+from timelines import compute_by_kind, leads, op_kinds
 
 import overspill
 
@@ -107,7 +108,11 @@ class Overspill:
         plan, report, reports = self.session.plan, self.reports[-1], self.reports[-counted:]
         exposed = [getattr(item, "exposed_s", {}) for item in reports]
         found = {name: _median(getattr(item, name, None) for item in reports) for name in FIGURES}
+        trace, unneeded = self.session.executor.trace, self.session.model.unneeded
         return found | {
+            "compute_s": compute_by_kind(op_kinds(plan, trace.schedule), trace.spans),
+            "leads": leads(trace.spans),
+            "left_out": dict(unneeded.left_out) if unneeded is not None else {},
             "floor_error": self.floor_error,
             "exposed_s": {lane: _median(item.get(lane) for item in exposed) for lane in exposed[-1]},
             "dispatch_s": _median(item.get("dispatch") for item in exposed),

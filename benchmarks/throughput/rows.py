@@ -205,10 +205,25 @@ PARTS = {
         for name in _rows(f"1.10B:{layout}", "resident overspill-host", "overspill-host overspill-host-states6")
     ],
     "3.02B": _rows("3.02B:1x8x2048", f"{_OWN} zero2", "resident overspill-host overspill-host-states6") + _rows("3.02B:2x8x2048", _OWN),
+    "budgets": _rows("1.10B:1x8x2048", "resident zero2")
+    + _rows("1.10B@8GiB:1x8x2048", "overspill-host")
+    + _rows("8B@8GiB:16x1x2048", "overspill-host")
+    + _rows("14B@24GiB:2x8x2048", "overspill-host-bf16")
+    + _rows("1.10B@14.8GiB:1x8x2048", "overspill-host-auto")
+    + _rows("1.10B@5.9GiB:1x8x2048", "overspill-host"),
+    "3.02B-32k": _rows("3.02B:2x8x2048", "resident", "overspill-host-states6")
+    + _rows("3.02B@12GiB:2x8x2048", "overspill-host", "overspill-host")
+    + _rows("3.02B:1x8x2048", "resident")
+    + _rows("3.02B@12GiB:1x8x2048", "overspill-host"),
+    "own-8GiB": [
+        row
+        for layout in ("1x8x2048", "2x8x2048", "8x1x2048", "16x1x2048")
+        for row in (f"1.10B:{layout}:resident", f"1.10B@8GiB:{layout}:overspill-host")
+    ],
     "ssd": _rows("1.10B:1x8x2048", "resident overspill-ssd overspill-ssd-states", "overspill-ssd"),
     "8B": _rows("8B@8GiB:2x8x2048", "overspill-host") + _rows("8B@8GiB:16x1x2048", "overspill-host"),
     "activations": _rows("1.10B@24GiB:1x8x2048", "overspill-host overspill-host-auto overspill-host-keep")
-    + _rows("1.10B@24GiB:1x8x2048", "overspill-host-states6 overspill-host-states6-auto overspill-host-bf16-auto")
+    + _rows("1.10B@24GiB:1x8x2048", "overspill-host-states6 overspill-host-states6-auto overspill-host-bf16 overspill-host-bf16-auto")
     + _rows("1.10B:1x8x2048", "resident-keep resident overspill-host overspill-host-auto"),
     "tiny": _rows("tiny:2x1x16", " ".join(SYSTEMS), f"{_OWN_CLIPPED} {_PEERS}"),
     "14B": _rows("14B@24GiB:2x8x2048", "overspill-host-bf16") + _rows("14B@24GiB:16x1x2048", "overspill-host-bf16"),

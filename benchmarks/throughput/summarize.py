@@ -3,7 +3,8 @@
     python benchmarks/throughput/summarize.py results.jsonl [more.jsonl] [--targets targets.json] [--out throughput.md]
 
 1. Ratios are of median tokens/s, between rows of one workload (shape, cap, layout), from the same run where it has both; a ratio over two
-   runs is marked `*`. Of a row that was repeated, the last whole one counts.
+   runs is marked `*`. A row with a cap that has no such row beside it is held against the one without a cap. Of a row that was repeated,
+   the last whole one counts.
 2. Resident is the faster of plain transformers and overspill with everything on the device, with the clipping of the row; without such
    a row the unclipped one, marked `c`.
 3. Host peak: the larger of VmHWM and the fall of MemAvailable. Device: the most that the driver had given away, while it trained.
@@ -77,7 +78,8 @@ def baseline(results: list[Result], result: Result, system: str) -> tuple[Result
         system: a system, or `resident` for the faster of the two resident ones.
     """
     systems = RESIDENT if system == "resident" else (system,)
-    found = [other for other in results if is_measured(other) and other["workload"] == result["workload"] and other["system"] in systems]
+    alike = [other for other in results if is_measured(other) and other["system"] in systems and _is_alike(other, result)]
+    found = [other for other in alike if other["cap_gib"] == result["cap_gib"]] or [other for other in alike if other["cap_gib"] is None]
     for clip_mark, clip in (("", result["clip"]), ("c", None)):
         for run_mark, is_allowed in (("", lambda other: other["run"] == result["run"]), ("*", lambda other: True)):
             candidates = [other for other in found if other["clip"] == clip and is_allowed(other)]
@@ -86,6 +88,11 @@ def baseline(results: list[Result], result: Result, system: str) -> tuple[Result
             if candidates and (system == "resident" or not clip_mark):
                 return max(candidates, key=speed), run_mark + clip_mark
     return None
+
+
+def _is_alike(one: Result, other: Result) -> bool:
+    """Caps aside."""
+    return (one["shape"], one["layout"]) == (other["shape"], other["layout"])
 
 
 def ratio(results: list[Result], result: Result, system: str) -> tuple[float, str] | None:

@@ -243,6 +243,16 @@ def test_claims_are_met_missed_or_not_measured() -> None:
     assert verdict(figure="floor_s", at_most=1) == "not measured"
 
 
+def test_a_row_with_a_cap_is_held_against_the_one_without_unless_it_has_one_beside_it() -> None:
+    results = [line("1.10B:1x8x2048:resident", 40_000), line("1.10B@8GiB:1x8x2048:overspill-host", 36_000)]
+    assert summarize.ratio(results, results[1], "resident") == (0.9, "")
+    results.append(line("1.10B@8GiB:1x8x2048:resident", 30_000))
+    assert summarize.ratio(results, results[1], "resident") == (1.2, "")
+    results[2] = line("1.10B@9GiB:1x8x2048:resident", 30_000)
+    assert summarize.ratio(results, results[1], "resident") == (0.9, ""), "another cap's"
+    assert summarize.ratio(results, results[1], "zero2") is None
+
+
 def test_the_claims_on_file_are_of_rows_that_some_part_runs() -> None:
     planned = {name for names in rows.PARTS.values() for name in names}
     for target in summarize.read_targets(FOLDER / "targets.json"):

@@ -1,0 +1,41 @@
+"""What a step's timeline says, in a few figures: of runs and of predictions alike."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import statistics
+from typing import Any
+
+
+def op_kinds(plan: Any, schedule: Any) -> list[str]:
+    """What each op of a program does."""
+    from overspill.spec.schedule import Compute
+
+    roles = {plan.units[0].name: "embedding", plan.units[-1].name: "tail"}
+    ops = [item.op for item in schedule.ops]
+    return [f"{roles.get(op.unit, 'blocks')} {op.phase.value}" if isinstance(op, Compute) else type(op).__name__.lower() for op in ops]
+
+
+def compute_by_kind(kinds: list[str], spans: Any) -> dict[str, float]:
+    """Seconds of lane `compute`, by what its ops do: where a prediction of compute is off."""
+    found: collections.Counter[str] = collections.Counter()
+    for span in spans:
+        if span.lane.value == "compute" and 0 <= span.op < len(kinds):
+            found[kinds[span.op]] += span.end_s - span.start_s
+    return dict(found)
+
+
+def host_by_kind(kinds: list[str], spans: Any) -> dict[str, float]:
+    """Seconds of the dispatching thread, by op: from its turn to the next one's, waits and the `Free`s behind it included."""
+    found: collections.Counter[str] = collections.Counter()
+    ours = [span for span in spans if 0 <= span.op < len(kinds)]
+    for span, following in itertools.pairwise(ours):
+        found[kinds[span.op]] += following.submitted_s - span.submitted_s
+    return dict(found)
+
+
+def leads(spans: Any) -> dict[str, float]:
+    """How far the host was ahead of the device: from a compute op's turn to its begin."""
+    leads = [span.start_s - span.submitted_s for span in spans if span.lane.value == "compute"]
+    return {"median_s": statistics.median(leads), "share_below_1ms": sum(lead < 1e-3 for lead in leads) / len(leads)} if leads else {}
