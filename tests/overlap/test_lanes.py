@@ -237,11 +237,28 @@ def test_the_dispatching_thread_does_what_there_is_to_do_until_what_it_waits_for
         return len(rounds) < 4 or release.is_set()
 
     lanes.while_blocked = work
-    slow = lanes.submit(Lane.HOST_UPDATE, lambda: wait_for(release), ())
+    slow = lanes.submit(Lane.H2D, lambda: wait_for(release), ())
     done = lanes.run_here(lambda: None, [slow])
     assert done.is_done and slow.is_done and len(rounds) == 4, "no more than there is; then it waits"
     lanes.run_here(lambda: None, [slow, done])
     assert len(rounds) == 4, "nothing to wait for"
+    lanes.close()
+
+
+def test_the_dispatching_thread_leaves_the_interpreter_alone_while_the_host_updates() -> None:
+    """Python lets a thread that computes keep the interpreter for 5 ms, and each chunk's update asks for it twice."""
+    lanes, release, rounds = Lanes(torch.device("cpu")), threading.Event(), list[int]()
+    lanes.while_blocked = lambda: rounds.append(1) is None
+    update = lanes.submit(Lane.HOST_UPDATE, lambda: wait_for(release), ())
+    fetch = lanes.submit(Lane.H2D, lambda: None, (update,))
+    threading.Timer(0.05, release.set).start()
+    lanes.run_here(lambda: None, [fetch])
+    assert update.is_done and not rounds, "the fetch waits for the update"
+    release.clear()
+    slow = lanes.submit(Lane.H2D, lambda: wait_for(release), ())
+    threading.Timer(0.05, release.set).start()
+    lanes.run_here(lambda: None, [slow])
+    assert rounds, "no update is left"
     lanes.close()
 
 

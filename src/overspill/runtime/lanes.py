@@ -20,6 +20,10 @@ Rules:
    one that has failed. A failure of lane `compute` is raised to the one who dispatches, and he decides what it ends.
 4. On the `cpu` device the links are lanes with threads too, so that everything above it is the same code.
 
+5. The interpreter belongs to lanes first: a host update wants it before and after each chunk, on the way of whatever waits for the chunk.
+   So Python switches threads promptly from the first job until `close` (`overspill/switching`), and the dispatching thread, where it only
+   waits, does other work (`while_blocked`) in small pieces with pauses between them, and none while the host updates.
+
 Costs: about 20 us of a lane's thread for each job; five threads a session, started with the first job.
 """
 
@@ -35,7 +39,11 @@ import torch
 
 from overspill.errors import OverspillError
 from overspill.spec.schedule import Lane
+from overspill.switching import PromptSwitches
 from overspill.tiers import Transfer
+
+BREATH_S = 50e-6
+"""Between two pieces of other work (rule 5)."""
 
 Job = Callable[[], Transfer | None]
 """The work of one op; an SSD op returns the transfer that it has started."""
@@ -194,9 +202,10 @@ class Lanes:
         self.group = JobGroup()
         """That jobs submitted now belong to."""
         self.while_blocked: Callable[[], bool] = lambda: False
-        """A little work for the dispatching thread that can be done at any time, where it would only wait; whether there was any."""
+        """A little work for the dispatching thread that can be done at any time (rule 5); whether there was any."""
         self._queues: dict[Lane, _Queue] = {}
         self._streams: dict[Lane, torch.cuda.Stream] = {}
+        self._switches = PromptSwitches()
         self._is_closed = False
         if device.type == "cuda":
             self._streams = {lane: torch.cuda.Stream(device) for lane in (Lane.H2D, Lane.D2H)}
@@ -213,6 +222,7 @@ class Lanes:
         completion = Completion(self, lane)
         queue = self._queues.get(lane)
         if queue is None:
+            self._switches.hold()
             queue = self._queues[lane] = _Queue(self, lane)
         queue.put((job, tuple(waits), completion))
         return completion
@@ -233,9 +243,16 @@ class Lanes:
         return completion
 
     def use_wait(self, wait: Completion) -> None:
-        """On the dispatching thread, before it waits for an op to be issued: do what there is to do until it is."""
-        while not wait.is_issued and self.while_blocked():
-            pass
+        """On the dispatching thread, before it waits for an op to be issued: do what there is to do until it is (rule 5)."""
+        while not wait.is_issued and not self.is_updating and self.while_blocked():
+            with self.condition:
+                self.condition.wait_for(lambda: wait.is_issued, timeout=BREATH_S)
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether the host has updates to do, or to wait for."""
+        queue = self._queues.get(Lane.HOST_UPDATE)
+        return queue is not None and not queue.is_idle
 
     def compute_so_far(self) -> tuple[Completion, ...]:
         """All that was put into the stream of lane `compute` until now; nothing where compute is done when it returns."""
@@ -282,6 +299,7 @@ class Lanes:
         for queue in self._queues.values():
             queue.thread.join()
         self._queues = {}
+        self._switches.release()
 
     def _run(self, completion: Completion, job: Job, waits: Iterable[Completion], stream: torch.cuda.Stream | None) -> None:
         transfer = None
@@ -316,8 +334,14 @@ class _Queue:
         self._lanes, self._lane = lanes, lane
         self._jobs: collections.deque[tuple[Job, tuple[Completion, ...], Completion] | threading.Event | None] = collections.deque()
         self._wake = threading.Semaphore(0)
+        self._is_serving = False
         self.thread = threading.Thread(target=self._serve, name=f"overspill-{lane.value}", daemon=True)
         """Started by the first `put`: Ctrl-C while it starts then finds a queue that its lanes know, and end."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every job has been issued; as of about now."""
+        return not self._jobs and not self._is_serving
 
     def put(self, item: tuple[Job, tuple[Completion, ...], Completion] | threading.Event | None) -> None:
         self._jobs.append(item)
@@ -334,7 +358,9 @@ class _Queue:
     def _serve(self) -> None:
         stream = self._lanes.stream(self._lane)
         while True:
+            self._is_serving = False
             self._wake.acquire()
+            self._is_serving = True
             while self._jobs:  # all that is there: Ctrl-C within `put` may have lost a wake-up
                 item = self._jobs.popleft()
                 if item is None:
