@@ -218,7 +218,7 @@ def context(
     settings = build_settings(
         **{
             "host_budget": max(host_bytes, 4 * LEAST_STAGING_BYTES), "ssd_dir": None, "ssd_budget": None, "gpudirect": False,
-            "device_budget": device_budget, "amount": mode.amount, "storage": "as_is", "recompute": mode.recompute,
+            "device_budget": device_budget, "amount": mode.amount, "storage": "as_is", "recompute": mode.recompute, "throughput": None,
             "min_bytes": places.min_bytes,
             "window": window_bytes, "open_store": None, **more,
         }

@@ -16,6 +16,8 @@ Rules:
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
 6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach.
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
+8. Storages of a micro-batch have places, in the order in which they are saved, stored or rebuilt. A module that is run again takes as many
+   as when it was not, so what comes behind it has the same.
 
 Based on SSDTrain's tensor cache (Wu et al., arXiv:2408.10013).
 """
@@ -23,8 +25,9 @@ Based on SSDTrain's tensor cache (Wu et al., arXiv:2408.10013).
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,12 +41,13 @@ from overspill.activations.identity import (
     byte_span,
     bytes_of,
 )
-from overspill.activations.links import THREAD_PREFIX
+from overspill.activations.links import THREAD_PREFIX, Mark
 from overspill.activations.mover import Mover
-from overspill.activations.rebuild import Rebuilder, SavedRebuilt
+from overspill.activations.rebuild import Rebuild, Rebuilder, SavedRebuilt
 from overspill.activations.records import Record
 from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView, words
+from overspill.activations.segments import PLAIN_CALL, Call
 
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
@@ -88,7 +92,11 @@ class TensorCache:
         self._backward_id = -1
         self.num_live = 0
         self.num_packed = 0
-        """Records of this micro-batch so far."""
+        """Places of this micro-batch so far (rule 8)."""
+        self._num_calls = 0
+        """Of modules that may be run again, in this micro-batch so far."""
+        self.is_innermost: Callable[[], bool] = lambda: True
+        """Whether no hooks of others lie over ours."""
         self._when_empty: Callable[[], None] | None = None
         """Called once the last record has died, if set."""
 
@@ -109,16 +117,23 @@ class TensorCache:
                 restore = self.parameters.restorer(storage) if storage is not None else None
                 return SavedAlone(tensor, restore)
             assert storage is not None
+            moved_bytes = 0
+
+            def is_wanted(num_bytes: int) -> bool:
+                nonlocal moved_bytes
+                moved_bytes = num_bytes
+                return self.rounds.rebuilds(self.num_packed)
+
             if self.rebuilder is not None and not self._is_stored(tensor, storage):
-                rebuilt = self.rebuilder.pack(tensor, storage)
+                rebuilt = self.rebuilder.pack(tensor, storage, is_wanted)
                 if rebuilt is not None:
                     if rebuilt[1]:
-                        self.rounds.tally.note_rebuilt(rebuilt[0].rebuild.num_bytes)
+                        self._note_rebuilt(rebuilt[0].rebuild)
                     return rebuilt[0]
             try:
                 with self._lock:
                     self._look_around()
-                    record = self._find(tensor, storage) or self._make(tensor, storage)
+                    record = self._find(tensor, storage) or self._make(tensor, storage, moved_bytes)
                     record.num_users += 1
                     saved = SavedView(self, record, Geometry.of(tensor, record.start))  # buries the record if the wait is broken off
                     self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
@@ -197,7 +212,16 @@ class TensorCache:
         with self._lock:
             return self._find(tensor, storage) is not None
 
-    def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Record:
+    def _note_rebuilt(self, rebuild: Rebuild) -> None:
+        """It has a place of its own, unless it comes before the first record of the round."""
+        with self._lock:
+            self.rounds.tally.note_rebuilt(rebuild.num_bytes)
+            if self.num_live:
+                place, self.num_packed = self.num_packed, self.num_packed + 1
+                if self.rounds.timeline is not None:
+                    self.rounds.timeline.pack_rebuilt(place, self._micro_batch, rebuild)
+
+    def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage, moved_bytes: int) -> Record:
         if self.num_live == 0:
             self._begin_round()
         elif len(self._moved) > 2 * self.num_live + MOST_DEAD:
@@ -214,7 +238,7 @@ class TensorCache:
             dtype=tensor.dtype, form=form, watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
         )  # fmt: skip
         try:
-            self._send(record, storage)
+            self._send(record, storage, moved_bytes)
         except BaseException:  # Ctrl-C, or no memory: nobody will have a view of it
             self.mover.release(record)
             raise
@@ -229,7 +253,7 @@ class TensorCache:
         is_dense = tensor.numel() * tensor.itemsize == span_bytes
         return form if form is not None and is_dense and tensor.requires_grad and form.applies(tensor.dtype) else None
 
-    def _send(self, record: Record, storage: torch.UntypedStorage) -> None:
+    def _send(self, record: Record, storage: torch.UntypedStorage, moved_bytes: int) -> None:
         """Keep it, or start its way out."""
         target, timeline = self.rounds.target(record.index), self.rounds.timeline
         if target is Target.KEEP:
@@ -242,7 +266,46 @@ class TensorCache:
             self._moved.append(record)
         self._ends[self._micro_batch] = len(self._moved)
         if timeline is not None:
-            timeline.pack(record)
+            timeline.pack(record, moved_bytes)
+
+    # -- modules that may be run again ------------------------------------------------------------------------------
+
+    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call:
+        """Forward of a module begins that may be run again. Meets `CallBook`.
+
+        In backward, and inside of hooks of others, none is: these would have to be told the same when they run it themselves.
+        """
+        if torch._C._current_graph_task_id() != -1 or not self.is_innermost():
+            return PLAIN_CALL
+        with self._lock:
+            if self.num_live == 0:
+                self.num_packed = self._num_calls = 0
+                self.rounds.decide()
+            number, self._num_calls = self._num_calls, self._num_calls + 1
+            return _OpenCall(self, number, self._micro_batch, self.num_packed, self._new_bytes(inputs), self.rounds.stop_of_again(number))
+
+    def end_call(self, call: _OpenCall) -> None:
+        """It has returned, or raised."""
+        with self._lock:
+            if call.stop is not None:
+                self.num_packed = max(self.num_packed, call.stop)
+                self.rounds.tally.note_run_again()
+            if self.rounds.timeline is not None and self._micro_batch == call.micro_batch:
+                places = range(call.first, max(call.first, self.num_packed))
+                self.rounds.timeline.call(
+                    call.number, call.micro_batch, places=places, input_bytes=call.input_bytes, is_again=call.is_again, begin=call.begin
+                )
+
+    def _new_bytes(self, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """Of each of these that would be saved and is not yet."""
+        found: dict[int, int] = {}
+        for tensor in inputs:
+            reason, storage = self._reason_to_leave(tensor)
+            if reason is not None or storage is None or self._find(tensor, storage) is not None:
+                continue
+            if self.rebuilder is None or not self.rebuilder.knows(storage):
+                found[storage._cdata] = storage.nbytes()
+        return tuple(found.values())
 
     # -- unpacking ---------------------------------------------------------------------------------------------------
 
@@ -357,6 +420,7 @@ class TensorCache:
         self.num_live -= 1
         if self.num_live == 0:
             self.rounds.end()
+            self.num_packed = self._num_calls = 0
 
     def _compact(self) -> None:
         """Forget the dead of a round that does not end, as when somebody holds a graph for ever."""
@@ -391,4 +455,27 @@ class TensorCache:
         """What is packed from here on belongs to another micro-batch than before; None: the one after it."""
         with self._lock:
             self._micro_batch = number if number is not None else self._micro_batch + 1
-            self.num_packed = 0
+            self.num_packed = self._num_calls = 0
+
+
+class _OpenCall:
+    """A call of a module that may be run again; see `segments.Call`."""
+
+    def __init__(
+        self, cache: TensorCache, number: int, micro_batch: int, first: int, input_bytes: tuple[int, ...], stop: int | None
+    ) -> None:
+        self._cache, self.number, self.micro_batch, self.first = cache, number, micro_batch, first
+        self.input_bytes, self.stop = input_bytes, stop
+        timeline = cache.rounds.timeline
+        self.begin: Mark | None = cache.mover.link.time_mark() if timeline is not None else None
+
+    @property
+    def is_again(self) -> bool:
+        return self.stop is not None
+
+    def end(self) -> None:
+        self._cache.end_call(self)
+
+    def running_again(self) -> contextlib.AbstractContextManager[None]:
+        timeline = self._cache.rounds.timeline
+        return timeline.running_again(self.number, self.micro_batch) if timeline is not None else contextlib.nullcontext()

@@ -21,6 +21,7 @@ compared. Added here:
 6. A copy of the model that is made inside has the plain forward, as an attribute.
 7. An exception in a segment's forward is carried around checkpoint, which in older versions leaves its hooks active until the traceback
    dies.
+8. With a `CallBook` patterns name what *may* be run again, and each call is asked for: it is a segment, or runs plainly.
 
 Costs: one more forward of each segment. Limits: what forward does beside its result and rule 3 (a counter in Python) is done twice, and not
 seen. Only calls of the module are segments, not functions that use its weights.
@@ -35,7 +36,7 @@ import fnmatch
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -145,6 +146,52 @@ def _place_of(module: nn.Module) -> str:
 # -- the wrapper -----------------------------------------------------------------------------------------------------
 
 
+class Call(Protocol):
+    """One call of a segment's module, from before its forward until backward is done with it."""
+
+    @property
+    def is_again(self) -> bool:
+        """Whether backward runs it again; else it runs plainly."""
+        ...
+
+    def end(self) -> None:
+        """Forward has returned or raised."""
+        ...
+
+    def running_again(self) -> contextlib.AbstractContextManager[None]:
+        """What is around running it again."""
+        ...
+
+
+class CallBook(Protocol):
+    """Says of every call whether backward runs it again (rule 8)."""
+
+    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _FixedCall:
+    """Meets `Call`."""
+
+    is_again: bool
+
+    def end(self) -> None:
+        pass
+
+    def running_again(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+PLAIN_CALL: Call = _FixedCall(is_again=False)
+
+
+class EveryCall:
+    """Backward runs all of them again. Meets `CallBook`."""
+
+    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call:
+        return _FixedCall(is_again=True)
+
+
 class Segments:
     """The segments of one model; rules 5 and 6."""
 
@@ -154,8 +201,9 @@ class Segments:
         self.names: tuple[str, ...] = ()
         """Of the last time that they were put there."""
         self.num_rebuilds = 0
+        self.book: CallBook = EveryCall()
 
-    def install(self, device: torch.device) -> None:
+    def install(self, device: torch.device, book: CallBook) -> None:
         """Wrap all, or none.
 
         Raises:
@@ -164,7 +212,7 @@ class Segments:
         if not self._patterns:
             return
         found = find_segments(self._model, self._patterns)
-        self.names = tuple(found)
+        self.names, self.book = tuple(found), book
         try:
             for name, module in found.items():
                 self._active.append(Segment(self, name, module, device))
@@ -216,7 +264,15 @@ class Segment:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not any(tensor.requires_grad for tensor in tensors) and not any(tensor.requires_grad for tensor in self.parameters()):
             return self.plain(*args, **kwargs)
-        call = _Call(self, leaves, spec)
+        noted = self.owner.book.begin_call(tensors)
+        try:
+            return self._run(noted, args, kwargs, leaves, tensors, spec) if noted.is_again else self.plain(*args, **kwargs)
+        finally:
+            noted.end()
+
+    def _run(self, noted: Call, args: Any, kwargs: Any, leaves: list[Any], tensors: list[torch.Tensor], spec: Any) -> Any:
+        """As a segment."""
+        call = _Call(self, noted, leaves, spec)
         if self.device.type != "cpu" and all(tensor.device != self.device for tensor in tensors):
             tensors.append(torch.empty(0, device=self.device))  # whose random numbers are put back follows from what goes in
         del args, kwargs, leaves
@@ -252,8 +308,8 @@ class _Hole:
 class _Call:
     """One call of a segment: run once in forward, and once for each backward that wants its saved tensors. Holds no tensor that goes in."""
 
-    def __init__(self, segment: Segment, leaves: list[Any], spec: Any) -> None:
-        self._segment, self._spec = segment, spec
+    def __init__(self, segment: Segment, noted: Call, leaves: list[Any], spec: Any) -> None:
+        self._segment, self._noted, self._spec = segment, noted, spec
         self._leaves: list[Any] = []
         num_tensors = 0
         for leaf in leaves:
@@ -330,7 +386,8 @@ class _Call:
         values = [buffer.clone() for buffer in buffers]
         with torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):  # they have the same values afterwards
             try:
-                return segment.plain(*args, **kwargs)
+                with self._noted.running_again():
+                    return segment.plain(*args, **kwargs)
             finally:
                 with torch.no_grad():
                     for buffer, value in zip(buffers, values, strict=True):
