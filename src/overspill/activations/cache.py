@@ -14,7 +14,9 @@ Rules:
    alone.
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
-6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach.
+6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach. What backward wants again
+   and again, such as the tables of rotary positions, was packed long before the rest: if more than a window is yet to come in between, what
+   is fetched are those before the **front**, the last record that was wanted in its turn.
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
 8. Storages of a micro-batch have places, in the order in which they are saved, stored or rebuilt. A module that is run again takes as many
    as when it was not, so what comes behind it has the same.
@@ -87,6 +89,8 @@ class TensorCache:
         self._micro_batch = 0
         self._ends: dict[int, int] = {}
         """Where in `_moved` the records of each micro-batch of this round end."""
+        self._fronts: dict[int, int] = {}
+        """Of each micro-batch whose backward runs: where in `_moved` the front is (rule 6)."""
         self._fetched: dict[Record, None] = {}
         """What was fetched and is alive, for the end of a backward that keeps its graph."""
         self._backward_id = -1
@@ -159,10 +163,11 @@ class TensorCache:
                 record.watch.check(record.name)
                 if self.rounds.timeline is not None:
                     self.rounds.timeline.need(record)
+                record.is_wanted = True
                 span = self._on_device(record)
                 # What is wanted soon stays: it would be fetched again at once.
                 self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
-                self._prefetch(record.position)
+                self._prefetch(self._front_at(record))
                 return geometry.view(span)
         finally:
             self._burial()
@@ -333,6 +338,18 @@ class TensorCache:
             return None
         return bytes_of(storage, record.start, record.stop)
 
+    def _front_at(self, record: Record) -> int:
+        """Where the front is, now that this record is wanted (rule 6)."""
+        front = self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
+        between_bytes = 0
+        for other in self._moved[record.position : front]:
+            if other is not None and not other.is_wanted:
+                between_bytes += other.stored_bytes
+                if between_bytes > self.mover.back_window_bytes:
+                    return front
+        self._fronts[record.micro_batch] = record.position
+        return record.position
+
     def _prefetch(self, position: int) -> None:
         """Rule 6, for the records before `position`."""
         if torch._C._current_graph_task_id() != -1:
@@ -431,12 +448,14 @@ class TensorCache:
             record.position = before[record.position]
         self._ends = {number: before[end] for number, end in list(self._ends.items())[-MOST_DEAD:]}
         self._moved = [record for record in self._moved if record is not None]
+        self._fronts.clear()
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
     def _begin_round(self) -> None:
         self._moved.clear()
         self._ends.clear()
+        self._fronts.clear()
         self.num_packed = 0
         self.rounds.begin()
 

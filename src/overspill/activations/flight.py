@@ -151,19 +151,24 @@ def those_out_in_time(profile: Profile, bytes_per_s: float, window_bytes: float)
 def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: float, window_bytes: float) -> list[bool]:
     """Of the records that leave, those that are back when backward wants them.
 
-    As the cache fetches: whenever backward wants a record, those that were packed before it, nearest first, as far as the window reaches.
-    What would come too late stays, and gives its time on the link to the next.
+    As the cache fetches: whenever backward wants a record, those that were packed before it, nearest first, as far as the window reaches;
+    before the front, if more than a window is yet to come between the two. What would come too late stays, and gives its time on the link
+    to the next.
     """
     result, fetched = list(leaves), [False] * len(leaves)
     moved = [number for number, is_moved in enumerate(leaves) if is_moved]
-    free_s, num_left = profile.forward_s, len(moved)
+    free_s, num_left, front = profile.forward_s, len(moved), len(moved)
     for wanted_s, number in sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf):
         if result[number] and not fetched[number]:
             result[number], num_left = False, num_left - 1
         if num_left == 0:
             continue  # all of them are back or on their way
+        place = bisect.bisect_left(moved, number)
+        between = (other for other in moved[place:front] if result[other] and profile.needed_s[other] > wanted_s)
+        if sum(profile.stored_bytes[other] for other in between) <= window_bytes:
+            front = place
         near_bytes = 0
-        for place in range(bisect.bisect_left(moved, number) - 1, -1, -1):
+        for place in range(front - 1, -1, -1):
             other = moved[place]
             if not result[other] or profile.needed_s[other] < wanted_s:
                 continue  # it stays, or backward has had it
