@@ -50,6 +50,7 @@ from overspill.activations.records import Record
 from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView, words
 from overspill.activations.segments import PLAIN_CALL, Call
+from overspill.activations.timeline import WatchedCall
 
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
@@ -99,6 +100,8 @@ class TensorCache:
         """Places of this micro-batch so far (rule 8)."""
         self._num_calls = 0
         """Of modules that may be run again, in this micro-batch so far."""
+        self._open_call: _OpenCall | None = None
+        """The one of these whose forward runs."""
         self.is_innermost: Callable[[], bool] = lambda: True
         """Whether no hooks of others lie over ours."""
         self._when_empty: Callable[[], None] | None = None
@@ -114,6 +117,8 @@ class TensorCache:
         """
         if torch.compiler.is_compiling():
             return tensor
+        if self._open_call is not None:
+            self._open_call.note_packed()
         with torch.no_grad():
             reason, storage = self._reason_to_leave(tensor)
             if reason is not None:
@@ -287,19 +292,20 @@ class TensorCache:
                 self.num_packed = self._num_calls = 0
                 self.rounds.decide()
             number, self._num_calls = self._num_calls, self._num_calls + 1
-            return _OpenCall(self, number, self._micro_batch, self.num_packed, self._new_bytes(inputs), self.rounds.stop_of_again(number))
+            stop = self.rounds.stop_of_again(number)
+            self._open_call = _OpenCall(self, number, self._micro_batch, self.num_packed, self._new_bytes(inputs), stop)
+            return self._open_call
 
     def end_call(self, call: _OpenCall) -> None:
         """It has returned, or raised."""
         with self._lock:
+            self._open_call = None
             if call.stop is not None:
                 self.num_packed = max(self.num_packed, call.stop)
                 self.rounds.tally.note_run_again()
-            if self.rounds.timeline is not None and self._micro_batch == call.micro_batch:
-                places = range(call.first, max(call.first, self.num_packed))
-                self.rounds.timeline.call(
-                    call.number, call.micro_batch, places=places, input_bytes=call.input_bytes, is_again=call.is_again, begin=call.begin
-                )
+            timeline = self.rounds.timeline
+            if timeline is not None and self._micro_batch == call.micro_batch:
+                timeline.call(call.number, call.micro_batch, call.watched(max(call.first, self.num_packed)))
 
     def _new_bytes(self, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
         """Of each of these that would be saved and is not yet."""
@@ -484,17 +490,30 @@ class _OpenCall:
         self, cache: TensorCache, number: int, micro_batch: int, first: int, input_bytes: tuple[int, ...], stop: int | None
     ) -> None:
         self._cache, self.number, self.micro_batch, self.first = cache, number, micro_batch, first
-        self.input_bytes, self.stop = input_bytes, stop
-        timeline = cache.rounds.timeline
-        self.begin: Mark | None = cache.mover.link.time_mark() if timeline is not None else None
+        self._input_bytes, self.stop = input_bytes, stop
+        self._begin = self._mark()
+        self._last: Mark | None = None
 
     @property
     def is_again(self) -> bool:
         return self.stop is not None
 
+    def note_packed(self) -> None:
+        """Something was saved in it, wherever that goes."""
+        self._last = self._mark()
+
     def end(self) -> None:
         self._cache.end_call(self)
+
+    def watched(self, stop: int) -> WatchedCall:
+        """What became of it."""
+        last = self._last if self._last is not None else self._cache.mover.link.time_mark()
+        return WatchedCall(first=self.first, stop=stop, input_bytes=self._input_bytes, is_again=self.is_again, begin=self._begin, last=last)
 
     def running_again(self) -> contextlib.AbstractContextManager[None]:
         timeline = self._cache.rounds.timeline
         return timeline.running_again(self.number, self.micro_batch) if timeline is not None else contextlib.nullcontext()
+
+    def _mark(self) -> Mark | None:
+        """None: nobody watches."""
+        return self._cache.mover.link.time_mark() if self._cache.rounds.timeline is not None else None

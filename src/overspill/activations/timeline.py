@@ -49,7 +49,7 @@ class _Place:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _WatchedCall:
+class WatchedCall:
     """One call of a module that may be run again."""
 
     first: int
@@ -58,6 +58,8 @@ class _WatchedCall:
     is_again: bool
     begin: Mark | None
     """None: before the round."""
+    last: Mark
+    """Where it saved its last tensor; has no effect if it is run again."""
 
 
 class Timeline:
@@ -68,7 +70,7 @@ class Timeline:
         self._places: dict[int, _Place] = {}
         self._origin: Mark | None = None
         """Where the first record was made."""
-        self._calls: dict[int, _WatchedCall] = {}
+        self._calls: dict[int, WatchedCall] = {}
         self._rebuilt: list[tuple[int, Mark, Mark]] = []
         """Place, and before and after rebuilding it."""
         self._run_again: list[tuple[int, Mark, Mark]] = []
@@ -105,15 +107,10 @@ class Timeline:
         self._places[place] = _Place(device_bytes=device_bytes, stored_bytes=stored_bytes, moved_bytes=moved_bytes, packed=mark)
         return True
 
-    def call(
-        self, number: int, micro_batch: int, *, places: range, input_bytes: tuple[int, ...], is_again: bool, begin: Mark | None
-    ) -> None:
-        """A module that may be run again has returned; it packed these places, or will, and began where `begin` is (None: before the
-        round)."""
+    def call(self, number: int, micro_batch: int, call: WatchedCall) -> None:
+        """A module that may be run again has returned."""
         if self._origin is not None and micro_batch == self._micro_batch:
-            self._calls[number] = _WatchedCall(
-                first=places.start, stop=places.stop, input_bytes=input_bytes, is_again=is_again, begin=begin
-            )
+            self._calls[number] = call
 
     def running_again(self, number: int, micro_batch: int) -> contextlib.AbstractContextManager[None]:
         """Around running a call again."""
@@ -189,15 +186,14 @@ class Timeline:
         )
 
     def _call(self, number: int, time_s: Callable[[Mark], float], own_s: Mapping[Hashable, float]) -> Call:
-        """A module that was not run again is taken to need what it took until it had saved its last: there checkpoint breaks off."""
+        """A module that was not run again is taken to need what it took until it saved its last tensor: there checkpoint breaks off."""
         call = self._calls[number]
-        saved = [time_s(self._places[place].packed) for place in range(call.first, call.stop) if place in self._places]
         begin_s = time_s(call.begin) if call.begin is not None else 0.0
         return Call(
             first=call.first,
             stop=call.stop,
             input_bytes=call.input_bytes,
-            again_s=own_s.get(("again", number), 0.0) if call.is_again else max([begin_s, *saved]) - begin_s,
+            again_s=own_s.get(("again", number), 0.0) if call.is_again else max(0.0, time_s(call.last) - begin_s),
             is_again=call.is_again,
         )
 
