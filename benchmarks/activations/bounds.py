@@ -37,6 +37,7 @@ from collections.abc import Sequence
 
 from overspill.activations.amounts import Adaptive, Room, Target
 from overspill.activations.flight import Profile, simulate_flight
+from overspill.activations.mix import what_is_left
 from overspill.activations.windows import decide, default_window_bytes
 from overspill.spec.activations import ActivationRates
 
@@ -127,8 +128,18 @@ class HostRound:
     """Most bytes on the device at one time, of A."""
 
 
-def simulate_host(profile: Profile, *, d2h_bytes_per_s: float, h2d_bytes_per_s: float, windows: tuple[int, int] | None = None) -> HostRound:
-    """What leaves without a wait in a round like this one, with windows W and V; None: those that are chosen by default."""
+def simulate_host(
+    profile: Profile,
+    *,
+    d2h_bytes_per_s: float,
+    h2d_bytes_per_s: float,
+    windows: tuple[int, int] | None = None,
+    throughput: float | None = None,
+) -> HostRound:
+    """What leaves without a wait in a round like this one, with windows W and V; None: those that are chosen by default.
+
+    What is recomputed is gone as well: at this share of keep's throughput, or (None) whatever can be rebuilt.
+    """
     largest = max(profile.stored_bytes)
     usual = default_window_bytes(largest)
     room = Room(
@@ -136,11 +147,12 @@ def simulate_host(profile: Profile, *, d2h_bytes_per_s: float, h2d_bytes_per_s: 
         window_bytes=windows[0] if windows else usual, back_window_bytes=windows[1] if windows else None,
     )  # fmt: skip
     rates = ActivationRates(d2h_bytes_per_s=d2h_bytes_per_s, h2d_bytes_per_s=h2d_bytes_per_s)
-    found = decide(Adaptive(), profile, rates, room, may_choose=windows is None)
+    found = decide(Adaptive(), profile, rates, room, may_choose=windows is None, throughput=throughput)
+    rest = what_is_left(profile, found.mix)
     leaves = [target is not Target.KEEP for target in found.targets]
-    flight = simulate_flight(profile, leaves, d2h_bytes_per_s, found.windows.out_bytes, found.windows.back_bytes)
+    flight = simulate_flight(rest, leaves, d2h_bytes_per_s, found.windows.out_bytes, found.windows.back_bytes)
     everything = sum(profile.device_bytes)
-    kept = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if not is_moved)
+    kept = sum(size for size, is_moved in zip(rest.device_bytes, leaves, strict=True) if not is_moved)
     return HostRound(
         window_bytes=found.windows.out_bytes, back_window_bytes=found.windows.back_bytes, gone_fraction=1 - kept / everything,
         peak_fraction=flight.peak_bytes / everything,
