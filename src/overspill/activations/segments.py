@@ -21,7 +21,8 @@ compared. Added here:
 6. A copy of the model that is made inside has the plain forward, as an attribute.
 7. An exception in a segment's forward is carried around checkpoint, which in older versions leaves its hooks active until the traceback
    dies.
-8. With a `CallBook` patterns name what *may* be run again, and each call is asked for: it is a segment, or runs plainly.
+8. With a `CallBook` patterns name what *may* be run again, and each call is asked for: it is a segment, or runs plainly, with
+   the same refusals.
 
 Costs: one more forward of each segment. Limits: what forward does beside its result and rule 3 (a counter in Python) is done twice, and not
 seen. Only calls of the module are segments, not functions that use its weights.
@@ -266,16 +267,16 @@ class Segment:
             return self.plain(*args, **kwargs)
         noted = self.owner.book.begin_call(tensors)
         try:
-            return self._run(noted, args, kwargs, leaves, tensors, spec) if noted.is_again else self.plain(*args, **kwargs)
+            call = _Call(self, noted, leaves, spec)
+            del leaves
+            return self._run(call, tensors) if noted.is_again else call.run_plainly(tensors)
         finally:
             noted.end()
 
-    def _run(self, noted: Call, args: Any, kwargs: Any, leaves: list[Any], tensors: list[torch.Tensor], spec: Any) -> Any:
+    def _run(self, call: _Call, tensors: list[torch.Tensor]) -> Any:
         """As a segment."""
-        call = _Call(self, noted, leaves, spec)
         if self.device.type != "cpu" and all(tensor.device != self.device for tensor in tensors):
             tensors.append(torch.empty(0, device=self.device))  # whose random numbers are put back follows from what goes in
-        del args, kwargs, leaves
         result = checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=True, determinism_check="default")
         error, call.error = call.error, None
         if error is not None:
@@ -330,24 +331,35 @@ class _Call:
         """Of the forward (rule 7)."""
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
-        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         if self._has_run:
-            return self._rebuild(args, kwargs)
+            return self._rebuild(*self._arguments(tensors))
         self._has_run = True
         try:
             with _explained(self._segment.name):
-                versions = [_version_of(tensor) for tensor in tensors]
-                result = self._first(args, kwargs)
-                if [_version_of(tensor) for tensor in tensors] != versions:
-                    raise UnsupportedModelError(
-                        f"forward of {self._segment.name} changes a tensor that goes into it in place, which it would need again in "
-                        "backward; do that out of place (such as inplace=False), or leave this module out of recompute"
-                    )
-                return result
+                return self.run_plainly(tensors)
         except BaseException as error:
             self.error = error
             return None
+
+    def run_plainly(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Forward, for the first time.
+
+        Raises:
+            UnsupportedModelError: it could not be run again (rule 3).
+        """
+        versions = [_version_of(tensor) for tensor in tensors]
+        result = self._first(*self._arguments(tensors))
+        if [_version_of(tensor) for tensor in tensors] != versions:
+            raise UnsupportedModelError(
+                f"forward of {self._segment.name} changes a tensor that goes into it in place, which it would need again in "
+                "backward; do that out of place (such as inplace=False), or leave this module out of recompute"
+            )
+        return result
+
+    def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
 
     def _first(self, args: Any, kwargs: Any) -> Any:
         segment = self._segment
