@@ -47,6 +47,7 @@ class Rounds:
         self.tally.mover = mover
         self.rates: ActivationRates = before.rates if before is not None else ActivationRates()
         self.profile: Profile | None = before.profile if before is not None else None
+        self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
         self._decision: Decision | None = before._decision if before is not None else None
         self._caution: float = before._caution if before is not None else 1.0
@@ -60,7 +61,7 @@ class Rounds:
     def begin(self) -> None:
         """The first record of a round is being made."""
         self.decide()
-        number = self.tally.begin(is_planned=self._decision is not None)
+        number = self.tally.begin(is_planned=self._targets is not None)
         if self._amount.needs_profile and is_watched(number):
             self.timeline = Timeline(self._mover.link, is_free=self._decision is not None and self._decision.is_free)
             self._mover.holds = self.timeline.holds
@@ -76,17 +77,16 @@ class Rounds:
 
     def target(self, place: int) -> Target:
         """Where a micro-batch's record at this place goes."""
-        if self._decision is not None:
-            targets = self._decision.targets
-            return targets[place] if place < len(targets) and targets[place] is not Target.REBUILD else Target.KEEP
+        if self._targets is not None:
+            target = self._targets[place] if place < len(self._targets) else Target.KEEP
+            return target if target is not Target.REBUILD else Target.KEEP
         return Target.HOST if self._amount.leaves_unmeasured else Target.KEEP
 
     def rebuilds(self, place: int) -> bool:
         """Whether what has a recipe at this place is rebuilt; while nothing is measured all is."""
-        if self._decision is None or self._throughput is None:
+        if self._targets is None or self._throughput is None:
             return True
-        targets = self._decision.targets
-        return place < len(targets) and targets[place] is Target.REBUILD
+        return place < len(self._targets) and self._targets[place] is Target.REBUILD
 
     def stop_of_again(self, call: int) -> int | None:
         """Whether a call of a module is run again: the first place behind it; None: it is not, as while nothing is measured."""
@@ -96,7 +96,7 @@ class Rounds:
 
     def may_wait(self, record: Record) -> bool:
         """Whether forward may wait for room on a record's way out, instead of keeping it."""
-        if self._decision is None or not self._amount.needs_profile:
+        if self._targets is None or not self._amount.needs_profile:
             return True
         return self._keep_bytes is not None and self._mover.device_bytes + record.num_bytes > self._keep_bytes
 
@@ -132,4 +132,5 @@ class Rounds:
             self._decision = decide(
                 self._amount, self.profile, rates, room, may_choose=self._mover.has_own_windows, throughput=self._throughput
             )
+            self._targets = self._decision.targets
             self._mover.set_windows(self._decision.windows)
