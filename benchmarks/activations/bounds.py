@@ -25,8 +25,9 @@ second out and back.
   stays and V (or what has not left yet, if that is more) when backward begins.
 
 Limits: shares of blocks and bytes are real numbers in the program, tensors and blocks are whole. Neither the bound nor the program counts
-memory in flight, nor that the last block's tensors are made too late to leave; so nothing reaches these figures quite. `simulate_host` has
-both, and no compute that runs slower because a copy runs beside it.
+memory in flight, nor that the last block's tensors are made too late to leave; so where the link takes most, nothing reaches these figures
+quite. The program knows one price for all that is cheap, and whole blocks alone: who chooses among ops and modules may be beyond it.
+`simulate_host` counts what is in flight, and no compute that runs slower because a copy runs beside it.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from collections.abc import Sequence
 
 from overspill.activations.amounts import Adaptive, Room, Target
 from overspill.activations.flight import Profile, simulate_flight
+from overspill.activations.mix import what_is_left
 from overspill.activations.windows import decide, default_window_bytes
 from overspill.spec.activations import ActivationRates
 
@@ -127,8 +129,18 @@ class HostRound:
     """Most bytes on the device at one time, of A."""
 
 
-def simulate_host(profile: Profile, *, d2h_bytes_per_s: float, h2d_bytes_per_s: float, windows: tuple[int, int] | None = None) -> HostRound:
-    """What leaves without a wait in a round like this one, with windows W and V; None: those that are chosen by default."""
+def simulate_host(
+    profile: Profile,
+    *,
+    d2h_bytes_per_s: float,
+    h2d_bytes_per_s: float,
+    windows: tuple[int, int] | None = None,
+    throughput: float | None = None,
+) -> HostRound:
+    """What leaves without a wait in a round like this one, with windows W and V; None: those that are chosen by default.
+
+    What is recomputed is gone as well: at this share of keep's throughput, or (None) whatever can be rebuilt.
+    """
     largest = max(profile.stored_bytes)
     usual = default_window_bytes(largest)
     room = Room(
@@ -136,11 +148,12 @@ def simulate_host(profile: Profile, *, d2h_bytes_per_s: float, h2d_bytes_per_s: 
         window_bytes=windows[0] if windows else usual, back_window_bytes=windows[1] if windows else None,
     )  # fmt: skip
     rates = ActivationRates(d2h_bytes_per_s=d2h_bytes_per_s, h2d_bytes_per_s=h2d_bytes_per_s)
-    found = decide(Adaptive(), profile, rates, room, may_choose=windows is None)
+    found = decide(Adaptive(), profile, rates, room, may_choose=windows is None, throughput=throughput)
+    rest = what_is_left(profile, found.mix)
     leaves = [target is not Target.KEEP for target in found.targets]
-    flight = simulate_flight(profile, leaves, d2h_bytes_per_s, found.windows.out_bytes, found.windows.back_bytes)
+    flight = simulate_flight(rest, leaves, d2h_bytes_per_s, found.windows.out_bytes, found.windows.back_bytes)
     everything = sum(profile.device_bytes)
-    kept = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if not is_moved)
+    kept = sum(size for size, is_moved in zip(rest.device_bytes, leaves, strict=True) if not is_moved)
     return HostRound(
         window_bytes=found.windows.out_bytes, back_window_bytes=found.windows.back_bytes, gone_fraction=1 - kept / everything,
         peak_fraction=flight.peak_bytes / everything,

@@ -148,7 +148,7 @@ def _try(bench: Bench, mode: str, places: Places, rows: int, steps: int, budget:
 @contextlib.contextmanager
 def _context(bench: Bench, mode: str, places: Places, budget: int | None, *, recompute_as: str) -> Any:
     with contextlib.ExitStack() as stack:
-        if MODES[recompute_as].blocks == 1.0:
+        if MODES[recompute_as].is_checkpointed:
             stack.callback(recompute(bench.net, range(bench.num_blocks)))
         chosen = dataclasses.replace(MODES[mode], recompute=MODES[recompute_as].recompute)
         yield stack.enter_context(bench.entered(context(chosen, bench.net, places, None, device_budget=budget)))

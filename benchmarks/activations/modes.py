@@ -3,8 +3,8 @@
 * `keep`: plain PyTorch, no hook. `keep-again`: the same at the end of a process, for drift. `counted`: our hooks, but nothing leaves, which
   tells A.
 * `checkpoint`: every block is recomputed by `torch.utils.checkpoint`. `cheap`: only what is cheap to rebuild, nothing leaves.
-* `host`: adaptive amounts to host memory. `mix`: that and cheap. `mix-97`, `mix-90`: that, and as many blocks recomputed whole as the
-  linear program of `bounds.py` says for this share of keep's throughput, rounded down; skipped where that is none.
+* `host`: adaptive amounts to host memory. `mix`: that and all that is cheap. `mix-97`, `mix-90`: that, and `throughput` of 0.97 and 0.90:
+  which share of the cheap is rebuilt, and which attentions and MLPs (`nets.parts`) are run again, is the library's choice.
 * `ssd`: adaptive amounts to the drive alone; `ssd-7`, `ssd-14`: to files in RAM whose transfers are paced to 7 and 14 GB/s each way: a
   stand-in for one and two good drives, no measurement of them; what it reached is in the row. There are `RAM_STRIPES` files, because a file
   in RAM takes one writer at a time (5 GB/s; four were written at 12 to 18).
@@ -33,6 +33,7 @@ from typing import Any
 
 import psutil
 import torch
+from nets import parts
 from torch import nn
 
 from overspill.activations.context import OffloadActivations
@@ -60,8 +61,10 @@ class Mode:
     """`host` or `ssd`; None: our hooks are not there."""
     amount: str = "adaptive"
     recompute: str = "none"
-    blocks: float = 0.0
-    """Of keep's throughput, for which whole blocks are chosen; 1.0: all of them."""
+    throughput: float | None = None
+    """Least share of keep's, for which some is recomputed; None: all that `recompute` says."""
+    is_checkpointed: bool = False
+    """Whether every block is recomputed by torch."""
     paced_bytes_per_s: float | None = None
     is_wide: bool = False
     peer: str | None = None
@@ -71,12 +74,12 @@ class Mode:
 MODES = {
     "keep": Mode(),
     "counted": Mode(tier="host", amount="nothing"),
-    "checkpoint": Mode(blocks=1.0),
+    "checkpoint": Mode(is_checkpointed=True),
     "cheap": Mode(tier="host", amount="nothing", recompute="cheap"),
     "host": Mode(tier="host"),
     "mix": Mode(tier="host", recompute="cheap"),
-    "mix-97": Mode(tier="host", recompute="cheap", blocks=0.97),
-    "mix-90": Mode(tier="host", recompute="cheap", blocks=0.90),
+    "mix-97": Mode(tier="host", recompute="cheap", throughput=0.97),
+    "mix-90": Mode(tier="host", recompute="cheap", throughput=0.90),
     "host-wide": Mode(tier="host", is_wide=True),
     "keep-again": Mode(),
     "ssd": Mode(tier="ssd"),
@@ -218,7 +221,8 @@ def context(
     settings = build_settings(
         **{
             "host_budget": max(host_bytes, 4 * LEAST_STAGING_BYTES), "ssd_dir": None, "ssd_budget": None, "gpudirect": False,
-            "device_budget": device_budget, "amount": mode.amount, "storage": "as_is", "recompute": mode.recompute,
+            "device_budget": device_budget, "amount": mode.amount, "storage": "as_is",
+            "recompute": mode.recompute if mode.throughput is None else [mode.recompute, *parts(net)], "throughput": mode.throughput,
             "min_bytes": places.min_bytes,
             "window": window_bytes, "open_store": None, **more,
         }

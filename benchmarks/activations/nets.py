@@ -28,6 +28,10 @@ sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "throughput")]
 
 from net_shapes import NetShape  # noqa: E402
 
+from overspill.activations.mix import spread  # noqa: E402
+
+__all__ = ["Attention", "Block", "LlamaNet", "WideNet", "build_inputs", "build_net", "parts", "recompute", "spread"]
+
 HEAD_SIZE = 128
 """As in SSDTrain's models."""
 
@@ -135,10 +139,12 @@ def build_inputs(shape: NetShape, rows: int, device: torch.device, dtype: torch.
     return torch.randint(0, 32000, (rows, shape.length), device=device)
 
 
-def spread(count: int, total: int) -> list[int]:
-    """`count` of `total` block numbers, evenly; never the last unless all: rebuilding it is the first thing that backward does, while
-    memory is fullest."""
-    return [int((index + 0.5) * total / count) for index in range(count)] if count else []
+def parts(net: nn.Module) -> list[str]:
+    """Patterns of what may be run again (`throughput`): attentions and, of a Llama, MLPs; a wide net's MLP is no module."""
+    if isinstance(net, LlamaNet):
+        return ["*.layers.*.self_attn", "*.layers.*.mlp"]
+    has_cross = any(block.cross is not None for block in net.blocks)  # type: ignore[union-attr]
+    return ["blocks.*.attention", *(["blocks.*.cross"] if has_cross else [])]
 
 
 def recompute(net: nn.Module, numbers: Iterable[int]) -> Callable[[], None]:

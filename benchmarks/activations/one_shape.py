@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import faulthandler
 import json
-import math
 import os
 import sys
 import time
@@ -139,18 +138,7 @@ class Job:
     def _measure(self, mode: str) -> dict[str, Any]:
         from modes import MODES
 
-        num_full = 0
-        share = MODES[mode].blocks
-        if share == 1.0:
-            num_full = self.bench.num_blocks
-        elif share:
-            found = self.mix(share)
-            if found is None:
-                return {"error": "checkpoint, and counted or cheap, have to be measured first", "is_oom": False, "mode_wall_s": 0.0}
-            num_full = math.floor(found.full_fraction * self.bench.num_blocks + 1e-6)
-            if num_full == 0:
-                words = f"at {share:.0%} the linear program recomputes {abs(found.full_fraction):.2f} of {self.bench.num_blocks} blocks"
-                return {"missing": f"{words}, less than one: the same as mix", "mode_wall_s": 0.0}
+        num_full = self.bench.num_blocks if MODES[mode].is_checkpointed else 0
         order = self.order
         return self.bench.measure(mode, self.places, self.known(), num_full=num_full, steps=order.steps, steps_s=order.steps_s)
 

@@ -175,7 +175,7 @@ class Bench:
             if mode.tier is not None:
                 line |= _amounts(to_plain(active.report()))
             if mode.tier == "host" and mode.amount == "adaptive":
-                line["on_paper"] = _on_paper(active)
+                line["on_paper"] = _on_paper(active, mode.throughput)
         return line
 
     def _warm_up(self, active: Any, *, is_adaptive: bool) -> tuple[int, float]:
@@ -250,7 +250,7 @@ def _has_settled(rounds: Any) -> bool:
     return abs(now - before) <= SETTLED_FRACTION * max(now, before, 1)
 
 
-def _on_paper(active: Any) -> dict[str, Any]:
+def _on_paper(active: Any, throughput: float | None) -> dict[str, Any]:
     """What `bounds.simulate_host` says of the measured round: with the windows that are chosen, and with the usual ones."""
     profile, rates = active.profile(), active.report().rates
     if profile is None or rates.d2h_bytes_per_s is None:
@@ -259,7 +259,7 @@ def _on_paper(active: Any) -> dict[str, Any]:
     found = {}
     for name, windows in (("chosen", None), ("usual", (usual, usual))):
         back = rates.h2d_bytes_per_s or rates.d2h_bytes_per_s
-        item = simulate_host(profile, d2h_bytes_per_s=rates.d2h_bytes_per_s, h2d_bytes_per_s=back, windows=windows)
+        item = simulate_host(profile, d2h_bytes_per_s=rates.d2h_bytes_per_s, h2d_bytes_per_s=back, windows=windows, throughput=throughput)
         found[name] = dataclasses.asdict(item)
     return found
 
@@ -275,6 +275,7 @@ def _amounts(report: dict[str, Any]) -> dict[str, Any]:
         "window_bytes": last["window_bytes"],
         "back_window_bytes": last["back_window_bytes"],
         "wait_s": last["wait_s"],
+        "num_run_again": last["num_run_again"],
         "num_records": last["num_records"],
         "settling_bytes": [item["host_bytes"] + item["ssd_bytes"] for item in report["rounds"]][:12],
         "rates": report["rates"],

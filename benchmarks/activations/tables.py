@@ -13,8 +13,8 @@ The newest line of a mode counts. Columns:
   written over allowed: what was wanted back while it still waited in host memory does not count.
 * A name with `!`: the mode left more than `LEAST_TOLD_RESIDUE_BYTES` on the device.
 
-Claims: one of several modes may meet one (a mix at 0.97: `mix`, or `mix-97` with blocks recomputed whole). The line names the mode that
-comes nearest. For others' tools: whether one of ours runs faster, of keep's speed, at no higher peak.
+Claims: one of several modes may meet one (a mix at 0.97: `mix`, or `mix-97`, which recomputes what there is time for). The line names the
+mode that comes nearest. For others' tools: whether one of ours runs faster, of keep's speed, at no higher peak.
 
 SSD lifetime: what the mode writes in a step, all day without a pause, against the rated bytes of a drive (`--tbw`; 600 TB are what common
 drives of 1 TB promise). No factor for shorter retention, and none for write amplification.
@@ -153,7 +153,7 @@ def _table(own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str
         low, high = line["step_s_spread"]
         peak, moved = line.get("activation_peak_bytes"), line.get("moved_bytes")
         rate = drive_rate(line) if line["mode"].startswith("ssd") else None
-        words = f" ({line['num_full_blocks']} blocks whole)" if line["mode"] in OPTIMUM_OF and line.get("num_full_blocks") else ""
+        words = f" ({line['num_run_again']} run again)" if line.get("num_run_again") else ""
         words += f" ({rate / 1e9:.1f} GB/s)" if rate else ""
         words += " !" if line.get("residue_bytes", 0) > LEAST_TOLD_RESIDUE_BYTES else ""
         cells = [

@@ -9,7 +9,8 @@ Rules:
 4. The host is for ever ahead: no copy is seen to be done before compute has waited for it or the step has ended (`synchronize`).
 
 `PacedNet` gives the nets of `benchmarks/activations/nets.py` the times that a device would take at another width, so that a net of 256 has
-the clock of one of 12288: bytes shrink, and the link's rate with them.
+the clock of one of 12288: bytes shrink, and the link's rate with them. A Llama is an eighth as wide, in every width; its head and loss are
+time alone. `charge_rebuilds` lets what is rebuilt take the time of the bytes that its ops read and write.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from overspill.activations.links import End
+from overspill.activations.rebuild import Rebuild
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "activations"))
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path += [str(BENCHMARKS / "activations"), str(BENCHMARKS)]
 
 from bounds import simulate_host  # noqa: E402
 from net_shapes import SHAPES, NetShape  # noqa: E402
-from nets import Attention, Block, WideNet, build_net  # noqa: E402
+from nets import Attention, Block, build_net  # noqa: E402
+from shapes import SHAPES as LLAMAS  # noqa: E402
 
-__all__ = ["LINK_BYTES_PER_S", "SHAPES", "PacedLink", "PacedNet", "simulate_host"]
+__all__ = ["LINK_BYTES_PER_S", "SHAPES", "PacedLink", "PacedNet", "charge_rebuilds", "simulate_host"]
 
 FLOPS = 600e12
 """Of large bf16 products on an H100: what gives the link's bound of 80 % at hidden 12288. Assumed, not measured."""
@@ -38,6 +44,11 @@ MEMORY_BYTES_PER_S = 2.5e12
 """Of ops that only read and write. Assumed."""
 LINK_BYTES_PER_S = 55e9
 """Each way; PCIe 5."""
+LLAMA_SHRINKS = 8
+NORM_BYTES, ADD_BYTES, GATED_BYTES = 38, 6, 10
+"""That forward reads and writes of an element of bf16: a Llama's norm in fp32, a sum of two, and SiLU and the product of an MLP."""
+ATTENTION_FLOPS = 320e12
+"""Of a Llama's heads; as in `benchmarks/activations/estimates.py`."""
 
 
 class PacedEnd:
@@ -127,38 +138,66 @@ class _SpendInBackward(torch.autograd.Function):
         return gradient, None
 
 
+class SmallLlama(nn.Module):
+    """A Llama's blocks at an eighth of every width; [rows, length] of token numbers to a number."""
+
+    def __init__(self, shape: NetShape) -> None:
+        super().__init__()
+        large = LLAMAS[shape.kind]
+        config = LlamaConfig(
+            hidden_size=shape.hidden // LLAMA_SHRINKS, intermediate_size=large.ffn_size // LLAMA_SHRINKS, vocab_size=64,
+            num_hidden_layers=shape.layers, num_attention_heads=max(1, large.num_heads // LLAMA_SHRINKS), use_cache=False,
+            num_key_value_heads=large.num_kv_heads // LLAMA_SHRINKS, attn_implementation="sdpa",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        self.model = LlamaModel(config).bfloat16()
+        self.blocks = self.model.layers
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens).last_hidden_state.float().square().mean()
+
+
 class PacedNet:
     """A net whose ops take the times of `shape` on a device, and the link's rates that go with its small tensors.
 
     Args:
-        hidden: width of the net that really runs.
+        hidden: width of the net that really runs, unless it is a Llama.
         length: tokens of one of its sequences.
     """
 
     def __init__(self, shape: NetShape, *, hidden: int = 256, length: int = 16) -> None:
-        self.shape = shape
+        self.shape, is_llama = shape, shape.kind in LLAMAS
+        hidden = shape.hidden // LLAMA_SHRINKS if is_llama else hidden
         self.small = NetShape(kind=shape.kind, hidden=hidden, layers=shape.layers, rows=shape.rows, length=length)
-        net = build_net(self.small, torch.device("cpu"), torch.bfloat16)
-        assert isinstance(net, WideNet)
-        self.net = net
+        self.net = SmallLlama(shape) if is_llama else build_net(self.small, torch.device("cpu"), torch.bfloat16)
         torch.manual_seed(1)
-        self.inputs = torch.randn(shape.rows, length, hidden).bfloat16()
+        tokens = torch.randint(0, 64, (shape.rows, length))
+        self.inputs = tokens if is_llama else torch.randn(shape.rows, length, hidden).bfloat16()
         self.scale = shape.tokens() * shape.hidden / (self.small.tokens() * hidden)
         """Bytes of the shape's tensors over bytes of those that run."""
         self.bytes_per_s = LINK_BYTES_PER_S / self.scale
         self.link = PacedLink(1.0, 1.0)
-        for module in net.modules():
-            if isinstance(module, nn.Linear | nn.LayerNorm):
+        for module in self.net.modules():
+            if isinstance(module, nn.Linear | nn.LayerNorm | LlamaRMSNorm):
                 seconds = self._seconds(module)
                 module.register_forward_pre_hook(self._before(2 * seconds))
                 module.register_forward_hook(self._after(seconds))
-        for module in net.modules():
+        for module in self.net.modules():
             if isinstance(module, Attention):
                 seconds = 4 * shape.length * shape.hidden * shape.tokens() / (2 if module.is_causal else 1) / FLOPS
                 module.out.register_forward_pre_hook(self._both(2 * seconds, seconds))
             if isinstance(module, Block):
                 seconds = 8 * 2 * shape.tokens() * shape.hidden / MEMORY_BYTES_PER_S  # GELU reads and writes
                 module.down.register_forward_pre_hook(self._both(seconds, seconds))
+            if isinstance(module, LlamaAttention):
+                seconds = 2 * shape.length * shape.hidden * shape.tokens() / ATTENTION_FLOPS
+                module.o_proj.register_forward_pre_hook(self._both(2 * seconds, seconds))
+            if isinstance(module, LlamaMLP):
+                seconds = GATED_BYTES * shape.tokens() * LLAMAS[shape.kind].ffn_size / MEMORY_BYTES_PER_S
+                module.down_proj.register_forward_pre_hook(self._both(2 * seconds, seconds))
+        if is_llama:  # the head, and its gradients, which the loss makes in forward
+            head_s = 3 * 2 * shape.tokens() * shape.hidden * LLAMAS[shape.kind].vocab_size / FLOPS
+            self.net.model.norm.register_forward_hook(self._after(head_s))
 
     def open_link(self, device: torch.device) -> PacedLink:
         self.link = PacedLink(self.bytes_per_s, self.bytes_per_s)
@@ -180,7 +219,8 @@ class PacedNet:
         tokens, factor = self.shape.tokens(), self.shape.hidden / self.small.hidden
         if isinstance(module, nn.Linear):
             return 2 * module.in_features * module.out_features * factor**2 * tokens / FLOPS
-        return 2 * 2 * tokens * self.shape.hidden / MEMORY_BYTES_PER_S
+        moved_bytes = NORM_BYTES + ADD_BYTES if isinstance(module, LlamaRMSNorm) else 4
+        return moved_bytes * tokens * self.shape.hidden / MEMORY_BYTES_PER_S
 
     def _before(self, backward_s: float) -> Callable[..., Any]:
         return lambda module, inputs: (_SpendInBackward.apply(inputs[0], lambda: self.spend(backward_s)), *inputs[1:])
@@ -194,3 +234,16 @@ class PacedNet:
             return (_SpendInBackward.apply(inputs[0], lambda: self.spend(backward_s)), *inputs[1:])
 
         return hook
+
+
+def charge_rebuilds(net: PacedNet, monkeypatch: Any) -> None:
+    """What is rebuilt takes the time of the bytes that its ops move, on the net's clock."""
+    plain = Rebuild._rebuild
+
+    def paced(self: Rebuild) -> torch.Tensor:
+        is_alive = not self.weak.expired()
+        result = plain(self)
+        net.spend(0.0 if is_alive else self.moved_bytes * net.scale / MEMORY_BYTES_PER_S)
+        return result
+
+    monkeypatch.setattr(Rebuild, "_rebuild", paced)

@@ -55,6 +55,14 @@ Usage = collections.namedtuple("Usage", ["total", "used", "free"])
         ({"storage": 8}, ValueError, "storage=8 is not known; .*or an object with applies, encode, decode"),
         ({"recompute": "norms"}, ValueError, "recompute='norms' is not known; choose one of 'none', 'cheap'"),
         ({"open_store": FakeStore}, ValueError, "open_store needs ssd_budget"),
+        ({"recompute": "cheap", "throughput": 97}, ValueError, "throughput=97 is a share of plain PyTorch's, above 0 and at most 1"),
+        ({"recompute": "cheap", "throughput": 0.0}, ValueError, "throughput=0.0 is a share"),
+        ({"recompute": "cheap", "throughput": True}, ValueError, "throughput=True is a share"),
+        ({"recompute": "cheap", "throughput": float("nan")}, ValueError, "throughput=nan is a share"),
+        ({"recompute": "cheap", "throughput": "0.97"}, ValueError, "throughput='0.97' is a share"),
+        ({"throughput": 0.97}, ValueError, "says how much may be recomputed, and recompute='none'; name what may be"),
+        ({"recompute": ["none"], "throughput": 0.97}, ValueError, r"and recompute=\['none'\]"),
+        ({"recompute": "cheap", "throughput": 0.97, "amount": "everything"}, ValueError, "measured rounds, which amount='everything' does"),
     ],
 )
 def test_bad_settings_are_refused_with_the_numbers_and_the_cure(settings: dict[str, object], error: type, message: str) -> None:

@@ -40,6 +40,8 @@ class Target(enum.StrEnum):
     """It stays in the device memory in which the model made it."""
     HOST = "host"
     """A range of host memory, pinned where there is a GPU; the device's memory is free once the copy has ended."""
+    REBUILD = "rebuild"
+    """Nowhere: backward rebuilds it (`rebuild.py`)."""
     SSD = "ssd"
     """A range of the SSD's file; through a range of host memory that is free again once it is written, or with GPUDirect Storage none."""
 

@@ -14,8 +14,12 @@ Rules:
    alone.
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
-6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach.
+6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach. What backward wants again
+   and again, such as the tables of rotary positions, was packed long before the rest: if more than a window is yet to come in between, what
+   is fetched are those before the **front**, the last record that was wanted in its turn.
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
+8. Storages of a micro-batch have places, in the order in which they are saved, stored or rebuilt. A module that is run again takes as many
+   as when it was not, so what comes behind it has the same.
 
 Based on SSDTrain's tensor cache (Wu et al., arXiv:2408.10013).
 """
@@ -23,8 +27,9 @@ Based on SSDTrain's tensor cache (Wu et al., arXiv:2408.10013).
 from __future__ import annotations
 
 import collections
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -38,12 +43,14 @@ from overspill.activations.identity import (
     byte_span,
     bytes_of,
 )
-from overspill.activations.links import THREAD_PREFIX
+from overspill.activations.links import THREAD_PREFIX, Mark
 from overspill.activations.mover import Mover
-from overspill.activations.rebuild import Rebuilder, SavedRebuilt
+from overspill.activations.rebuild import Rebuild, Rebuilder, SavedRebuilt
 from overspill.activations.records import Record
 from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView, words
+from overspill.activations.segments import PLAIN_CALL, Call
+from overspill.activations.timeline import WatchedCall
 
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
@@ -83,12 +90,20 @@ class TensorCache:
         self._micro_batch = 0
         self._ends: dict[int, int] = {}
         """Where in `_moved` the records of each micro-batch of this round end."""
+        self._fronts: dict[int, int] = {}
+        """Of each micro-batch whose backward runs: where in `_moved` the front is (rule 6)."""
         self._fetched: dict[Record, None] = {}
         """What was fetched and is alive, for the end of a backward that keeps its graph."""
         self._backward_id = -1
         self.num_live = 0
         self.num_packed = 0
-        """Records of this micro-batch so far."""
+        """Places of this micro-batch so far (rule 8)."""
+        self._num_calls = 0
+        """Of modules that may be run again, in this micro-batch so far."""
+        self._open_call: _OpenCall | None = None
+        """The one of these whose forward runs."""
+        self.is_innermost: Callable[[], bool] = lambda: True
+        """Whether no hooks of others lie over ours."""
         self._when_empty: Callable[[], None] | None = None
         """Called once the last record has died, if set."""
 
@@ -102,6 +117,8 @@ class TensorCache:
         """
         if torch.compiler.is_compiling():
             return tensor
+        if self._open_call is not None:
+            self._open_call.note_packed()
         with torch.no_grad():
             reason, storage = self._reason_to_leave(tensor)
             if reason is not None:
@@ -109,16 +126,23 @@ class TensorCache:
                 restore = self.parameters.restorer(storage) if storage is not None else None
                 return SavedAlone(tensor, restore)
             assert storage is not None
+            moved_bytes = 0
+
+            def is_wanted(num_bytes: int) -> bool:
+                nonlocal moved_bytes
+                moved_bytes = num_bytes
+                return self.rounds.rebuilds(self.num_packed)
+
             if self.rebuilder is not None and not self._is_stored(tensor, storage):
-                rebuilt = self.rebuilder.pack(tensor, storage)
+                rebuilt = self.rebuilder.pack(tensor, storage, is_wanted)
                 if rebuilt is not None:
                     if rebuilt[1]:
-                        self.rounds.tally.note_rebuilt(rebuilt[0].rebuild.num_bytes)
+                        self._note_rebuilt(rebuilt[0].rebuild)
                     return rebuilt[0]
             try:
                 with self._lock:
                     self._look_around()
-                    record = self._find(tensor, storage) or self._make(tensor, storage)
+                    record = self._find(tensor, storage) or self._make(tensor, storage, moved_bytes)
                     record.num_users += 1
                     saved = SavedView(self, record, Geometry.of(tensor, record.start))  # buries the record if the wait is broken off
                     self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
@@ -144,10 +168,11 @@ class TensorCache:
                 record.watch.check(record.name)
                 if self.rounds.timeline is not None:
                     self.rounds.timeline.need(record)
+                record.is_wanted = True
                 span = self._on_device(record)
                 # What is wanted soon stays: it would be fetched again at once.
                 self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
-                self._prefetch(record.position)
+                self._prefetch(self._front_at(record))
                 return geometry.view(span)
         finally:
             self._burial()
@@ -197,7 +222,16 @@ class TensorCache:
         with self._lock:
             return self._find(tensor, storage) is not None
 
-    def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Record:
+    def _note_rebuilt(self, rebuild: Rebuild) -> None:
+        """It has a place of its own, unless it comes before the first record of the round."""
+        with self._lock:
+            self.rounds.tally.note_rebuilt(rebuild.num_bytes)
+            if self.num_live:
+                place, self.num_packed = self.num_packed, self.num_packed + 1
+                if self.rounds.timeline is not None:
+                    self.rounds.timeline.pack_rebuilt(place, self._micro_batch, rebuild)
+
+    def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage, moved_bytes: int) -> Record:
         if self.num_live == 0:
             self._begin_round()
         elif len(self._moved) > 2 * self.num_live + MOST_DEAD:
@@ -214,7 +248,7 @@ class TensorCache:
             dtype=tensor.dtype, form=form, watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
         )  # fmt: skip
         try:
-            self._send(record, storage)
+            self._send(record, storage, moved_bytes)
         except BaseException:  # Ctrl-C, or no memory: nobody will have a view of it
             self.mover.release(record)
             raise
@@ -229,7 +263,7 @@ class TensorCache:
         is_dense = tensor.numel() * tensor.itemsize == span_bytes
         return form if form is not None and is_dense and tensor.requires_grad and form.applies(tensor.dtype) else None
 
-    def _send(self, record: Record, storage: torch.UntypedStorage) -> None:
+    def _send(self, record: Record, storage: torch.UntypedStorage, moved_bytes: int) -> None:
         """Keep it, or start its way out."""
         target, timeline = self.rounds.target(record.index), self.rounds.timeline
         if target is Target.KEEP:
@@ -242,7 +276,47 @@ class TensorCache:
             self._moved.append(record)
         self._ends[self._micro_batch] = len(self._moved)
         if timeline is not None:
-            timeline.pack(record)
+            timeline.pack(record, moved_bytes)
+
+    # -- modules that may be run again ------------------------------------------------------------------------------
+
+    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call:
+        """Forward of a module begins that may be run again. Meets `CallBook`.
+
+        In backward, and inside of hooks of others, none is: these would have to be told the same when they run it themselves.
+        """
+        if torch._C._current_graph_task_id() != -1 or not self.is_innermost():
+            return PLAIN_CALL
+        with self._lock:
+            if self.num_live == 0:
+                self.num_packed = self._num_calls = 0
+                self.rounds.decide()
+            number, self._num_calls = self._num_calls, self._num_calls + 1
+            stop = self.rounds.stop_of_again(number)
+            self._open_call = _OpenCall(self, number, self._micro_batch, self.num_packed, self._new_bytes(inputs), stop)
+            return self._open_call
+
+    def end_call(self, call: _OpenCall) -> None:
+        """It has returned, or raised."""
+        with self._lock:
+            self._open_call = None
+            if call.stop is not None:
+                self.num_packed = max(self.num_packed, call.stop)
+                self.rounds.tally.note_run_again()
+            timeline = self.rounds.timeline
+            if timeline is not None and self._micro_batch == call.micro_batch:
+                timeline.call(call.number, call.micro_batch, call.watched(max(call.first, self.num_packed)))
+
+    def _new_bytes(self, inputs: Sequence[torch.Tensor]) -> tuple[int, ...]:
+        """Of each of these that would be saved and is not yet."""
+        found: dict[int, int] = {}
+        for tensor in inputs:
+            reason, storage = self._reason_to_leave(tensor)
+            if reason is not None or storage is None or self._find(tensor, storage) is not None:
+                continue
+            if self.rebuilder is None or not self.rebuilder.knows(storage):
+                found[storage._cdata] = storage.nbytes()
+        return tuple(found.values())
 
     # -- unpacking ---------------------------------------------------------------------------------------------------
 
@@ -269,6 +343,18 @@ class TensorCache:
         if storage is None or storage.nbytes() < record.stop:
             return None
         return bytes_of(storage, record.start, record.stop)
+
+    def _front_at(self, record: Record) -> int:
+        """Where the front is, now that this record is wanted (rule 6)."""
+        front = self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
+        between_bytes = 0
+        for other in self._moved[record.position : front]:
+            if other is not None and not other.is_wanted:
+                between_bytes += other.stored_bytes
+                if between_bytes > self.mover.back_window_bytes:
+                    return front
+        self._fronts[record.micro_batch] = record.position
+        return record.position
 
     def _prefetch(self, position: int) -> None:
         """Rule 6, for the records before `position`."""
@@ -357,6 +443,7 @@ class TensorCache:
         self.num_live -= 1
         if self.num_live == 0:
             self.rounds.end()
+            self.num_packed = self._num_calls = 0
 
     def _compact(self) -> None:
         """Forget the dead of a round that does not end, as when somebody holds a graph for ever."""
@@ -367,12 +454,14 @@ class TensorCache:
             record.position = before[record.position]
         self._ends = {number: before[end] for number, end in list(self._ends.items())[-MOST_DEAD:]}
         self._moved = [record for record in self._moved if record is not None]
+        self._fronts.clear()
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
     def _begin_round(self) -> None:
         self._moved.clear()
         self._ends.clear()
+        self._fronts.clear()
         self.num_packed = 0
         self.rounds.begin()
 
@@ -391,4 +480,40 @@ class TensorCache:
         """What is packed from here on belongs to another micro-batch than before; None: the one after it."""
         with self._lock:
             self._micro_batch = number if number is not None else self._micro_batch + 1
-            self.num_packed = 0
+            self.num_packed = self._num_calls = 0
+
+
+class _OpenCall:
+    """A call of a module that may be run again; see `segments.Call`."""
+
+    def __init__(
+        self, cache: TensorCache, number: int, micro_batch: int, first: int, input_bytes: tuple[int, ...], stop: int | None
+    ) -> None:
+        self._cache, self.number, self.micro_batch, self.first = cache, number, micro_batch, first
+        self._input_bytes, self.stop = input_bytes, stop
+        self._begin = self._mark()
+        self._last: Mark | None = None
+
+    @property
+    def is_again(self) -> bool:
+        return self.stop is not None
+
+    def note_packed(self) -> None:
+        """Something was saved in it, wherever that goes."""
+        self._last = self._mark()
+
+    def end(self) -> None:
+        self._cache.end_call(self)
+
+    def watched(self, stop: int) -> WatchedCall:
+        """What became of it."""
+        last = self._last if self._last is not None else self._cache.mover.link.time_mark()
+        return WatchedCall(first=self.first, stop=stop, input_bytes=self._input_bytes, is_again=self.is_again, begin=self._begin, last=last)
+
+    def running_again(self) -> contextlib.AbstractContextManager[None]:
+        timeline = self._cache.rounds.timeline
+        return timeline.running_again(self.number, self.micro_batch) if timeline is not None else contextlib.nullcontext()
+
+    def _mark(self) -> Mark | None:
+        """None: nobody watches."""
+        return self._cache.mover.link.time_mark() if self._cache.rounds.timeline is not None else None

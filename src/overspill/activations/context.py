@@ -28,6 +28,7 @@ with `nn.RReLU`, whose noise is written after it was packed, uncounted; a call o
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import warnings
@@ -43,7 +44,7 @@ from overspill.activations.cache import TensorCache
 from overspill.activations.flight import Profile
 from overspill.activations.forms import Form
 from overspill.activations.opened import OpenTiers
-from overspill.activations.segments import Segments, find_segments
+from overspill.activations.segments import EveryCall, Segments, find_segments
 from overspill.activations.settings import MIN_BYTES, Settings, Size, build_settings, device_of, refuse_what_cannot_work
 from overspill.spec.activations import ActivationRates, ActivationReport
 from overspill.tiers import Store
@@ -62,6 +63,7 @@ def offload_activations(
     amount: Amount | str = "adaptive",
     storage: Form | str = "as_is",
     recompute: str | Sequence[str] = "none",
+    throughput: float | None = None,
     min_bytes: Size = MIN_BYTES,
     window: Size | None = None,
     open_store: Callable[[int], Store] | None = None,
@@ -82,6 +84,9 @@ def offload_activations(
         recompute: `none`, or `cheap`: products, SiLU, GELU and layer norms are not stored but rebuilt in backward, to the bit
             (`rebuild.py`). Or a list of `cheap` and patterns of modules' names, such as `["cheap", "model.layers.*.mlp"]`: of these
             modules only what goes in is stored, and backward runs their forward again (`segments.py`).
+        throughput: least share of plain PyTorch's, such as 0.97, for which `recompute` names what *may* be recomputed; how much of it is
+            follows from measured times (`mix.py`). Until then what is cheap is rebuilt, and no module is run again, so that the first two
+            rounds need room for what moves. None: all that `recompute` names is recomputed.
         min_bytes: smaller saved tensors are left alone.
         window: device memory that may be on its way out, and as much that may have come back early; one tensor may always. None: two of
             the largest tensor, from 128 MiB to 1 GiB, until a round was measured; then what has the lowest peak (`windows.py`).
@@ -95,7 +100,8 @@ def offload_activations(
     refuse_what_cannot_work(model)
     settings = build_settings(
         host_budget=host_budget, ssd_dir=ssd_dir, ssd_budget=ssd_budget, gpudirect=gpudirect, device_budget=device_budget,
-        amount=amount, storage=storage, recompute=recompute, min_bytes=min_bytes, window=window, open_store=open_store,
+        amount=amount, storage=storage, recompute=recompute, throughput=throughput, min_bytes=min_bytes, window=window,
+        open_store=open_store,
     )  # fmt: skip
     find_segments(model, settings.segments)
     if gpudirect:
@@ -293,7 +299,7 @@ class OffloadActivations:
         for tensor, restore in self._foreign:
             self._tiers.parameters.add(tensor, restore)
         try:
-            self._segments.install(self._device)
+            self._segments.install(self._device, EveryCall() if self._settings.throughput is None else self._tiers.cache)
         except BaseException:
             self._shut()
             raise
@@ -307,6 +313,7 @@ class OffloadActivations:
         # Compiled blocks call hooks as well; without this dynamo would compile what they do, for each shape.
         self._thread = threading.get_ident()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(*map(torch.compiler.disable, (cache.pack, cache.unpack)))
+        cache.is_innermost = functools.partial(_is_innermost, self._hooks)
         self._hooks.__enter__()
 
     def _pop(self) -> None:
@@ -390,10 +397,21 @@ def _gradients_of(step: Callable[[], object], parameters: Sequence[nn.Parameter]
     return [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone() for parameter in parameters]
 
 
+def _top_hooks() -> tuple[Any, Any] | None:
+    """The innermost hooks of this thread; None where there are none, or torch does not say."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every torch
+    hooks: tuple[Any, Any] | None = top(True) if top is not None else None
+    return hooks
+
+
+def _is_innermost(ours: torch.autograd.graph.saved_tensors_hooks) -> bool:
+    hooks = _top_hooks()
+    return hooks is not None and hooks[0] is ours.pack_hook
+
+
 def _refuse_foreign_hooks() -> None:
     """Rule 4."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not in every torch
-    hooks = top(True) if top is not None else None
+    hooks = _top_hooks()
     if hooks is not None:
         owner = getattr(hooks[0], "__qualname__", repr(hooks[0]))
         raise RuntimeError(

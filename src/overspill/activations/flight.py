@@ -5,6 +5,7 @@ Words:
 * **the way out**: what was packed and still occupies the device, because its copy has not ended. At most a window of it, whole records:
   nothing of a storage is freed before all of it has left.
 * **the way back**: what backward wants soon and was fetched early. At most a window of its own.
+* **place**: the number of a storage in the order in which a micro-batch saves them, whether it is stored or rebuilt.
 * **gone**: on paper, when a record's copy has ended and `SLACK_FRACTION` of the time since it was packed has passed besides. The mover may
   then take it for copied, without a look at the copy; a link that is a little slower than it was measured costs no wait.
 
@@ -27,11 +28,28 @@ SLACK_FRACTION = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a module whose forward may be run again in backward (`segments.py`)."""
+
+    first: int
+    """The first place that is saved in it."""
+    stop: int
+    """The first place behind it."""
+    input_bytes: tuple[int, ...]
+    """Of the tensors that go in and are saved for nobody else: what its first places are if it is run again, and the others nothing."""
+    again_s: float
+    """What running it again takes: what it took in that round, or else its forward."""
+    is_again: bool
+    """Whether that round ran it again. What it saves was then not seen."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What one round was like, record by record in the order of forward; seconds after the first record, time in which compute waited
-    for copies taken out."""
+    """What one round was like, place by place in the order of forward; seconds after the first record, time in which compute waited
+    for copies, rebuilt or ran modules again taken out."""
 
     device_bytes: tuple[int, ...]
+    """If it were stored; 0 for a place that was not seen."""
     stored_bytes: tuple[int, ...]
     """What crosses the link for each; equal to `device_bytes` if records are stored as they are."""
     packed_s: tuple[float, ...]
@@ -39,6 +57,17 @@ class Profile:
     """When backward asked for it first; infinite if it never did."""
     forward_s: float
     """When the micro-batch's forward had ended: another one began, or backward asked for the first of them."""
+    moved_bytes: tuple[int, ...] = ()
+    """That rebuilding a place reads and writes; 0: it cannot be rebuilt. Empty: none of them can."""
+    rebuild_s: tuple[float, ...] = ()
+    """What rebuilding it took; infinite: not known."""
+    calls: tuple[Call, ...] = ()
+    """Of modules that may be run again, in the order of forward."""
+
+    @property
+    def step_s(self) -> float:
+        """From the first record to the last one that was wanted."""
+        return max((at_s for at_s in self.needed_s if at_s < math.inf), default=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,19 +151,24 @@ def those_out_in_time(profile: Profile, bytes_per_s: float, window_bytes: float)
 def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: float, window_bytes: float) -> list[bool]:
     """Of the records that leave, those that are back when backward wants them.
 
-    As the cache fetches: whenever backward wants a record, those that were packed before it, nearest first, as far as the window reaches.
-    What would come too late stays, and gives its time on the link to the next.
+    As the cache fetches: whenever backward wants a record, those that were packed before it, nearest first, as far as the window reaches;
+    before the front, if more than a window is yet to come between the two. What would come too late stays, and gives its time on the link
+    to the next.
     """
     result, fetched = list(leaves), [False] * len(leaves)
     moved = [number for number, is_moved in enumerate(leaves) if is_moved]
-    free_s, num_left = profile.forward_s, len(moved)
+    free_s, num_left, front = profile.forward_s, len(moved), len(moved)
     for wanted_s, number in sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf):
         if result[number] and not fetched[number]:
             result[number], num_left = False, num_left - 1
         if num_left == 0:
             continue  # all of them are back or on their way
+        place = bisect.bisect_left(moved, number)
+        between = (other for other in moved[place:front] if result[other] and profile.needed_s[other] > wanted_s)
+        if sum(profile.stored_bytes[other] for other in between) <= window_bytes:
+            front = place
         near_bytes = 0
-        for place in range(bisect.bisect_left(moved, number) - 1, -1, -1):
+        for place in range(front - 1, -1, -1):
             other = moved[place]
             if not result[other] or profile.needed_s[other] < wanted_s:
                 continue  # it stays, or backward has had it

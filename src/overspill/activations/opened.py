@@ -47,7 +47,7 @@ class OpenTiers:
         self.parameters.add_model(model)
         mover = Mover(device, open_link(device), self.host, self.ssd, window_bytes=settings.window_bytes)
         earlier = before.cache.rounds if before is not None else None
-        rounds = Rounds(mover, settings.amount, DeviceSpace(device, settings, mover), earlier)
+        rounds = Rounds(mover, settings.amount, DeviceSpace(device, settings, mover), settings.throughput, earlier)
         rebuilder = Rebuilder.of_model(model) if settings.is_rebuilding else None
         self.cache: TensorCache = TensorCache(
             mover, self.parameters, rounds, min_bytes=settings.min_bytes, form=settings.form, rebuilder=rebuilder

@@ -35,6 +35,7 @@ How the inputs are found: `grad_fn._raw_saved_self.data` is what pack returned f
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import weakref
@@ -65,6 +66,8 @@ class Rebuild:
         self._run, self._sources, self.moved_bytes = recipe
         self._value: torch.Tensor | None = None
         self._lock = threading.Lock()
+        self.timed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """What is around a rebuild, to measure it."""
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +97,8 @@ class Rebuild:
             if self._watch.now != self._watch.version:
                 self._watch.check(self.name)
             if self._value is None:
-                self._value = self._rebuild()
+                with self.timed():
+                    self._value = self._rebuild()
             return self._value
 
     def forget(self) -> None:
@@ -201,8 +205,18 @@ class Rebuilder:
 
         return cls(epsilon_of, is_first=is_first)
 
-    def pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> tuple[SavedRebuilt, bool] | None:
-        """A saved object that rebuilds the tensor, and whether its result is new; None: it has no recipe."""
+    def knows(self, storage: torch.UntypedStorage) -> bool:
+        """Whether a storage is dropped already."""
+        return storage._cdata in self._known
+
+    def pack(
+        self, tensor: torch.Tensor, storage: torch.UntypedStorage, is_wanted: Callable[[int], bool] = lambda moved_bytes: True
+    ) -> tuple[SavedRebuilt, bool] | None:
+        """A saved object that rebuilds the tensor, and whether its result is new; None: it has no recipe, or is not to be rebuilt.
+
+        Args:
+            is_wanted: of a new one, told what its ops read and write.
+        """
         base = tensor._base if tensor._is_view() else tensor
         assert base is not None
         known = self._known.get(storage._cdata)
@@ -217,6 +231,8 @@ class Rebuilder:
         for source in recipe.sources:
             if source is not None and source.device != base.device:
                 return None
+        if not is_wanted(recipe.moved_bytes):
+            return None
         rebuild = self._known[storage._cdata] = Rebuild(base, storage, node, recipe)
         return SavedRebuilt(rebuild, None if tensor is base else Geometry.of(tensor, 0)), True
 

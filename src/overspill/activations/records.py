@@ -82,6 +82,8 @@ class Record:
         self.is_forwarded = False
         self.is_watched = False
         """Whether a timeline has its times."""
+        self.is_wanted = False
+        """Whether backward has asked for it."""
         self.is_ahead = False
         """Whether it was fetched before it was wanted, and has not been wanted yet."""
 

@@ -2,8 +2,8 @@
 
 A round begins with the first record that is packed when none is alive, and ends with the death of the last one. A watched round is read
 once the device has passed its last mark, at the beginning of some later round; then it is decided where the records of the rounds from
-there on go, by their place in the micro-batch. A round with other lengths than the watched one follows the same decisions: bytes and times
-grow together. What is beyond the places that were seen stays.
+there on go, what is rebuilt and which modules are run again, by their place in the micro-batch. A round with other lengths than the watched
+one follows the same decisions: bytes and times grow together. What is beyond the places that were seen stays.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Rounds:
     """The rounds of one cache; its cache locks.
 
     Args:
+        throughput: least share of plain PyTorch's that recomputation leaves; None: what can be recomputed is.
         before: of an earlier cache of the same model, whose counts and decisions are gone on with.
     """
 
-    def __init__(self, mover: Mover, amount: Amount, space: Space, before: Rounds | None) -> None:
-        self._mover, self._amount, self._space = mover, amount, space
+    def __init__(self, mover: Mover, amount: Amount, space: Space, throughput: float | None, before: Rounds | None) -> None:
+        self._mover, self._amount, self._space, self._throughput = mover, amount, space, throughput
         self.tally: Tally = before.tally if before is not None else Tally()
         self.tally.mover = mover
         self.rates: ActivationRates = before.rates if before is not None else ActivationRates()
@@ -59,7 +60,7 @@ class Rounds:
 
     def begin(self) -> None:
         """The first record of a round is being made."""
-        self._decide()
+        self.decide()
         number = self.tally.begin(is_planned=self._targets is not None)
         if self._amount.needs_profile and is_watched(number):
             self.timeline = Timeline(self._mover.link, is_free=self._decision is not None and self._decision.is_free)
@@ -74,11 +75,24 @@ class Rounds:
             self.timeline.finish(self._mover)
             self._unread, self.timeline, self._mover.holds = self.timeline, None, None
 
-    def target(self, index: int) -> Target:
-        """Where a micro-batch's record number `index` goes."""
+    def target(self, place: int) -> Target:
+        """Where a micro-batch's record at this place goes."""
         if self._targets is not None:
-            return self._targets[index] if index < len(self._targets) else Target.KEEP
+            target = self._targets[place] if place < len(self._targets) else Target.KEEP
+            return target if target is not Target.REBUILD else Target.KEEP
         return Target.HOST if self._amount.leaves_unmeasured else Target.KEEP
+
+    def rebuilds(self, place: int) -> bool:
+        """Whether what has a recipe at this place is rebuilt; while nothing is measured all is."""
+        if self._targets is None or self._throughput is None:
+            return True
+        return place < len(self._targets) and self._targets[place] is Target.REBUILD
+
+    def stop_of_again(self, call: int) -> int | None:
+        """Whether a call of a module is run again: the first place behind it; None: it is not, as while nothing is measured."""
+        if self._decision is None or self.profile is None or call >= len(self._decision.mix.again):
+            return None
+        return self.profile.calls[call].stop if self._decision.mix.again[call] else None
 
     def may_wait(self, record: Record) -> bool:
         """Whether forward may wait for room on a record's way out, instead of keeping it."""
@@ -99,7 +113,7 @@ class Rounds:
         pace = self._decision.pace if self._decision is not None else None
         return (lambda record: record.index < pace.num_gone_at_turn) if pace is not None else None
 
-    def _decide(self) -> None:
+    def decide(self) -> None:
         """Once the device has passed the last watched round, and again if there is less room than then."""
         watched = self._unread
         if watched is not None and watched.is_readable():
@@ -107,7 +121,7 @@ class Rounds:
             self.rates = watched.rates(self._mover, self.rates)
             if watched.is_free:
                 self._caution = next_caution(self._caution, watched.waited_fraction())
-            self.profile = watched.profile() or self.profile
+            self.profile = watched.profile(self.profile) or self.profile
         elif self.profile is None or not self._space.has_shrunk():
             return
         if self.profile is not None:
@@ -115,6 +129,8 @@ class Rounds:
             room = self._space.look(*((last.kept_bytes, last.device_peak_bytes) if last is not None else (0, 0)))
             self._keep_bytes = room.keep_bytes
             rates = slowed(self.rates, self._caution)
-            self._decision = decide(self._amount, self.profile, rates, room, may_choose=self._mover.has_own_windows)
+            self._decision = decide(
+                self._amount, self.profile, rates, room, may_choose=self._mover.has_own_windows, throughput=self._throughput
+            )
             self._targets = self._decision.targets
             self._mover.set_windows(self._decision.windows)

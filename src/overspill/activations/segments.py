@@ -21,6 +21,8 @@ compared. Added here:
 6. A copy of the model that is made inside has the plain forward, as an attribute.
 7. An exception in a segment's forward is carried around checkpoint, which in older versions leaves its hooks active until the traceback
    dies.
+8. With a `CallBook` patterns name what *may* be run again, and each call is asked for: it is a segment, or runs plainly, with
+   the same refusals.
 
 Costs: one more forward of each segment. Limits: what forward does beside its result and rule 3 (a counter in Python) is done twice, and not
 seen. Only calls of the module are segments, not functions that use its weights.
@@ -35,7 +37,7 @@ import fnmatch
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -145,6 +147,52 @@ def _place_of(module: nn.Module) -> str:
 # -- the wrapper -----------------------------------------------------------------------------------------------------
 
 
+class Call(Protocol):
+    """One call of a segment's module, from before its forward until backward is done with it."""
+
+    @property
+    def is_again(self) -> bool:
+        """Whether backward runs it again; else it runs plainly."""
+        ...
+
+    def end(self) -> None:
+        """Forward has returned or raised."""
+        ...
+
+    def running_again(self) -> contextlib.AbstractContextManager[None]:
+        """What is around running it again."""
+        ...
+
+
+class CallBook(Protocol):
+    """Says of every call whether backward runs it again (rule 8)."""
+
+    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _FixedCall:
+    """Meets `Call`."""
+
+    is_again: bool
+
+    def end(self) -> None:
+        pass
+
+    def running_again(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+PLAIN_CALL: Call = _FixedCall(is_again=False)
+
+
+class EveryCall:
+    """Backward runs all of them again. Meets `CallBook`."""
+
+    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call:
+        return _FixedCall(is_again=True)
+
+
 class Segments:
     """The segments of one model; rules 5 and 6."""
 
@@ -154,8 +202,9 @@ class Segments:
         self.names: tuple[str, ...] = ()
         """Of the last time that they were put there."""
         self.num_rebuilds = 0
+        self.book: CallBook = EveryCall()
 
-    def install(self, device: torch.device) -> None:
+    def install(self, device: torch.device, book: CallBook) -> None:
         """Wrap all, or none.
 
         Raises:
@@ -164,7 +213,7 @@ class Segments:
         if not self._patterns:
             return
         found = find_segments(self._model, self._patterns)
-        self.names = tuple(found)
+        self.names, self.book = tuple(found), book
         try:
             for name, module in found.items():
                 self._active.append(Segment(self, name, module, device))
@@ -216,10 +265,18 @@ class Segment:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not any(tensor.requires_grad for tensor in tensors) and not any(tensor.requires_grad for tensor in self.parameters()):
             return self.plain(*args, **kwargs)
-        call = _Call(self, leaves, spec)
+        noted = self.owner.book.begin_call(tensors)
+        try:
+            call = _Call(self, noted, leaves, spec)
+            del leaves
+            return self._run(call, tensors) if noted.is_again else call.run_plainly(tensors)
+        finally:
+            noted.end()
+
+    def _run(self, call: _Call, tensors: list[torch.Tensor]) -> Any:
+        """As a segment."""
         if self.device.type != "cpu" and all(tensor.device != self.device for tensor in tensors):
             tensors.append(torch.empty(0, device=self.device))  # whose random numbers are put back follows from what goes in
-        del args, kwargs, leaves
         result = checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=True, determinism_check="default")
         error, call.error = call.error, None
         if error is not None:
@@ -252,8 +309,8 @@ class _Hole:
 class _Call:
     """One call of a segment: run once in forward, and once for each backward that wants its saved tensors. Holds no tensor that goes in."""
 
-    def __init__(self, segment: Segment, leaves: list[Any], spec: Any) -> None:
-        self._segment, self._spec = segment, spec
+    def __init__(self, segment: Segment, noted: Call, leaves: list[Any], spec: Any) -> None:
+        self._segment, self._noted, self._spec = segment, noted, spec
         self._leaves: list[Any] = []
         num_tensors = 0
         for leaf in leaves:
@@ -274,24 +331,35 @@ class _Call:
         """Of the forward (rule 7)."""
 
     def __call__(self, *tensors: torch.Tensor) -> Any:
-        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self._leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
         if self._has_run:
-            return self._rebuild(args, kwargs)
+            return self._rebuild(*self._arguments(tensors))
         self._has_run = True
         try:
             with _explained(self._segment.name):
-                versions = [_version_of(tensor) for tensor in tensors]
-                result = self._first(args, kwargs)
-                if [_version_of(tensor) for tensor in tensors] != versions:
-                    raise UnsupportedModelError(
-                        f"forward of {self._segment.name} changes a tensor that goes into it in place, which it would need again in "
-                        "backward; do that out of place (such as inplace=False), or leave this module out of recompute"
-                    )
-                return result
+                return self.run_plainly(tensors)
         except BaseException as error:
             self.error = error
             return None
+
+    def run_plainly(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """Forward, for the first time.
+
+        Raises:
+            UnsupportedModelError: it could not be run again (rule 3).
+        """
+        versions = [_version_of(tensor) for tensor in tensors]
+        result = self._first(*self._arguments(tensors))
+        if [_version_of(tensor) for tensor in tensors] != versions:
+            raise UnsupportedModelError(
+                f"forward of {self._segment.name} changes a tensor that goes into it in place, which it would need again in "
+                "backward; do that out of place (such as inplace=False), or leave this module out of recompute"
+            )
+        return result
+
+    def _arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+        leaves = [tensors[leaf.index] if isinstance(leaf, _Hole) else leaf for leaf in self._leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._spec)
+        return args, kwargs
 
     def _first(self, args: Any, kwargs: Any) -> Any:
         segment = self._segment
@@ -330,7 +398,8 @@ class _Call:
         values = [buffer.clone() for buffer in buffers]
         with torch.autograd._unsafe_preserve_version_counter(tuple(buffers)):  # they have the same values afterwards
             try:
-                return segment.plain(*args, **kwargs)
+                with self._noted.running_again():
+                    return segment.plain(*args, **kwargs)
             finally:
                 with torch.no_grad():
                     for buffer, value in zip(buffers, values, strict=True):

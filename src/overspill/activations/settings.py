@@ -60,6 +60,8 @@ class Settings:
     is_rebuilding: bool
     segments: tuple[str, ...]
     """Patterns of the names of modules that are run again in backward."""
+    throughput: float | None
+    """Least share of plain PyTorch's, for which some of what may be recomputed is; None: all of it."""
     min_bytes: int
     window_bytes: int | None
     open_store: Callable[[int], Store] | None
@@ -80,6 +82,7 @@ def build_settings(
     amount: Amount | str,
     storage: Form | str,
     recompute: str | Sequence[str],
+    throughput: float | None,
     min_bytes: Size,
     window: Size | None,
     open_store: Callable[[int], Store] | None,
@@ -91,6 +94,8 @@ def build_settings(
         BudgetError: a budget is zero, or more than the machine has.
     """
     is_rebuilding, segments = _recomputed(recompute)
+    chosen_amount = _named("amount", amount, AMOUNTS, needs=("leaves", "needs_profile", "leaves_unmeasured"))
+    _check_throughput(throughput, recompute, amount, is_measured=chosen_amount.needs_profile)
     host_bytes = parse_bytes(host_budget)
     places = _places(ssd_dir)
     total = psutil.virtual_memory().total
@@ -122,10 +127,11 @@ def build_settings(
         ssd_budget_bytes=_ssd_budget(places, ssd_budget, open_store),
         is_direct=gpudirect,
         device_budget_bytes=None if device_budget is None else parse_bytes(device_budget),
-        amount=_named("amount", amount, AMOUNTS, needs=("leaves", "needs_profile", "leaves_unmeasured")),
+        amount=chosen_amount,
         form=None if isinstance(form := _named("storage", storage, FORMS, needs=("applies", "encode", "decode")), AsIs) else form,
         is_rebuilding=is_rebuilding,
         segments=segments,
+        throughput=throughput,
         min_bytes=parse_bytes(min_bytes),
         window_bytes=None if window is None else parse_bytes(window),
         open_store=open_store,
@@ -147,6 +153,21 @@ def _recomputed(recompute: str | Sequence[str]) -> tuple[bool, tuple[str, ...]]:
     if is_rebuilding and not can_read_saved():
         raise ValueError(f"recompute={recompute!r} needs a newer torch than {torch.__version__}: this one hides what a hook has packed")
     return is_rebuilding, tuple(word for word in words if word not in RECOMPUTE)
+
+
+def _check_throughput(throughput: float | None, recompute: str | Sequence[str], amount: Amount | str, *, is_measured: bool) -> None:
+    if throughput is None:
+        return
+    if isinstance(throughput, bool) or not isinstance(throughput, int | float) or not 0 < throughput <= 1:
+        raise ValueError(f"throughput={throughput!r} is a share of plain PyTorch's, above 0 and at most 1, such as 0.97")
+    if recompute == "none" or list(recompute) == ["none"]:
+        raise ValueError(
+            f"throughput={throughput!r} says how much may be recomputed, and recompute={recompute!r}; name what may be, or leave it out"
+        )
+    if not is_measured:
+        raise ValueError(
+            f"throughput={throughput!r} needs measured rounds, which amount={amount!r} does without; use 'adaptive' or 'ssdtrain'"
+        )
 
 
 def _named(what: str, value: Any, known: dict[str, Any], *, needs: Sequence[str]) -> Any:

@@ -51,6 +51,10 @@ class Tally:
         self._round["rebuilt"] += num_bytes
         self.totals["rebuilt"] += num_bytes
 
+    def note_run_again(self) -> None:
+        """Backward will run a module again that may be."""
+        self._round["run again"] += 1
+
     def end(self) -> None:
         """The round has ended."""
         self.num_ended += 1
@@ -66,6 +70,7 @@ class Tally:
                 round=self.num_ended,
                 is_planned=self._is_planned,
                 num_records=self._round["records"],
+                num_run_again=self._round["run again"],
                 window_bytes=mover.window_bytes,
                 back_window_bytes=mover.back_window_bytes,
                 packed_bytes=self._round["packed"],

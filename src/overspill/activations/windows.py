@@ -26,6 +26,7 @@ import math
 
 from overspill.activations.amounts import Adaptive, Amount, Room, Target, decide_targets
 from overspill.activations.flight import Flight, Pace, Profile, simulate_flight
+from overspill.activations.mix import Mix, choose_mix, rebuild_all, what_is_left
 from overspill.spec.activations import ActivationRates
 from overspill.units import MIB
 
@@ -72,6 +73,8 @@ class Decision:
     """What is done in rounds like the one that was measured."""
 
     targets: tuple[Target, ...]
+    """For each place."""
+    mix: Mix
     windows: Windows
     pace: Pace | None
     """None: no rate is known."""
@@ -97,13 +100,24 @@ def default_window_bytes(largest_bytes: int) -> int:
     return max(LEAST_WINDOW_BYTES, min(2 * largest_bytes, MOST_WINDOW_BYTES))
 
 
-def decide(amount: Amount, profile: Profile, rates: ActivationRates, room: Room, *, may_choose: bool) -> Decision:
-    """Where records go, and how much may be under way.
+def decide(
+    amount: Amount, profile: Profile, rates: ActivationRates, room: Room, *, may_choose: bool, throughput: float | None = None
+) -> Decision:
+    """What is recomputed, where records go, and how much may be under way.
 
     Args:
         room: with the windows of rule 1.
         may_choose: whether nobody has asked for a window.
+        throughput: least share of plain PyTorch's that recomputation leaves; None: whatever can be rebuilt is.
     """
+
+    def staying_bytes(rest: Profile) -> int:
+        unlimited = dataclasses.replace(room, window_bytes=_ALL, back_window_bytes=_ALL, keep_bytes=None)
+        targets = decide_targets(amount, rest, rates, unlimited)
+        return sum(size for size, target in zip(rest.device_bytes, targets, strict=True) if target is Target.KEEP)
+
+    mix = rebuild_all(profile) if throughput is None else choose_mix(profile, throughput, staying_bytes)
+    profile = what_is_left(profile, mix)
     is_adaptive, rate = isinstance(amount, Adaptive), rates.d2h_bytes_per_s
     chosen = _chosen_room(amount, profile, rates, room) if may_choose and is_adaptive else room
     targets = decide_targets(amount, profile, rates, chosen)
@@ -111,9 +125,11 @@ def decide(amount: Amount, profile: Profile, rates: ActivationRates, room: Room,
     if chosen is not room and not is_free:
         chosen, targets = room, decide_targets(amount, profile, rates, room)
     leaves = [target is not Target.KEEP for target in targets]
+    largest_bytes = max(1, *profile.stored_bytes)
     return Decision(
-        targets=targets,
-        windows=Windows(out_bytes=chosen.window_bytes, back_bytes=chosen.back_bytes, largest_bytes=max(profile.stored_bytes)),
+        targets=tuple(Target.REBUILD if is_rebuilt else target for target, is_rebuilt in zip(targets, mix.rebuilt, strict=True)),
+        mix=mix,
+        windows=Windows(out_bytes=chosen.window_bytes, back_bytes=chosen.back_bytes, largest_bytes=largest_bytes),
         pace=_fly(profile, leaves, rate, chosen).pace if rate is not None else None,
         is_free=is_free,
     )

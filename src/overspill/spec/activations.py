@@ -49,6 +49,8 @@ class RoundAmounts(_Amounts):
     is_planned: bool
     """Whether measured times and rates decided; else everything that had room was moved, because nothing was known yet."""
     num_records: int
+    num_run_again: int
+    """Calls of modules that backward runs again because a throughput leaves time for them."""
     window_bytes: int
     """Device memory that could be on its way out, at the round's end."""
     back_window_bytes: int
