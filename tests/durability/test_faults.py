@@ -92,7 +92,8 @@ def break_calls(kind: FaultKind, tmp_path: Path, expected: Weights, *, num_calls
     if num_calls is not None:
         manifests = [index for index, operation in enumerate(log) if operation in ("fsync", "replace", "unlink")]
         spread = indices[:: max(1, len(indices) // num_calls)]
-        indices = sorted({*spread, *(index - 1 for index in manifests[-7:]), *manifests[-7:], indices[-1]})
+        last = manifests[-7:] if serial else manifests[-3:]
+        indices = sorted({*spread, *(index - 1 for index in last), *last, indices[-1]})
     outcomes = {"error": 0, "clean": 0}
     threads = threading.active_count()
     for index in indices:
