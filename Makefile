@@ -15,9 +15,10 @@ CPP = $(shell find csrc -name '*.cpp' -o -name '*.hpp')
 demo: $(VENV)/.installed
 	$(VENV)/bin/python examples/demo/run.py
 
-# Two workers with one thread each: what two cores do best, and bits do not depend on it.
+# Two workers with one thread each: what two cores do best, and bits do not depend on it. Each has one half of the files and takes from
+# the other's when it is done, so that what a module sets up is set up once.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
 
 # Ruff (lint and format), types, import contracts, C++ format.
 check: $(VENV)/.installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -60,8 +61,9 @@ def content(session: Session) -> Weights:
     return result
 
 
+@functools.cache
 def uninterrupted(steps: int, **fields: object) -> Weights:
-    """What a run in host memory, without checkpoints, ends with."""
+    """What a run in host memory, without checkpoints, ends with; made once, and only to be looked at."""
     placement = {"parameters": "host", "states": "host", **{k: v for k, v in fields.items() if k in ("dtype", "clip", "accumulate")}}
     with Session(tiny_model("llama_tied"), plan=request(None, **placement), optimizer=OPTIMIZER, learning_rate=SCHEDULE, seed=3) as session:
         train(session, steps, every=None)

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import torch
+from forked_runs import host_peaks
 from transformers import LlamaConfig
 
 from overspill.huggingface import build_meta_model, write_model_folder
 
 HIDDEN = 512
-TRAIN = textwrap.dedent(
-    """
-    import sys, torch, overspill
-    from overspill.report.memory import host_peak_bytes, reset_host_peak
+TRAIN = """
+import torch, overspill
 
-    torch.set_num_threads(1)
-    folder, ssd = sys.argv[1:]
+torch.set_num_threads(1)
+overspill.Session
+
+def run(folder, ssd):
     plan = overspill.PlanRequest(
         parameters="ssd", states="ssd", boundaries="ssd", dtype="float32", seq_len=64, micro_batch=1, accumulate=2, clip=1.0,
         ssd_dir=ssd, device="cpu",
     )
-    assert reset_host_peak()
     with overspill.Session(folder, plan=plan, optimizer=overspill.AdamW(lr=1e-4)) as session:
         ids = torch.arange(64).unsqueeze(0)
         for _ in range(2):
             session.step([{"input_ids": ids, "labels": ids}] * 2)
         session.flush()
-    print(host_peak_bytes())
-    """
-)
+"""
 
 
 def write_random_folder(folder: Path, blocks: int) -> None:
@@ -45,15 +40,10 @@ def write_random_folder(folder: Path, blocks: int) -> None:
     write_model_folder(folder, config=model.config, tensors=tensors)
 
 
-def host_peak(tmp_path: Path, blocks: int) -> int:
-    folder, ssd = tmp_path / f"model-{blocks}", tmp_path / f"ssd-{blocks}"
-    write_random_folder(folder, blocks)
-    done = subprocess.run([sys.executable, "-c", TRAIN, str(folder), str(ssd)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout)
-
-
 def test_host_peak_of_32_blocks_is_within_5_percent_of_8_blocks(tmp_path: Path) -> None:
     """Also below: what is resident is less than the model it trains (fp32, 12 bytes a parameter)."""
-    shallow, deep = host_peak(tmp_path, 8), host_peak(tmp_path, 32)
+    runs = [(str(tmp_path / f"model-{blocks}"), str(tmp_path / f"ssd-{blocks}")) for blocks in (8, 32)]
+    for blocks, (folder, _) in zip((8, 32), runs, strict=True):
+        write_random_folder(Path(folder), blocks)
+    shallow, deep = host_peaks(TRAIN, *runs)
     assert abs(deep - shallow) <= 0.05 * shallow, (shallow, deep)
