@@ -64,7 +64,7 @@ def test_a_hang_a_crash_and_a_mode_without_memory_cost_their_own_lines_alone(tmp
     start = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import run; run.WORKER = {str(worker)!r}; sys.exit(run.main(sys.argv[1:]))"
     command = [
         sys.executable, "-c", start, "--tiny", "--out", str(out), "--shapes", "gpt-64x4", "bert-64x2", "t5-64x3", "--jobs", "core",
-        "--steps", "2", "--steps-s", "0", "--waiting", "4", "--mode-limit-s", "5",
+        "--steps", "2", "--steps-s", "0", "--waiting", "4", "--mode-limit-s", "8",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
@@ -76,7 +76,7 @@ def test_a_hang_a_crash_and_a_mode_without_memory_cost_their_own_lines_alone(tmp
         assert found[shape, "mix"]["is_oom"] and "something else" in found[shape, "keep-again"]["error"]
         assert 0 < found[shape, "bounds"]["bound_fraction"] <= 1 and ("mix_97" in found[shape, "bounds"]) == (shape != "gpt-64x4")
     assert "SIGKILL" in found["gpt-64x4", "checkpoint"]["error"] and "step_s" in found["bert-64x2", "checkpoint"]
-    assert [found[shape, "host"]["error"] for shape in ("gpt-64x4", "bert-64x2")] == ["ran past 5 s"] * 2
+    assert [found[shape, "host"]["error"] for shape in ("gpt-64x4", "bert-64x2")] == ["ran past 8 s"] * 2
     assert ("t5-64x3", "host") not in found, "what ended two processes is not begun in a third"
     assert "time.sleep" in done.stdout or "in breaking" in done.stdout, "the stacks of a hang are in the log"
     assert "bound of the link" in done.stdout
