@@ -259,8 +259,6 @@ class CallRecorder:
         self.calls: dict[str, RecordedCall] = {}
         self._expected: Tensor | None = None
         self._places: dict[tuple[Any, ...], TensorPlace | SideInputPlace] = {}
-        self._met: dict[tuple[bool, int], tuple[Tensor, TensorPlace | SideInputPlace]] = {}
-        """Most blocks get the same objects. Held here, so that no other one has its id."""
 
     def is_side_input(self, unit: str, path: str, tensor: Tensor) -> bool:
         """Whether the tensor argument `path` of `unit` is a side input (rule 3)."""
@@ -336,8 +334,6 @@ class CallRecorder:
     def _tensor_place(self, unit: str, path: str, tensor: Tensor) -> TensorPlace | SideInputPlace:
         # The recorder holds every tensor that it has seen, so an address is not used twice while it lives.
         is_side = self.is_side_input(unit, path, tensor)
-        if (is_side, id(tensor)) in self._met:
-            return self._met[is_side, id(tensor)][1]
         # The storage's own address, which tensors without memory have too.
         key = (is_side, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._places:
@@ -347,7 +343,6 @@ class CallRecorder:
             else:
                 self._places[key] = TensorPlace(len(self.tensors))
                 self.tensors.append(tensor.detach())
-        self._met[is_side, id(tensor)] = tensor, self._places[key]
         return self._places[key]
 
 
