@@ -8,7 +8,7 @@ import transformers
 from tiny_models import tiny_batch, tiny_config, tiny_model
 
 from overspill.errors import UnsupportedModelError
-from overspill.huggingface import StreamedModel, build_meta_model, share_equal_tensors
+from overspill.huggingface import HostReads, StreamedModel, build_meta_model, share_equal_tensors
 from overspill.huggingface.stand_ins import BlockArguments, CallRecorder
 
 
@@ -56,6 +56,20 @@ def test_equal_tensors_of_one_micro_batch_are_held_once() -> None:
     shared = share_equal_tensors(_arguments(one, two), [])
     assert shared.tensors[0] is shared.tensors[1] is one
     assert (shared.num_bytes, _arguments(one, two).num_bytes) == (16, 32)
+
+
+class Subclass(torch.Tensor):
+    """Operations keep it."""
+
+
+def test_arguments_of_a_subclass_of_tensor_stay_of_it() -> None:
+    model = tiny_model("llama")
+    model.model.rotary_emb.register_forward_hook(lambda module, args, output: tuple(table.as_subclass(Subclass) for table in output))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    streamed = StreamedModel(model)
+    with torch.no_grad(), streamed.bound("embedding", {name: weights[name] for name in streamed.unit_parameters["embedding"]}):
+        arguments = streamed.embed(tiny_batch(1), reading=HostReads().noted()).arguments
+    assert sum(isinstance(tensor, Subclass) for tensor in arguments.tensors) == 2
 
 
 @pytest.mark.parametrize("change", ["data", "transposed"])

@@ -74,6 +74,20 @@ def leave() -> None:
                 _push_mode(mode)
 
 
+def pause() -> TorchFunctionMode | None:
+    """Before what is ours within a model's code; no context manager, which an interruption could have end after `leave`."""
+    mode = _get_current_function_mode()
+    if not isinstance(mode, _Reading):
+        return None
+    _pop_mode()
+    return mode
+
+
+def resume(mode: TorchFunctionMode | None) -> None:
+    if mode is not None:
+        _push_mode(mode)
+
+
 class _Noting(_Reading):
     def __init__(self, found: list[tuple[Question, Any]]) -> None:
         super().__init__()

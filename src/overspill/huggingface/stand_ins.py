@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from overspill.errors import UnsupportedModelError
+from overspill.huggingface import host_reads
 
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, slice)
 
@@ -205,8 +206,11 @@ class StandInStack:
     def call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._visitor is None:
             raise RuntimeError(f"the blocks of this {self.model_name} are streamed; run it through its StreamedModel")
-        with torch._C.DisableTorchFunction():  # a mode around the model's code (`host_reads`) has no part in what is ours
+        reading = host_reads.pause()
+        try:
             return self._visitor.visit(index, args, kwargs)
+        finally:
+            host_reads.resume(reading)
 
     def refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModelError(f"{self.model_name} cannot be streamed: {reason}")
