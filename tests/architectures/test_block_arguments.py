@@ -8,8 +8,8 @@ import transformers
 from tiny_models import tiny_batch, tiny_config, tiny_model
 
 from overspill.errors import UnsupportedModelError
-from overspill.huggingface import StreamedModel, build_meta_model, share_equal_tensors
-from overspill.huggingface.stand_ins import BlockArguments
+from overspill.huggingface import HostReads, StreamedModel, build_meta_model, share_equal_tensors
+from overspill.huggingface.stand_ins import BlockArguments, CallRecorder
 
 
 def _arguments(*tensors: torch.Tensor) -> BlockArguments:
@@ -56,6 +56,41 @@ def test_equal_tensors_of_one_micro_batch_are_held_once() -> None:
     shared = share_equal_tensors(_arguments(one, two), [])
     assert shared.tensors[0] is shared.tensors[1] is one
     assert (shared.num_bytes, _arguments(one, two).num_bytes) == (16, 32)
+
+
+class Subclass(torch.Tensor):
+    """Operations keep it."""
+
+
+def test_arguments_of_a_subclass_of_tensor_stay_of_it() -> None:
+    model = tiny_model("llama")
+    model.model.rotary_emb.register_forward_hook(lambda module, args, output: tuple(table.as_subclass(Subclass) for table in output))
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    streamed = StreamedModel(model)
+    with torch.no_grad(), streamed.bound("embedding", {name: weights[name] for name in streamed.unit_parameters["embedding"]}):
+        arguments = streamed.embed(tiny_batch(1), reading=HostReads().noted()).arguments
+    assert sum(isinstance(tensor, Subclass) for tensor in arguments.tensors) == 2
+
+
+@pytest.mark.parametrize("change", ["data", "transposed"])
+def test_an_argument_that_becomes_another_tensor_between_blocks_is_recorded_as_both(change: str) -> None:
+    """One object all the while."""
+    model = tiny_model("llama")
+    streamed = StreamedModel(model)
+    first, second, _ = streamed.block_names
+    recorder = CallRecorder(model.model.layers[0]._stack)
+    mask, hidden = torch.arange(16.0).view(4, 4), torch.zeros(1, 4, 32)
+    recorder.record(0, (hidden,), {"attention_mask": mask})
+    before = mask.clone()
+    if change == "data":
+        mask.data = torch.ones(4, 4)
+    else:
+        mask.t_()
+    recorder.returned(hidden)
+    recorder.record(1, (hidden,), {"attention_mask": mask})
+    arguments = recorder.block_arguments()
+    assert torch.equal(arguments.rebuilt(first, hidden)[1]["attention_mask"], before)
+    assert torch.equal(arguments.rebuilt(second, hidden)[1]["attention_mask"], mask)
 
 
 MAX_POSITIONS = {"gpt2": 32, "opt": 64, "llama": None, "bloom": None, "falcon_alibi": None, "mamba2": None, "gemma3": None}

@@ -6,6 +6,7 @@ KeyboardInterrupt at the n-th such place inside chosen files, so every trial can
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import sys
@@ -14,11 +15,14 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
+import torch
 from test_lanes import open_session
+from torch import overrides
 from training_loop import make_batches
 
 import overspill
 from overspill.activations import rebuild, retaining, saved
+from overspill.huggingface import HostReads, host_reads
 from overspill.runtime import (
     executor,
     landing,
@@ -40,6 +44,7 @@ BOOKS = frozenset(str(module.__file__) for module in (residency, scratch_records
 GRAPHS = frozenset(str(module.__file__) for module in (rebuild, retained, retaining, saved, scratch_records, visit))
 ALLOCATIONS = BOOKS | {str(module.__file__) for module in (extents, fake, records)}
 STEP = BOOKS | {str(module.__file__) for module in (executor, landing, lanes, program_runner, session, step, step_memory, verdicts, visit)}
+READS = frozenset(str(module.__file__) for module in (host_reads, overrides, contextlib))
 BATCHES = make_batches(2, vocab_size=96, seed=0)
 
 
@@ -126,6 +131,44 @@ def test_a_step_interrupted_at_any_place_of_the_books_lends_no_slot_for_ever(cli
 def test_a_step_interrupted_at_any_place_of_its_kept_graphs_leaves_none_behind() -> None:
     fields: dict[str, Any] = {"parameters": "host", "states": "host", "boundaries": "device", "activations": "ssd"}
     assert interrupt_steps(1.0, GRAPHS, 997, **fields) > 5
+
+
+@pytest.mark.parametrize("entered", [HostReads.noted, HostReads.answered])
+def test_reads_interrupted_at_any_place_are_nobodys_afterwards_and_a_mode_of_the_users_stays(
+    entered: Callable[[HostReads], contextlib.AbstractContextManager[None]],
+) -> None:
+    """A mode that stayed would answer whoever asks next."""
+    reads = HostReads()
+    with reads.noted():
+        bool(torch.ones(3).all())
+
+    def work() -> None:
+        with entered(reads):
+            bool(torch.ones(3).all())
+
+    place, num_left = 0, 0
+    with torch.device("cpu"):
+        before = overrides._get_current_function_mode_stack()
+        while interrupted_at(place, READS, work):
+            num_left += overrides._get_current_function_mode_stack() != before
+            host_reads.leave()
+            assert overrides._get_current_function_mode_stack() == before, place
+            place += 1
+    assert num_left > 0
+
+
+def test_a_step_interrupted_where_its_reads_begin_leaves_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(mode: overrides.TorchFunctionMode) -> None:
+        overrides.TorchFunctionMode.__enter__(mode)
+        raise KeyboardInterrupt
+
+    fields: dict[str, Any] = {"parameters": "host", "states": "host", "boundaries": "device", "group_size": 1}
+    with open_session(serial=False, **fields) as opened:
+        for mode in (host_reads._Noting, host_reads._Answering):
+            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                patch.setattr(mode, "__enter__", interrupted)
+                opened.step(BATCHES)
+            assert overrides._get_current_function_mode_stack() == []
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 from torch.overrides import TorchFunctionMode
-from training_loop import make_batches
+from training_loop import PlainTrainer, make_batches
 
 import overspill
 from overspill.huggingface import HostReads
@@ -40,8 +40,12 @@ class Asked(TorchFunctionMode):
         return sum("/transformers/" in file for file in self.files)
 
 
-def model_code(first: torch.Tensor, second: torch.Tensor) -> tuple[bool, float]:
-    return bool(first.all()), float(second.sum().item())
+class ModelCode(torch.nn.Module):
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> tuple[bool, float]:
+        return bool(first.all()), float(second.sum().item())
+
+
+model_code = ModelCode()
 
 
 def test_later_entries_get_what_the_first_one_read_and_ask_nothing() -> None:
@@ -67,6 +71,30 @@ def test_another_question_ends_the_answers() -> None:
         assert not bool(torch.zeros((), dtype=torch.int64)), "another dtype than a mask's"
     with HostReads().answered():
         assert not bool(zeros.all()), "nothing was noted"
+
+
+class AsksMoreWithGradients(torch.nn.Module):
+    """Every answer is one bool."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and bool(torch.isfinite(values).all()):
+            values = values * 1
+        return values * 0.5 if bool((values > 1e9).any()) else values
+
+
+def test_a_question_that_only_a_later_entry_asks_gets_no_answer_of_another_one() -> None:
+    def built() -> Any:
+        built = tiny_model("llama")
+        built.model.embed_tokens.register_forward_hook(lambda module, args, output: asks(output))
+        return built
+
+    asks, batches, optimizer = AsksMoreWithGradients(), make_batches(2, vocab_size=96, seed=0), overspill.AdamW(lr=1e-2)
+    fields = {"parameters": "host", "states": "host", "boundaries": "host", "dtype": "float32"}
+    plan = overspill.PlanRequest(**fields, seq_len=12, micro_batch=2, accumulate=2)
+    loss, norm, _ = PlainTrainer(built(), optimizer, clip=None, seed=7, chunk_rows=1024).step(batches)
+    with overspill.Session(built(), plan=plan, optimizer=optimizer, seed=7) as session:
+        report = session.step(batches)
+    assert (report.loss, report.grad_norm) == (loss, norm)
 
 
 def test_an_entry_that_failed_leaves_no_answers() -> None:

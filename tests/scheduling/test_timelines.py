@@ -297,16 +297,21 @@ def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> N
     assert costs.launched_s(kept) == pytest.approx(RETAINED_LAUNCHES * launched.launched_s(block)), "it is not replayed"
 
 
-def test_a_forward_beside_the_hosts_updates_is_dispatched_dearer_and_no_other() -> None:
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_a_forward_beside_the_hosts_updates_is_dispatched_dearer_and_no_other(group_size: int) -> None:
+    """Those of a second group come when all updates have ended."""
     hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=LAUNCH_S)
     found = {}
     for clip in (None, 1.0):
-        plan = dataclasses.replace(make_plan(parameters="host", states="host", boundaries="device", clip=clip), device="cuda:0")
+        plan = dataclasses.replace(
+            make_plan(parameters="host", states="host", boundaries="device", accumulate=2, group_size=group_size, clip=clip),
+            device="cuda:0",
+        )
         schedule = full_step(plan)
         seconds = build_costs(plan, hardware).dispatch_s(schedule.ops)
         found[clip] = {item.op: dispatch_s for item, dispatch_s in zip(schedule.ops, seconds, strict=True) if isinstance(item.op, Compute)}
     for op, alone_s in found[None].items():
-        factor = BESIDE_UPDATES if op.phase is Phase.FORWARD else 1
+        factor = BESIDE_UPDATES if op.phase is Phase.FORWARD and op.micro_batch < group_size else 1
         assert found[1.0][op] == pytest.approx(factor * alone_s), op
 
 

@@ -8,17 +8,23 @@ that the first one read.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules import module as module_calls
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 READS = frozenset({Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__, Tensor.item})
-Question = tuple[Callable[..., Any], torch.Size, torch.dtype, torch.device]
-"""By which it is told whether a later entry still asks what the first one did."""
+Place = tuple[tuple[CodeType, int], ...]
+Question = tuple[Place, Callable[..., Any], torch.Size, torch.dtype, torch.device]
+"""By which it is told whether a later entry still asks what the first one did; most tensors that are asked are a single bool."""
+_OURS = str(Path(__file__).parent)
 
 
 class HostReads:
@@ -51,7 +57,38 @@ class HostReads:
             yield
 
 
-class _Noting(TorchFunctionMode):
+class _Reading(TorchFunctionMode):
+    def __exit__(self, *error: object) -> None:
+        if _get_current_function_mode() is self:  # `leave` may have been there first
+            _pop_mode()
+
+
+def leave() -> None:
+    """After an interruption, which may come between any two lines: nobody's reads are noted or answered on this thread."""
+    modes = _get_current_function_mode_stack()
+    if any(isinstance(mode, _Reading) for mode in modes):
+        for _ in modes:
+            _pop_mode()
+        for mode in modes:
+            if not isinstance(mode, _Reading):
+                _push_mode(mode)
+
+
+def pause() -> TorchFunctionMode | None:
+    """Before what is ours within a model's code; no context manager, which an interruption could have end after `leave`."""
+    mode = _get_current_function_mode()
+    if not isinstance(mode, _Reading):
+        return None
+    _pop_mode()
+    return mode
+
+
+def resume(mode: TorchFunctionMode | None) -> None:
+    if mode is not None:
+        _push_mode(mode)
+
+
+class _Noting(_Reading):
     def __init__(self, found: list[tuple[Question, Any]]) -> None:
         super().__init__()
         self._found = found
@@ -65,7 +102,7 @@ class _Noting(TorchFunctionMode):
         return result
 
 
-class _Answering(TorchFunctionMode):
+class _Answering(_Reading):
     def __init__(self, found: Sequence[tuple[Question, Any]]) -> None:
         super().__init__()
         self._left = list(reversed(found))
@@ -82,4 +119,15 @@ class _Answering(TorchFunctionMode):
 
 
 def _question(func: Callable[..., Any], tensor: Tensor) -> Question:
-    return func, tensor.shape, tensor.dtype, tensor.device
+    return _place(), func, tensor.shape, tensor.dtype, tensor.device
+
+
+def _place() -> Place:
+    """Where the model asks: the instruction, and those that led to it since its module was called."""
+    found = []
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None and frame.f_code.co_filename != module_calls.__file__:
+        if not frame.f_code.co_filename.startswith(_OURS):  # the tail stands around the owner's forward
+            found.append((frame.f_code, frame.f_lasti))
+        frame = frame.f_back
+    return tuple(found)

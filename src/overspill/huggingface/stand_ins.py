@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from overspill.errors import UnsupportedModelError
+from overspill.huggingface import host_reads
 
 _IMMUTABLE = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, enum.Enum, slice)
 
@@ -205,8 +206,11 @@ class StandInStack:
     def call(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._visitor is None:
             raise RuntimeError(f"the blocks of this {self.model_name} are streamed; run it through its StreamedModel")
-        with torch._C.DisableTorchFunction():  # a mode around the model's code (`host_reads`) has no part in what is ours
+        reading = host_reads.pause()
+        try:
             return self._visitor.visit(index, args, kwargs)
+        finally:
+            host_reads.resume(reading)
 
     def refuse(self, reason: str) -> NoReturn:
         raise UnsupportedModelError(f"{self.model_name} cannot be streamed: {reason}")
@@ -259,8 +263,6 @@ class CallRecorder:
         self.calls: dict[str, RecordedCall] = {}
         self._expected: Tensor | None = None
         self._places: dict[tuple[Any, ...], TensorPlace | SideInputPlace] = {}
-        self._met: dict[tuple[bool, int], tuple[Tensor, TensorPlace | SideInputPlace]] = {}
-        """Most blocks get the same objects. Held here, so that no other one has its id."""
 
     def is_side_input(self, unit: str, path: str, tensor: Tensor) -> bool:
         """Whether the tensor argument `path` of `unit` is a side input (rule 3)."""
@@ -336,8 +338,6 @@ class CallRecorder:
     def _tensor_place(self, unit: str, path: str, tensor: Tensor) -> TensorPlace | SideInputPlace:
         # The recorder holds every tensor that it has seen, so an address is not used twice while it lives.
         is_side = self.is_side_input(unit, path, tensor)
-        if (is_side, id(tensor)) in self._met:
-            return self._met[is_side, id(tensor)][1]
         # The storage's own address, which tensors without memory have too.
         key = (is_side, tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self._places:
@@ -347,7 +347,6 @@ class CallRecorder:
             else:
                 self._places[key] = TensorPlace(len(self.tensors))
                 self.tensors.append(tensor.detach())
-        self._met[is_side, id(tensor)] = tensor, self._places[key]
         return self._places[key]
 
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from overspill.errors import UnsupportedModelError
+from overspill.huggingface import host_reads
 from overspill.huggingface.blocks import find_blocks, find_kinds, validate_sharing
 from overspill.huggingface.inspection import fixed_inputs, inspect_model
 from overspill.huggingface.meta_model import swap_parameters_for_meta
@@ -258,6 +259,7 @@ class StreamedModel:
             slots.empty()
         self._bound.clear()
         self._tail.leave()
+        host_reads.leave()
         if self.unneeded is not None:
             self.unneeded.reset()
 

@@ -68,6 +68,7 @@ class Dispatching:
         match op:
             case Compute():
                 visit, self._visited = self._visited, (op.unit, op.phase)
+                self._is_beside_updates &= op.phase is Phase.FORWARD  # all that a forward reads has been updated before the first backward
                 own_s = COMPUTE_S + (VISIT_S[op.phase] if visit != self._visited else 0)
                 factor = BESIDE_UPDATES if self._is_beside_updates and op.phase is Phase.FORWARD else 1
                 return factor * (launched_s + self._slowness * own_s)
