@@ -3,8 +3,8 @@
     python benchmarks/throughput/summarize.py results.jsonl [more.jsonl] [--targets targets.json] [--out throughput.md]
 
 1. Ratios are of median tokens/s, between rows of one workload (shape, cap, layout), from the same run where it has both; a ratio over two
-   runs is marked `*`. A row with a cap that has no such row beside it is held against the one without a cap. Of a row that was repeated,
-   the last whole one counts.
+   runs is marked `*`. A row with a cap that has no such row beside it is held against the one without a cap, marked `u`. Of a row that was
+   repeated, the last whole one counts.
 2. Resident is the faster of plain transformers and overspill with everything on the device, with the clipping of the row; without such
    a row the unclipped one, marked `c`.
 3. Host peak: the larger of VmHWM and the fall of MemAvailable. Device: the most that the driver had given away, while it trained.
@@ -72,21 +72,21 @@ def dispatch_fraction(result: Result) -> float | None:
 
 
 def baseline(results: list[Result], result: Result, system: str) -> tuple[Result, str] | None:
-    """The row that `result` is compared with, and the marks of rules 1 and 2.
+    """The row that `result` is compared with, and the marks of rules 1 and 2: rather of the same clipping, run and cap, in this order.
 
     Args:
         system: a system, or `resident` for the faster of the two resident ones.
     """
     systems = RESIDENT if system == "resident" else (system,)
     alike = [other for other in results if is_measured(other) and other["system"] in systems and _is_alike(other, result)]
-    found = [other for other in alike if other["cap_gib"] == result["cap_gib"]] or [other for other in alike if other["cap_gib"] is None]
     for clip_mark, clip in (("", result["clip"]), ("c", None)):
         for run_mark, is_allowed in (("", lambda other: other["run"] == result["run"]), ("*", lambda other: True)):
-            candidates = [other for other in found if other["clip"] == clip and is_allowed(other)]
-            if candidates and run_mark:
-                candidates = [other for other in candidates if other["run"] == candidates[-1]["run"]]
-            if candidates and (system == "resident" or not clip_mark):
-                return max(candidates, key=speed), run_mark + clip_mark
+            for cap_mark, cap in (("", result["cap_gib"]), ("u", None)):
+                candidates = [other for other in alike if (other["clip"], other["cap_gib"]) == (clip, cap) and is_allowed(other)]
+                if candidates and run_mark:
+                    candidates = [other for other in candidates if other["run"] == candidates[-1]["run"]]
+                if candidates and (system == "resident" or not clip_mark):
+                    return max(candidates, key=speed), run_mark + clip_mark + cap_mark
     return None
 
 

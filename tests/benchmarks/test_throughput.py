@@ -245,11 +245,14 @@ def test_claims_are_met_missed_or_not_measured() -> None:
 
 def test_a_row_with_a_cap_is_held_against_the_one_without_unless_it_has_one_beside_it() -> None:
     results = [line("1.10B:1x8x2048:resident", 40_000), line("1.10B@8GiB:1x8x2048:overspill-host", 36_000)]
-    assert summarize.ratio(results, results[1], "resident") == (0.9, "")
+    assert summarize.ratio(results, results[1], "resident") == (0.9, "u")
     results.append(line("1.10B@8GiB:1x8x2048:resident", 30_000))
     assert summarize.ratio(results, results[1], "resident") == (1.2, "")
     results[2] = line("1.10B@9GiB:1x8x2048:resident", 30_000)
-    assert summarize.ratio(results, results[1], "resident") == (0.9, ""), "another cap's"
+    assert summarize.ratio(results, results[1], "resident") == (0.9, "u"), "another cap's"
+    elsewhere = {**line("1.10B@8GiB:1x8x2048:resident", 30_000), "run": "elsewhere"}
+    clipped = [line("1.10B:1x8x2048:resident:clip", 20_000), line("1.10B@8GiB:1x8x2048:overspill-host:clip", 10_000)]
+    assert summarize.ratio([elsewhere, *clipped], clipped[1], "resident") == (0.5, "u"), "clipping and run count more than the cap"
     assert summarize.ratio(results, results[1], "zero2") is None
 
 

@@ -19,7 +19,7 @@ import overspill
 from overspill.runtime import graphs, predictions
 from overspill.runtime.compute import UnitRunner
 from overspill.spec.hardware import HardwareSpec
-from overspill.spec.launches import REPLAYED_FROM
+from overspill.spec.launches import WAITED_FROM
 from overspill.spec.schedule import Compute
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
 
@@ -209,16 +209,25 @@ def test_blocks_are_recorded_once_a_settled_step_was_bound_by_launches() -> None
     with open_session("llama") as session:
         wanted = graphs.BlockGraphs(session.model, RepeatingRecorder())
         for _ in range(graphs.STEPS_UNJUDGED):
-            wanted.judge(launch_s=1.0, device_s=1.0)
+            wanted.judge(waited_s=1.0, device_s=1.0)
         assert not wanted.is_wanted, "loading code in the first steps is no launching"
-        wanted.judge(launch_s=REPLAYED_FROM, device_s=1.0)
+        wanted.judge(waited_s=WAITED_FROM, device_s=1.0)
         assert not wanted.is_wanted
-        wanted.judge(launch_s=REPLAYED_FROM + 0.01, device_s=1.0)
+        wanted.judge(waited_s=WAITED_FROM + 0.01, device_s=1.0)
         assert wanted.is_wanted
         without = graphs.BlockGraphs(session.model, None)
         for _ in range(4):
-            without.judge(launch_s=1.0, device_s=1.0)
+            without.judge(waited_s=1.0, device_s=1.0)
         assert not without.is_wanted
+
+
+def test_only_launches_that_the_device_waits_for_are_counted() -> None:
+    """(launched from, to), (device from, to), one clock."""
+    ahead = [((0.0, 2.0), (2.5, 4.5)), ((2.0, 5.0), (5.5, 7.5))]
+    waited_for = [((5.0, 8.0), (5.25, 8.25)), ((8.0, 9.0), (8.5, 10.0))]
+    never_ran = ((0.0, 0.0), (0.0, 0.0))
+    assert graphs.waited_for_s(*zip(*ahead, strict=True)) == 0, "a full queue makes launching slow, and nothing waits"
+    assert graphs.waited_for_s(*zip(*ahead, *waited_for, never_ran, strict=True)) == 4.0
 
 
 def test_blocks_chosen_before_the_first_step_are_recorded_in_it_and_no_others() -> None:
@@ -324,7 +333,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> frozenset[str]:
 
 
 def let_launches_bind(monkeypatch: pytest.MonkeyPatch, *, binds: bool) -> None:
-    monkeypatch.setattr(graphs, "is_worth_replaying", lambda **seconds: binds)
+    monkeypatch.setattr(graphs, "do_waits_bind", lambda **seconds: binds)
 
 
 def make_first_steps(session: overspill.Session) -> None:

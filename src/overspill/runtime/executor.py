@@ -283,7 +283,7 @@ class Executor:
         blocks = {unit.name for unit in self.plan.units[1:-1]}
         ran = [completions[index] for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]
         launches_s, spans_s = [item.issue_span_s(base_s) for item in ran], [item.span_s(base, base_s) for item in ran]
-        self.graphs.judge(launch_s=waited_for_s(launches_s, spans_s), device_s=sum(end_s - begin_s for begin_s, end_s in spans_s))
+        self.graphs.judge(waited_s=waited_for_s(launches_s, spans_s), device_s=sum(end_s - begin_s for begin_s, end_s in spans_s))
 
     def _figures(self, schedule: Schedule, step_s: float) -> StepFigures:
         lane_bytes = dict.fromkeys(LINK_LANES, 0)

@@ -17,8 +17,8 @@ Rules:
    the recording: none is kept from op to op (`runtime/step`), whose values would be those of the step in which it was recorded.
 2. Not recorded: blocks that draw random numbers, and all blocks of a model of which any has side inputs or side outputs.
 3. A block is recorded at the earliest when it has run `RUNS_BEFORE` times with the same dependencies. Which are recorded is decided once,
-   by what comes first: those of `choose`, from timed templates (`planning/graphs.py`); or all, after a training step was measured to be
-   bound by launches (`judge`), and this stays, for recordings keep their memory. The rule is the same (`spec/launches.py`). Predictions
+   by what comes first: those of `choose`, from timed templates (`planning/graphs.py`); or all, after a training step whose device
+   waited for launches (`judge`), and this stays, for recordings keep their memory. `spec/launches.py` has both rules. Predictions
    do not decide it again: they ask `replayed`.
 4. A replay needs no memory after it has begun: a backward has added to gradients then, and cannot be done again.
 5. A recording that fails, or the first one whose static tensors have no memory, ends all recording in this session; nothing has run then,
@@ -41,8 +41,8 @@ import torch
 from overspill.huggingface import StreamedModel
 from overspill.huggingface.stand_ins import BlockArguments, RecordedCall
 from overspill.runtime.visit import Visit
-from overspill.spec.launches import is_worth_replaying
-from overspill.tiers.cuda import cuda_index
+from overspill.spec.launches import do_waits_bind
+from overspill.tiers.cuda import cuda_index, forget_workspaces
 
 RUNS_WATCHED = 4
 RUNS_BEFORE = 2
@@ -81,9 +81,15 @@ class CudaRecorder:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._has_recorded = False
 
     def record(self, run: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
+        if (
+            not self._has_recorded
+        ):  # torch hands out 32 streams in turn: what ran on this one before may have left a workspace that others free
+            forget_workspaces()
+            self._has_recorded = True
         collects = gc.isenabled()
         gc.disable()  # a tensor that is collected now may belong to another stream
         try:
@@ -197,12 +203,12 @@ class BlockGraphs:
         """Whether any block has side inputs or outputs (rule 2)."""
         return self.model.has_router_loss or bool(self.model.inspection.side_paths)
 
-    def judge(self, *, launch_s: float, device_s: float) -> None:
+    def judge(self, *, waited_s: float, device_s: float) -> None:
         """After a training step: how long the host launched blocks that the device had to wait for (`waited_for_s`), and how long the
         device had all of them under way."""
         self._num_judged += 1
         if self._num_judged > STEPS_UNJUDGED and self.recorder is not None:
-            self.is_wanted = self.is_wanted or is_worth_replaying(launch_s=launch_s, device_s=device_s)
+            self.is_wanted = self.is_wanted or do_waits_bind(waited_s=waited_s, device_s=device_s)
 
     def choose(self, units: Collection[str]) -> bool:
         """Record these blocks and no others, without judging; False: steps have said already that all are, and it stays so (rule 3).

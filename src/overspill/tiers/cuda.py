@@ -24,11 +24,16 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def give_back_unused() -> None:
-    """Let torch return the device memory that nobody uses, the matrix library's workspaces too: each stream has one of its own, of tens of
-    MiB, which outlives it. Where work goes on, the next product gets a new one."""
+def forget_workspaces() -> None:
+    """Let the matrix library's workspaces go: each stream has one of its own, of tens of MiB, which outlives it. Where work goes on, the
+    next product gets a new one."""
     with contextlib.suppress(AttributeError):  # private to torch; one without it keeps them
         torch._C._cuda_clearCublasWorkspaces()
+
+
+def give_back_unused() -> None:
+    """Let torch return the device memory that nobody uses, the matrix library's workspaces too."""
+    forget_workspaces()
     torch.cuda.empty_cache()
 
 
