@@ -81,7 +81,7 @@ def test_a_second_word_for_a_device_that_is_not_used_is_refused(run: Run, tmp_pa
 def test_three_kills_and_an_interrupt_and_the_run_still_ends_with_the_same_bits(
     run: Run, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    long = ("--steps", 80, "--micro-batch", 4, "--lr", 1e-2, "--held-out", 8)
+    long = ("--steps", 200, "--micro-batch", 4, "--lr", 1e-2, "--held-out", 8)
     assert run(*long).exit_code == 0
     expected = saved(tmp_path), [line.split(",")[1] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     flags = (*long, "--checkpoint-every", 1, "--ssd-dir", tmp_path / "ssd", *ON_SSD)
