@@ -28,10 +28,6 @@ sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "throughput")]
 
 from net_shapes import NetShape  # noqa: E402
 
-from overspill.activations.mix import spread  # noqa: E402
-
-__all__ = ["Attention", "Block", "LlamaNet", "WideNet", "build_inputs", "build_net", "parts", "recompute", "spread"]
-
 HEAD_SIZE = 128
 """As in SSDTrain's models."""
 

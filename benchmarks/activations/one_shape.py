@@ -136,11 +136,7 @@ class Job:
         return 0
 
     def _measure(self, mode: str) -> dict[str, Any]:
-        from modes import MODES
-
-        num_full = self.bench.num_blocks if MODES[mode].is_checkpointed else 0
-        order = self.order
-        return self.bench.measure(mode, self.places, self.known(), num_full=num_full, steps=order.steps, steps_s=order.steps_s)
+        return self.bench.measure(mode, self.places, self.known(), steps=self.order.steps, steps_s=self.order.steps_s)
 
     def _line(self, *modes: str) -> dict[str, Any]:
         """The figures of the first of these modes that has any, of this process or of an earlier one."""

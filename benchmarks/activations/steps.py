@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from bounds import activation_peak_bytes, simulate_host  # noqa: E402
 from modes import MODES, EachStep, Known, Missing, Places, context  # noqa: E402
 from net_shapes import NetShape  # noqa: E402
-from nets import build_inputs, build_net, recompute, spread  # noqa: E402
+from nets import build_inputs, build_net, recompute  # noqa: E402
 
 from overspill.activations.windows import default_window_bytes  # noqa: E402
 from overspill.spec.documents import to_plain  # noqa: E402
@@ -121,12 +121,12 @@ class Bench:
         return {"step_s": wall_s, "forward_s": forward_s, "backward_s": backward_s}
 
     def measure(
-        self, name: str, places: Places, known: Known | None, *, num_full: int, steps: int, steps_s: float, device_budget: int | None = None
+        self, name: str, places: Places, known: Known | None, *, steps: int, steps_s: float, device_budget: int | None = None
     ) -> dict[str, Any]:
         """The figures of one mode, or its error; then the device is as before."""
         begun_s = time.perf_counter()
         try:
-            line = self._measure(name, places, known, num_full, steps, steps_s, device_budget)
+            line = self._measure(name, places, known, steps, steps_s, device_budget)
         except Missing as reason:
             line = {"missing": str(reason)}
         except Exception as error:  # a row too: that a mode does not fit is a result
@@ -149,12 +149,13 @@ class Bench:
                 self._around = contextlib.nullcontext()
 
     def _measure(
-        self, name: str, places: Places, known: Known | None, num_full: int, steps: int, steps_s: float, device_budget: int | None
+        self, name: str, places: Places, known: Known | None, steps: int, steps_s: float, device_budget: int | None
     ) -> dict[str, Any]:
         mode = MODES[name]
+        num_full = self.num_blocks if mode.is_checkpointed else 0
         with contextlib.ExitStack() as stack:
-            if num_full:
-                stack.callback(recompute(self.net, spread(num_full, self.num_blocks)))
+            if mode.is_checkpointed:
+                stack.callback(recompute(self.net, range(self.num_blocks)))
             active = stack.enter_context(self.entered(context(mode, self.net, places, known, device_budget=device_budget)))
             num_warm, warm_s = self._warm_up(active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"))
             is_peer = mode.peer is not None

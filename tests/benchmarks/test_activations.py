@@ -33,6 +33,7 @@ import stored  # noqa: E402
 import tables  # noqa: E402
 from attempt import Outcome  # noqa: E402
 
+from overspill.activations.mix import spread  # noqa: E402
 from overspill.tiers.fake import FakeStore  # noqa: E402
 
 BASE = {"all_bytes": 10_000, "inputs_bytes": 500, "cheap_bytes": 3_000, "full_s": 1.0, "cheap_s": 0.05, "d2h_bytes_per_s": 4_000.0}
@@ -269,17 +270,17 @@ def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
         return [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
 
     plain = gradients()
-    undo = nets.recompute(net, nets.spread(shape.layers - 1, shape.layers))
+    undo = nets.recompute(net, spread(shape.layers - 1, shape.layers))
     assert all(map(torch.equal, plain, gradients()))
     undo()
     assert all("forward" not in vars(block) for block in net.blocks)
 
 
 def test_blocks_are_spread_evenly_and_the_last_is_recomputed_only_with_all() -> None:
-    assert nets.spread(0, 4) == [] and nets.spread(1, 4) == [1] and nets.spread(2, 7) == [1, 4] and nets.spread(28, 28) == list(range(28))
+    assert spread(0, 4) == [] and spread(1, 4) == [1] and spread(2, 7) == [1, 4] and spread(28, 28) == list(range(28))
     for total in range(2, 30):
         for count in range(1, total):
-            assert len(set(nets.spread(count, total))) == count and total - 1 not in nets.spread(count, total)
+            assert len(set(spread(count, total))) == count and total - 1 not in spread(count, total)
 
 
 @pytest.mark.clock

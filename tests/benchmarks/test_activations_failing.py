@@ -100,7 +100,7 @@ def bench_of(name: str = "gpt-64x4") -> steps.Bench:
 
 
 def measure(bench: steps.Bench, mode: str, known: modes.Known | None = None) -> dict[str, Any]:
-    return bench.measure(mode, PLACES, known, num_full=0, steps=2, steps_s=0.0)
+    return bench.measure(mode, PLACES, known, steps=2, steps_s=0.0)
 
 
 class Held:

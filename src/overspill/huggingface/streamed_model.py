@@ -347,7 +347,7 @@ class StreamedModel:
             chunk_rows=chunk_rows,
             accumulate=accumulate,
             before_tail=before_tail,
-            reading=reading or nullcontext(),
+            reading=reading,
         )
 
     def logits(self, batch: Mapping[str, Tensor], hidden: Tensor, positions: Tensor | None = None) -> Tensor:

@@ -194,7 +194,7 @@ class Tail:
         chunk_rows: int,
         accumulate: Accumulate | None,
         before_tail: Callable[[], None] | None,
-        reading: AbstractContextManager[None],
+        reading: AbstractContextManager[None] | None,
     ) -> TailOutput:
         """See `StreamedModel.run_tail`."""
         is_training = accumulate is not None

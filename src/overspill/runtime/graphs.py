@@ -85,9 +85,7 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], None]) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        if (
-            not self._has_recorded
-        ):  # torch hands out 32 streams in turn: what ran on this one before may have left a workspace that others free
+        if not self._has_recorded:  # streams are handed out in turn: this one may have a workspace, which others would free
             forget_workspaces()
             self._has_recorded = True
         collects = gc.isenabled()
