@@ -39,3 +39,11 @@ def leads(spans: Any) -> dict[str, float]:
     """How far the host was ahead of the device: from a compute op's turn to its begin."""
     leads = [span.start_s - span.submitted_s for span in spans if span.lane.value == "compute"]
     return {"median_s": statistics.median(leads), "share_below_1ms": sum(lead < 1e-3 for lead in leads) / len(leads)} if leads else {}
+
+
+def compact(spans: Any) -> list[list[Any]]:
+    """[op, lane, turn, ready, begin, end], in microseconds."""
+    return [
+        [span.op, span.lane.value, *(round(1e6 * time_s) for time_s in (span.submitted_s, span.ready_s, span.start_s, span.end_s))]
+        for span in spans
+    ]

@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory")]
 
-from timelines import compute_by_kind, host_by_kind, leads, op_kinds  # noqa: E402
+from timelines import compact, compute_by_kind, host_by_kind, leads, op_kinds  # noqa: E402
 from workers import take_order, write_stacks_when_asked  # noqa: E402
 
 MOST_TOKENS_TOGETHER = 8192
@@ -174,7 +174,7 @@ def measure_run(order: Order) -> dict[str, Any]:
         "compute_s": {who: compute_by_kind(kinds, spans) for who, spans in timelines.items()},
         "host_s": {who: host_by_kind(kinds, spans) for who, spans in timelines.items()},
         "leads": {who: leads(spans) for who, spans in timelines.items()},
-        "spans": {"kinds": kinds, **{who: _compact(spans) for who, spans in timelines.items()}},
+        "spans": {"kinds": kinds, **{who: compact(spans) for who, spans in timelines.items()}},
         "all_step_s": [report.step_s for report in reports],
         "num_counted": len(counted),
         "templates": [] if times is None else [
@@ -188,14 +188,6 @@ def measure_run(order: Order) -> dict[str, Any]:
             for item in (*times.blocks, times.tail)
         ],
     }  # fmt: skip
-
-
-def _compact(spans: Any) -> list[list[Any]]:
-    """[op, lane, turn, ready, begin, end], in microseconds."""
-    return [
-        [span.op, span.lane.value, *(round(1e6 * time_s) for time_s in (span.submitted_s, span.ready_s, span.start_s, span.end_s))]
-        for span in spans
-    ]
 
 
 def _counted_steps(session: Any, batches: list[dict[str, Any]], order: Order) -> list[Any]:

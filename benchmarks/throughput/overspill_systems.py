@@ -16,7 +16,7 @@ import torch
 from plain_systems import LEARNING_RATE, Batch
 from rows import GIB, Row
 from shapes import SHAPES, build_windowed_model
-from timelines import compute_by_kind, leads, op_kinds
+from timelines import compact, compute_by_kind, leads, op_kinds
 
 import overspill
 
@@ -129,6 +129,11 @@ class Overspill:
             "activations": {unit: mode.value for unit, mode in getattr(plan, "activations", {}).items()},
             "notes": list(plan.notes),
         }
+
+    def timeline(self) -> dict[str, Any]:
+        """Of the last step, for `--spans`."""
+        trace = self.session.executor.trace
+        return {"kinds": op_kinds(self.session.plan, trace.schedule), "measured": compact(trace.spans)}
 
     def close(self) -> None:
         self.session.close()

@@ -62,6 +62,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ssd-dir", help="directory for what rests on the SSD; what the runs left there is removed")
     parser.add_argument("--dtype", default="bfloat16", help="what is computed in; another one for tests on a CPU")
     parser.add_argument("--out", type=Path, help="a line a row is added here")
+    parser.add_argument("--spans", type=Path, help="file for the timelines of overspill's counted steps, a line each")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--report", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--limit-s", type=float, help=argparse.SUPPRESS)
@@ -120,8 +121,9 @@ def run_row(row: Row, options: argparse.Namespace, *, limit_s: float) -> dict[st
         report, last_words = Path(folder) / "report.json", Path(folder) / "last-words.json"
         command = [sys.executable, str(HERE / "run.py"), "--child", row.name, "--report", str(report), "--limit-s", f"{limit_s:.1f}"]
         command += ["--warmup", str(options.warmup), "--steps", str(options.steps), "--dtype", options.dtype]
-        if options.ssd_dir:
-            command += ["--ssd-dir", options.ssd_dir]
+        for option, value in (("--ssd-dir", options.ssd_dir), ("--spans", options.spans)):
+            if value:
+                command += [option, str(value)]
         environment = {"LAST_WORDS": str(last_words), **environment_of(row)}
         outcome = run_attempt(command, limit_s=limit_s, environment=environment)
         result = read_json(report) | {"wall_s": round(outcome.wall_s, 1)} | read_json(last_words)
@@ -198,7 +200,7 @@ def run_child(options: argparse.Namespace) -> int:
     try:
         measure_row(
             parse_row(options.child), watch, save, warmup=options.warmup, steps=options.steps, dtype_name=options.dtype,
-            ssd_dir=options.ssd_dir, until=until,
+            ssd_dir=options.ssd_dir, spans=options.spans, until=until,
         )  # fmt: skip
     except BaseException as error:
         traceback.print_exc()
@@ -211,12 +213,14 @@ def run_child(options: argparse.Namespace) -> int:
 
 
 def measure_row(
-    row: Row, watch: HostWatch, save: Any, *, warmup: int, steps: int, dtype_name: str, ssd_dir: str | None, until: float = float("inf")
-) -> None:
+    row: Row, watch: HostWatch, save: Any, *, warmup: int, steps: int, dtype_name: str, ssd_dir: str | None, spans: Path | None = None,
+    until: float = float("inf"),
+) -> None:  # fmt: skip
     """Open the row's system, train, close it.
 
     Args:
         save: takes what is known so far, after opening and after every step.
+        spans: file for the timelines of counted steps.
         until: of time.monotonic; no further step is begun that would end later, once one has been counted.
     """
     import torch
@@ -257,6 +261,8 @@ def measure_row(
             if step >= warmup:
                 found |= spread(times_s[warmup:], row.tokens_per_step) | trainer.figures(counted=step + 1 - warmup)
             save(found)
+            if spans is not None and step >= warmup and hasattr(trainer, "timeline"):
+                append_result(spans, {"row": row.name, "step": step + 1, "step_s": step_s, **trainer.timeline()})
             if step == 0:
                 trainer.between_steps()
                 watch.read(), device_watch.read()  # what that took belongs to no step

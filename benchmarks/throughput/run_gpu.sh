@@ -10,6 +10,7 @@
 #   SSD_DIR        for rows that need a drive (/tmp/throughput-ssd)
 #   STEPS, WARMUP  counted steps (5), steps before them (2)
 #   INSTALL=0      overspill is importable already
+#   SPANS          file for the timelines of overspill's counted steps
 #   PLOTS=1        draw plots too, a file a workload; plot.py draws them from the results at any time, anywhere
 # Writes RESULTS_DIR/throughput-PART.jsonl (a line a row, failures too), .log, and throughput.md over all parts there.
 set -uo pipefail
@@ -26,6 +27,7 @@ if [ "${INSTALL:-1}" = 1 ]; then
 fi
 ssd=${SSD_DIR:-/tmp/throughput-ssd}
 only=()
+[ -n "${SPANS:-}" ] && only+=(--spans "$SPANS")
 [ "$part" != rows ] && only+=(--part "$part")
 [ $# -gt 0 ] && only+=(--rows "$@")
 python3 "$here/run.py" "${only[@]}" --ssd-dir "$ssd" --steps "${STEPS:-5}" --warmup "${WARMUP:-2}" \

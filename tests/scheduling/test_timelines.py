@@ -32,8 +32,8 @@ BALANCED = HardwareSpec(
 """Every lane takes about as long as every other."""
 
 
-def task(lane: Lane, work_s: float, *waits: int, host: float = 0.0, dispatch: float = 0.0) -> Task:
-    return Task(lane=lane, work_s=work_s, host_bytes_per_s=host, waits=waits, dispatch_s=dispatch)
+def task(lane: Lane, work_s: float, *waits: int, host: float = 0.0, dispatch: float = 0.0, before: float = 0.0) -> Task:
+    return Task(lane=lane, work_s=work_s, host_bytes_per_s=host, waits=waits, dispatch_s=dispatch, before_s=before)
 
 
 def times(tasks: list[Task], *, streams: bool = False, **hardware: float) -> list[tuple[float, float]]:
@@ -91,6 +91,15 @@ def test_dispatching_takes_the_dispatching_threads_time_and_compute_ends_no_soon
     assert [span.start_s for span in spans_of([free, task(COMPUTE, 1)], streams=True)] == [0.5]
 
 
+def test_compute_advances_no_sooner_than_its_first_kernel_is_launched() -> None:
+    """The first computes from 0.5 s on. The second is launched while it runs. The third's thread is held up by an update until 6 s, and its
+    first kernel comes half a second later; the fetch that it waits for as well has ended by then."""
+    tasks = [task(COMPUTE, 3, dispatch=1, before=0.5), task(COMPUTE, 1, dispatch=1, before=0.5), task(UPDATE, 6), task(H2D, 0.25, 2)]
+    tasks += [task(COMPUTE, 1, 2, 3, dispatch=0.75, before=0.5)]
+    assert times(tasks, streams=True) == [(0, 3.5), (3.5, 4.5), (2, 8), (8, 8.25), (8.25, 9.5)]
+    assert times([task(COMPUTE, 1, dispatch=2, before=0.5)], streams=True) == [(0, 2)], "its last kernel is launched later still"
+
+
 def test_a_step_ends_no_sooner_than_its_last_free_is_dispatched() -> None:
     free = Task(lane=COMPUTE, work_s=0.0, host_bytes_per_s=0.0, waits=(), dispatch_s=1.5, is_free=True)
     for streams, tasks, end_s in ((True, [task(COMPUTE, 1), free], 1.5), (True, [task(COMPUTE, 2), free], 2), (True, [free], 1.5)):
@@ -98,7 +107,7 @@ def test_a_step_ends_no_sooner_than_its_last_free_is_dispatched() -> None:
     hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=1e-3)
     plan = make_plan(parameters="host", states="host", boundaries="device", device="cuda:0")
     schedule = full_step(plan)
-    least_s = sum(build_costs(plan, hardware).dispatch_s(schedule.ops))
+    least_s = sum(turn.seconds for turn in build_costs(plan, hardware).turns(schedule.ops))
     for overlap in (False, True):
         assert simulate(schedule, plan, dataclasses.replace(hardware, **dict.fromkeys(RATES, 1e15)), overlap=overlap).step_s >= least_s
 
@@ -308,27 +317,31 @@ def test_a_forward_beside_the_hosts_updates_is_dispatched_dearer_and_no_other(gr
             device="cuda:0",
         )
         schedule = full_step(plan)
-        seconds = build_costs(plan, hardware).dispatch_s(schedule.ops)
-        found[clip] = {item.op: dispatch_s for item, dispatch_s in zip(schedule.ops, seconds, strict=True) if isinstance(item.op, Compute)}
-    for op, alone_s in found[None].items():
+        turns = build_costs(plan, hardware).turns(schedule.ops)
+        found[clip] = {item.op: turn for item, turn in zip(schedule.ops, turns, strict=True) if isinstance(item.op, Compute)}
+    for op, alone in found[None].items():
         factor = BESIDE_UPDATES if op.phase is Phase.FORWARD and op.micro_batch < group_size else 1
-        assert found[1.0][op] == pytest.approx(factor * alone_s), op
+        assert found[1.0][op] == pytest.approx((factor * alone.seconds, factor * alone.before_s)), op
 
 
 def test_a_visit_is_dispatched_dearer_at_its_first_micro_batch_and_nothing_takes_time_where_nobody_measured() -> None:
     plan = make_plan(parameters="host", states="host", boundaries="device")
     schedule = full_step(plan)
     hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=LAUNCH_S)
-    seconds = build_costs(dataclasses.replace(plan, device="cuda:0"), hardware).dispatch_s(schedule.ops)
+    turns = build_costs(dataclasses.replace(plan, device="cuda:0"), hardware).turns(schedule.ops)
     found: dict[tuple[str, Phase], list[float]] = {}
-    for item, dispatch_s in zip(schedule.ops, seconds, strict=True):
-        assert dispatch_s > 0
+    for item, turn in zip(schedule.ops, turns, strict=True):
+        assert turn.seconds > 0 and (turn.before_s > 0) == isinstance(item.op, Compute) and turn.before_s <= turn.seconds
         if isinstance(item.op, Compute):
-            found.setdefault((item.op.unit, item.op.phase), []).append(dispatch_s)
+            found.setdefault((item.op.unit, item.op.phase), []).append(turn.seconds)
     for (_, phase), (first, *others) in found.items():
         assert others and all(first - other == pytest.approx(LAUNCH_BESIDE_LANES * VISIT_S[phase]) for other in others)
-    assert not any(build_costs(dataclasses.replace(plan, device="cuda:0"), BALANCED).dispatch_s(schedule.ops)), "rates are assumed"
-    assert not any(build_costs(dataclasses.replace(plan, device="cpu"), hardware).dispatch_s(schedule.ops)), "the host computes"
+    assumed = (
+        build_costs(dataclasses.replace(plan, device="cuda:0"), BALANCED),
+        build_costs(dataclasses.replace(plan, device="cpu"), hardware),
+    )
+    for costs in assumed:
+        assert {turn.seconds for turn in costs.turns(schedule.ops)} == {0.0}, "rates are assumed, or the host computes"
 
 
 def test_templates_say_what_an_operation_takes_on_this_host() -> None:

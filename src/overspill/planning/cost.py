@@ -32,7 +32,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from overspill.planning.dispatching import REPLAY_OPERATIONS, RETAINED_LAUNCHES, STAND_IN_OPERATIONS, Dispatching, find_operation_s, issue_s
+from overspill.planning.dispatching import (
+    REPLAY_OPERATIONS,
+    RETAINED_LAUNCHES,
+    STAND_IN_OPERATIONS,
+    Dispatching,
+    Turn,
+    find_operation_s,
+    issue_s,
+)
 from overspill.planning.graphs import choose_replayed
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan
@@ -68,13 +76,13 @@ class Costs:
     is_asynchronous: bool
     """Whether compute and copies are put into streams of a device; else the dispatching thread computes."""
 
-    def dispatch_s(self, ops: Sequence[ScheduledOp]) -> list[float]:
+    def turns(self, ops: Sequence[ScheduledOp]) -> list[Turn]:
         """Of the dispatching thread, for each op of a program."""
         if not self.operation_s:
-            return [0.0] * len(ops)
+            return [Turn(0.0)] * len(ops)
         dispatching = Dispatching(self.operation_s)
         return [
-            dispatching.seconds(item.op, item.lane, launched_s=self.launched_s(item.op) if isinstance(item.op, Compute) else 0.0)
+            dispatching.turn(item.op, item.lane, launched_s=self.launched_s(item.op) if isinstance(item.op, Compute) else 0.0)
             for item in ops
         ]
 

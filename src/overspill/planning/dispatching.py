@@ -1,7 +1,9 @@
 """What the thread that dispatches a step takes for each op: the host's time to launch kernels, and the runtime's own.
 
 A device that is done before the next op has been launched waits for it. So the timeline (`planning/timeline.py`) lets the thread take this
-time for each op, and an op on a device's stream ends no sooner than it has been launched.
+time for each op; an op on a device's stream begins to compute no sooner than its first kernel has been launched, and ends no sooner than
+its last. What comes before the first is the runtime's own Python, which a device that has waited for the thread, or with it for an update,
+waits for too.
 
 Words:
 
@@ -17,6 +19,8 @@ proportion.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.launches import LAUNCH_BESIDE_LANES, LAUNCH_S
@@ -46,6 +50,14 @@ COMPRESS_OPERATIONS, DEVICE_UPDATE_OPERATIONS = 10, 10
 """Of fused kernels: sums into the gradient that leaves, its sum of squares and verdict; an update. Assumed."""
 
 
+class Turn(NamedTuple):
+    """What the dispatching thread takes for one op."""
+
+    seconds: float
+    before_s: float = 0.0
+    """Of these, until its first kernel is launched; of a `Compute`."""
+
+
 class Dispatching:
     """Seconds of the dispatching thread.
 
@@ -59,8 +71,8 @@ class Dispatching:
         self._visited: tuple[str, Phase] | None = None
         self._is_beside_updates = False
 
-    def seconds(self, op: Op, lane: Lane, *, launched_s: float) -> float:
-        """Of one op; asked in the order of the program.
+    def turn(self, op: Op, lane: Lane, *, launched_s: float) -> Turn:
+        """For one op; asked in the order of the program.
 
         Args:
             launched_s: of a `Compute`, to launch its kernels.
@@ -71,21 +83,22 @@ class Dispatching:
                 self._is_beside_updates &= op.phase is Phase.FORWARD  # all that a forward reads has been updated before the first backward
                 own_s = COMPUTE_S + (VISIT_S[op.phase] if visit != self._visited else 0)
                 factor = BESIDE_UPDATES if self._is_beside_updates and op.phase is Phase.FORWARD else 1
-                return factor * (launched_s + self._slowness * own_s)
+                before_s = factor * self._slowness * own_s
+                return Turn(before_s + factor * launched_s, before_s)
             case Compress():
                 self._visited = None
-                return self._slowness * OWN_COMPRESS_S + COMPRESS_OPERATIONS * self.operation_s
+                return Turn(self._slowness * OWN_COMPRESS_S + COMPRESS_OPERATIONS * self.operation_s)
             case Update() if lane is Lane.HOST_UPDATE:
                 self._is_beside_updates = True
-                return self._slowness * HOST_UPDATE_S
+                return Turn(self._slowness * HOST_UPDATE_S)
             case Update():
-                return self._slowness * HOST_UPDATE_S + DEVICE_UPDATE_OPERATIONS * self.operation_s
+                return Turn(self._slowness * HOST_UPDATE_S + DEVICE_UPDATE_OPERATIONS * self.operation_s)
             case Fetch() | Evict():
-                return self._slowness * MOVE_S
+                return Turn(self._slowness * MOVE_S)
             case Free():
-                return self._slowness * FREE_S
+                return Turn(self._slowness * FREE_S)
             case _:
-                return 0.0
+                return Turn(0.0)
 
 
 def find_operation_s(hardware: HardwareSpec, workload: WorkloadSpec | None, times: TemplateTimes | None) -> float:

@@ -120,13 +120,13 @@ def _walk(schedule: Schedule, plan: Plan) -> tuple[dict[str, int], dict[Tier, in
 def _serial(schedule: Schedule, costs: Costs) -> tuple[list[Span], float]:
     """One op after the other; spans, and when the last one was done."""
     clock, spans = 0.0, list[Span]()
-    for index, (item, dispatch_s) in enumerate(zip(schedule.ops, costs.dispatch_s(schedule.ops), strict=True)):
+    for index, (item, (dispatch_s, before_s)) in enumerate(zip(schedule.ops, costs.turns(schedule.ops), strict=True)):
         if isinstance(item.op, Free):
             clock += dispatch_s
             continue
         is_launched = isinstance(item.op, Compute)  # the device computes meanwhile
         seconds = costs.seconds(item.op, item.lane)
-        begin, clock = clock, clock + (max(dispatch_s, seconds) if is_launched else dispatch_s + seconds)
+        begin, clock = clock, clock + (max(dispatch_s, before_s + seconds) if is_launched else dispatch_s + seconds)
         num_bytes = item.op.num_bytes if isinstance(item.op, Fetch | Evict) else 0
         waits = tuple(wait for wait in item.waits if not isinstance(schedule.ops[wait].op, Free))
         start = begin if is_launched else begin + dispatch_s
@@ -173,7 +173,7 @@ def _shifted(span: Span, num_ops: int, begin_s: float) -> Span:
 
 def _tasks(schedule: Schedule, costs: Costs, waits: Sequence[tuple[int, ...]]) -> list[Task]:
     tasks = []
-    for item, after, dispatch_s in zip(schedule.ops, waits, costs.dispatch_s(schedule.ops), strict=True):
+    for item, after, (dispatch_s, before_s) in zip(schedule.ops, waits, costs.turns(schedule.ops), strict=True):
         op = item.op
         if isinstance(op, Free):
             tasks.append(Task(lane=item.lane, work_s=0.0, host_bytes_per_s=0.0, waits=after, dispatch_s=dispatch_s, is_free=True))
@@ -189,6 +189,7 @@ def _tasks(schedule: Schedule, costs: Costs, waits: Sequence[tuple[int, ...]]) -
                 host_bytes_per_s=rate,
                 waits=after,
                 dispatch_s=dispatch_s,
+                before_s=before_s,
                 needs_step_before=looks,
                 num_bytes=num_bytes,
             )

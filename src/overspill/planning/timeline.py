@@ -11,7 +11,7 @@ Rules, the executor's (there in the same order):
    lane, whose thread takes its ops in order.
 2. An op is issued when all that it waits for has ended; but of two ops on streams of the device, the later is issued when the earlier
    has been, and starts when that has ended. The dispatching thread issues compute itself and blocks until it can. Its kernels are launched
-   one after the other, so it ends no sooner than the last has been.
+   one after the other: it advances no sooner than the first has been launched, and ends no sooner than the last has been.
 3. Where there are no streams (`cpu`), an op is under way until its thread can go on. A drive's thread goes on at once: any number of
    transfers of one direction may be in flight, and the drive serves them in order.
 4. Steps of one program in a row: the next one begins when all of the step has ended, or, where steps overlap, when its compute has; all
@@ -57,6 +57,8 @@ class Task:
     """Earlier tasks."""
     dispatch_s: float = 0.0
     """Of the dispatching thread; of compute on a stream, to launch it."""
+    before_s: float = 0.0
+    """Of `dispatch_s`, until the first kernel of compute on a stream is launched."""
     is_free: bool = False
     needs_step_before: bool = False
     """It is not handed to its lane before all of the step before has ended (rule 4)."""
@@ -142,8 +144,9 @@ class _Timeline:
         """Of each task's waits, in their order: how many were found to be no hindrance to issuing it, or to have ended. That does not
         change again, so each is looked at once, but for the one that it stands at."""
         self.submitted = [0.0] * number
+        self.begun = [0.0] * number
         self.launched = [0.0] * number
-        """When the last kernel of compute has been, which nothing that is under way slows down."""
+        """When the first and the last kernel of compute have been, which nothing that is under way slows down."""
         self.start = [-1.0] * number
         self.end = [-1.0] * number
         self.ready = [0.0] * number
@@ -199,6 +202,7 @@ class _Timeline:
                 self.submitted[index] = self.clock
                 self.issued[index] = True
                 self.flights[_COMPUTE].append(index)
+                self.begun[index] = self.clock + task.before_s
                 self.clock += task.dispatch_s
                 self.launched[index] = self.clock
                 self.next += 1
@@ -291,8 +295,14 @@ class _Timeline:
     def advance(self) -> float:
         """To the next moment at which something changes; infinity if nothing will."""
         speeds = self.contention.speeds(self.running, self.tasks)
+        computing = self.running.get(_COMPUTE)
+        if computing is not None and self.begun[computing] > self.now:
+            speeds[_COMPUTE] = 0.0
         until = _NEVER
         for lane, index in self.running.items():
+            if not speeds[lane]:
+                until = min(until, self.begun[index])
+                continue
             until = min(until, max(self.now + self.left[index] / speeds[lane], self.launched[index]))
         for lane in range(len(_LANES)):
             for line in (self.queues[lane], self.flights[lane]):
