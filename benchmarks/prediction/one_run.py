@@ -140,6 +140,7 @@ def measure_run(order: Order) -> dict[str, Any]:
         marks["opened"] = status_bytes("VmRSS")
         batches = [random_batch(config.vocab_size, micro_batch, seq_len, index) for index in range(accumulate)]
         from_file = session.predict_plan()
+        rates = session.rates  # what `overspill finetune` asks for before its first step
         times = session.time_templates(limit_s=order.templates_s)
         prediction = session.predict_plan()
         if session.device.type == "cuda":
@@ -177,6 +178,7 @@ def measure_run(order: Order) -> dict[str, Any]:
         "spans": {"kinds": kinds, **{who: compact(spans) for who, spans in timelines.items()}},
         "all_step_s": [report.step_s for report in reports],
         "num_counted": len(counted),
+        "rates": dataclasses.asdict(rates),
         "templates": [] if times is None else [
             {
                 "name": item.name, "forward_s": item.forward_s, "forward_backward_s": item.forward_backward_s, "note": item.note,

@@ -6,10 +6,11 @@
 
 Protocol:
 
-1. Calibration is `overspill probe` (a machine file) and the templates that each run times itself before its first step. No step of any
+1. Calibration is `overspill probe` (a machine file), and what each run measures itself before its first step, as `overspill finetune`
+   does: its lanes' rates, and templates. No step of any
    run in `CALIBRATION` or `HELD_OUT` is used to predict another. Constants of the code were chosen from the runs in `CALIBRATION`.
 2. A held-out run is a process of its own with a limit (`one_run.py`; `workers.py` lets several load at a time, before anything is
-   measured). Its prediction is made when the session has opened, before its first step, twice: with the templates timed there, and from
+   measured). Its prediction is made when the session has opened, before its first step, twice: with what was measured there, and from
    the machine file alone. Nothing else runs meanwhile.
 3. Measured are the median of the counted steps' times, the most that allocator and driver had reserved, VmHWM from a fresh process to
    the last step, and the drive's bytes; of the drive also what the kernel counted, from before the first step until the last has landed,

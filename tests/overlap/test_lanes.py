@@ -59,6 +59,7 @@ PLACEMENTS = [
     {"parameters": "host", "states": "ssd", "boundaries": "device"},
     {"parameters": "ssd", "states": "host", "boundaries": "host", "group_size": 1},
     {"parameters": "device", "states": "host", "boundaries": "device"},
+    {"parameters": "host", "states": "host", "boundaries": "device", "deferred_updates": 2},
 ]
 
 
@@ -69,11 +70,14 @@ def test_overlapped_steps_are_the_serial_ones_to_the_last_bit(placement: dict[st
     assert_same(outcome(open_session(serial=False, clip=clip, delay_s=0.0005, **placement)), expected)
 
 
+HUNTED = [placement for placement in PLACEMENTS if placement["parameters"] != "device"]
+
+
 def hunt(monkeypatch: pytest.MonkeyPatch, num_rounds: int) -> None:
     """Every job of every lane starts late, and its completion is told late, by a random time."""
     expected = {
         (index, clip): outcome(open_session(serial=True, clip=clip, **placement), 2)
-        for (index, placement), clip in itertools.product(enumerate(PLACEMENTS[:4]), (None, 1.0))
+        for (index, placement), clip in itertools.product(enumerate(HUNTED), (None, 1.0))
     }
     run = Lanes._run
 
@@ -89,13 +93,13 @@ def hunt(monkeypatch: pytest.MonkeyPatch, num_rounds: int) -> None:
     monkeypatch.setattr(Lanes, "_run", late)
     for number in range(num_rounds):
         delays = random.Random(number)
-        index, clip = number % 4, (None, 1.0)[number // 4 % 2]
-        found = outcome(open_session(serial=False, clip=clip, **PLACEMENTS[index]), 2)  # type: ignore[arg-type]
+        index, clip = number % len(HUNTED), (None, 1.0)[number // len(HUNTED) % 2]
+        found = outcome(open_session(serial=False, clip=clip, **HUNTED[index]), 2)  # type: ignore[arg-type]
         assert_same(found, expected[index, clip])
 
 
 def test_random_delays_on_every_lane_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    hunt(monkeypatch, 8)
+    hunt(monkeypatch, 2 * len(HUNTED))
 
 
 @pytest.mark.slow

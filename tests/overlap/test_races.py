@@ -86,6 +86,8 @@ def test_waits_order_everything_in_random_plans(seed: int, monkeypatch: pytest.M
             "clip": choose.choice([None, 1.0]), "group_size": choose.choice([1, 2, 3, 4]), "accumulate": choose.choice([1, 2, 4]),
             "device_states_bytes": choose.choice([None, 0, 60_000, 200_000]),
         }  # fmt: skip
+        if choose.random() < 0.25:
+            fields |= {"parameters": "host", "states": "host", "device_states_bytes": 0, "deferred_updates": choose.choice([1, 2])}
         with open_session(choose.choice(["bfloat16", "float32"]), choose.choice(["llama", "llama_tied", "gpt2"]), **fields) as session:
             if choose.random() < 0.5:
                 lend_by_size(session)

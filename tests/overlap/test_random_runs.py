@@ -55,7 +55,7 @@ class Run:
                 "group_size": choose.choice([None, 1, 2, 3]), "accumulate": choose.choice([1, 2, 3]), "clip": choose.choice([None, 0.5]),
                 "device_states_bytes": choose.choice([None, 0, 20_000, 100_000]),
                 "state_format": "fp32" if dtype == "float16" else choose.choice(["fp32", "bf16", "int8"]),
-            },
+            } | choose.choice([{}, {}, {}, {"parameters": "host", "states": "host", "device_states_bytes": 0, "deferred_updates": 1}]),
         )  # fmt: skip
 
     def open(self, *, serial: bool, delay_s: float = 0.0) -> overspill.Session:

@@ -133,6 +133,29 @@ def test_states_of_the_first_units_on_the_device_change_no_bit(
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("boundaries", "group_size", "deferred"), [("device", 4, 1), ("host", 2, 2)])
+def test_updates_that_are_put_off_to_the_steps_end_change_no_bit(
+    boundaries: str, group_size: int, deferred: int, tied: bool, monkeypatch: pytest.MonkeyPatch, seen_gradients: dict[str, torch.Tensor]
+) -> None:
+    expected, weights, moments = plain_results(tied, 0.1, 4, None)
+    plan = request(
+        parameters="host", states="host", boundaries=boundaries, accumulate=4, group_size=group_size, deferred_updates=deferred
+    )  # fmt: skip
+    with open_session(make_gpt2(tied=tied, dropout=0.1), plan, monkeypatch) as session:
+        assert len(session.plan.deferred) == deferred
+        for batches, (loss, norm, gradients) in zip(steps_of_batches(4), expected, strict=True):
+            report = session.step(batches)
+            assert report.loss == loss and report.grad_norm == norm
+            session.flush()
+            for name, gradient in gradients.items():
+                assert torch.equal(seen_gradients[name], gradient), name
+        for name, weight in weights.items():
+            assert torch.equal(session.homes.read(name), weight), name
+            for field in ("exp_avg", "exp_avg_sq"):
+                assert torch.equal(session.homes.read_state(name, field).flatten(), moments[name][field]), (name, field)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_weights_stay_within_1e6_of_the_models_own_loss_and_torch_adamw(tied: bool, tmp_path: Path) -> None:
     """Against nothing of overspill's: the model's own full logits and torch.optim.AdamW.
 

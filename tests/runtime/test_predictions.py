@@ -184,6 +184,23 @@ def test_rates_that_a_session_measured_come_before_a_machine_files() -> None:
     assert with_rates(found, None) is found
 
 
+def test_of_a_drives_two_figures_the_lower_one_is_taken() -> None:
+    """It had rested when the session looked at it for a moment."""
+    ssd = LinkRates(up_bytes_per_s=9.0, down_bytes_per_s=2.0, up_duplex_bytes_per_s=4.0, down_duplex_bytes_per_s=1.0)
+    rates = LaneRates(link=None, ssd=ssd, update_parameters_per_s=None)
+    drive = {
+        "ssd_read_bytes_per_s": 5.0,
+        "ssd_write_bytes_per_s": 5.0,
+        "ssd_read_mixed_bytes_per_s": 3.0,
+        "ssd_write_mixed_bytes_per_s": 3.0,
+    }
+    found = with_rates(HardwareSpec(source="measured (m)", **drive), rates)  # type: ignore[arg-type]
+    assert [getattr(found, name) for name in drive] == [5.0, 2.0, 3.0, 1.0]
+    for hardware in (HardwareSpec(), HardwareSpec(source="measured (of another drive)")):
+        other = with_rates(hardware, rates)
+        assert [getattr(other, name) for name in drive] == [9.0, 2.0, 4.0, 1.0], "rates are assumed"
+
+
 def test_padding_and_packing_bring_a_mask_and_full_rows_do_not() -> None:
     ids = torch.zeros(2, 4, dtype=torch.int64)
     ones = torch.ones(2, 4, dtype=torch.int64)

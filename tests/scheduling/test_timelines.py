@@ -10,6 +10,7 @@ from tiny_models import tiny_config
 
 from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, full_step, simulate
+from overspill.planning.cost import UPDATE_IN_STEP, unit_work
 from overspill.planning.dispatching import BESIDE_UPDATES, REPLAY_OPERATIONS, RETAINED_LAUNCHES, VISIT_S, count_operations, find_operation_s
 from overspill.planning.timeline import Contention, Task, Threads, run_timeline
 from overspill.scheduling import build_evaluation, build_train_step
@@ -282,6 +283,15 @@ def test_a_link_takes_its_bytes_over_its_rate_and_an_update_its_elements() -> No
             assert costs.host_bytes(item.op, item.lane) == 4 * item.op.num_elements * 3 + 2 * record
 
 
+def test_beside_a_gpu_whose_machine_was_measured_an_update_is_slower_than_alone() -> None:
+    hardware = dataclasses.replace(BALANCED, source="measured (m)")
+    for device, known, share in (("cuda:0", hardware, UPDATE_IN_STEP), ("cuda:0", BALANCED, 1.0), ("cpu", hardware, 1.0)):
+        plan = dataclasses.replace(make_plan(parameters="host", states="host", boundaries="device"), device=device)
+        costs = build_costs(plan, known)
+        update = next(item for item in full_step(plan).ops if isinstance(item.op, Update))
+        assert costs.seconds(update.op, update.lane) == pytest.approx(update.op.num_elements / 1e8 / share)  # type: ignore[union-attr]
+
+
 def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> None:
     """A kernel a millisecond to launch; everything else in no time."""
     workload = describe_workload(tiny_config("llama"), seq_len=16, micro_batch=2, dtype="bfloat16", device="cuda")
@@ -297,6 +307,10 @@ def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> N
     assert forward is not None
     stand_ins = len(plan.units) - 2
     assert costs.launched_s(embedding) == pytest.approx((forward.work.num_ops + stand_ins) * costs.operation_s)
+    backward = unit_work(workload.classes[0], Phase.BACKWARD)
+    assert backward is not None
+    returning = dataclasses.replace(embedding, phase=Phase.BACKWARD)
+    assert costs.launched_s(returning) == pytest.approx(backward.num_ops * costs.operation_s), "the model's own code does not run again"
     assert costs.launched_s(block) == REPLAY_OPERATIONS * costs.operation_s, "it is replayed as a graph, for launches bind it"
     assert max(costs.seconds(op, COMPUTE) for op in (embedding, block)) < 1e-3, "the device's own time has no launches in it"
     launched = build_costs(plan, hardware, workload=workload, replayed=())

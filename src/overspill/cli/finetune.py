@@ -53,6 +53,7 @@ class FinetuneOptions:
     state_format: StateFormat = "fp32"
     device: str = "auto"
     device_states: str | None = None
+    deferred_updates: int | None = None
     device_budget: str | None = None
     host_budget: str | None = None
     pinned_budget: str | None = None
@@ -132,6 +133,9 @@ def finetune(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …", rich_help_panel=_PLACEMENT)] = "auto",
     device_states: Annotated[
         str | None, typer.Option(help="Optimizer states on the device at most, first units first.", rich_help_panel=_PLACEMENT)
+    ] = None,
+    deferred_updates: Annotated[
+        int | None, typer.Option(help="Blocks whose update runs under the next forward; takes host memory.", rich_help_panel=_PLACEMENT)
     ] = None,
     device_budget: Annotated[str | None, typer.Option(help="Device memory to use, such as 8GiB.", rich_help_panel=_PLACEMENT)] = None,
     host_budget: Annotated[str | None, typer.Option(help="Host memory of the whole process.", rich_help_panel=_PLACEMENT)] = None,

@@ -182,6 +182,7 @@ def build_request(options: FinetuneOptions, seq_len: int) -> PlanRequest:
         optimizer=build_optimizer(options).kind,
         dtype=resolve_dtype(options),
         device_states_bytes=_optional_bytes(options.device_states),
+        deferred_updates=options.deferred_updates,
         device_budget_bytes=_optional_bytes(options.device_budget),
         host_budget_bytes=_optional_bytes(options.host_budget),
         pinned_budget_bytes=_optional_bytes(options.pinned_budget),

@@ -10,6 +10,7 @@ How it decides, in order:
    embedding's gradient is the last to arrive, and the first units' updates have the least time before they are read again; at most
    `device_states_bytes` of states), in host memory first to parameters (they cross a link twice a step), then to states.
 4. The result is simulated once more; if it does not fit after all, the room of step 3 is cut by the excess.
+5. Some blocks' updates are put off to the end of the step, if host memory has room for their gradients (`planning/deferring.py`).
 
 What becomes of activations is decided around these (`planning/activations.py`): a mode that the user fixed before them, `auto` by trying
 several.
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 
 from overspill.errors import BudgetError
 from overspill.planning.activations import choose_activations, describe, force_mode, note
+from overspill.planning.deferring import defer_updates
 from overspill.planning.memory import context_bytes, recordings_bytes, unit_working_bytes
 from overspill.planning.simulate import resident_peaks, simulate
 from overspill.planning.space import is_host_memory, scratch_bytes, store_bytes
@@ -69,7 +71,9 @@ def build_plan(
 
     def place(base: Plan, group_size: int | None = None) -> Plan:
         wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
-        return _place(wanted, _choose_group(wanted, base))
+        placed = _place(wanted, _choose_group(wanted, base))
+        number = request.deferred_updates
+        return _with_notes(defer_updates(placed, hardware, workload, number=number, has_room=lambda plan: not _over(plan)), request)
 
     if request.activations == AUTO:
         return choose_activations(request, base, hardware, workload, place=place, excess=_excess, replays_graphs=replays_graphs)
@@ -82,12 +86,12 @@ def _place(request: PlanRequest, base: Plan) -> Plan:
     room_cut = dict.fromkeys(Tier, 0)
     for _ in range(8):
         plan = _give_away_room(request, base, room_cut)
-        excess = {tier: over for tier, over in _excess(plan).items() if over > 0}
+        excess = _over(plan)
         if not excess:
-            return _with_notes(plan, request)
+            return plan
         for tier, over in excess.items():
             room_cut[tier] += over
-    return _with_notes(base, request)
+    return base
 
 
 def predict_step(plan: Plan, hardware: HardwareSpec) -> Prediction:
@@ -213,6 +217,11 @@ def _excess(plan: Plan) -> dict[Tier, int]:
     return {tier: peak - budget for tier, (budget, peak) in held.items() if budget is not None}
 
 
+def _over(plan: Plan) -> dict[Tier, int]:
+    """Bytes that are missing, of the tiers on which any are."""
+    return {tier: over for tier, over in _excess(plan).items() if over > 0}
+
+
 def _argument_bytes(plan: Plan) -> int:
     """Assumed: every micro-batch of a group keeps an attention mask of its own, one byte a pair of positions."""
     return plan.group_size * plan.micro_batch * plan.seq_len**2
@@ -229,7 +238,7 @@ def _choose_group(request: PlanRequest, base: Plan) -> Plan:
     for size, tier in ((size, tier) for size in sizes for tier in tiers):
         for prefetch_units in (1, 0):
             plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate), prefetch_units=prefetch_units)
-            excess = {tier: over for tier, over in _excess(plan).items() if over > 0}
+            excess = _over(plan)
             if not excess:
                 return plan
             missing.append(max(excess.items(), key=lambda item: item[1]))
@@ -337,10 +346,12 @@ def _with_notes(plan: Plan, request: PlanRequest) -> Plan:
     notes.append(
         "the next unit's parameters are fetched ahead" if plan.prefetch_units else "no room to fetch a unit ahead: lanes take turns"
     )
+    num_deferred = sum(any(name in plan.deferred for name in unit.bundles) for unit in plan.units)
+    put_off = f", those of {num_deferred} blocks when all have, under the next step's forward" if num_deferred else ""
     notes.append(
         "updates wait for the gradient norm and run in the next step's forward"
         if plan.timing is UpdateTiming.PENDING
-        else "updates run as gradients arrive; a non-finite gradient stops the run"
+        else f"updates run as gradients arrive{put_off}; a non-finite gradient stops the run"
     )
     notes.append(f"working memory on the device is assumed to be {format_bytes(plan.device_working_bytes)}")
     return dataclasses.replace(plan, notes=tuple(notes))

@@ -19,7 +19,7 @@ import torch
 
 from overspill.activations.retaining import HIDDEN
 from overspill.errors import NonFiniteError, UnsupportedModelError
-from overspill.huggingface import HostReads, StreamedModel
+from overspill.huggingface import Embedded, HostReads, StreamedModel
 from overspill.rng import unit_seed
 from overspill.runtime.gradients import Gradients
 from overspill.runtime.graphs import BlockGraphs
@@ -47,7 +47,7 @@ class MicroBatch:
     side_outputs: dict[str, tuple[torch.Tensor, ...]] = dataclasses.field(default_factory=dict)
     side_output_gradients: dict[str, tuple[torch.Tensor | None, ...]] = dataclasses.field(default_factory=dict)
     reads: HostReads = dataclasses.field(default_factory=HostReads)
-    """Of the embedding's forward, for the tail and the embedding's backward."""
+    """Of the embedding's forward, for the tail and, where no graph was kept, the embedding's backward."""
     loss: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     """Where generation wants logits, [B]; None: the tail computes the loss."""
@@ -63,6 +63,8 @@ class StepContext:
     num_targets: int
     """All targets of the step; a micro-batch's loss is its sum over this."""
     loss_scale: float = 1.0
+    trains: bool = True
+    """A backward follows."""
 
 
 class UnitRunner:
@@ -96,7 +98,7 @@ class UnitRunner:
         self._seed(op, context)
         with torch.no_grad():
             if position == 0:
-                embedded = self.model.embed(micro_batch.batch, reading=micro_batch.reads.noted())
+                embedded = self._embed(op, visit, micro_batch, trains=context.trains)
                 hidden = embedded.hidden
                 micro_batch.arguments = embedded.arguments
                 micro_batch.side_inputs = tuple(tensor.detach() for tensor in embedded.side_inputs)
@@ -108,6 +110,16 @@ class UnitRunner:
                 hidden = self._forward_block(op, visit, micro_batch) if kept is None else kept
         self._check_boundary(op, op.produced[0][0], hidden, micro_batch)
         self.residency.put_boundary(op.produced[0][0], hidden)
+
+    def _embed(self, op: Compute, visit: Visit, micro_batch: MicroBatch, *, trains: bool) -> Embedded:
+        def run() -> Embedded:
+            return self.model.embed(micro_batch.batch, reading=micro_batch.reads.noted())
+
+        if not trains or not visit.trainable:
+            return run()
+        visit.outlives = True
+        fixed = tuple(micro_batch.batch.values())
+        return self.retained.embed(op.micro_batch, run, parameters=visit.parameters, trainable=visit.trainable, fixed=fixed)
 
     def _forward_retained(self, op: Compute, visit: Visit, micro_batch: MicroBatch) -> torch.Tensor | None:
         """The block's output, its graph kept; None: it could not be kept, and the forward is yet to be done."""
@@ -233,6 +245,19 @@ class UnitRunner:
         self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients
     ) -> None:
         above = self.residency.boundary(self._boundary(self.names[1], op, Role.BOUNDARY_GRADIENT))
+        kept = self.retained.take_embedding(op.micro_batch)
+        if kept is not None:
+            results = kept.differentiate(visit.parameters, above, micro_batch.side_gradients)
+            self._add_all(op.unit, visit, gradients, visit.trainable, results)
+        else:
+            self._differentiate_embedding(op, visit, micro_batch, context, gradients, above)
+        micro_batch.arguments = None
+        micro_batch.side_inputs, micro_batch.side_gradients = (), []
+
+    def _differentiate_embedding(
+        self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients, above: torch.Tensor
+    ) -> None:
+        """The embedding once more, and back."""
         self._seed(op, context)
         with torch.enable_grad():
             embedded = self.model.embed(micro_batch.batch, reading=micro_batch.reads.answered())
@@ -245,8 +270,6 @@ class UnitRunner:
         if names and embedded.hidden.requires_grad:
             inputs = [visit.parameters[name] for name in names]
             self._add_all(op.unit, visit, gradients, names, torch.autograd.grad(outputs, inputs, grad_outputs, allow_unused=True))
-        micro_batch.arguments = None
-        micro_batch.side_inputs, micro_batch.side_gradients = (), []
 
     def _run_tail(self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients) -> None:
         hidden = self.residency.boundary(self._boundary(op.unit, op)).detach()

@@ -42,7 +42,7 @@ class Evaluation:
         if num_targets == 0:
             raise ValueError("nothing to evaluate: all labels are -100 after the shift by one")
         with self._evaluation_mode():
-            self._run(micro_batches, prepared, StepContext(step=step, seed=seed, num_targets=num_targets))
+            self._run(micro_batches, prepared, StepContext(step=step, seed=seed, num_targets=num_targets, trains=False))
         return EvaluationReport(loss=sum_losses(prepared), num_targets=num_targets)
 
     def generate(
@@ -53,7 +53,7 @@ class Evaluation:
         Raises:
             ValueError: prompt and continuation are longer than the plan's batch holds.
         """
-        context = StepContext(step=step, seed=seed, num_targets=1)
+        context = StepContext(step=step, seed=seed, num_targets=1, trains=False)
 
         def logits_at(batches: list[Mapping[str, torch.Tensor]], ends: list[torch.Tensor]) -> torch.Tensor:
             prepared = self._prepare(batches)

@@ -22,8 +22,9 @@ Rules:
 
 Costs: one look at each op that had not ended, on its lane, when the step returned.
 
-Limit: a bundle's update comes when its gradient does, so the first blocks are updated last and read first. What can hide under the next
-forward is what lies before the first unit whose update is not on the device (`PlanRequest.device_states_bytes`).
+A bundle's update comes when its gradient does, so the first blocks are updated last and read first. What can hide under the next forward
+is what lies before the first unit whose update is not on the device (`PlanRequest.device_states_bytes`), and what the plan has put off to
+the step's end (`Plan.deferred`).
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Rules:
 
 1. A prediction touches no weights, tiers or device: it costs some tenths of a second of the CPU, between steps. `time_templates` alone uses
    the device, when somebody asks for it.
-2. Rates that the session has measured itself come before those of a machine file.
+2. Rates that the session has measured itself come before those of a machine file; of a drive's two figures the lower one is taken, for
+   the session looks only for a moment, and a drive that has rested, or caches, is quick at first.
 3. A model that cannot be described without weights is predicted from what its plan assumes, and the prediction's terms say so.
 4. `if_cheap` predicts the first programs (`FREE_PROGRAMS`), and then one that was not seen before only while all predicting takes less
    than `SHARE` of the time that was trained: batches padded to many lengths are many programs. One of the first that would take longer than
@@ -261,12 +262,14 @@ def with_rates(hardware: HardwareSpec, rates: LaneRates | None) -> HardwareSpec:
             "d2h_duplex_bytes_per_s": min(rates.link.down_bytes_per_s, rates.link.down_duplex_bytes_per_s),
         }
     if rates.ssd is not None:
-        changes |= {
+        found = {
             "ssd_read_bytes_per_s": rates.ssd.up_bytes_per_s,
             "ssd_write_bytes_per_s": rates.ssd.down_bytes_per_s,
             "ssd_read_mixed_bytes_per_s": min(rates.ssd.up_bytes_per_s, rates.ssd.up_duplex_bytes_per_s),
             "ssd_write_mixed_bytes_per_s": min(rates.ssd.down_bytes_per_s, rates.ssd.down_duplex_bytes_per_s),
         }
+        knows_drive = hardware.is_measured and hardware.ssd_read_mixed_bytes_per_s > 0  # else its drive was another one
+        changes |= {name: min(value, getattr(hardware, name)) for name, value in found.items()} if knows_drive else found
     if rates.update_parameters_per_s is not None:
         changes["host_update_parameters_per_s"] = rates.update_parameters_per_s
     if changes and hardware.is_measured:

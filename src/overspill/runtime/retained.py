@@ -13,6 +13,8 @@ Rules:
    and its unit is from then on.
 3. Nothing is left of a schedule that has ended, however it did (`drop_all`).
 4. What stores more than the plan has counted (`Plan.activation_bytes`) does not leave in full: the rest stays on the device.
+5. The embedding's graph is kept without being planned for where it stores next to nothing (`EMBEDDING_SHARE`), as that of a mere look-up
+   does. Its backward comes when the device has nothing else left to do, and would begin with the model's own code in Python.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from overspill.activations.retaining import HIDDEN, Book, find_epsilons, shed
-from overspill.huggingface import StreamedModel
+from overspill.huggingface import Embedded, StreamedModel
 from overspill.huggingface.stand_ins import BlockArguments
 from overspill.spec.schedule import Piece
 
 Edge = torch.autograd.graph.GradientEdge
+EMBEDDING_SHARE, EMBEDDING_BYTES = 1 / 32, 64 << 10
+"""The most that the embedding's graph may store to be kept, the first of the bytes of its hidden states: the larger one. Chosen."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -77,6 +81,8 @@ class RetainedGraphs:
     def __init__(self, model: StreamedModel) -> None:
         self._model = model
         self._graphs: dict[Piece, RetainedGraph] = {}
+        self._embeddings: dict[int, RetainedGraph] = {}
+        """By micro-batch (rule 5)."""
         self._recomputed: set[str] = set()
         """Units that were given up (rule 1)."""
         self._epsilons: dict[str, dict[str, float]] = {}
@@ -126,16 +132,45 @@ class RetainedGraphs:
             self.give_up(unit, book.refusal)
             return None
         values = RetainedForward(hidden=output.hidden.detach(), side_outputs=tuple(tensor.detach() for tensor in output.side_outputs))
-        edges = tuple(
-            torch.autograd.graph.get_gradient_edge(tensor) if tensor.requires_grad else None
-            for tensor in (output.hidden, *output.side_outputs)
-        )
+        edges = _edges((output.hidden, *output.side_outputs))
         book.lay_out(room_bytes)
         leaves = (leaf, *sides, *(parameters[name] for name in trainable))
         shed(leaf)
         self._graphs[piece] = RetainedGraph(book=book, outputs=edges, leaves=leaves)
         self.most_bytes[unit] = max(self.most_bytes.get(unit, 0), book.stored_bytes)
         return values
+
+    def embed(
+        self,
+        micro_batch: int,
+        run: Callable[[], Embedded],
+        *,
+        parameters: Mapping[str, torch.Tensor],
+        trainable: Sequence[str],
+        fixed: Sequence[torch.Tensor],
+    ) -> Embedded:
+        """Run the embedding's forward, and keep its graph if rule 5 allows it; values without a graph.
+
+        Args:
+            micro_batch: its number.
+            run: the forward; what it returns has a graph.
+            parameters: leaves that the embedding is bound to; `shed` is for who bound them.
+            fixed: tensors of the batch.
+        """
+        book = Book(parameters, fixed, epsilons={}, most_passes=0)
+        with torch.enable_grad(), book.saving():
+            embedded = run()
+        hidden, sides = embedded.hidden, embedded.side_inputs
+        values = dataclasses.replace(embedded, hidden=hidden.detach(), side_inputs=tuple(tensor.detach() for tensor in sides))
+        most_bytes = max(EMBEDDING_SHARE * hidden.nbytes, EMBEDDING_BYTES)
+        if hidden.requires_grad and book.refusal is None and book.stored_bytes <= most_bytes:
+            leaves = tuple(parameters[name] for name in trainable)
+            self._embeddings[micro_batch] = RetainedGraph(book=book, outputs=_edges((hidden, *sides)), leaves=leaves)
+        return values
+
+    def take_embedding(self, micro_batch: int) -> RetainedGraph | None:
+        """Its graph, for its backward (rule 2): the outputs are the hidden states and the side inputs; None: it was not kept."""
+        return self._embeddings.pop(micro_batch, None)
 
     def take(self, piece: Piece) -> RetainedGraph | None:
         """The graph, for its backward (rule 2); None: it was not kept."""
@@ -175,6 +210,7 @@ class RetainedGraphs:
     def drop_all(self) -> None:
         """Rule 3."""
         self._graphs.clear()
+        self._embeddings.clear()
 
     def give_up(self, unit: str, reason: str) -> None:
         """Recompute a unit from now on (rule 1)."""
@@ -186,3 +222,7 @@ class RetainedGraphs:
                 RuntimeWarning,
                 stacklevel=2,
             )
+
+
+def _edges(outputs: Sequence[torch.Tensor]) -> tuple[Edge | None, ...]:
+    return tuple(torch.autograd.graph.get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)

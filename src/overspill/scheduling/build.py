@@ -43,6 +43,7 @@ def build_train_step(plan: Plan, micro_batch_tokens: Sequence[int], *, starts_pe
         visits += [_Visit(unit=unit, phase=Phase.FORWARD, group=group, keep=True) for unit in plan.units[:-1]]
         visits += [_Visit(unit=unit, phase=Phase.BACKWARD, group=group) for unit in reversed(plan.units)]
     builder.go_through(visits)
+    builder.update_deferred()
     return builder.finish("train", ends_pending=plan.timing is UpdateTiming.PENDING)
 
 

@@ -4,8 +4,9 @@ Several groups of micro-batches. A unit's partial gradients leave when a group i
 backward of that unit, added to, and evicted again, so the order of additions, and with it every bit, is that of one group. After the
 last contribution `Compress` makes them the bundle's gradient.
 
-Updates. `IMMEDIATE`: a bundle is updated as soon as its gradient is complete. `PENDING`: its gradient waits at its home,
-and the *next* step's forward updates the bundle just before it first reads it, so a step's program is pending updates +
+Updates. `IMMEDIATE`: a bundle is updated as soon as its gradient is complete; but those that the plan defers (`Plan.deferred`) when the
+step's last gradient is, in forward order, so that they land under the next step's forward (rule 6). `PENDING`: its gradient waits at
+its home, and the *next* step's forward updates the bundle just before it first reads it, so a step's program is pending updates +
 forward + backward, and a `flush` program runs what is pending before anybody else reads the weights.
 
 Rules:
@@ -18,6 +19,8 @@ Rules:
    has work meanwhile.
 5. A pending update of what rests in host memory borrows no buffer, so one bundle a visit is updated from the first visit on, past those
    that the device updates: the host has work while these compute, and need not begin when a visit is about to wait for it.
+6. In the order of their gradients the first blocks would be updated last, and the next forward, which reads them first, would wait for
+   all updates: they could run under the backward alone. A deferred bundle's gradient leaves the device as ever and waits in host memory.
 
 Without prefetching (`prefetch_units` 0: there is no room for it) rules 1 and 3 to 5 do not apply.
 """
@@ -54,6 +57,8 @@ class UpdatingProgram(RetainingProgram):
         """Rule 1: freed after the next visit."""
         self._late_updates: list[tuple[Bundle, Sequence[Piece]]] = []
         """Rule 4: of states on the device, after the next visit."""
+        self._deferred: dict[str, Sequence[Piece]] = {}
+        """Rule 6: bundle -> its gradient."""
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -94,11 +99,18 @@ class UpdatingProgram(RetainingProgram):
             pieces = [piece for piece, _ in produced]
             if self.plan.timing is UpdateTiming.IMMEDIATE and self.plan.placements[bundle.name].update_tier is Tier.DEVICE:
                 self._late_updates.append((bundle, pieces))
-            elif self.plan.timing is UpdateTiming.IMMEDIATE:
+            elif self.plan.timing is UpdateTiming.IMMEDIATE and bundle.name not in self.plan.deferred:
                 self._update(bundle, pieces, for_visit=False)
             elif home is not Tier.DEVICE:
                 self.lower(pieces, Tier.DEVICE, home)
                 self._late_frees += [(piece, Tier.DEVICE) for piece in pieces]
+                if self.plan.timing is UpdateTiming.IMMEDIATE:
+                    self._deferred[bundle.name] = pieces
+
+    def update_deferred(self) -> None:
+        """When the step's last gradient is complete (rule 6)."""
+        for name in self.plan.deferred:
+            self._update(self.plan.bundles[name], self._deferred.pop(name), for_visit=False)
 
     def emit_late(self) -> None:
         """What the visit before has left for after this one (rules 1 and 4)."""

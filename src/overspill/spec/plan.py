@@ -29,7 +29,7 @@ MOST_EVALUATED_TOGETHER = 32
 DTYPES = ("bfloat16", "float16", "float32")
 WHOLE_NUMBERS = (
     *("seq_len", "micro_batch", "accumulate", "group_size", "device_states_bytes", "device_budget_bytes", "host_budget_bytes"),
-    *("pinned_budget_bytes", "ssd_budget_bytes", "ssd_rated_bytes"),
+    *("pinned_budget_bytes", "ssd_budget_bytes", "ssd_rated_bytes", "deferred_updates"),
 )
 """Fields of a request; None may stand in all but the first three."""
 
@@ -81,6 +81,9 @@ class PlanRequest:
     """Bound on the global gradient norm; None: no clipping, and updates run under the backward."""
     group_size: int | None = None
     """Micro-batches that go through a unit before the next unit; None: as many as the budgets hold."""
+    deferred_updates: int | None = None
+    """Blocks whose update is put off to the end of the step, so that it runs under the next one's forward; their gradients wait in host
+    memory. None: as many as the rates call for and host memory has room for. No effect with `clip`: all updates wait then."""
     device: str = AUTO
     """`cpu`, `cuda`, `cuda:1` or `auto`."""
 
@@ -112,6 +115,10 @@ class PlanRequest:
             raise ValueError(f"group_size must be at least 1, got {self.group_size}")
         if self.device_states_bytes is not None and self.device_states_bytes < 0:
             raise ValueError(f"--device-states cannot be negative, got {self.device_states_bytes} B; 0 keeps all states elsewhere")
+        if self.deferred_updates is not None and self.deferred_updates < 0:
+            raise ValueError(
+                f"--deferred-updates cannot be negative, got {self.deferred_updates}; 0 makes each update as its gradient arrives"
+            )
         if self.ssd_rated_bytes is not None and self.ssd_rated_bytes < 1:
             raise ValueError(f"--ssd-tbw must be positive, got {self.ssd_rated_bytes} B; leave it out if it is unknown")
         if not self.ssd_min_years >= 0:
@@ -209,6 +216,9 @@ class Plan:
     """Unit -> what becomes of what its forward saves; a unit that is not named is recomputed."""
     stored_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Retained unit -> what its graph stores of one micro-batch at its longest."""
+    deferred: tuple[str, ...] = ()
+    """Bundles, in forward order, that are updated when the step's backward is over, and not as their gradients arrive. They rest in host
+    memory, and one unit reads each."""
     notes: tuple[str, ...] = ()
     """Why the plan is as it is, one sentence each."""
 

@@ -1,0 +1,156 @@
+"""Claims about the embedding's graph: it is kept from forward to backward where it stores next to nothing, and changes no bit."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from fake_models import FakeConfig, FakeForCausalLM
+from test_retained import build_model, train, whole_batches
+from tiny_models import tiny_model
+
+import overspill
+from overspill.huggingface import StreamedModel
+from overspill.runtime import retained as retained_module
+from overspill.runtime.compute import UnitRunner
+from overspill.runtime.retained import RetainedGraph, RetainedGraphs
+
+
+def open_session(model: Any, **request: Any) -> overspill.Session:
+    fields = {"dtype": "float32", "device": "cpu", "seq_len": 12, "micro_batch": 2, "accumulate": 3, "parameters": "host", "states": "host"}
+    return overspill.Session(model, plan=overspill.PlanRequest(**{**fields, **request}), optimizer=overspill.AdamW(lr=1e-2), seed=7)
+
+
+def keep_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retained_module, "EMBEDDING_SHARE", -1)
+    monkeypatch.setattr(retained_module, "EMBEDDING_BYTES", -1)
+
+
+def count_embeddings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of every run of the model's code before the blocks: whether it made a graph."""
+    runs: list[bool] = []
+    embed = StreamedModel.embed
+
+    def counted(self: StreamedModel, *args: Any, **named: Any) -> Any:
+        runs.append(torch.is_grad_enabled())
+        return embed(self, *args, **named)
+
+    monkeypatch.setattr(StreamedModel, "embed", counted)
+    return runs
+
+
+def make_model(name: str) -> Any:
+    if name != "side-input":
+        return build_model(name, "float32")
+    torch.manual_seed(0)
+    config = FakeConfig("side input")
+    config.vocab_size = 96
+    return FakeForCausalLM(config)
+
+
+MODELS = ["llama", "llama_tied", "gemma", "gpt2-dropout", "opt", "bloom", "mixtral", "side-input"]
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_graph_that_is_kept_gives_the_gradients_of_one_made_again(name: str, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look-ups, scales, positions and dropout, a projection, a norm behind the look-up, and what blocks read beside the hidden states."""
+    found, num_runs = [], []
+    for is_kept in (True, False):
+        with monkeypatch.context() as patch:
+            runs = count_embeddings(patch)
+            if not is_kept:
+                keep_none(patch)
+            with open_session(make_model(name), group_size=group_size) as session:
+                runs.clear()
+                found.append(train(session))
+                num_runs.append(len(runs))
+    assert num_runs == [6, 12], "of two steps of three micro-batches"
+    assert found[0][0] == found[1][0]
+    for parameter, tensor in found[1][1].items():
+        assert torch.equal(found[0][1][parameter], tensor), parameter
+
+
+def test_one_that_stores_more_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout's mask is a quarter of what it drops in fp32."""
+    monkeypatch.setattr(retained_module, "EMBEDDING_BYTES", 0)
+    for dropout, times in ((0.0, 1), (0.1, 2)):
+        runs = count_embeddings(monkeypatch)
+        model = tiny_model("gpt2", embd_pdrop=dropout, n_embd=256)  # positions are 1/32 of these hidden states
+        with open_session(model, micro_batch=8, accumulate=1) as session:
+            runs.clear()
+            session.step([{key: value.repeat(4, 1) for key, value in whole_batches(0, 1)[0].items()}])
+        assert len(runs) == times, dropout
+
+
+def test_evaluation_and_a_frozen_embedding_make_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = count_embeddings(monkeypatch)
+    frozen = tiny_model("llama")
+    frozen.model.embed_tokens.weight.requires_grad_(False)
+    with open_session(tiny_model("llama")) as trained, open_session(frozen) as session:
+        runs.clear()
+        trained.evaluate(whole_batches(0))
+        trained.generate([[1, 2]], max_new_tokens=1)
+        session.evaluate(whole_batches(0))
+        assert len(runs) == 7 and not any(runs)
+        session.step(whole_batches(0))
+        assert not any(runs[:10]), "the forwards"
+
+
+def test_no_graph_outlives_its_backward_or_a_step_that_fails_and_none_holds_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    refs: list[weakref.ref[RetainedGraph]] = []
+    most, held = [0], list[int]()
+    embed, run = RetainedGraphs.embed, UnitRunner.run
+
+    def noted(self: RetainedGraphs, number: int, *args: Any, **named: Any) -> Any:
+        values = embed(self, number, *args, **named)
+        assert not values.hidden.requires_grad
+        refs.append(weakref.ref(self._embeddings[number]))
+        return values
+
+    def alive() -> list[RetainedGraph]:
+        return [graph for ref in refs if (graph := ref()) is not None]
+
+    def watched(self: UnitRunner, op: Any, *args: Any) -> None:
+        most[0] = max(most[0], len(alive()))
+        if op.unit == "tail":
+            held.extend(leaf.untyped_storage().nbytes() for graph in alive() for leaf in graph.leaves)
+        if op.unit == "model.layers.1" and fails[0]:
+            raise ValueError("stopped by the test")
+        run(self, op, *args)
+
+    fails = [False]
+    monkeypatch.setattr(RetainedGraphs, "embed", noted)
+    monkeypatch.setattr(UnitRunner, "run", watched)
+    with open_session(tiny_model("llama")) as session:
+        session.step(whole_batches(0))
+        assert most[0] == 3 and alive() == [], "no graph waits for the collector"
+        assert held and set(held) == {0}, "slots are refilled between forward and backward"
+        fails[0] = True
+        with pytest.raises(ValueError, match="stopped by the test"):
+            session.step(whole_batches(1))
+        assert alive() == []
+        fails[0] = False
+        session.step(whole_batches(1))
+
+
+def test_a_backward_without_memory_half_way_makes_the_graph_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_session(tiny_model("llama")) as session:
+        expected = train(session)
+    differentiate, numbers = RetainedGraph.differentiate, iter(range(10**6))
+
+    def scarce(self: RetainedGraph, *args: Any) -> Any:
+        found = differentiate(self, *args)
+        if next(numbers) % 3 == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(RetainedGraph, "differentiate", scarce)
+    runs = count_embeddings(monkeypatch)
+    with open_session(tiny_model("llama")) as session:
+        runs.clear()
+        found = train(session)
+    assert found[0] == expected[0] and all(torch.equal(found[1][name], tensor) for name, tensor in expected[1].items())
+    assert len(runs) == 6 + 2
