@@ -53,6 +53,9 @@ SYSTEMS = {
         open_s=10,
         meaning="overspill-host with every block replayed as a CUDA graph, whether launches bound it or not",
     ),
+    "overspill-host-prompt": System(
+        tokens_per_s=36e3, is_bound_by_device=True, open_s=8, meaning="overspill-host with every update as its gradient arrives"
+    ),
     "overspill-host-states6": System(
         tokens_per_s=36e3, is_bound_by_device=True, open_s=8, meaning="the same, up to 6 GiB of the states on the device"
     ),
@@ -61,6 +64,9 @@ SYSTEMS = {
     ),
     "overspill-host-auto": System(
         tokens_per_s=40e3, is_bound_by_device=True, open_s=10, meaning="overspill-host with the planner's choice for the activations"
+    ),
+    "overspill-host-auto-prompt": System(
+        tokens_per_s=40e3, is_bound_by_device=True, open_s=10, meaning="overspill-host-auto with every update as its gradient arrives"
     ),
     "overspill-host-states6-auto": System(
         tokens_per_s=42e3, is_bound_by_device=True, open_s=10, meaning="the same, up to 6 GiB of the states on the device"
@@ -225,6 +231,10 @@ PARTS = {
     "activations": _rows("1.10B@24GiB:1x8x2048", "overspill-host overspill-host-auto overspill-host-keep")
     + _rows("1.10B@24GiB:1x8x2048", "overspill-host-states6 overspill-host-states6-auto overspill-host-bf16 overspill-host-bf16-auto")
     + _rows("1.10B:1x8x2048", "resident-keep resident overspill-host overspill-host-auto"),
+    "deferred": _rows("1.10B:1x8x2048", "resident zero2")
+    + _rows("1.10B@24GiB:1x8x2048", "overspill-host-auto overspill-host-auto-prompt overspill-host")
+    + _rows("1.10B@8GiB:1x8x2048", "overspill-host overspill-host-prompt")
+    + _rows("1.10B@14.8GiB:1x8x2048", "overspill-host-auto"),
     "tiny": _rows("tiny:2x1x16", " ".join(SYSTEMS), f"{_OWN_CLIPPED} {_PEERS}"),
     "14B": _rows("14B@24GiB:2x8x2048", "overspill-host-bf16") + _rows("14B@24GiB:16x1x2048", "overspill-host-bf16"),
 }
