@@ -259,6 +259,30 @@ def test_waiting_for_the_step_befores_update_is_exposed_as_the_hosts_update_of_t
 
 
 @pytest.mark.clock
+def test_a_gradient_that_waited_for_an_update_to_give_its_room_back_says_so_in_the_next_steps_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A wait for a buffer, which no schedule names. Without it what the first compute waited for ended at the gradient's copy."""
+    run = Updater.run
+
+    def slow(self: Updater, op: Update, *arguments: Any, **gates: Any) -> object:
+        time.sleep(0.05 if "layers" in op.bundle else 0)
+        return run(self, op, *arguments, **gates)
+
+    monkeypatch.setattr(Updater, "run", slow)
+    with open_session(parameters="host", states="host", boundaries="device", accumulate=1, device_states_bytes=0) as session:
+        for seed in range(3):
+            session.step(make_batches(1, vocab_size=96, seed=seed))
+        trace = session.executor.trace
+        assert trace is not None
+        first = next(span for span in trace.spans if span.lane is Lane.COMPUTE)
+        waited_s = sum(part.end_s - part.start_s for part in trace.idle() if part.waiting == first.op and part.cause == "host_update")
+        leaving = [span for span in trace.earlier if span.lane is Lane.D2H]
+        assert any(isinstance(trace.op(wait), Update) for span in leaving for wait in span.waits)
+    assert first.start_s > 0.05 and waited_s > 0.8 * first.start_s, (first.start_s, waited_s)
+
+
+@pytest.mark.clock
 def test_reading_a_steps_times_at_once_waits_until_it_has_landed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gate = Gate(monkeypatch)
     with open_session(parameters="host", states="host") as session:

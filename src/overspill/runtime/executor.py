@@ -214,7 +214,8 @@ class Executor:
         if late is None or group.has_failed:
             return False
         base, base_s = step.recorder.base, step.recorder.base_s
-        self.landing = Landing(self.plan, schedule, late, step=step.context.step, group=group, base=base, base_s=base_s)
+        waits = step.recorder.waits
+        self.landing = Landing(self.plan, schedule, late, waits, step=step.context.step, group=group, base=base, base_s=base_s)
         self.lanes.begin()
         return True
 

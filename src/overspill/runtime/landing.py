@@ -53,6 +53,7 @@ class Landing:
 
     Args:
         late: op and completion of all that had not ended, in program order.
+        waits: of every op of the schedule, what it waited for, buffers that it filled included.
         group: of the step's jobs.
         base, base_s: the step's begin, by the device and by `time.perf_counter`.
     """
@@ -62,6 +63,7 @@ class Landing:
         plan: Plan,
         schedule: Schedule,
         late: Sequence[tuple[int, Completion]],
+        waits: Sequence[Sequence[Completion]],
         *,
         step: int,
         group: JobGroup,
@@ -71,6 +73,9 @@ class Landing:
         self.schedule, self.step, self.group = schedule, step, group
         self._late = tuple(late)
         self._left = collections.deque(completion for _, completion in late)
+        numbers = {id(completion): index for index, completion in late}
+        self._waits = {index: [numbers[id(wait)] for wait in waits[index] if id(wait) in numbers] for index, _ in late}
+        """Of its ops, for one another."""
         self._base, self._base_s = base, base_s
         self._plan = plan
         self._failure: BaseException | None = None
@@ -124,7 +129,6 @@ class Landing:
     def spans(self, base_s: float) -> Iterator[tuple[Span, Completion]]:
         """Those of its ops that were under way at `base_s`, in seconds after it, numbered below -1; all have ended."""
         shift_s, behind = self._base_s - base_s, len(self.schedule.ops) + 1
-        numbers = {index for index, _ in self._late}
         for index, completion in self._late:
             item = self.schedule.ops[index]
             begin_s, end_s = completion.span_s(self._base, self._base_s)
@@ -132,7 +136,7 @@ class Landing:
             if end_s <= 0:
                 continue
             num_bytes = item.op.num_bytes if isinstance(item.op, Fetch | Evict) else 0
-            waits = tuple(wait - behind for wait in item.waits if wait in numbers)
+            waits = tuple(wait - behind for wait in self._waits[index])
             yield Span(index - behind, item.lane, begin_s, end_s, begin_s, begin_s, num_bytes, waits), completion
 
 
