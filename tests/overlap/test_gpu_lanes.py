@@ -63,6 +63,7 @@ CASES = [
     {"parameters": "ssd", "states": "ssd", "boundaries": "ssd", "accumulate": 2, "clip": 1.0},
     {"parameters": "ssd", "states": "ssd", "boundaries": "device", "accumulate": 1},
     {"parameters": "device", "states": "host", "boundaries": "device", "accumulate": 2},
+    {"parameters": "host", "states": "host", "boundaries": "device", "accumulate": 2, "deferred_updates": 3},
 ]
 
 
