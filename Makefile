@@ -9,6 +9,9 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 PYTEST = $(VENV)/bin/python -m pytest
 NATIVE = $(shell find csrc -type f) CMakeLists.txt pyproject.toml constraints.txt
 CPP = $(shell find csrc -name '*.cpp' -o -name '*.hpp')
+# Bytecode is made of what is imported, the first time: of a whole environment it takes longer than the rest of its installation.
+INSTALL = $(PIP) install --quiet --no-compile --constraint constraints.txt
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test check check-native prove clean
 
@@ -24,7 +27,7 @@ test: $(VENV)/.installed
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --num-workers auto
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/clang-format --dry-run -Werror $(CPP)
 
@@ -42,13 +45,14 @@ prove: $(VENV)/.installed
 	mkdir -p benchmarks/results
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 -m "slow and not gpu and not multi_gpu" --durations=0 -q --no-header 2>&1 | tee benchmarks/results/prove.txt
 
-# torch first and by itself: a range would fetch a CUDA build of gigabytes.
+# torch before what asks for it, and by itself: a range would fetch a CUDA build of gigabytes. The core is built meanwhile.
 $(VENV)/.installed: $(NATIVE)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --upgrade pip
-	$(PIP) install --quiet --constraint constraints.txt torch
-	$(PIP) install --quiet --constraint constraints.txt scikit-build-core nanobind ninja cmake
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
+	$(PIP) install --quiet --no-compile --upgrade pip
+	$(INSTALL) scikit-build-core nanobind ninja cmake
+	$(INSTALL) --no-build-isolation --no-deps --editable . & core=$$!; \
+	  $(INSTALL) torch && $(INSTALL) --no-build-isolation --only-deps '.[demo,dev]'; others=$$?; \
+	  wait $$core && exit $$others
 	touch $@
 
 clean:

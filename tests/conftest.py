@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,16 @@ for folder in (".", "runtime", "probe", "architectures", "durability", "overlap"
 
 
 CLOCK_RERUNS = 2
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports make hundreds of thousands of objects, none of which is garbage: the collector rests meanwhile."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -36,6 +47,25 @@ def no_machine_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["XDG_CACHE_HOME"]
     else:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def traced_once() -> Iterator[None]:
+    """What the same configuration costs at the same sizes is traced for the first session that predicts from it, and not for each: a third
+    of a second, and `tests/workload` holds traces to what runs."""
+    from overspill.runtime import predictions  # which takes seconds: not in the process that only hands out tests
+
+    describe, known = predictions.describe_workload, dict[tuple[object, ...], Any]()
+
+    def described(config: Any, **sizes: Any) -> Any:
+        key = (type(config), config.to_json_string(use_diff=False), *sorted(sizes.items()))
+        if key not in known:
+            known[key] = describe(config, **sizes)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predictions, "describe_workload", described)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -39,19 +40,62 @@ def _arguments(model_folder: Path, data_file: Path, tmp_path: Path, *flags: obje
     return ["finetune", str(model_folder), str(data_file), "--out", str(tmp_path / "out"), "--device", "cpu", *map(str, flags)]
 
 
-def start(model_folder: Path, data_file: Path, tmp_path: Path, *flags: object) -> subprocess.Popen[str]:
-    code = "import sys; from overspill.cli import main; sys.argv[0] = 'overspill'; main()"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *_arguments(model_folder, data_file, tmp_path, *flags)],
-        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+FORKING = """
+import json, os, sys
+import overspill
+from overspill.cli import main
+
+overspill.Session, overspill.resume
+for line in sys.stdin:
+    arguments, errors = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+        os.dup2(0, 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.argv = ["overspill", *arguments]
+        main()
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def wait_for_checkpoint(directory: Path, number: int, process: subprocess.Popen[str]) -> None:
+class Command:
+    """The command line in processes of its own, each forked from one that has loaded everything."""
+
+    def __init__(self, errors: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        self.errors = errors
+        self.loaded = subprocess.Popen(
+            [sys.executable, "-c", FORKING], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.loaded.communicate(timeout=60)
+
+    def start(self, arguments: list[str]) -> int:
+        """The process; one at a time."""
+        assert self.loaded.stdin is not None
+        self.loaded.stdin.write(json.dumps([arguments, str(self.errors)]) + "\n")
+        self.loaded.stdin.flush()
+        return int(self._line())
+
+    def end(self) -> tuple[int, str]:
+        """Exit status of the process that was started, a signal's number negative; and its standard error."""
+        return int(self._line()), self.errors.read_text()
+
+    def _line(self) -> str:
+        assert self.loaded.stdout is not None
+        return self.loaded.stdout.readline()
+
+
+def wait_for_checkpoint(directory: Path, number: int, process: int) -> None:
     """Until checkpoint `number` or a later one is there, or the process ended."""
     for _ in range(6000):
-        if process.poll() is not None or max(find_manifests(directory), default=0) >= number:
+        if not Path(f"/proc/{process}").exists() or max(find_manifests(directory), default=0) >= number:
             return
         time.sleep(0.01)
     raise AssertionError("the run makes no checkpoints")
@@ -87,15 +131,17 @@ def test_three_kills_and_an_interrupt_and_the_run_still_ends_with_the_same_bits(
     flags = (*long, "--checkpoint-every", 1, "--ssd-dir", tmp_path / "ssd", *ON_SSD)
     (tmp_path / "out" / "metrics.jsonl").unlink()
     done = 0
-    for attempt, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
-        process = start(model_folder, data_file, tmp_path, *flags, *(("--resume",) if attempt else ()))
-        wait_for_checkpoint(tmp_path / "ssd", done + 3, process)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode in (-number, 130), errors
-        if process.returncode == 130:
-            assert "go on with: overspill finetune --config" in errors and "--resume" in errors
-        done = read_latest(tmp_path / "ssd").step
+    with Command(tmp_path / "errors") as command:
+        for attempt, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
+            process = command.start(_arguments(model_folder, data_file, tmp_path, *flags, *(("--resume",) if attempt else ())))
+            wait_for_checkpoint(tmp_path / "ssd", done + 3, process)
+            with contextlib.suppress(ProcessLookupError):  # it failed: the status says so
+                os.kill(process, number)
+            status, errors = command.end()
+            assert status in (-number, 130), errors
+            if status == 130:
+                assert "go on with: overspill finetune --config" in errors and "--resume" in errors
+            done = read_latest(tmp_path / "ssd").step
     result = run(*flags, "--resume")
     assert result.exit_code == 0, result.output
     assert saved(tmp_path) == expected[0]

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import select
 import shutil
 import signal
 import subprocess
@@ -101,15 +102,12 @@ def main(num_kills: int, seed: int, directory: Path) -> dict[str, object]:
             in_a_call = generator.random() < 0.5
             faults = [Fault(kind=FaultKind.KILLED, call_index=generator.randrange(num_calls))] if in_a_call else []
             child = fork(run, name, expected[name], FaultInjector(*faults))
-            deadline_s = time.monotonic() + (20.0 if in_a_call else generator.random() * duration_s)
-            status = None
-            while status is None and time.monotonic() < deadline_s:
-                done, value = os.waitpid(child, os.WNOHANG)
-                status = value if done else None
-                time.sleep(0.0005)
-            if status is None:
+            process = os.pidfd_open(child)
+            has_ended, _, _ = select.select([process], [], [], 20.0 if in_a_call else generator.random() * duration_s)
+            os.close(process)
+            if not has_ended:
                 os.kill(child, signal.SIGKILL)
-                status = os.waitpid(child, 0)[1]
+            status = os.waitpid(child, 0)[1]
             if os.WIFSIGNALED(status):
                 counts["num_killed_in_a_call" if in_a_call else "num_killed_by_time"] += 1
                 continue

@@ -63,7 +63,10 @@ class PlainTrainer:
         self.step_number += 1
 
         def seed_unit(unit: str, micro_batch: int) -> None:
-            torch.manual_seed(unit_seed(self.seed, self.step_number, micro_batch, unit))
+            seed = unit_seed(self.seed, self.step_number, micro_batch, unit)
+            torch.default_generator.manual_seed(seed)  # `torch.manual_seed` writes down stack traces for devices that are not there
+            if self.device != "cpu":
+                torch.cuda.manual_seed(seed)
 
         moved = [{key: value if key == "labels" else value.to(self.device) for key, value in batch.items()} for batch in batches]
         with torch.random.fork_rng(devices=[self.device] if self.device != "cpu" else []):

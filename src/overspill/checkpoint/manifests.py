@@ -16,7 +16,7 @@ from pathlib import Path
 
 from overspill.errors import StorageError
 from overspill.spec.checkpoint import FORMAT, VERSION, Manifest
-from overspill.spec.documents import from_json, to_plain
+from overspill.spec.documents import from_plain, to_plain
 from overspill.tiers.calls import OS_CALLS, FileCalls, SpaceWaiter, flush_folder, read_whole, write_durably
 
 _NAME = re.compile(r"checkpoint-(\d{8,})\.json")
@@ -77,7 +77,7 @@ def read_manifest(path: Path, *, calls: FileCalls = OS_CALLS) -> Manifest:
             f"{path} is {plain.get('format')} version {plain.get('version')}, this program reads {FORMAT} version {VERSION}; "
             "use the release that wrote it"
         )
-    return from_json(Manifest, json.dumps(plain))
+    return from_plain(Manifest, plain)
 
 
 def read_latest(directory: str | Path, *, calls: FileCalls = OS_CALLS) -> Manifest:

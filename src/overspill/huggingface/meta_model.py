@@ -94,7 +94,7 @@ def _cast_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
     own = {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if buffer.is_floating_point()}
     if not own:
         return
-    with _parameters_become_meta(), torch.random.fork_rng(devices=[]):
+    with _parameters_become_meta(), torch.random.fork_rng(devices=[]), _NoDrawsOnMeta():
         built = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     wanted = {name: buffer.dtype for name, buffer in built.named_buffers(remove_duplicate=False)}
     cast: dict[int, Tensor] = {}

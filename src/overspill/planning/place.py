@@ -71,7 +71,7 @@ def build_plan(
 
     def place(base: Plan, group_size: int | None = None) -> Plan:
         wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
-        placed = _place(wanted, _choose_group(wanted, base))
+        placed = _place(wanted, *_choose_group(wanted, base))
         number = request.deferred_updates
         return _with_notes(defer_updates(placed, hardware, workload, number=number, has_room=lambda plan: not _over(plan)), request)
 
@@ -81,11 +81,17 @@ def build_plan(
     return note(placed, describe(placed, how="as asked")) if placed.activations else placed
 
 
-def _place(request: PlanRequest, base: Plan) -> Plan:
-    """Steps 3 and 4."""
+def _place(request: PlanRequest, base: Plan, base_excess: dict[Tier, int]) -> Plan:
+    """Steps 3 and 4.
+
+    Args:
+        base_excess: of `base`, which fits.
+    """
     room_cut = dict.fromkeys(Tier, 0)
     for _ in range(8):
-        plan = _give_away_room(request, base, room_cut)
+        plan = _give_away_room(request, base, base_excess, room_cut)
+        if plan.placements == base.placements:
+            return base
         excess = _over(plan)
         if not excess:
             return plan
@@ -227,8 +233,8 @@ def _argument_bytes(plan: Plan) -> int:
     return plan.group_size * plan.micro_batch * plan.seq_len**2
 
 
-def _choose_group(request: PlanRequest, base: Plan) -> Plan:
-    """The first of (boundary tier, group size) that fits, highest tier and largest group first."""
+def _choose_group(request: PlanRequest, base: Plan) -> tuple[Plan, dict[Tier, int]]:
+    """The first of (boundary tier, group size) that fits, highest tier and largest group first; and what `_excess` says of it."""
     if request.boundaries == AUTO:
         tiers = [Tier.DEVICE, Tier.HOST] + ([Tier.SSD] if request.ssd_dir is not None else [])
     else:
@@ -238,9 +244,9 @@ def _choose_group(request: PlanRequest, base: Plan) -> Plan:
     for size, tier in ((size, tier) for size in sizes for tier in tiers):
         for prefetch_units in (1, 0):
             plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate), prefetch_units=prefetch_units)
-            excess = _over(plan)
-            if not excess:
-                return plan
+            excess = _excess(plan)
+            if all(over <= 0 for over in excess.values()):
+                return plan, excess
             missing.append(max(excess.items(), key=lambda item: item[1]))
     tier, over = min(missing, key=lambda item: item[1])  # of what came closest
     cures = [f"raise {_FLAGS[tier]} by {format_bytes(over)}"]
@@ -270,9 +276,8 @@ def _halvings(count: int) -> Iterator[int]:
         count = -(-count // 2)
 
 
-def _give_away_room(request: PlanRequest, base: Plan, room_cut: dict[Tier, int]) -> Plan:
+def _give_away_room(request: PlanRequest, base: Plan, excess: dict[Tier, int], room_cut: dict[Tier, int]) -> Plan:
     """Lift bundles to higher tiers while the room lasts."""
-    excess = _excess(base)
     room: dict[Tier, float] = {tier: -excess[tier] - room_cut[tier] if tier in excess else float("inf") for tier in Tier}
     placements = dict(base.placements)
     order = list(dict.fromkeys(name for unit in base.units for name in unit.bundles))

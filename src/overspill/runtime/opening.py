@@ -31,7 +31,7 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Plan, PlanRequest
 from overspill.spec.retention import ActivationMode
 from overspill.spec.state_formats import resolve_state_format
-from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, HOST_CHUNK_BYTES
+from overspill.spec.tensors import CHUNK_BYTES, DTYPE_BYTES, HOST_CHUNK_BYTES, Tier
 from overspill.spec.update_rule import Optimizer
 from overspill.spec.workload import ModelLayout, WorkloadSpec
 from overspill.tiers import DeviceMemory, HostMemory, RecordStore, SsdStore, Store
@@ -201,7 +201,7 @@ def make_plan(
             f"{model.max_positions}; lower --seq-len to {model.max_positions} (with --truncate for longer samples)"
         )
     if isinstance(request, PlanRequest):
-        sizes = (HOST_CHUNK_BYTES, CHUNK_BYTES) if chunk_bytes is None else (chunk_bytes,)
+        sizes = _chunk_sizes(model, request) if chunk_bytes is None else (chunk_bytes,)
         build = functools.partial(build_plan, request, hardware=hardware, device=device, workload=workload, replays_graphs=replays_graphs)
         return _build_plan(build, [_read_layout(model, request, size) for size in sizes])
     layout = _read_layout(model, request, request.chunk_bytes if chunk_bytes is None else chunk_bytes)
@@ -210,6 +210,16 @@ def make_plan(
             f"the plan was made for a {request.model} of {request.num_parameters} parameters, this model differs; plan it anew"
         )
     return dataclasses.replace(request, chunk_bytes=layout.chunk_bytes)
+
+
+def _chunk_sizes(model: StreamedModel, request: PlanRequest) -> tuple[int, ...]:
+    """Chunk sizes to plan with, the larger first, which is of use only where a plan may leave the SSD alone (`uses_ssd`)."""
+    kinds = [str(parameter.dtype) for parameter in model.parameters.values() if parameter.trainable]
+    has_states = any(resolve_state_format(request.state_format, kind, request.optimizer or "adamw").fields for kind in kinds)
+    asked = request.parameters == Tier.SSD or (request.states == Tier.SSD and has_states)
+    if request.boundaries == Tier.SSD or (asked and request.device_states_bytes is None):  # which lifts what was asked for
+        return (CHUNK_BYTES,)
+    return HOST_CHUNK_BYTES, CHUNK_BYTES
 
 
 def _build_plan(build: Callable[[ModelLayout], Plan], layouts: Sequence[ModelLayout]) -> Plan:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import json
 import types
 import typing
@@ -82,6 +83,18 @@ def _pick(kinds: list[Any], value: Any) -> Any:
     return kinds[0]
 
 
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+@functools.cache
+def _given(kind: Any) -> frozenset[str]:
+    """Fields that an object is made with."""
+    return frozenset(field.name for field in dataclasses.fields(kind) if field.init)
+
+
+@functools.cache
 def _constants(kind: Any) -> dict[str, Any]:
     """Fields that are written but not given: they say which dataclass it is."""
     return {field.name: field.default for field in dataclasses.fields(kind) if not field.init} if dataclasses.is_dataclass(kind) else {}
@@ -90,9 +103,7 @@ def _constants(kind: Any) -> dict[str, Any]:
 def _build_dataclass(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object with the fields of {kind.__name__}, got {type(value).__name__}")
-    hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind) if field.init}
-    constants = _constants(kind)
+    hints, names, constants = _hints(kind), _given(kind), _constants(kind)
     for name, constant in constants.items():
         if value.get(name, constant) != constant:
             raise ValueError(f"{where}.{name}: {value[name]!r} is not a {kind.__name__}, whose {name} is {constant!r}")

@@ -37,6 +37,8 @@ class Lane(enum.StrEnum):
     HOST_UPDATE = "host_update"
     NETWORK = "network"
 
+    __hash__ = str.__hash__
+
 
 class Role(enum.StrEnum):
     """What a piece is. A buffer never changes its role."""
@@ -53,6 +55,8 @@ class Role(enum.StrEnum):
     """The loss's gradient by these hidden states."""
     ACTIVATIONS = "activations"
     """What a unit's graph stores from its forward to its backward (`spec.retention`)."""
+
+    __hash__ = str.__hash__
 
 
 class Phase(enum.StrEnum):

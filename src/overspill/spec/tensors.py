@@ -59,6 +59,8 @@ class Tier(enum.StrEnum):
     HOST = "host"
     SSD = "ssd"
 
+    __hash__ = str.__hash__
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TensorSpec:
