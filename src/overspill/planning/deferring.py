@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from overspill.errors import BudgetError
 from overspill.planning.cost import build_costs
@@ -37,13 +37,13 @@ BESIDE = 0.65
 
 
 def defer_updates(
-    plan: Plan, hardware: HardwareSpec, workload: WorkloadSpec | None, *, number: int | None, has_room: Callable[[Plan], bool]
+    plan: Plan, hardware: HardwareSpec, workload: WorkloadSpec | None, *, number: int | None, missing: Callable[[Plan], Mapping[Tier, int]]
 ) -> Plan:
     """`plan`, placed, with the updates that it defers.
 
     Args:
         number: of blocks, as the user asked; None: as many as pay.
-        has_room: whether a plan's step is within the host's budget.
+        missing: bytes by which a plan's step exceeds budgets, of those that it exceeds.
 
     Raises:
         ValueError: more blocks were asked for than can be deferred.
@@ -59,16 +59,20 @@ def defer_updates(
                 f"memory and share no weights; give at most {len(blocks)}"
             )
         found = _deferring(plan, blocks, number)
-        if not has_room(found):
+        if missing(found):
             raise BudgetError(
                 f"the gradients of --deferred-updates {number} do not fit the host's budget; lower it, or raise --host-budget"
             )
         return found
     if is_host_memory(plan.device) or not plan.prefetch_units:  # the same cores compute; there is no room
         return plan
-    for wanted in range(_count(plan, blocks, hardware, workload), 0, -1):
-        if has_room(found := _deferring(plan, blocks, wanted)):
+    wanted = _count(plan, blocks, hardware, workload)
+    while wanted > 0:
+        found = _deferring(plan, blocks, wanted)
+        if not (over := missing(found)):
             return found
+        gradients = sum(plan.bundles[name].parameter_bytes for name in found.deferred) // wanted
+        wanted -= max(1, over.get(Tier.HOST, 0) // gradients)
     return plan
 
 

@@ -73,7 +73,7 @@ def build_plan(
         wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
         placed = _place(wanted, *_choose_group(wanted, base))
         number = request.deferred_updates
-        return _with_notes(defer_updates(placed, hardware, workload, number=number, has_room=lambda plan: not _over(plan)), request)
+        return _with_notes(defer_updates(placed, hardware, workload, number=number, missing=_over), request)
 
     if request.activations == AUTO:
         return choose_activations(request, base, hardware, workload, place=place, excess=_excess, replays_graphs=replays_graphs)
