@@ -7,20 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fake_models import FakeConfig, FakeForCausalLM
 from test_retained import build_model, train, whole_batches
 from tiny_models import tiny_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import overspill
 from overspill.huggingface import StreamedModel
 from overspill.runtime import retained as retained_module
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.retained import RetainedGraph, RetainedGraphs
+from overspill.tiers import FakeStore
 
 
 def open_session(model: Any, **request: Any) -> overspill.Session:
     fields = {"dtype": "float32", "device": "cpu", "seq_len": 12, "micro_batch": 2, "accumulate": 3, "parameters": "host", "states": "host"}
-    return overspill.Session(model, plan=overspill.PlanRequest(**{**fields, **request}), optimizer=overspill.AdamW(lr=1e-2), seed=7)
+    plan = overspill.PlanRequest(**{**fields, **request})
+    return overspill.Session(
+        model, plan=plan, optimizer=overspill.AdamW(lr=1e-2), seed=7, open_store=lambda directory, size, is_scratch: FakeStore(size)
+    )
 
 
 def keep_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,10 +49,10 @@ def count_embeddings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def make_model(name: str) -> Any:
-    if name != "side-input":
+    if name not in ("side-input", "plain"):
         return build_model(name, "float32")
     torch.manual_seed(0)
-    config = FakeConfig("side input")
+    config = FakeConfig(name.replace("-", " "))
     config.vocab_size = 96
     return FakeForCausalLM(config)
 
@@ -154,3 +161,113 @@ def test_a_backward_without_memory_half_way_makes_the_graph_again(monkeypatch: p
         found = train(session)
     assert found[0] == expected[0] and all(torch.equal(found[1][name], tensor) for name, tensor in expected[1].items())
     assert len(runs) == 6 + 2
+
+
+# -- what may stand before the blocks --------------------------------------------------------------------------------
+
+
+class LookUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(96, 16) / 2), nn.Parameter(torch.rand(16) + 0.5)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight) * self.scale
+
+
+class Bounded(LookUp):
+    """Changes its weights in place."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight, max_norm=1.0)
+
+
+class Shifted(LookUp):
+    """Changes its input in place, whenever the model is entered."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids.add_(1).remainder_(96))
+
+
+class Counting(LookUp):
+    """Changes a tensor of its own, which the graph of the micro-batch before has saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.ones(16)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) * self.mean.copy_(ids.float().mean() / 50)
+
+
+class Scaling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        ctx.hidden, ctx.scale = hidden, scale
+        return hidden * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        return gradient * ctx.scale, (gradient * ctx.hidden).sum((0, 1))
+
+
+class OfPython(LookUp):
+    """Has a function that keeps a weight by itself."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = Scaling.apply(F.embedding(ids, self.weight), self.scale)  # type: ignore[no-untyped-call]
+        return hidden
+
+
+class Checkpointed(LookUp):
+    """Runs once more in its backward, over a weight that it has got hold of in its forward."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        scale = self.scale
+        hidden: torch.Tensor = checkpoint(lambda found: torch.tanh(found * scale), F.embedding(ids, self.weight), use_reentrant=False)
+        return hidden
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "is_kept"), [(LookUp, True), (Shifted, True), *((kind, False) for kind in (Bounded, Counting, OfPython, Checkpointed))]
+)
+def test_any_code_may_stand_before_the_blocks(kind: type[LookUp], is_kept: bool, group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held against a session whose embedding's forward makes no graph."""
+
+    def without_graph(self: UnitRunner, op: Any, visit: Any, micro_batch: Any, *, trains: bool) -> Any:
+        return self.model.embed(micro_batch.batch, reading=micro_batch.reads.noted())
+
+    found = []
+    for makes_graph in (True, False):
+        model = make_model("plain")
+        model.model.embed_tokens = kind()
+        with monkeypatch.context() as patch:
+            runs = count_embeddings(patch)
+            if not makes_graph:
+                patch.setattr(UnitRunner, "_embed", without_graph)
+            with open_session(model, group_size=group_size, parameters="ssd", ssd_dir="fake", clip=1.0) as session:
+                train(session, 1)
+                runs.clear()
+                found.append(train(session))
+                assert len(runs) == (6 if is_kept and makes_graph else 12)
+    assert found[0][0] == found[1][0]
+    for parameter, tensor in found[1][1].items():
+        assert torch.equal(found[0][1][parameter], tensor), parameter
+
+
+def test_a_model_that_changes_its_input_in_place_has_the_gradients_of_one_that_does_not() -> None:
+    """The tail and a graph that is made again enter the model once more."""
+    found = []
+    for kind in (Shifted, LookUp):
+        model = make_model("plain")
+        torch.manual_seed(1)
+        model.model.embed_tokens = kind()
+        batches = whole_batches(0)
+        if kind is LookUp:
+            batches = [{**batch, "input_ids": (batch["input_ids"] + 1).remainder(96)} for batch in batches]
+        with open_session(model) as session:
+            session.step(batches)
+            found.append({name: session.homes.read(name) for name in session.homes.names})
+    for parameter, tensor in found[1].items():
+        assert torch.equal(found[0][parameter], tensor), parameter

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from matrices import make_layout, make_plan
 from test_activation_plans import CONFIG, H100, plan_for
 
 from overspill.errors import BudgetError
-from overspill.planning import build_plan
-from overspill.planning.deferring import BESIDE
+from overspill.planning import build_plan, place
+from overspill.planning.deferring import BESIDE, defer_updates
 from overspill.planning.place import predict_step
 from overspill.runtime.predictions import Predictions
 from overspill.runtime.programs import Programs
@@ -99,6 +100,23 @@ def test_blocks_whose_states_are_elsewhere_or_whose_weights_are_shared_cannot_be
         make_deep_plan(deferred_updates=-1)
     with pytest.raises(ValueError, match="deferred_updates must be a whole number, got 1.5"):
         make_deep_plan(deferred_updates=1.5)
+
+
+def test_a_number_that_can_be_deferred_with_all_recomputed_is_no_mistake_where_activations_may_be_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1.10B with parameters and states on auto, 30 GiB and 16 micro-batches: of 5 blocks with all recomputed 4 were left in a trial whose
+    smaller groups gave the device room for one unit more, and the trial's error was the user's."""
+
+    def refused_in_trials(plan: Plan, *args: Any, **named: Any) -> Plan:
+        if plan.activations:
+            raise ValueError("only 4 have parameters and states in host memory")
+        return defer_updates(plan, *args, **named)
+
+    assert plan_for(deferred_updates=1).activations
+    monkeypatch.setattr(place, "defer_updates", refused_in_trials)
+    plan = plan_for(deferred_updates=1)
+    assert len(deferred_blocks(plan)) == 1 and not plan.activations
 
 
 def test_rates_decide_how_many_and_a_cpu_defers_none_of_itself() -> None:

@@ -65,6 +65,8 @@ class Inspection:
     """Unit -> dtype of the hidden states that it returns; the embedding's under "embedding"."""
     max_positions: int | None
     """Longest sequence that the tables of position embeddings before the blocks can take; None without such a table."""
+    writes_inputs: bool
+    """Whether its forward changes what it is called with in place: it is entered several times over one micro-batch."""
 
 
 def fixed_inputs(model: PreTrainedModel) -> dict[str, Any]:
@@ -135,6 +137,7 @@ class _InspectionRun:
     ) -> None:
         self.rotary = rotary
         self.max_positions: int | None = None
+        self.writes_inputs = False
         self.model, self.owner, self.stack, self.taps, self.outer, self.slots = model, owner, stack, taps, outer, slots
         self.touched: dict[str, set[str]] = {"prefix": set(), "body": set(), "head": set()}
         self.returns: dict[str, ReturnShape] = {}
@@ -177,6 +180,7 @@ class _InspectionRun:
             watcher,
         ):
             output = self.model(**inputs, return_dict=True)
+        self.writes_inputs |= any(tensor._version for tensor in inputs.values() if isinstance(tensor, Tensor))
         if watcher.phase != "head" or len(visitor.recorder.calls) != len(self.stack.names):
             _refuse(self.model, f"it ran {len(visitor.recorder.calls)} of its {len(self.stack.names)} blocks")
         for path, module, name, buffer, version in buffers:
@@ -238,6 +242,7 @@ class _InspectionRun:
             num_side_outputs={name: self.num_side_outputs[first] for name, first in self.kinds.items()},
             hidden_dtypes=self.hidden_dtypes | {name: self.hidden_dtypes[first] for name, first in self.kinds.items()},
             max_positions=self.max_positions,
+            writes_inputs=self.writes_inputs,
         )
 
 

@@ -368,13 +368,13 @@ class StreamedModel:
             return self._tail.run_head(inputs, output, rows_1BH).squeeze(0)
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Keyword arguments of the model's forward for `batch`."""
+        """Keyword arguments of the model's forward for `batch`; copies where it writes to them."""
         inputs = dict(self._fixed_inputs)
         for name in ("input_ids", "attention_mask", "position_ids"):
             if batch.get(name) is not None:
                 if name not in self._forward_names:
                     raise ValueError(f"{type(self.model).__name__} takes no {name}; leave it out of the batch")
-                inputs[name] = batch[name]
+                inputs[name] = batch[name].clone() if self.inspection.writes_inputs else batch[name]
         return inputs
 
     def _zeros_for(self, unit: str) -> dict[str, Tensor]:

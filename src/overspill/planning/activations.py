@@ -270,14 +270,15 @@ class _Search:
         return modes | dict.fromkeys(self.blocks[first_kept:], ActivationMode.KEEP)
 
     def try_modes(self, modes: Mapping[str, ActivationMode], size: int) -> Plan | None:
-        """The plan with these modes; None: it does not fit, or takes the room in which parameters are fetched ahead."""
+        """The plan with these modes; None: it does not fit, takes the room in which parameters are fetched ahead, or has more units on the
+        device and so fewer blocks whose updates can be put off than the user asks for."""
         kept = sum(self.known[unit].of(mode).stored_bytes for unit, mode in modes.items() if mode in ON_DEVICE) * size
         base = self.base
         if base.device_budget_bytes is not None:  # the reserve is taken from the budget while it is placed
             base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
         try:
             placed = self.place(retain(base, modes, self.known), size)
-        except BudgetError:
+        except (BudgetError, ValueError):  # with all recomputed it was no mistake
             return None
         if placed.prefetch_units < self.prefetch_units:
             return None

@@ -245,9 +245,15 @@ class UnitRunner:
         self, op: Compute, visit: Visit, micro_batch: MicroBatch, context: StepContext, gradients: Gradients
     ) -> None:
         above = self.residency.boundary(self._boundary(self.names[1], op, Role.BOUNDARY_GRADIENT))
-        kept = self.retained.take_embedding(op.micro_batch)
+        kept, results = self.retained.take_embedding(op.micro_batch), None
         if kept is not None:
-            results = kept.differentiate(visit.parameters, above, micro_batch.side_gradients)
+            try:
+                results = kept.differentiate(visit.parameters, above, micro_batch.side_gradients)
+            except torch.OutOfMemoryError:  # the op's retry makes the graph again
+                raise
+            except Exception:  # such as a saved tensor that the model has changed since; what is the model's own mistake comes again
+                self.retained.give_up_embeddings()
+        if results is not None:
             self._add_all(op.unit, visit, gradients, visit.trainable, results)
         else:
             self._differentiate_embedding(op, visit, micro_batch, context, gradients, above)

@@ -14,7 +14,9 @@ Rules:
 3. Nothing is left of a schedule that has ended, however it did (`drop_all`).
 4. What stores more than the plan has counted (`Plan.activation_bytes`) does not leave in full: the rest stays on the device.
 5. The embedding's graph is kept without being planned for where it stores next to nothing (`EMBEDDING_SHARE`), as that of a mere look-up
-   does. Its backward comes when the device has nothing else left to do, and would begin with the model's own code in Python.
+   does. Its backward comes when the device has nothing else left to do, and would begin with the model's own code in Python. Anything may
+   stand before the blocks: one that changes its weights in place (`max_norm`), or has a function of Python's in its graph, which may keep a
+   weight where no hook sees it, is not kept; and if the backward by one that was kept fails, the model's code runs again after all.
 """
 
 from __future__ import annotations
@@ -83,6 +85,7 @@ class RetainedGraphs:
         self._graphs: dict[Piece, RetainedGraph] = {}
         self._embeddings: dict[int, RetainedGraph] = {}
         """By micro-batch (rule 5)."""
+        self._keeps_embeddings = True
         self._recomputed: set[str] = set()
         """Units that were given up (rule 1)."""
         self._epsilons: dict[str, dict[str, float]] = {}
@@ -157,13 +160,22 @@ class RetainedGraphs:
             parameters: leaves that the embedding is bound to; `shed` is for who bound them.
             fixed: tensors of the batch.
         """
+        if not self._keeps_embeddings:
+            return run()
         book = Book(parameters, fixed, epsilons={}, most_passes=0)
-        with torch.enable_grad(), book.saving():
-            embedded = run()
+        embedded: Embedded | None = None
+        try:
+            with torch.enable_grad(), book.saving():
+                embedded = run()
+        except RuntimeError:
+            if embedded is None:
+                raise
+            self.give_up_embeddings()  # it has run, and has changed its weights in place
         hidden, sides = embedded.hidden, embedded.side_inputs
         values = dataclasses.replace(embedded, hidden=hidden.detach(), side_inputs=tuple(tensor.detach() for tensor in sides))
         most_bytes = max(EMBEDDING_SHARE * hidden.nbytes, EMBEDDING_BYTES)
-        if hidden.requires_grad and book.refusal is None and book.stored_bytes <= most_bytes:
+        is_small = book.refusal is None and book.stored_bytes <= most_bytes
+        if self._keeps_embeddings and hidden.requires_grad and is_small and not _has_functions_of_python((hidden, *sides)):
             leaves = tuple(parameters[name] for name in trainable)
             self._embeddings[micro_batch] = RetainedGraph(book=book, outputs=_edges((hidden, *sides)), leaves=leaves)
         return values
@@ -171,6 +183,11 @@ class RetainedGraphs:
     def take_embedding(self, micro_batch: int) -> RetainedGraph | None:
         """Its graph, for its backward (rule 2): the outputs are the hidden states and the side inputs; None: it was not kept."""
         return self._embeddings.pop(micro_batch, None)
+
+    def give_up_embeddings(self) -> None:
+        """From now on no embedding's graph is kept."""
+        self._keeps_embeddings = False
+        self._embeddings.clear()
 
     def take(self, piece: Piece) -> RetainedGraph | None:
         """The graph, for its backward (rule 2); None: it was not kept."""
@@ -226,3 +243,16 @@ class RetainedGraphs:
 
 def _edges(outputs: Sequence[torch.Tensor]) -> tuple[Edge | None, ...]:
     return tuple(torch.autograd.graph.get_gradient_edge(tensor) if tensor.requires_grad else None for tensor in outputs)
+
+
+def _has_functions_of_python(outputs: Sequence[torch.Tensor]) -> bool:
+    """Whether the graph of `outputs` has a `torch.autograd.Function`."""
+    found, left = set(), [tensor.grad_fn for tensor in outputs]
+    while left:
+        node = left.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        if node is not None and node not in found:
+            found.add(node)
+            left += [before for before, _ in node.next_functions]
+    return False
