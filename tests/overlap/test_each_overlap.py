@@ -5,6 +5,7 @@ Delays are on the lane's own thread, around jobs that take microseconds, so what
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -133,36 +134,38 @@ def test_a_step_is_shorter_than_the_sum_of_its_lanes(
 
 @pytest.mark.clock
 def test_updates_that_outlast_the_backward_cost_less_where_some_are_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Six blocks, 20 ms forward and 40 back, and 56 ms for each update: 336 ms of updates do not fit into 240 of backward, those of four
-    blocks do, and the other two into the next forward."""
+    """Six blocks, 30 ms forward and 30 back, and 60 ms for each update: six updates do not fit into the backward, those of three blocks do,
+    and the others into the next forward. On the planner's clock 576 ms become 454."""
     update, run = Updater.run, UnitRunner.run
 
     def slow_update(self: Updater, op: Update, *arguments: Any, **gates: Any) -> object:
-        time.sleep(0.056 if "layers" in op.bundle and op.chunk == 0 else 0)
+        time.sleep(0.06 if "layers" in op.bundle and op.chunk == 0 else 0)
         return update(self, op, *arguments, **gates)
 
     def slow_compute(self: UnitRunner, op: Compute, *arguments: Any) -> None:
-        time.sleep(0 if "layers" not in op.unit else 0.02 if op.phase is Phase.FORWARD else 0.04)
+        time.sleep(0.03 if "layers" in op.unit else 0)
         run(self, op, *arguments)
 
+    request = overspill.PlanRequest(**HOST, dtype="float32", seq_len=12, micro_batch=2, device="cpu", device_states_bytes=0)  # type: ignore[arg-type]
+    plan: overspill.PlanRequest | overspill.Plan = request
+    step_s = {}
     monkeypatch.setattr(Updater, "run", slow_update)
     monkeypatch.setattr(UnitRunner, "run", slow_compute)
-    step_s = {}
-    for deferred in (0, 2):
-        plan = overspill.PlanRequest(
-            **HOST, dtype="float32", seq_len=12, micro_batch=2, device="cpu", device_states_bytes=0, deferred_updates=deferred
-        )  # type: ignore[arg-type]
+    for put_off in ((), ("model.layers.1", "model.layers.3", "model.layers.5")):
+        if isinstance(plan, overspill.Plan):
+            plan = dataclasses.replace(plan, deferred=put_off)
         with overspill.Session(tiny_model("llama", num_hidden_layers=6), plan=plan, optimizer=overspill.AdamW(lr=1e-3)) as session:
+            plan = session.plan
             session.step(make_batches(1, vocab_size=96, seed=0))
             begun_s = time.perf_counter()
             for seed in range(1, 4):
                 session.step(make_batches(1, vocab_size=96, seed=seed))
-            step_s[deferred] = (time.perf_counter() - begun_s) / 3
+            step_s[len(put_off)] = (time.perf_counter() - begun_s) / 3
             session.executor.finish()
-            trace, put_off = session.executor.trace, session.plan.deferred
+            trace = session.executor.trace
             assert trace is not None
             spans = [span for span in trace.earlier if isinstance(op := trace.op(span.op), Update) and op.bundle in put_off]
-            assert {trace.op(span.op).bundle for span in spans} == set(put_off) and len(put_off) == deferred  # type: ignore[union-attr]
+            assert {trace.op(span.op).bundle for span in spans} == set(put_off)  # type: ignore[union-attr]
             spans += [span for span in trace.spans if isinstance(op := trace.op(span.op), Compute) and op.phase is Phase.FORWARD]
-            assert not deferred or overlap_s(spans, Lane.COMPUTE, Lane.HOST_UPDATE) > 0.056, "half of them at least, under the next forward"
-    assert step_s[2] < step_s[0] - 0.04, step_s
+            assert not put_off or overlap_s(spans, Lane.COMPUTE, Lane.HOST_UPDATE) > 0.09, "half of them at least, under the next forward"
+    assert step_s[3] < 0.9 * step_s[0], step_s
