@@ -76,8 +76,8 @@ def times_of(*, launch_share: float, replay_s: float | None = None, seq_len: int
     )
 
 
-def predictions(plan: Plan, times: TemplateTimes | None, *, replays_graphs: bool = True) -> Predictions:
-    found = Predictions(plan, CONFIG, Programs(plan), MEASURED, replays_graphs=replays_graphs, workload=workload(plan.micro_batch))
+def predictions(plan: Plan, times: TemplateTimes | None, *, replays_graphs: bool = True, hardware: HardwareSpec = MEASURED) -> Predictions:
+    found = Predictions(plan, CONFIG, Programs(plan), hardware, replays_graphs=replays_graphs, workload=workload(plan.micro_batch))
     found.times = times
     return found
 
@@ -146,7 +146,8 @@ def test_the_memory_term_and_the_time_of_compute_follow_one_decision() -> None:
     plan = plan_for()
     for launch_share, replays_graphs, is_replayed in ((0.9, True, True), (0.3, True, False), (0.9, False, False)):
         times = times_of(launch_share=launch_share, replay_s=1e-3)
-        found = predictions(plan, times, replays_graphs=replays_graphs).predict_whole_step()
+        quick = dataclasses.replace(MEASURED, host_update_parameters_per_s=1e15)  # else the thread waits, and compute for what it does then
+        found = predictions(plan, times, replays_graphs=replays_graphs, hardware=quick).predict_whole_step()
         terms = {term.name: term.num_bytes for term in found.device_terms}
         assert terms.get("replayed graphs", 0) == (recordings_bytes(plan, workload(), BLOCKS, MEASURED) if is_replayed else 0)
         assert found.replays_bytes == recordings_bytes(plan, workload(), BLOCKS, MEASURED) > 0
@@ -156,11 +157,9 @@ def test_the_memory_term_and_the_time_of_compute_follow_one_decision() -> None:
         block_s = 4e-3 if is_replayed else max(8e-3, LAUNCH_BESIDE_LANES * launch_share * 8e-3)
         expected_s = 2 * (4 * block_s + 8e-3)
         slowness = find_operation_s(MEASURED, workload(), times) / LAUNCH_S
-        visits_s = slowness * (4 * COMPUTE_S + VISIT_S[Phase.FORWARD] + 2 * VISIT_S[Phase.BACKWARD])
+        visits_s = slowness * sum(2 * COMPUTE_S + visit_s for visit_s in VISIT_S.values())
         compute_s = found.lane_busy_s["compute"]
-        assert expected_s < compute_s < 1.16 * expected_s + visits_s, (
-            "launches of the embedding are in it, its visits, and that of a block behind an update for which the thread waits"
-        )
+        assert expected_s < compute_s < 1.16 * expected_s + visits_s, "launches of the embedding are in it, and its visits"
 
 
 def test_a_replay_that_was_not_timed_is_estimated_and_that_is_said() -> None:
