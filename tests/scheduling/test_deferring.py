@@ -147,7 +147,7 @@ def test_a_number_that_can_be_deferred_with_all_recomputed_is_no_mistake_where_a
 
     def refused_in_trials(plan: Plan, *args: Any, **named: Any) -> Plan:
         if plan.activations:
-            raise ValueError("only 4 have parameters and states in host memory")
+            raise BudgetError("only 4 have parameters and states in host memory")
         return defer_updates(plan, *args, **named)
 
     assert plan_for(deferred_updates=1).activations

@@ -278,7 +278,7 @@ class _Search:
             base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
         try:
             placed = self.place(retain(base, modes, self.known), size)
-        except (BudgetError, ValueError):  # with all recomputed it was no mistake
+        except BudgetError:
             return None
         if placed.prefetch_units < self.prefetch_units:
             return None

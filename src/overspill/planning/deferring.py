@@ -49,15 +49,14 @@ def defer_updates(
         missing: bytes by which a plan's step exceeds budgets, of those that it exceeds.
 
     Raises:
-        ValueError: more blocks were asked for than can be deferred.
-        BudgetError: the gradients of those asked for have no room.
+        BudgetError: fewer blocks than were asked for rest in host memory, or their gradients have no room.
     """
     blocks = _deferrable(plan)
     if plan.timing is not UpdateTiming.IMMEDIATE:
         return plan
     if number is not None:
         if number > len(blocks):
-            raise ValueError(
+            raise BudgetError(
                 f"--deferred-updates {number}: of {len(plan.units) - 2} blocks only {len(blocks)} have parameters and states in host "
                 f"memory and share no weights; give at most {len(blocks)}"
             )

@@ -57,8 +57,6 @@ class UpdatingProgram(RetainingProgram):
         """Rule 1: freed after the next visit."""
         self._late_updates: list[tuple[Bundle, Sequence[Piece]]] = []
         """Rule 4: of states on the device, after the next visit."""
-        self._deferred: dict[str, Sequence[Piece]] = {}
-        """Rule 6: bundle -> its gradient."""
 
     # -- gradients ---------------------------------------------------------------------------------------------------
 
@@ -104,13 +102,6 @@ class UpdatingProgram(RetainingProgram):
             elif home is not Tier.DEVICE:
                 self.lower(pieces, Tier.DEVICE, home)
                 self._late_frees += [(piece, Tier.DEVICE) for piece in pieces]
-                if self.plan.timing is UpdateTiming.IMMEDIATE:
-                    self._deferred[bundle.name] = pieces
-
-    def update_deferred(self) -> None:
-        """When the step's last gradient is complete (rule 6)."""
-        for name in self.plan.deferred:
-            self._update(self.plan.bundles[name], self._deferred.pop(name), for_visit=False)
 
     def emit_late(self) -> None:
         """What the visit before has left for after this one (rules 1 and 4)."""
@@ -150,6 +141,11 @@ class UpdatingProgram(RetainingProgram):
             if bundle.name in self.pending:
                 self._update_pending(bundle, for_visit=for_visit)
 
+    def update_deferred(self) -> None:
+        """When the step's last gradient is complete (rule 6)."""
+        for name in self.plan.deferred:
+            self._update_waiting(self.plan.bundles[name], for_visit=False)
+
     def update_ahead(self) -> None:
         """The next bundle that the host updates, if all of it is in host memory (rule 5)."""
         for bundle in (bundle for unit in self.plan.units for bundle in self._trainable(unit) if bundle.name in self.pending):
@@ -168,6 +164,10 @@ class UpdatingProgram(RetainingProgram):
 
     def _update_pending(self, bundle: Bundle, *, for_visit: bool) -> None:
         self.pending.remove(bundle.name)
+        self._update_waiting(bundle, for_visit=for_visit)
+
+    def _update_waiting(self, bundle: Bundle, *, for_visit: bool) -> None:
+        """A bundle whose gradient waits at its home."""
         pieces = bundle_pieces(self.plan, bundle.name, Role.GRADIENT, bundle.element_bytes)
         self._update(bundle, [piece for piece, _ in pieces], for_visit=for_visit)
 
