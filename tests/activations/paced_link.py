@@ -177,6 +177,8 @@ class PacedNet:
         """Bytes of the shape's tensors over bytes of those that run."""
         self.bytes_per_s = LINK_BYTES_PER_S / self.scale
         self.link = PacedLink(1.0, 1.0)
+        self.slowness = 1.0
+        """Of compute: what everything takes of its usual time."""
         for module in self.net.modules():
             if isinstance(module, nn.Linear | nn.LayerNorm | LlamaRMSNorm):
                 seconds = self._seconds(module)
@@ -213,7 +215,7 @@ class PacedNet:
         return link.now_s - begun_s, [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
 
     def spend(self, seconds: float) -> None:
-        self.link.spend(seconds)
+        self.link.spend(seconds * self.slowness)
 
     def _seconds(self, module: nn.Module) -> float:
         tokens, factor = self.shape.tokens(), self.shape.hidden / self.small.hidden

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from small_nets import offload
 from overspill.activations import windows
 from overspill.activations.amounts import Adaptive, Room, SsdTrain, Target
 from overspill.activations.flight import Profile, simulate_flight, those_back_in_time, those_out_in_time
+from overspill.activations.steadying import NUM_KEPT, QuickestRounds, at_times
 from overspill.activations.windows import LEAST_CAUTION, Windows, decide, next_caution, slowed
 from overspill.spec.activations import ActivationRates, ActivationReport
 from overspill.units import GIB, MIB
@@ -156,8 +157,16 @@ class Outcome:
 
 @pytest.fixture
 def paced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    def run(name: str, *, num_rounds: int = 6, slower: float = 1.0, window_bytes: int | None = None, **more: Any) -> Outcome:
-        """Rounds of a shape; from the fourth on the link may be slower than it was measured at."""
+    def run(
+        name: str,
+        *,
+        num_rounds: int = 6,
+        slower: float = 1.0,
+        disturbed: Collection[int] = (),
+        window_bytes: int | None = None,
+        **more: Any,
+    ) -> Outcome:
+        """Rounds of a shape; from the fourth on the link may be slower than it was measured at, and in some compute may be disturbed."""
         net = PacedNet(SHAPES[name])
         monkeypatch.setattr("overspill.activations.opened.open_link", net.open_link)
         for constant, num_bytes in (("LEAST_WINDOW_BYTES", 128 * MIB), ("MOST_WINDOW_BYTES", GIB)):
@@ -169,6 +178,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             for number in range(num_rounds):
                 if number == 3:
                     net.link.slow_down(slower)
+                net.slowness = 1.3 if number + 1 in disturbed else 1.0
                 step_s, found = net.step()
                 assert all(map(torch.equal, found, expected))
             profile = active.profile()
@@ -208,6 +218,52 @@ def test_a_link_slower_than_it_was_measured_costs_what_it_is_slower_by_until_the
     after = paced("gpt-8192x4", slower=1.1, num_rounds=7)
     assert 0.96 <= before.of_keep < 0.99 and after.of_keep >= 0.995
     assert after.report.rates.d2h_bytes_per_s < 0.95 * before.report.rates.d2h_bytes_per_s
+
+
+@pytest.mark.parametrize(("disturbed", "num_rounds"), [((5,), 8), ((3, 5), 8), ((2, 3), 10)])
+def test_rounds_that_were_disturbed_while_they_were_watched_let_no_more_leave(
+    disturbed: tuple[int, ...], num_rounds: int, paced: Any
+) -> None:
+    """Compute a third slower in a watched round, as beside another program: what the link can take then is too much in all others."""
+    plain = paced("gpt-8192x4", num_rounds=num_rounds)
+    found = paced("gpt-8192x4", num_rounds=num_rounds, disturbed=disturbed)
+    assert found.of_keep >= 0.998 and found.reached >= 0.9
+    assert found.report.rounds[-1].host_bytes <= 1.01 * plain.report.rounds[-1].host_bytes
+
+
+def test_compute_that_has_become_slower_is_believed_after_as_many_looks_as_are_kept(paced: Any) -> None:
+    slow = range(3, 100)
+    first, later = paced("gpt-8192x4", num_rounds=10, disturbed=slow), paced("gpt-8192x4", num_rounds=66, disturbed=slow)
+    assert later.report.rounds[-1].host_bytes > 1.1 * first.report.rounds[-1].host_bytes
+
+
+def test_the_quickest_round_gives_the_times_and_the_newest_all_else() -> None:
+    quick, long = blocks(2), dataclasses.replace(blocks(2, seconds=0.051), rebuild_s=(0.5,) * 16, moved_bytes=(3,) * 16)
+    kept = QuickestRounds()
+    assert kept.steady(quick) == quick
+    found = kept.steady(long)
+    assert found.forward_s == pytest.approx(quick.forward_s) and found.step_s == pytest.approx(quick.step_s)
+    assert found.packed_s == pytest.approx(quick.packed_s) and found.needed_s == pytest.approx(quick.needed_s)
+    assert found.rebuild_s == long.rebuild_s and found.moved_bytes == long.moved_bytes
+    for _ in range(NUM_KEPT):
+        found = kept.steady(long)
+    assert found == long, "what has become slower is believed"
+
+
+def test_a_round_of_another_shape_is_not_held_against_those_before() -> None:
+    kept = QuickestRounds()
+    kept.steady(blocks(2))
+    assert kept.steady(blocks(2, seconds=0.051, unit=200 * MB)) == blocks(2, seconds=0.051, unit=200 * MB)
+    assert kept.steady(blocks(3)) == blocks(3)
+    unseen = dataclasses.replace(blocks(3, seconds=0.051), device_bytes=(0, *blocks(3).device_bytes[1:]))
+    assert kept.steady(unseen).forward_s == pytest.approx(blocks(3).forward_s), "a module that is run again: its places are not seen"
+
+
+def test_what_backward_never_wants_and_rounds_without_time_keep_their_times() -> None:
+    never = dataclasses.replace(blocks(1), needed_s=(math.inf,) * 8)
+    assert at_times(never, 0.0255 / 2, 0.0).needed_s == never.needed_s
+    empty = Profile(device_bytes=(5,), stored_bytes=(5,), packed_s=(0.0,), needed_s=(0.0,), forward_s=0.0)
+    assert at_times(empty, 0.0, 0.0) == empty
 
 
 def test_gaps_between_copies_that_no_rate_shows_make_the_next_decision_careful(paced: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from overspill.activations.amounts import Amount, Room, Target
 from overspill.activations.flight import Profile
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
+from overspill.activations.steadying import QuickestRounds
 from overspill.activations.tally import Tally
 from overspill.activations.timeline import Timeline, is_watched
 from overspill.activations.windows import Decision, decide, next_caution, slowed
@@ -50,6 +51,7 @@ class Rounds:
         self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
         self._decision: Decision | None = before._decision if before is not None else None
+        self._quickest: QuickestRounds = before._quickest if before is not None else QuickestRounds()
         self._caution: float = before._caution if before is not None else 1.0
         """Of the rates, what is decided with."""
         if self._decision is not None:
@@ -121,7 +123,8 @@ class Rounds:
             self.rates = watched.rates(self._mover, self.rates)
             if watched.is_free:
                 self._caution = next_caution(self._caution, watched.waited_fraction())
-            self.profile = watched.profile(self.profile) or self.profile
+            profile = watched.profile(self.profile)
+            self.profile = self._quickest.steady(profile) if profile is not None else self.profile
         elif self.profile is None or not self._space.has_shrunk():
             return
         if self.profile is not None:

@@ -25,9 +25,9 @@ from overspill.activations.rebuild import Rebuild
 from overspill.activations.records import Record
 from overspill.spec.activations import ActivationRates
 
-FIRST_WATCHED = (2, 3, 5)
-"""The first round allocates, compiles and pins; the second is measured, and the third and the fifth again, as they run with what that
-decided (the third only where the host sees the second's end before it begins)."""
+FIRST_WATCHED = (2, 3, 5, 8)
+"""The first round allocates, compiles and pins; the second is measured, and the third, the fifth and the eighth again, as they run with
+what that decided (the third only where the host sees the second's end before it begins)."""
 WATCHED_EVERY = 32
 """Rounds, from then on: links are shared, and shapes change. Chosen."""
 
