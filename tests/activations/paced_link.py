@@ -25,6 +25,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
+from overspill.activations.forms import CastFrom
 from overspill.activations.links import End
 from overspill.activations.rebuild import Rebuild
 
@@ -249,3 +250,17 @@ def charge_rebuilds(net: PacedNet, monkeypatch: Any) -> None:
         return result
 
     monkeypatch.setattr(Rebuild, "_rebuild", paced)
+    plain_encode, plain_decode = CastFrom.encode, CastFrom.decode
+
+    def encode(self: CastFrom, values: torch.Tensor) -> torch.Tensor:
+        stored = plain_encode(self, values)
+        net.spend((values.nbytes + stored.nbytes) * net.scale / MEMORY_BYTES_PER_S)
+        return stored
+
+    def decode(self: CastFrom, stored: torch.Tensor, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+        values = plain_decode(self, stored, dtype, num_elements)
+        net.spend((values.nbytes + stored.nbytes) * net.scale / MEMORY_BYTES_PER_S)
+        return values
+
+    monkeypatch.setattr(CastFrom, "encode", encode)
+    monkeypatch.setattr(CastFrom, "decode", decode)

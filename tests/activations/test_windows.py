@@ -16,7 +16,8 @@ from small_nets import offload
 
 from overspill.activations import windows
 from overspill.activations.amounts import Adaptive, Room, SsdTrain, Target
-from overspill.activations.flight import Profile, simulate_flight, those_back_in_time, those_out_in_time
+from overspill.activations.flight import LEAD_S, Profile, just_in_time, simulate_flight, those_back_in_time, those_out_in_time
+from overspill.activations.rounds import Rounds
 from overspill.activations.steadying import NUM_KEPT, QuickestRounds, at_times
 from overspill.activations.windows import LEAST_CAUTION, Windows, decide, next_caution, slowed
 from overspill.spec.activations import ActivationRates, ActivationReport
@@ -206,8 +207,8 @@ def test_nine_tenths_of_the_bound_leave_at_keeps_speed(name: str, paced: Any) ->
     assert found.reached >= 0.92 and found.of_keep >= 0.998, found
     two = 2 * 4 * shape.tokens() * shape.hidden * 2
     fixed = paced(name, window_bytes=two)
-    assert found.peak <= fixed.peak and found.reached > fixed.reached and fixed.of_keep >= 0.998
-    assert found.peak <= (0.53 if shape.hidden == 12288 else 0.56), "at 12288 by more than the 47 % that SSDTrain reports"
+    assert found.peak <= 1.001 * fixed.peak and found.reached > fixed.reached and fixed.of_keep >= 0.998, "a softmax's statistics are more"
+    assert found.peak <= (0.33 if shape.hidden == 12288 else 0.515), "at 12288 by more than the 47 % that SSDTrain reports"
     last = found.report.rounds[-1]
     assert last.back_window_bytes < last.window_bytes
 
@@ -235,6 +236,79 @@ def test_compute_that_has_become_slower_is_believed_after_as_many_looks_as_are_k
     slow = range(3, 100)
     first, later = paced("gpt-8192x4", num_rounds=10, disturbed=slow), paced("gpt-8192x4", num_rounds=66, disturbed=slow)
     assert later.report.rounds[-1].host_bytes > 1.1 * first.report.rounds[-1].host_bytes
+
+
+@pytest.mark.parametrize("recompute", ["none", "cheap"])
+@pytest.mark.parametrize("name", ["gpt-12288x3", "t5-8192x4"])
+def test_what_comes_back_just_in_time_is_not_there_before_and_never_late(
+    name: str, recompute: str, paced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = paced(name, recompute=recompute)
+    monkeypatch.setattr(Rounds, "fetch_from", lambda self, record: None)
+    early = paced(name, recompute=recompute)
+    assert late.of_keep >= early.of_keep - 1e-9 and late.reached == early.reached
+    assert late.peak < 0.96 * early.peak if name == "gpt-12288x3" and recompute == "cheap" else late.peak <= early.peak
+
+
+def test_in_backward_of_the_last_mlp_nothing_has_come_back_that_it_does_not_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There the gradients of its inner state are made, and memory is fullest."""
+    net = PacedNet(SHAPES["gpt-12288x3"])
+    monkeypatch.setattr("overspill.activations.opened.open_link", net.open_link)
+    monkeypatch.setattr(windows, "LEAST_WINDOW_BYTES", int(128 * MIB / net.scale))
+    there: list[int] = []
+    with offload(net.net, amount="adaptive", host_budget="256MiB", min_bytes=int(MIB / net.scale), window=None) as active:
+        for _ in range(6):
+            net.step()
+        mover = active._cache().mover
+        for linear in (net.net.blocks[-1].down, net.net.blocks[-1].up):
+            linear.register_full_backward_hook(lambda *_: there.append(mover.ahead_bytes))
+        net.step()
+    unit = net.small.tokens() * net.small.hidden * 2
+    assert there[0] <= unit and there[1] <= 6 * unit, "of 4 units an MLP's inner state, of which there are three"
+
+
+@st.composite
+def backwards(draw: st.DrawFn) -> tuple[Profile, list[bool], float]:
+    """Rounds whose backward wants some of what was saved in turn, some of it early, again or never."""
+    count = draw(st.integers(1, 24))
+    sizes = tuple(draw(st.lists(st.integers(0, 400), min_size=count, max_size=count)))
+    gaps = draw(st.lists(st.sampled_from([0.0, 0.001, 0.004, 0.02]), min_size=2 * count, max_size=2 * count))
+    packed, at_s = [], 0.0
+    for gap in gaps[:count]:
+        packed.append(at_s)
+        at_s += gap
+    forward_s, needed = at_s, [math.inf] * count
+    order = draw(st.permutations(range(count))) if draw(st.booleans()) else list(range(count))[::-1]
+    for number, gap in zip(order, gaps[count:], strict=True):
+        if draw(st.integers(0, 9)):
+            needed[number] = at_s
+        at_s += gap
+    profile = Profile(device_bytes=sizes, stored_bytes=sizes, packed_s=tuple(packed), needed_s=tuple(needed), forward_s=forward_s)
+    return profile, draw(st.lists(st.booleans(), min_size=count, max_size=count)), draw(st.sampled_from([1e4, 1e5, 1e6]))
+
+
+@given(backwards())
+@settings(deadline=None, max_examples=400)
+def test_just_in_time_is_in_time_wherever_as_early_as_possible_is(drawn: tuple[Profile, list[bool], float]) -> None:
+    profile, leaves, rate = drawn
+
+    def ends(fetch_from: tuple[int, ...], rate: float) -> dict[int, float]:
+        """As the cache does it, without a window: at each moment those from the given number on, last first."""
+        first, free_s, found = len(leaves), profile.forward_s, {}
+        moments = sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf and profile.device_bytes[number])
+        for at_s, number in moments:
+            while first > fetch_from[number]:
+                first -= 1
+                if leaves[first] and profile.needed_s[first] < math.inf:
+                    free_s = found[first] = max(free_s, at_s) + profile.stored_bytes[first] / rate
+        return found
+
+    early, late = ends((0,) * len(leaves), rate / 1.1), ends(just_in_time(profile, leaves, rate), rate)
+    assert early.keys() == late.keys()
+    for number in early:
+        others = [early[other] + LEAD_S - profile.needed_s[other] for other in early if other <= number]
+        if max(others) <= 0:  # it, and what comes behind it, are in time by the slack
+            assert late[number] <= profile.needed_s[number] + 1e-9
 
 
 def test_the_quickest_round_gives_the_times_and_the_newest_all_else() -> None:

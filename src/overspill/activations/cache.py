@@ -14,11 +14,14 @@ Rules:
    alone.
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
-6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach. What backward wants again
+6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach, or (with a measured round's
+   pace) those that would else come too late. What backward wants again
    and again, such as the tables of rotary positions, was packed long before the rest: if more than a window is yet to come in between, what
    is fetched are those before the **front**, the last record that was wanted in its turn.
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
-8. Storages of a micro-batch have places, in the order in which they are saved, stored or rebuilt. A module that is run again takes as many
+8. What was cast to a wider dtype is stored in the one that it was cast from, where that is chosen as rebuilding is: a place that is rebuilt
+   and takes memory all the same.
+9. Storages of a micro-batch have places, in the order in which they are saved, stored or rebuilt. A module that is run again takes as many
    as when it was not, so what comes behind it has the same.
 
 Based on SSDTrain's tensor cache (Wu et al., arXiv:2408.10013).
@@ -34,7 +37,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from overspill.activations.amounts import Target
-from overspill.activations.forms import Form
+from overspill.activations.forms import CastFrom, Form
 from overspill.activations.identity import (
     ALIGNMENT_BYTES,
     Geometry,
@@ -92,12 +95,14 @@ class TensorCache:
         """Where in `_moved` the records of each micro-batch of this round end."""
         self._fronts: dict[int, int] = {}
         """Of each micro-batch whose backward runs: where in `_moved` the front is (rule 6)."""
+        self._firsts: dict[int, int] = {}
+        """Of each of these: the first record that may be on its way back; only falls."""
         self._fetched: dict[Record, None] = {}
         """What was fetched and is alive, for the end of a backward that keeps its graph."""
         self._backward_id = -1
         self.num_live = 0
         self.num_packed = 0
-        """Places of this micro-batch so far (rule 8)."""
+        """Places of this micro-batch so far (rule 9)."""
         self._num_calls = 0
         """Of modules that may be run again, in this micro-batch so far."""
         self._open_call: _OpenCall | None = None
@@ -172,7 +177,7 @@ class TensorCache:
                 span = self._on_device(record)
                 # What is wanted soon stays: it would be fetched again at once.
                 self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
-                self._prefetch(self._front_at(record))
+                self._prefetch(self._front_at(record), record.micro_batch, self._first_at(record))
                 return geometry.view(span)
         finally:
             self._burial()
@@ -237,18 +242,22 @@ class TensorCache:
         elif len(self._moved) > 2 * self.num_live + MOST_DEAD:
             self._compact()
         start, stop = byte_span(tensor)
-        form = self._form_of(tensor, stop - start)
+        form, rest_bytes = self._form_of(tensor, stop - start), 0
+        index, self.num_packed = self.num_packed, self.num_packed + 1
+        if form is None and not moved_bytes and (narrow := self._narrow_of(tensor, storage)) is not None:
+            rest_bytes = tensor.numel() * narrow.narrow.itemsize
+            moved_bytes = 2 * (stop - start + rest_bytes)
+            form = narrow if self.rounds.rebuilds(index) else None
         if form is None and 2 * (stop - start) >= storage.nbytes():
             start, stop = 0, storage.nbytes()
         elif form is None:
             start -= start % ALIGNMENT_BYTES
-        index, self.num_packed = self.num_packed, self.num_packed + 1
         record = Record(
             index=index, micro_batch=self._micro_batch, position=len(self._moved), storage=storage, start=start, stop=stop,
             dtype=tensor.dtype, form=form, watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
         )  # fmt: skip
         try:
-            self._send(record, storage, moved_bytes)
+            self._send(record, storage, moved_bytes, rest_bytes)
         except BaseException:  # Ctrl-C, or no memory: nobody will have a view of it
             self.mover.release(record)
             raise
@@ -263,11 +272,15 @@ class TensorCache:
         is_dense = tensor.numel() * tensor.itemsize == span_bytes
         return form if form is not None and is_dense and tensor.requires_grad and form.applies(tensor.dtype) else None
 
-    def _send(self, record: Record, storage: torch.UntypedStorage, moved_bytes: int) -> None:
+    def _narrow_of(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> CastFrom | None:
+        """Rule 8."""
+        narrow = self.rebuilder.cast_from(tensor, storage) if self.rebuilder is not None else None
+        return CastFrom(narrow) if narrow is not None else None
+
+    def _send(self, record: Record, storage: torch.UntypedStorage, moved_bytes: int, rest_bytes: int) -> None:
         """Keep it, or start its way out."""
         target, timeline = self.rounds.target(record.index), self.rounds.timeline
         if target is Target.KEEP:
-            record.form = None
             self.mover.keep(record, storage)
         else:
             may_wait = self.rounds.may_wait(record)
@@ -276,7 +289,7 @@ class TensorCache:
             self._moved.append(record)
         self._ends[self._micro_batch] = len(self._moved)
         if timeline is not None:
-            timeline.pack(record, moved_bytes)
+            timeline.pack(record, moved_bytes, rest_bytes)
 
     # -- modules that may be run again ------------------------------------------------------------------------------
 
@@ -330,6 +343,9 @@ class TensorCache:
             self._note_backward()
             self.mover.fetch(record, must=True, is_timed=self.rounds.timeline is not None)
             self._fetched[record] = None
+        elif record.form is not None:
+            self._note_backward()
+            self._fetched[record] = None
         if record.is_ahead:
             record.is_ahead = False
             self.mover.ahead_bytes -= record.stored_bytes
@@ -337,7 +353,7 @@ class TensorCache:
 
     def _look_up(self, record: Record) -> torch.Tensor | None:
         """Rule 5: the storage itself, if it lives; a lossy record is always given in its form."""
-        if record.form is not None:
+        if record.form is not None and not record.form.is_exact:
             return None
         storage = torch.UntypedStorage._new_with_weak_ptr(record.weak.cdata)
         if storage is None or storage.nbytes() < record.stop:
@@ -356,8 +372,16 @@ class TensorCache:
         self._fronts[record.micro_batch] = record.position
         return record.position
 
-    def _prefetch(self, position: int) -> None:
-        """Rule 6, for the records before `position`."""
+    def _first_at(self, record: Record) -> int | None:
+        """The first of its micro-batch that may come back now; None: no matter which."""
+        first = self.rounds.fetch_from(record)
+        if first is None:
+            return None
+        self._firsts[record.micro_batch] = first = min(first, self._firsts.get(record.micro_batch, first))
+        return first
+
+    def _prefetch(self, position: int, micro_batch: int = -1, first: int | None = None) -> None:
+        """Rule 6, for the records before `position`; of this micro-batch from number `first` on, if that is given."""
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
         mover, window_bytes, passed_bytes, num_dead = self.mover, self.mover.back_window_bytes, 0, 0
@@ -369,6 +393,8 @@ class TensorCache:
                     return
                 continue
             if passed_bytes and passed_bytes + record.stored_bytes > window_bytes:
+                return
+            if first is not None and record.micro_batch == micro_batch and record.index < first:
                 return
             passed_bytes += record.stored_bytes
             if record.payload is not None or record.coming is not None or not record.weak.expired():
@@ -410,7 +436,11 @@ class TensorCache:
                 if record.coming is not None or record.is_ahead:
                     continue  # of a micro-batch whose backward is yet to come
                 self.mover.leave_again(record)
-            self._fetched = {record: None for record in self._fetched if record.payload is not None or record.coming is not None}
+            self._fetched = {
+                record: None
+                for record in self._fetched
+                if (record.payload is not None and not record.is_only_here) or record.coming is not None
+            }
         self._burial()
 
     # -- lifetimes ---------------------------------------------------------------------------------------------------
@@ -455,6 +485,7 @@ class TensorCache:
         self._ends = {number: before[end] for number, end in list(self._ends.items())[-MOST_DEAD:]}
         self._moved = [record for record in self._moved if record is not None]
         self._fronts.clear()
+        self._firsts.clear()
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
@@ -462,6 +493,7 @@ class TensorCache:
         self._moved.clear()
         self._ends.clear()
         self._fronts.clear()
+        self._firsts.clear()
         self.num_packed = 0
         self.rounds.begin()
 

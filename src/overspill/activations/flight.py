@@ -6,6 +6,8 @@ Words:
   nothing of a storage is freed before all of it has left.
 * **the way back**: what backward wants soon and was fetched early. At most a window of its own.
 * **place**: the number of a storage in the order in which a micro-batch saves them, whether it is stored or rebuilt.
+* **just in time**: what backward wants is fetched as late as the link lets it, not as early as the window does: memory is fullest where the
+  gradients of a module are made, and what comes back for others shall not be there yet.
 * **gone**: on paper, when a record's copy has ended and `SLACK_FRACTION` of the time since it was packed has passed besides. The mover may
   then take it for copied, without a look at the copy; a link that is a little slower than it was measured costs no wait.
 
@@ -20,11 +22,14 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
 SLACK_FRACTION = 0.1
 """Of the time from pack to the end of the copy. Chosen: links were measured to differ by a few percent from copy to copy."""
+LEAD_S = 0.001
+"""By which what is fetched just in time is back before backward wants it. Chosen: more than starting a copy takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,10 +64,15 @@ class Profile:
     """When the micro-batch's forward had ended: another one began, or backward asked for the first of them."""
     moved_bytes: tuple[int, ...] = ()
     """That rebuilding a place reads and writes; 0: it cannot be rebuilt. Empty: none of them can."""
+    rest_bytes: tuple[int, ...] = ()
+    """What a place takes if it is rebuilt: of a widening cast's result what it was cast from, and of all others nothing. Empty: nothing."""
     rebuild_s: tuple[float, ...] = ()
     """What rebuilding it took; infinite: not known."""
     calls: tuple[Call, ...] = ()
     """Of modules that may be run again, in the order of forward."""
+
+    def rest_at(self, place: int) -> int:
+        return self.rest_bytes[place] if self.rest_bytes else 0
 
     @property
     def step_s(self) -> float:
@@ -78,6 +88,9 @@ class Pace:
     """For each record: when it is packed, all that left before this one are gone."""
     num_gone_at_turn: int
     """The same when backward begins."""
+    fetch_from: tuple[int, ...] | None = None
+    """For each record: when backward wants it first, those from this number on that left are on their way back, just in time; None: as many
+    as the window takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +101,7 @@ class Flight:
     stalled_s: float
     """Time in which compute waits for room on the way out."""
     peak_bytes: int
-    """Most bytes of records on the device: what stays so far and what is on its way out; or all that stays, and the window back."""
+    """Most bytes of records on the device: what stays so far and what is on its way out; in backward what stays still and what is back."""
 
 
 class WayOut:
@@ -186,8 +199,62 @@ def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: fl
     return result
 
 
-def simulate_flight(profile: Profile, leaves: Sequence[bool], bytes_per_s: float, window_bytes: float, back_window_bytes: float) -> Flight:
-    """The way out of a round in which these leave, whether or not there is time for them."""
+def just_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: float) -> tuple[int, ...]:
+    """`Pace.fetch_from`: the link brings one record after the other, what was packed last first, and each begins so late that it and all
+    behind it are back in time, by the slack and `LEAD_S`. A fetch begins where backward wants something: at the last such moment before."""
+    latest_s, behind_s = [], math.inf
+    for size, needed_s, is_moved in zip(profile.stored_bytes, profile.needed_s, leaves, strict=True):  # from the one that is fetched last
+        if is_moved and needed_s < math.inf:
+            behind_s = min(needed_s - LEAD_S, behind_s) - (1 + SLACK_FRACTION) * size / bytes_per_s
+        latest_s.append(behind_s)
+    first, found = len(latest_s), [0] * len(latest_s)
+    moments = [(at_s, [number for _, number in group]) for at_s, group in itertools.groupby(_wanted(profile), key=lambda item: item[0])]
+    for (_, numbers), (until_s, _) in itertools.zip_longest(moments, moments[1:], fillvalue=(math.inf, [])):
+        while first > 0 and latest_s[first - 1] < until_s:
+            first -= 1
+        for number in numbers:
+            found[number] = first
+    return tuple(found)
+
+
+def _wanted(profile: Profile) -> list[tuple[float, int]]:
+    """When backward wants what is there, and which place."""
+    return sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf and profile.device_bytes[number])
+
+
+def _most_in_backward(profile: Profile, leaves: Sequence[bool], fetch_from: Sequence[int], window_bytes: float) -> int:
+    """Most bytes of records on the device in backward: what stays until it was wanted, and what has come for what is yet to be wanted."""
+    kept_bytes = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if not is_moved)
+    first, ahead_bytes, most = len(leaves), 0, kept_bytes
+    is_had = [False] * len(leaves)
+    for _, number in _wanted(profile):
+        while first > fetch_from[number]:
+            first -= 1
+            if leaves[first] and not is_had[first]:
+                ahead_bytes += profile.stored_bytes[first]
+        most = max(most, kept_bytes + int(min(ahead_bytes, window_bytes)))
+        is_had[number] = True
+        if not leaves[number]:
+            kept_bytes -= profile.device_bytes[number]
+        elif number >= first:
+            ahead_bytes -= profile.stored_bytes[number]
+    return most
+
+
+def simulate_flight(
+    profile: Profile,
+    leaves: Sequence[bool],
+    bytes_per_s: float,
+    window_bytes: float,
+    back_window_bytes: float,
+    *,
+    back_bytes_per_s: float | None = None,
+) -> Flight:
+    """A round in which these leave, whether or not there is time for them.
+
+    Args:
+        back_bytes_per_s: of the link; what leaves comes back just in time. None: as early as the window lets it.
+    """
     way, num_gone = WayOut(bytes_per_s, window_bytes), []
     stalled_s, kept_bytes, moved_bytes, peak_bytes = 0.0, 0, 0, 0
     for number, (size, packed_s) in enumerate(zip(profile.stored_bytes, profile.packed_s, strict=True)):
@@ -201,8 +268,13 @@ def simulate_flight(profile: Profile, leaves: Sequence[bool], bytes_per_s: float
         num_gone.append(way.first(number))
         peak_bytes = max(peak_bytes, kept_bytes + way.num_bytes)
     way.advance(profile.forward_s + stalled_s)
+    if back_bytes_per_s is None:
+        fetch_from, backward_bytes = None, kept_bytes + int(min(back_window_bytes, moved_bytes))
+    else:
+        fetch_from = just_in_time(profile, leaves, back_bytes_per_s)
+        backward_bytes = _most_in_backward(profile, leaves, fetch_from, back_window_bytes)
     return Flight(
-        pace=Pace(num_gone=tuple(num_gone), num_gone_at_turn=way.first(len(num_gone))),
+        pace=Pace(num_gone=tuple(num_gone), num_gone_at_turn=way.first(len(num_gone)), fetch_from=fetch_from),
         stalled_s=stalled_s,
-        peak_bytes=int(max(peak_bytes, kept_bytes + max(way.num_bytes, min(back_window_bytes, moved_bytes)))),
+        peak_bytes=max(peak_bytes, kept_bytes + way.num_bytes, backward_bytes),
     )

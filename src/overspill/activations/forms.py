@@ -6,17 +6,19 @@ has no gradient (a mask of 0 and -inf has a range that no 8 bits can hold) are s
 
 * `AsIs`: every bit.
 * `Bf16`: fp32 in half its bytes. Error of a value: at most 2⁻⁸ of it.
+* `CastFrom`: what a widening cast gave, in the dtype that it was cast from: every value (a NaN is a NaN). Records that stay have it too.
 * `Int8Groups`: floating point in one byte, as Mesa stores activations (Pan et al., arXiv:2111.11124): groups of 256 consecutive elements,
   each with its least value and its range in fp32, 3 % of the group. Error of a value: at most 1/510 of its group's range. A group with a
   value that is not finite comes back as NaN.
 
-Neither of the last two is on unless asked for. What they do to a gradient is measured by `OffloadActivations.measure_gradient_error`.
+`Bf16` and `Int8Groups` are not on unless asked for; what they do to a gradient is measured by `OffloadActivations.measure_gradient_error`.
+`CastFrom` is the cache's own choice, where recomputation is allowed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -25,6 +27,9 @@ _LEVELS = 255.0
 
 class Form(Protocol):
     """How values become bytes."""
+
+    is_exact: ClassVar[bool]
+    """Whether every value comes back as it was."""
 
     def applies(self, dtype: torch.dtype) -> bool:
         """Whether values of this dtype are stored in another way than as they are."""
@@ -43,6 +48,8 @@ class Form(Protocol):
 class AsIs:
     """Every bit."""
 
+    is_exact: ClassVar[bool] = True
+
     def applies(self, dtype: torch.dtype) -> bool:
         return False
 
@@ -57,6 +64,8 @@ class AsIs:
 class Bf16:
     """fp32 as bfloat16."""
 
+    is_exact: ClassVar[bool] = False
+
     def applies(self, dtype: torch.dtype) -> bool:
         return dtype == torch.float32
 
@@ -68,9 +77,27 @@ class Bf16:
 
 
 @dataclasses.dataclass(frozen=True)
+class CastFrom:
+    """The result of a widening cast as what it was cast from."""
+
+    narrow: torch.dtype
+    is_exact: ClassVar[bool] = True
+
+    def applies(self, dtype: torch.dtype) -> bool:
+        return dtype.itemsize > self.narrow.itemsize
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        return values.to(self.narrow).view(torch.uint8)
+
+    def decode(self, stored: torch.Tensor, dtype: torch.dtype, num_elements: int) -> torch.Tensor:
+        return stored.view(self.narrow).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
 class Int8Groups:
     """Floating point as 8-bit steps of each group's range."""
 
+    is_exact: ClassVar[bool] = False
     group_elements: int = 256
 
     def applies(self, dtype: torch.dtype) -> bool:

@@ -86,7 +86,7 @@ def what_is_left(profile: Profile, mix: Mix) -> Profile:
                 device[place] = stored[place] = _input_bytes(call, place)
                 needed[place] = wanted_s
     for place in itertools.compress(range(len(device)), mix.rebuilt):
-        device[place] = stored[place] = 0
+        device[place] = stored[place] = profile.rest_at(place)
         if profile.rebuild_s[place] < math.inf:
             lost.append((profile.needed_s[place], profile.rebuild_s[place]))
     lost.sort()
@@ -139,7 +139,7 @@ def _worth(profile: Profile, calls: list[Call]) -> float:
     saved_bytes, lost_s = 0, 0.0
     for call in calls:
         cheap = [place for place in range(call.first, call.stop) if _can_rebuild(profile, place)]
-        saved_bytes += sum(profile.device_bytes[call.first : call.stop]) - sum(profile.device_bytes[place] for place in cheap)
+        saved_bytes += sum(profile.device_bytes[call.first : call.stop]) - sum(_saved_bytes(profile, place) for place in cheap)
         saved_bytes -= sum(call.input_bytes)
         lost_s += call.again_s - sum(profile.rebuild_s[place] for place in cheap if profile.rebuild_s[place] < math.inf)
     return saved_bytes / lost_s if lost_s > 0 else math.inf
@@ -158,9 +158,10 @@ def _share_of_cheap(profile: Profile, again: tuple[bool, ...], left_s: float) ->
     """Rule 2: the places that so much time is best spent on."""
     places = [place for place in _cheap_places(profile, again) if profile.rebuild_s[place] < math.inf]
     found: list[int] = []
+    left_s = max(0.0, left_s)
     for kind in sorted(_kinds(places, lambda place: _recipe(profile, place)), key=lambda kind: _seconds_a_byte(profile, kind[0])):
         each_s = profile.rebuild_s[kind[0]]
-        count = len(kind) if each_s * len(kind) <= left_s else max(0, int(left_s / each_s))
+        count = len(kind) if each_s * len(kind) <= left_s else int(left_s / each_s)
         found += (kind[index] for index in spread(count, len(kind)))
         left_s -= count * each_s
     return found
@@ -181,12 +182,17 @@ def _can_rebuild(profile: Profile, place: int) -> bool:
     return bool(profile.moved_bytes) and profile.moved_bytes[place] > 0
 
 
-def _recipe(profile: Profile, place: int) -> tuple[int, int]:
-    return profile.device_bytes[place], profile.moved_bytes[place]
+def _recipe(profile: Profile, place: int) -> tuple[int, int, int]:
+    return profile.device_bytes[place], profile.moved_bytes[place], profile.rest_at(place)
+
+
+def _saved_bytes(profile: Profile, place: int) -> int:
+    """By rebuilding it."""
+    return profile.device_bytes[place] - profile.rest_at(place)
 
 
 def _seconds_a_byte(profile: Profile, place: int) -> float:
-    return profile.rebuild_s[place] / max(1, profile.device_bytes[place])
+    return profile.rebuild_s[place] / max(1, _saved_bytes(profile, place))
 
 
 def _averaged(profile: Profile) -> Profile:

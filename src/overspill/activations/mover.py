@@ -95,9 +95,11 @@ class Mover:
     # -- out ---------------------------------------------------------------------------------------------------------
 
     def keep(self, record: Record, storage: torch.UntypedStorage) -> None:
-        """Let the device have it."""
-        record.payload = bytes_of(storage, record.start, record.stop)
-        self._count(record.num_bytes)
+        """Let the device have it, in its form if that is exact."""
+        if record.form is not None and not record.form.is_exact:
+            record.form = None
+        record.payload = _stored(record, storage)
+        self._count(record.stored_bytes)
 
     def leave(self, record: Record, storage: torch.UntypedStorage, target: Target, *, may_wait: bool, is_timed: bool) -> None:
         """Start a record's way out, to `target` or to the other tier; it is kept if neither has room.
@@ -105,13 +107,9 @@ class Mover:
         Args:
             may_wait: for staging, if the SSD has room and only the way to it is full; this thread waits.
         """
-        source = bytes_of(storage, record.start, record.stop)
-        if record.form is not None:
-            source = record.form.encode(source.view(record.dtype))
-        record.stored_bytes = source.numel()
+        source = _stored(record, storage)
         order = (Target.SSD, Target.HOST) if target is Target.SSD else (Target.HOST, Target.SSD)
         if not any(self._leave_to(record, source, tier, may_wait=may_wait, is_timed=is_timed) for tier in order):
-            record.form, record.stored_bytes = None, record.num_bytes
             self.keep(record, storage)
             return
         record.payload = source
@@ -247,11 +245,12 @@ class Mover:
             record.is_held = True
         if record.mark is not None:
             self.link.touch(record.payload, record.mark)
-        if record.form is None or record.target is Target.KEEP:
+        if record.form is None:
             return record.payload
         if record.decoded is None:
-            values = record.form.decode(record.payload, record.dtype, record.num_bytes // record.dtype.itemsize)
-            record.decoded = values.contiguous().view(torch.uint8)
+            with record.timed():
+                values = record.form.decode(record.payload, record.dtype, record.num_bytes // record.dtype.itemsize)
+                record.decoded = values.contiguous().view(torch.uint8)
         return record.decoded
 
     def forward(self, record: Record) -> None:
@@ -262,8 +261,9 @@ class Mover:
         self._cancel(record)
 
     def leave_again(self, record: Record) -> None:
-        """Let go of what was fetched; host or SSD have it still."""
+        """Let go of what was fetched, for host or SSD have it still; and of what was made of another form."""
         if record.is_only_here or record.payload is None:
+            record.decoded = None
             return
         if record.arriving is not None and not record.is_held:
             self.link.let_go(record.arriving)
@@ -393,3 +393,12 @@ class Mover:
             self.wait_s += time.perf_counter() - begin_s
             if self.holds is not None:
                 self.holds.append((before, self.link.time_mark()))
+
+
+def _stored(record: Record, storage: torch.UntypedStorage) -> torch.Tensor:
+    """The bytes of a record that is being made, in its form, uint8; the record is told how many."""
+    source = bytes_of(storage, record.start, record.stop)
+    if record.form is not None:
+        source = record.form.encode(source.view(record.dtype))
+    record.stored_bytes = source.numel()
+    return source

@@ -22,7 +22,8 @@ Rules:
 5. Where a tensor is stored already, its op lacks an input (that of a frozen factor is not saved), or somebody changed the result in place
    before it was saved (its version tells; its node would not, if that was done without a gradient), it is packed like any other.
 6. A widening cast of something that is not there (a norm in fp32 of bf16 hidden states) is stored in the dtype that it was cast from, if
-   there is somebody to store it (`store`): the values are the same.
+   there is somebody to store it (`store`): the values are the same. The tensor cache stores such results in that dtype itself, one by one
+   (`cast_from`).
 7. A layer norm's epsilon is not saved, so it is its module's, and the rebuilt norm's 1/σ has to be the one that autograd saved. That is
    looked at each time on the CPU; on a GPU, which would have to be waited for, once for each weight.
 
@@ -208,6 +209,24 @@ class Rebuilder:
     def knows(self, storage: torch.UntypedStorage) -> bool:
         """Whether a storage is dropped already."""
         return storage._cdata in self._known
+
+    def cast_from(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.dtype | None:
+        """The dtype of fewer bytes that all of a tensor's storage was cast from (rule 6); None: it was not, or was changed since."""
+        base = tensor._base if tensor._is_view() else tensor
+        node = base.grad_fn if base is not None else None
+        if (
+            base is None
+            or node is None
+            or node.name() != "ToCopyBackward0"
+            or base._version
+            or type(base) not in _PLAIN
+            or tensor.dtype != base.dtype
+        ):
+            return None
+        inner, number = node.next_functions[0]
+        narrow = _output_dtype(inner, number) if inner is not None else None
+        is_whole = tensor.numel() * tensor.itemsize == storage.nbytes()
+        return narrow if is_whole and narrow in _HALVES and tensor.dtype in _WIDER else None
 
     def pack(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, is_wanted: Callable[[int], bool] = lambda moved_bytes: True

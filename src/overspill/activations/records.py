@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
+from collections.abc import Callable
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,7 +21,7 @@ class Where(enum.Enum):
     """The states of a record, with the memory that it has in each."""
 
     KEPT = "kept"
-    """The model's device memory. Nothing else, ever."""
+    """The model's device memory, or its form of fewer bytes. Nothing else, ever."""
     LEAVING = "leaving"
     """The model's device memory (or its encoded form), and a host range that a copy fills."""
     AWAY = "away"
@@ -67,6 +69,8 @@ class Record:
         """What becomes the payload when a thread of the SSD has read it."""
         self.decoded: torch.Tensor | None = None
         """Its own bytes on the device, if `payload` has another form."""
+        self.timed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """What is around making these, to measure it."""
         self.host: Range | None = None
         self.ssd: DriveCopy | None = None
         self.leaving: End | None = None

@@ -88,7 +88,8 @@ class Rounds:
         """Whether what has a recipe at this place is rebuilt; while nothing is measured all is."""
         if self._targets is None or self._throughput is None:
             return True
-        return place < len(self._targets) and self._targets[place] is Target.REBUILD
+        mix = self._decision.mix if self._decision is not None else None
+        return mix is not None and place < len(mix.rebuilt) and mix.rebuilt[place]
 
     def stop_of_again(self, call: int) -> int | None:
         """Whether a call of a module is run again: the first place behind it; None: it is not, as while nothing is measured."""
@@ -109,6 +110,13 @@ class Rounds:
             return None
         here = pace.num_gone[min(num_packed, len(pace.num_gone)) - 1] if num_packed else 0
         return lambda record: record.index < (here if record.micro_batch == micro_batch else pace.num_gone_at_turn)
+
+    def fetch_from(self, record: Record) -> int | None:
+        """The first record of this one's micro-batch that comes back now that this one is wanted; None: as many as the window takes."""
+        pace = self._decision.pace if self._decision is not None else None
+        if pace is None or pace.fetch_from is None or record.index >= len(pace.fetch_from):
+            return None
+        return pace.fetch_from[record.index]
 
     def gone_in_backward(self) -> Callable[[Record], bool] | None:
         """The same, whenever backward wants one."""

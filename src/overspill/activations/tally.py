@@ -38,7 +38,9 @@ class Tally:
         return self.num_ended + 1
 
     def note_packed(self, record: Record) -> None:
-        for name, num_bytes in (("packed", record.num_bytes), (record.target.value, record.num_bytes)):
+        is_narrowed = record.form is not None and record.form.is_exact
+        there_bytes = record.stored_bytes if is_narrowed else record.num_bytes
+        for name, num_bytes in (("packed", there_bytes), (record.target.value, there_bytes), ("rebuilt", record.num_bytes - there_bytes)):
             self._round[name] += num_bytes
             self.totals[name] += num_bytes
         self._round["records"] += 1

@@ -45,6 +45,8 @@ class _Place:
     stored_bytes: int
     moved_bytes: int
     """That rebuilding it reads and writes; 0: it has no recipe."""
+    rest_bytes: int
+    """That it takes all the same."""
     packed: Mark
 
 
@@ -85,16 +87,20 @@ class Timeline:
         self.ends_in: list[End] = []
         self.is_complete = False
 
-    def pack(self, record: Record, moved_bytes: int) -> None:
-        """A record was made; 0 bytes moved: of something that has no recipe."""
-        record.is_watched = self._pack(record.index, record.micro_batch, record.num_bytes, record.stored_bytes, moved_bytes)
+    def pack(self, record: Record, moved_bytes: int, rest_bytes: int) -> None:
+        """A record was made; 0 bytes moved: of something that has no recipe. What has an exact form is noted as if it had none."""
+        is_narrowed = record.form is not None and record.form.is_exact
+        stored_bytes = record.num_bytes if is_narrowed else record.stored_bytes
+        record.is_watched = self._pack(record.index, record.micro_batch, record.num_bytes, stored_bytes, moved_bytes, rest_bytes)
+        if record.is_watched and is_narrowed:
+            record.timed = functools.partial(self._pause, self._rebuilt, record.index)
 
     def pack_rebuilt(self, place: int, micro_batch: int, rebuild: Rebuild) -> None:
         """Something was dropped that will be rebuilt."""
         if self._pack(place, micro_batch, rebuild.num_bytes, rebuild.num_bytes, rebuild.moved_bytes):
             rebuild.timed = functools.partial(self._pause, self._rebuilt, place)
 
-    def _pack(self, place: int, micro_batch: int, device_bytes: int, stored_bytes: int, moved_bytes: int) -> bool:
+    def _pack(self, place: int, micro_batch: int, device_bytes: int, stored_bytes: int, moved_bytes: int, rest_bytes: int = 0) -> bool:
         """Whether it is of the micro-batch that is watched."""
         mark = self._link.time_mark()
         if self._origin is None:
@@ -104,7 +110,9 @@ class Timeline:
             return False
         if place in self._places:
             return False
-        self._places[place] = _Place(device_bytes=device_bytes, stored_bytes=stored_bytes, moved_bytes=moved_bytes, packed=mark)
+        self._places[place] = _Place(
+            device_bytes=device_bytes, stored_bytes=stored_bytes, moved_bytes=moved_bytes, rest_bytes=rest_bytes, packed=mark
+        )
         return True
 
     def call(self, number: int, micro_batch: int, call: WatchedCall) -> None:
@@ -174,6 +182,7 @@ class Timeline:
         for item in seen:
             packed_s.append(time_s(item.packed) if item is not None else packed_s[-1])
         moved_bytes = tuple(item.moved_bytes if item is not None else 0 for item in seen)
+        rest_bytes = tuple(item.rest_bytes if item is not None else 0 for item in seen)
         return Profile(
             device_bytes=tuple(item.device_bytes if item is not None else 0 for item in seen),
             stored_bytes=tuple(item.stored_bytes if item is not None else 0 for item in seen),
@@ -181,7 +190,13 @@ class Timeline:
             needed_s=tuple(needed_s.get(place, math.inf) for place in range(num_places)),
             forward_s=min([*needed_s.values(), *([time_s(self._later)] if self._later is not None else [])]),
             moved_bytes=moved_bytes,
-            rebuild_s=tuple(own_s.get(("rebuilt", place), _rebuild_s(before, place, moved)) for place, moved in enumerate(moved_bytes)),
+            rest_bytes=rest_bytes,
+            rebuild_s=tuple(
+                (2 if rest_bytes[place] else 1) * own_s[("rebuilt", place)]  # what is narrowed in forward is widened in backward
+                if ("rebuilt", place) in own_s
+                else _rebuild_s(before, place, moved)
+                for place, moved in enumerate(moved_bytes)
+            ),
             calls=tuple(self._call(number, time_s, own_s) for number in sorted(self._calls)),
         )
 

@@ -8,8 +8,9 @@ long as forward, and wants one tensor at a time.
 Rules:
 
 1. While nothing is measured, and where somebody has asked for a window, both ways have the same (`default_window_bytes`).
-2. `Adaptive` tries `OUT_FACTORS` of the largest record that can leave, and takes the window with the lowest peak on paper among those
-   with which nearly as much leaves (`NEARLY`) as without any limit; then the way back the same among `BACK_FACTORS`.
+2. `Adaptive` tries `OUT_FACTORS` of the largest record that can leave, and `BESIDE` a little more, and takes the window with the lowest
+   peak on paper among those with which nearly as much leaves (`NEARLY`) as without any limit; then the way back the same among
+   `BACK_FACTORS`.
 3. What is chosen has room: its peak is at most `Room.peak_bytes`, or it is no wider than what rule 1 says. Where something must leave that
    costs time, or goes to a drive (which is not on this paper), the windows are rule 1's.
 4. A window is the most. In forward the mover lets go of what is gone by the pace that follows (`flight.py`), which is earlier.
@@ -37,6 +38,8 @@ MOST_WINDOW_BYTES = 1024 * MIB
 OUT_FACTORS = (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 BACK_FACTORS = (1.0, 1.5, 2.0, 3.0, 4.0)
 """Of the largest record. Chosen: in between nothing changes, for records are whole."""
+BESIDE = 1.03
+"""Times that, so that what is small (an attention's statistics) does not take the place of a large one. Chosen."""
 NEARLY = 0.98
 """Of the bytes that could leave. Chosen: what is lost is less than what the claim of 0.9 of the bound leaves."""
 
@@ -125,12 +128,16 @@ def decide(
     if chosen is not room and not is_free:
         chosen, targets = room, decide_targets(amount, profile, rates, room)
     leaves = [target is not Target.KEEP for target in targets]
+    back_rate = (rates.h2d_bytes_per_s or rate) if Target.SSD not in targets and is_adaptive else None  # a drive's reads are not on paper
     largest_bytes = max(1, *profile.stored_bytes)
     return Decision(
-        targets=tuple(Target.REBUILD if is_rebuilt else target for target, is_rebuilt in zip(targets, mix.rebuilt, strict=True)),
+        targets=tuple(
+            Target.REBUILD if is_rebuilt and not profile.rest_at(place) else target
+            for place, (target, is_rebuilt) in enumerate(zip(targets, mix.rebuilt, strict=True))
+        ),
         mix=mix,
         windows=Windows(out_bytes=chosen.window_bytes, back_bytes=chosen.back_bytes, largest_bytes=largest_bytes),
-        pace=_fly(profile, leaves, rate, chosen).pace if rate is not None else None,
+        pace=_fly(profile, leaves, rate, back_rate, chosen).pace if rate is not None else None,
         is_free=is_free,
     )
 
@@ -144,14 +151,15 @@ def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room:
     if rate is None or largest == 0:
         return room
     best = room
-    for way, factors in (("window_bytes", OUT_FACTORS), ("back_window_bytes", BACK_FACTORS)):
+    for way, factors in (("window_bytes", [BESIDE * factor for factor in OUT_FACTORS]), ("back_window_bytes", BACK_FACTORS)):
         start = best if way == "back_window_bytes" else dataclasses.replace(room, back_window_bytes=_ALL)
         tried: list[tuple[int, int, int, Room]] = []  # bytes that leave, peak, window
         for num_bytes in sorted({max(LEAST_WINDOW_BYTES, int(factor * largest)) for factor in factors}):
             other = dataclasses.replace(start, **{way: num_bytes})
             leaves = amount.leaves(profile, rates, other)
             # The way back is not chosen yet: its window is counted as rule 1's until then.
-            flight = _fly(profile, leaves, rate, dataclasses.replace(other, back_window_bytes=min(other.back_bytes, room.back_bytes)))
+            narrow = dataclasses.replace(other, back_window_bytes=min(other.back_bytes, room.back_bytes))
+            flight = _fly(profile, leaves, rate, rates.h2d_bytes_per_s or rate, narrow)
             is_narrow = num_bytes <= (room.window_bytes if way == "window_bytes" else room.back_bytes)
             if is_narrow or room.peak_bytes is None or flight.peak_bytes <= room.peak_bytes:
                 gone_bytes = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if is_moved)
@@ -163,8 +171,8 @@ def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room:
     return best
 
 
-def _fly(profile: Profile, leaves: list[bool], rate: float, room: Room) -> Flight:
-    return simulate_flight(profile, leaves, rate, room.window_bytes, room.back_bytes)
+def _fly(profile: Profile, leaves: list[bool], rate: float, back_rate: float | None, room: Room) -> Flight:
+    return simulate_flight(profile, leaves, rate, room.window_bytes, room.back_bytes, back_bytes_per_s=back_rate)
 
 
 def _is_free(targets: tuple[Target, ...], leaves: list[bool]) -> bool:
