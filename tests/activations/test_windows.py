@@ -267,6 +267,24 @@ def test_in_backward_of_the_last_mlp_nothing_has_come_back_that_it_does_not_want
     assert there[0] <= unit and there[1] <= 6 * unit, "of 4 units an MLP's inner state, of which there are three"
 
 
+def test_what_is_on_a_drive_comes_back_as_much_earlier_as_the_drive_is_slower() -> None:
+    profile, count = blocks(6), 48
+    usual = room(host_bytes=10 * MB, ssd_bytes=10**12, staging_bytes=10**9)
+
+    def fetched(**rates: float) -> tuple[tuple[int, ...] | None, int]:
+        found = decide(Adaptive(), profile, dataclasses.replace(LINK, **rates), usual, may_choose=True)
+        assert found.targets.count(Target.SSD) > 6 and found.pace is not None
+        return found.pace.fetch_from, found.targets.index(Target.SSD)
+
+    unknown, _ = fetched()
+    (slow, first), (quick, _) = (fetched(ssd_write_bytes_per_s=50e9, ssd_read_bytes_per_s=rate) for rate in (1e9, 50e9))
+    assert unknown is None and slow is not None and quick is not None
+    assert slow[-1] <= first + 1, "at once, but for the one that is wanted last: all of them take longer than backward"
+    assert all(early <= late for early, late in zip(slow, quick, strict=True)) and quick[-1] > count // 2
+    written, _ = fetched(ssd_write_bytes_per_s=50e9)
+    assert written is not None and written[-1] >= slow[-1], "nothing was read yet: by what writing took"
+
+
 @st.composite
 def backwards(draw: st.DrawFn) -> tuple[Profile, list[bool], float]:
     """Rounds whose backward wants some of what was saved in turn, some of it early, again or never."""
@@ -303,7 +321,10 @@ def test_just_in_time_is_in_time_wherever_as_early_as_possible_is(drawn: tuple[P
                     free_s = found[first] = max(free_s, at_s) + profile.stored_bytes[first] / rate
         return found
 
-    early, late = ends((0,) * len(leaves), rate / 1.1), ends(just_in_time(profile, leaves, rate), rate)
+    early, late = (
+        ends((0,) * len(leaves), rate / 1.1),
+        ends(just_in_time(profile, leaves, [size / rate for size in profile.stored_bytes]), rate),
+    )
     assert early.keys() == late.keys()
     for number in early:
         others = [early[other] + LEAD_S - profile.needed_s[other] for other in early if other <= number]

@@ -199,13 +199,17 @@ def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: fl
     return result
 
 
-def just_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: float) -> tuple[int, ...]:
-    """`Pace.fetch_from`: the link brings one record after the other, what was packed last first, and each begins so late that it and all
-    behind it are back in time, by the slack and `LEAD_S`. A fetch begins where backward wants something: at the last such moment before."""
+def just_in_time(profile: Profile, leaves: Sequence[bool], back_s: Sequence[float]) -> tuple[int, ...]:
+    """`Pace.fetch_from`: one record comes after the other, what was packed last first, and each begins so late that it and all behind it
+    are back in time, by the slack and `LEAD_S`. A fetch begins where backward wants something: at the last such moment before.
+
+    Args:
+        back_s: what each takes to come back.
+    """
     latest_s, behind_s = [], math.inf
-    for size, needed_s, is_moved in zip(profile.stored_bytes, profile.needed_s, leaves, strict=True):  # from the one that is fetched last
+    for took_s, needed_s, is_moved in zip(back_s, profile.needed_s, leaves, strict=True):  # from the one that is fetched last
         if is_moved and needed_s < math.inf:
-            behind_s = min(needed_s - LEAD_S, behind_s) - (1 + SLACK_FRACTION) * size / bytes_per_s
+            behind_s = min(needed_s - LEAD_S, behind_s) - (1 + SLACK_FRACTION) * took_s
         latest_s.append(behind_s)
     first, found = len(latest_s), [0] * len(latest_s)
     moments = [(at_s, [number for _, number in group]) for at_s, group in itertools.groupby(_wanted(profile), key=lambda item: item[0])]
@@ -248,12 +252,12 @@ def simulate_flight(
     window_bytes: float,
     back_window_bytes: float,
     *,
-    back_bytes_per_s: float | None = None,
+    back_s: Sequence[float] | None = None,
 ) -> Flight:
     """A round in which these leave, whether or not there is time for them.
 
     Args:
-        back_bytes_per_s: of the link; what leaves comes back just in time. None: as early as the window lets it.
+        back_s: what each takes to come back; then it comes just in time. None: as early as the window lets it.
     """
     way, num_gone = WayOut(bytes_per_s, window_bytes), []
     stalled_s, kept_bytes, moved_bytes, peak_bytes = 0.0, 0, 0, 0
@@ -268,10 +272,10 @@ def simulate_flight(
         num_gone.append(way.first(number))
         peak_bytes = max(peak_bytes, kept_bytes + way.num_bytes)
     way.advance(profile.forward_s + stalled_s)
-    if back_bytes_per_s is None:
+    if back_s is None:
         fetch_from, backward_bytes = None, kept_bytes + int(min(back_window_bytes, moved_bytes))
     else:
-        fetch_from = just_in_time(profile, leaves, back_bytes_per_s)
+        fetch_from = just_in_time(profile, leaves, back_s)
         backward_bytes = _most_in_backward(profile, leaves, fetch_from, back_window_bytes)
     return Flight(
         pace=Pace(num_gone=tuple(num_gone), num_gone_at_turn=way.first(len(num_gone)), fetch_from=fetch_from),

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from overspill.activations.amounts import Adaptive, Amount, Room, Target, decide_targets
 from overspill.activations.flight import Flight, Pace, Profile, simulate_flight
@@ -42,6 +43,9 @@ BESIDE = 1.03
 """Times that, so that what is small (an attention's statistics) does not take the place of a large one. Chosen."""
 NEARLY = 0.98
 """Of the bytes that could leave. Chosen: what is lost is less than what the claim of 0.9 of the bound leaves."""
+
+DRIVE_CAUTION = 0.7
+"""Of a drive's rate: its reads are waited for by the host, and they differ more than the link's copies. Chosen."""
 
 MOST_WAITED_FRACTION = 0.004
 """Of a round: what events around waits that are none add up to stays below. Chosen."""
@@ -128,7 +132,6 @@ def decide(
     if chosen is not room and not is_free:
         chosen, targets = room, decide_targets(amount, profile, rates, room)
     leaves = [target is not Target.KEEP for target in targets]
-    back_rate = (rates.h2d_bytes_per_s or rate) if Target.SSD not in targets and is_adaptive else None  # a drive's reads are not on paper
     largest_bytes = max(1, *profile.stored_bytes)
     return Decision(
         targets=tuple(
@@ -137,7 +140,7 @@ def decide(
         ),
         mix=mix,
         windows=Windows(out_bytes=chosen.window_bytes, back_bytes=chosen.back_bytes, largest_bytes=largest_bytes),
-        pace=_fly(profile, leaves, rate, back_rate, chosen).pace if rate is not None else None,
+        pace=_fly(profile, leaves, rate, _back_s(profile, targets, rates), chosen).pace if rate is not None else None,
         is_free=is_free,
     )
 
@@ -150,7 +153,7 @@ def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room:
     largest = max((size for size, is_moved in zip(profile.stored_bytes, free, strict=True) if is_moved), default=0)
     if rate is None or largest == 0:
         return room
-    best = room
+    best, back_s = room, _back_s(profile, (Target.HOST,) * len(free), rates)
     for way, factors in (("window_bytes", [BESIDE * factor for factor in OUT_FACTORS]), ("back_window_bytes", BACK_FACTORS)):
         start = best if way == "back_window_bytes" else dataclasses.replace(room, back_window_bytes=_ALL)
         tried: list[tuple[int, int, int, Room]] = []  # bytes that leave, peak, window
@@ -159,7 +162,7 @@ def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room:
             leaves = amount.leaves(profile, rates, other)
             # The way back is not chosen yet: its window is counted as rule 1's until then.
             narrow = dataclasses.replace(other, back_window_bytes=min(other.back_bytes, room.back_bytes))
-            flight = _fly(profile, leaves, rate, rates.h2d_bytes_per_s or rate, narrow)
+            flight = _fly(profile, leaves, rate, back_s, narrow)
             is_narrow = num_bytes <= (room.window_bytes if way == "window_bytes" else room.back_bytes)
             if is_narrow or room.peak_bytes is None or flight.peak_bytes <= room.peak_bytes:
                 gone_bytes = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if is_moved)
@@ -171,8 +174,21 @@ def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room:
     return best
 
 
-def _fly(profile: Profile, leaves: list[bool], rate: float, back_rate: float | None, room: Room) -> Flight:
-    return simulate_flight(profile, leaves, rate, room.window_bytes, room.back_bytes, back_bytes_per_s=back_rate)
+def _fly(profile: Profile, leaves: list[bool], rate: float, back_s: Sequence[float] | None, room: Room) -> Flight:
+    return simulate_flight(profile, leaves, rate, room.window_bytes, room.back_bytes, back_s=back_s)
+
+
+def _back_s(profile: Profile, targets: Sequence[Target], rates: ActivationRates) -> list[float] | None:
+    """Seconds that each takes on its way back, from where it would be; None: that is not known."""
+    link, drive = rates.h2d_bytes_per_s or rates.d2h_bytes_per_s, rates.ssd_read_bytes_per_s
+    if drive is None and rates.ssd_write_bytes_per_s is not None:
+        drive = DRIVE_CAUTION * rates.ssd_write_bytes_per_s  # nothing was read yet
+    if link is None or (drive is None and Target.SSD in targets):
+        return None
+    drive_s = 1 / (DRIVE_CAUTION * drive) if drive is not None else 0.0
+    return [
+        size / link + (size * drive_s if target is Target.SSD else 0.0) for size, target in zip(profile.stored_bytes, targets, strict=True)
+    ]
 
 
 def _is_free(targets: tuple[Target, ...], leaves: list[bool]) -> bool:
