@@ -1,6 +1,6 @@
 """Seconds that the jobs of `run.py` take on an H100, on paper: for the order of a call, and for what is begun before its deadline.
 
-Parts: a process opens the device and draws the weights; every mode warms up, takes turns with keep (`alternation.py`; modes that claims are
+Parts: a process opens the device and draws the weights; every mode warms up, takes turns with keep (`turns.py`; modes that claims are
 about until the time for it is over) and is cleaned up after; others' tools push bytes over the link one after the other; memory is pinned
 for every mode. What a call has seen takes the place of it (`run.py` multiplies by the slowest).
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from alternation import LEAST_GROUPS, group_size  # noqa: E402
 from net_shapes import NetShape  # noqa: E402
+from turns import Plan  # noqa: E402
 
 FLOPS, ATTENTION_FLOPS, MEMORY_BYTES_PER_S = 600e12, 320e12, 2.4e12
 """Of products, of attention, and of what only passes over memory. Measured on H100 machines: 720, 344 and 2.4 at best."""
@@ -30,7 +30,7 @@ AROUND_S = 0.5
 """Of a mode: what cleaning up takes."""
 ADAPTIVE_STEPS, WARM_S, FIRST_WARM_S = 9, 2.5, 3.5
 """Of steps in which amounts settle; of warming up at least. The last two are guesses between the least and the most (`steps.py`)."""
-JUDGED_S, MOST_LEAST_S, NUM_GROUPS = 5.0, 10.0, 3
+JUDGED_S, MOST_LEAST_S, NUM_TURNS = 5.0, 10.0, 6
 """As `run.py` has it when nothing else is said."""
 MODES_OF = {"core": (4, 4), "ssd": (0, 3), "peers": (0, 0), "more": (0, 2), "fit": (0, 0)}
 """Modes that hold still from the first step and are not judged, and those whose amounts adapt."""
@@ -63,11 +63,10 @@ def step_s(shape: NetShape) -> float:
 
 
 def turns_s(keep_s: float, own_s: float, *, is_judged: bool) -> float:
-    """Of the groups of a mode and of keep, if both take so long."""
-    keep_group_s, own_group_s = (sum(group_size(seconds)) * seconds for seconds in (keep_s, own_s))
-    pair_s = keep_group_s + own_group_s
-    num_groups = min(NUM_GROUPS, max(LEAST_GROUPS, int(MOST_LEAST_S / pair_s)))
-    return max(keep_group_s + num_groups * pair_s, JUDGED_S if is_judged else 0.0)
+    """Of the turns of a mode and of keep, if their steps take so long."""
+    plan = Plan(turns=NUM_TURNS, limit_s=JUDGED_S, most_s=MOST_LEAST_S, within=0.0)
+    least_s = keep_s + plan.least_turns(keep_s + own_s) * (keep_s + own_s)
+    return max(least_s, JUDGED_S if is_judged else 0.0)
 
 
 def mode_s(keep_s: float, own_s: float, *, is_adaptive: bool = False, is_judged: bool = False) -> float:

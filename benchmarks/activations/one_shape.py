@@ -34,7 +34,7 @@ from workers import take_order, write_stacks_when_asked  # noqa: E402
 CLOSING_S = 3.0
 """Left before the limit for ending."""
 MOST_LEAST_S = 10.0
-"""For the least number of groups of a mode; where steps take seconds, there are fewer."""
+"""For the least number of turns of a mode; where steps take seconds, there are fewer."""
 WANTS_ANOTHER_PROCESS = 4
 """Exit status: the modes that are left were not begun, because of what one left on the device."""
 
@@ -54,8 +54,8 @@ class Order:
     dtype: str
     steps: int
     steps_s: float
-    groups: int
-    alternating_s: float
+    turns: int
+    turns_s: float
     within: float
     limit_s: float
     mode_limit_s: float
@@ -146,13 +146,13 @@ class Job:
         )
 
     def _plan(self, mode: str) -> Any:
-        """Of modes that no claim is about, no more groups than the least."""
-        from alternation import Plan
+        """Of modes that no claim is about, no more turns than the least."""
         from modes import MODES
+        from turns import Plan
 
         order, is_judged = self.order, MODES[mode].tier is not None and MODES[mode].amount != "nothing"
-        limit_s = order.alternating_s if is_judged else 0.0
-        return Plan(groups=order.groups, limit_s=limit_s, most_s=MOST_LEAST_S, within=order.within) if order.groups else None
+        limit_s = order.turns_s if is_judged else 0.0
+        return Plan(turns=order.turns, limit_s=limit_s, most_s=MOST_LEAST_S, within=order.within) if order.turns else None
 
     def _line(self, *modes: str) -> dict[str, Any]:
         """The figures of the first of these modes that has any, of this process or of an earlier one."""
@@ -241,7 +241,7 @@ class Job:
         step = f"{line['step_s'] * 1e3:.1f} ms" if "step_s" in line else line.get("error") or line.get("missing") or ""
         if "of_keep" in line:
             low, high = line["of_keep_interval"]
-            step += f", {line['of_keep']:.3f} of keep ({low:.3f} to {high:.3f}, {len(line['of_keep_groups'])} groups)"
+            step += f", {line['of_keep']:.3f} of keep ({low:.3f} to {high:.3f}, {line['num_turns']} turns)"
         step += f", {line['device_allocs']} allocations" if line.get("device_allocs") else ""
         print(f"{order.shape_name} {order.job} {mode}: {step[:160]} ({line.get('mode_wall_s', 0):.1f} s)", flush=True)
 

@@ -14,9 +14,9 @@ Protocol:
    ours where as much leaves), `fit` (the largest micro-batch in a share of the device), `more` (what the claims do not need). Twelve
    processes load side by side, before anything is measured; then one works at a time, on an empty device. `steps.py` says why modes may
    share a process, and checks it.
-2. A step is forward, backward, SGD. After warm-up, and once amounts have settled, groups of a few steps of the mode and of `keep` take
-   turns in the same process: `--groups` of the mode at least, and more until the ratio is known to `--within`, or `--alternating-s` are
-   over (`alternation.py`). `of_keep` is that ratio; all steps are in the line. In every mode Python's collector of cycles runs between
+2. A step is forward, backward, SGD. After warm-up, and once amounts have settled, steps of the mode and of `keep` take turns in the
+   same process: `--turns` of each at least, and more until the ratio is known to `--within`, or `--turns-s` are over (`turns.py`).
+   `of_keep` is that ratio; all steps are in the line. In every mode Python's collector of cycles runs between
    steps, not in them. Every job measures `keep` alone first, at least `--steps` steps, for the absolute figures; so are modes measured
    where keep does not fit.
 3. A line a mode, as soon as it has ended. What does not fit is a line with its error, what is not installed one that says so.
@@ -42,7 +42,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "host_memory"), str(HERE.parent / "prediction")]
 
-from estimates import JUDGED_S, estimate_s  # noqa: E402
+from estimates import JUDGED_S, NUM_TURNS, estimate_s  # noqa: E402
 from measure import append_result, provenance  # noqa: E402
 from net_shapes import SHAPES, TINY, NetShape  # noqa: E402
 from tables import newest, read_lines, summarize  # noqa: E402
@@ -116,9 +116,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="sequences of a micro-batch, of every shape; without: the shape's own")
     parser.add_argument("--steps", type=int, default=5, help="least that are timed where no keep comes in between")
     parser.add_argument("--steps-s", type=float, default=1.0, help="more are, up to four times as many, while they take less")
-    parser.add_argument("--groups", type=int, default=3, help="least of a mode, between groups of keep; 0: no keep in between")
-    parser.add_argument("--alternating-s", type=float, help="most for more groups, of a mode that claims are about; without: 5, tiny 0")
-    parser.add_argument("--within", type=float, default=0.005, help="half the interval of the ratio at which there are enough groups")
+    parser.add_argument("--turns", type=int, default=NUM_TURNS, help="least steps of a mode between steps of keep; 0: no keep in between")
+    parser.add_argument("--turns-s", type=float, help="most for more turns, of a mode that claims are about; without: 5, tiny 0")
+    parser.add_argument("--within", type=float, default=0.005, help="half the interval of the ratio at which there are enough turns")
     parser.add_argument("--dtype")
     parser.add_argument("--host-gib", type=float, default=48.0, help="most host memory for saved tensors")
     parser.add_argument("--fit-gib", type=float, default=24.0, help="of the device, for the largest micro-batch")
@@ -263,7 +263,7 @@ class Call:
 
     def _order(self, job: str, name: str, modes: list[str], running: Path, limit_s: float) -> dict[str, Any]:
         options, tiny = self._options, self._options.tiny
-        alternating_s = options.alternating_s if options.alternating_s is not None else 0.0 if tiny else JUDGED_S
+        turns_s = options.turns_s if options.turns_s is not None else 0.0 if tiny else JUDGED_S
         host_bytes = 16 << 20 if tiny else int((options.fit_host_gib if job == "fit" else options.host_gib) * GIB)
         earlier = {line["mode"]: line for line in newest(self._lines()) if line["shape"] == name and line["job"] == "core"}
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -275,7 +275,7 @@ class Call:
                 "least_host_bytes": 1 << 20 if tiny else GIB,
             },
             "dtype": options.dtype or ("float32" if tiny else "bfloat16"), "steps": options.steps, "steps_s": options.steps_s,
-            "groups": options.groups, "alternating_s": alternating_s, "within": options.within,
+            "turns": options.turns, "turns_s": turns_s, "within": options.within,
             "limit_s": limit_s, "mode_limit_s": self._mode_limit_s(job),
             "fit_bytes": int(options.fit_gib * GIB), "out": str(options.out), "running": str(running),
             "provenance": self._provenance,

@@ -15,14 +15,15 @@ Rules:
 4. A step is forward, backward, SGD and the end of it on the device. Its activation peak is taken from torch's allocation history in one
    step more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
    device's peak would count gradients, which come while activations go.)
-5. A mode's steps are compared with keep's in between (`alternation.py`). For those the mode's hooks are popped from torch's stack and
-   pushed again, and recomputed blocks get their own forward back: nothing is left or entered, nothing pinned or given back, and what the
-   mode knows of its rounds stays. A line has all steps of both. There is no keep in between where keep has not run in this process before,
-   or takes most of the device (`MOST_KEEP_FRACTION`). `keep` itself, which all begins with, gives the absolute figures; `keep-again`,
-   which is measured as any other mode, says how well 1 is found.
+5. A mode's steps take turns with keep's (`turns.py`). For these the mode's hooks are popped from torch's stack and pushed again, and
+   recomputed blocks get their own forward back: nothing is left or entered, nothing pinned or given back, and what the mode knows of its
+   rounds stays. A line has all steps of both. There is no keep in between where keep has not run in this process before, or takes most of
+   the device (`MOST_KEEP_FRACTION`). `keep` itself, which all begins with, gives the absolute figures; `keep-again`, which is measured as
+   any other mode, says how well 1 is found.
 6. Python's collector of cycles runs between steps, in every mode, and not within. What was there before a mode is frozen, so that it
-   takes next to no time. No counted step beside keep allocates on the device (cudaMalloc): a group in which one did is run again,
-   `MOST_TRIES` times at most. What counted steps did allocate is in the line (`device_allocs`).
+   takes next to no time.
+7. No step that counts beside keep allocates on the device (cudaMalloc): one that did is done again, `MOST_TRIES` times at most. How often
+   steps that count did after all is in the line (`device_allocs`).
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from alternation import PARTS, Group, Plan, group_size, interval, middle, ratios  # noqa: E402
 from bounds import activation_peak_bytes, simulate_host  # noqa: E402
 from gpu_state import GpuState  # noqa: E402
 from just_in_time import JustInTime  # noqa: E402
 from modes import MODES, EachStep, Known, Missing, Places, context  # noqa: E402
 from net_shapes import NetShape  # noqa: E402
 from nets import build_inputs, build_net, recompute  # noqa: E402
+from turns import PARTS, Plan, columns, interval, middle, ratios  # noqa: E402
 
 from overspill.activations.timeline import FIRST_WATCHED  # noqa: E402
 from overspill.activations.windows import default_window_bytes  # noqa: E402
@@ -62,6 +63,7 @@ MORE_WARMUP, MOST_WARM_S = 4, 6.0
 """Steps more at most, and no further one after so long, if nothing settles."""
 FIRST_WARM_S, WARM_S, MOST_STEADY_S = 2.5, 1.5, 4.0
 NUM_STEADY, STEADY_FRACTION = 3, 0.015
+NUM_ALONE = 4
 """Chosen, all of them."""
 MOST_TRIES = 3
 MOST_KEEP_FRACTION = 0.7
@@ -83,8 +85,8 @@ class Bench:
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-6, fused=device.type == "cuda")
         self.residue_bytes = 0
         self._is_warm = False
-        self._keep_s: float | None = None
-        """Of a step of keep, once that has run and if it leaves room (rule 5)."""
+        self._has_keep = False
+        """Whether keep has run, and leaves room (rule 5)."""
         self._undo_recompute: Callable[[], None] | None = None
         self._gpu = GpuState(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else None)
         self._around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -145,12 +147,12 @@ class Bench:
         parts_s = [self._seconds(*marks[index : index + 2]) for index in range(3)]
         return dict(zip(PARTS, (wall_s, *parts_s, wall_s - sum(parts_s)), strict=True))
 
-    def noted_step(self) -> dict[str, Any]:
-        """One step, what the device did beside it, and then the collector (rule 6)."""
+    def noted_step(self, *, is_keep: bool = False) -> dict[str, Any]:
+        """One step, of the mode or of keep, what the device did beside it, and then the collector (rule 6)."""
         before = self._num_device_allocs()
-        found: dict[str, Any] = self.step()
-        found["device_allocs"] = self._num_device_allocs() - before
-        found |= self._gpu.read()
+        with self._as_keep() if is_keep else contextlib.nullcontext():
+            found: dict[str, Any] = self.step()
+        found |= {"is_keep": is_keep, "device_allocs": self._num_device_allocs() - before, **self._gpu.read()}
         gc.collect()
         return found
 
@@ -162,7 +164,7 @@ class Bench:
         Args:
             steps: that are timed at least, where no keep comes in between.
             steps_s: more are, up to four times as many, while they take less.
-            plan: of the groups; None: no keep in between.
+            plan: of the turns; None: no keep in between.
         """
         begun_s = time.perf_counter()
         try:
@@ -176,7 +178,7 @@ class Bench:
         self.residue_bytes = max(0, left_bytes - self._floor_bytes)
         if name == "keep" and "step_s" in line:  # what plain steps leave is the process's, and found by every mode
             self._floor_bytes = max(self._floor_bytes, left_bytes)
-            self._keep_s = line["step_s"] if self._leaves_room(line) else None
+            self._has_keep = self._leaves_room(line)
         return {**line, "residue_bytes": self.residue_bytes, "mode_wall_s": round(time.perf_counter() - begun_s, 2)}
 
     @contextlib.contextmanager
@@ -204,7 +206,7 @@ class Bench:
                 self._set_recompute(True)
             active = stack.enter_context(self.entered(context(mode, self.net, places, known)))
             stack.enter_context(without_collector())
-            is_beside = plan is not None and name != "keep" and self._keep_s is not None and _can_switch_hooks()
+            is_beside = plan is not None and name != "keep" and self._has_keep and _can_switch_hooks()
             warm = self._warm_up(
                 active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"), is_beside=is_beside
             )
@@ -213,19 +215,20 @@ class Bench:
             is_peer = mode.peer is not None
             peaks: list[int] = []
             if is_beside:
-                assert plan is not None and self._keep_s is not None
-                groups = self._alternate(plan, warm_s, self._keep_s, peaks)
+                assert plan is not None
+                timed = self._take_turns(plan, peaks)
             else:
                 steps = min(steps, max(LEAST_STEPS[is_peer], int(MOST_TIMED_S[is_peer] / warm_s)))
-                groups = [self._plain_group(steps, steps_s, peaks)]
-            own = [step for group in groups if not group.is_keep for step in group.counted]
+                timed = self._run_alone(steps, steps_s, peaks)
+            counted = [step for step in timed if step["is_counted"]]
+            own = [step for step in counted if not step["is_keep"]]
             line: dict[str, Any] = {"num_warm": num_warm, "num_steps": len(own), "num_full_blocks": num_full}
             line["full_inputs_bytes"] = num_full * self.shape.tokens() * self.shape.hidden * self.dtype.itemsize
             for part in PARTS:
-                values = sorted(item[part] for item in own)
+                values = sorted(step[part] for step in own)
                 line[part], line[f"{part}_spread"] = statistics.median(values), [values[0], values[-1]]
             if is_beside:
-                line |= _beside(groups)
+                line |= _beside(counted, warm)
             if self.is_cuda:
                 line["device_peak_bytes"] = max(peaks)
                 line["activation_peak_bytes"] = self._activation_peak()
@@ -233,9 +236,8 @@ class Bench:
                 line |= _amounts(to_plain(active.report()), num_rounds)
             if mode.tier == "host" and mode.amount == "adaptive":
                 line["on_paper"] = _on_paper(active, mode.throughput)
-            line["device_allocs"] = sum(group.num_device_allocs for group in groups)
-            line["warm"] = Group(is_keep=False, num_first=len(warm), steps=warm).to_plain()
-            line["groups"] = [group.to_plain() for group in groups]
+            line["device_allocs"] = sum(step["device_allocs"] for step in counted)
+            line["warm_steps"], line["timed_steps"] = columns(warm), columns(timed)
         return line
 
     def _measure_least(self, places: Places) -> dict[str, Any]:
@@ -248,62 +250,50 @@ class Bench:
             return {"least_peak_bytes": self._activation_peak()}
 
     def _warm_up(self, active: Any, *, is_adaptive: bool, is_beside: bool) -> list[dict[str, Any]]:
-        """Steps until nothing changes (rule 3); the last is of the mode. In the end keep's come in between as they will: they want other
+        """Steps until nothing changes (rule 3); the last is of the mode. In the end keep comes in between as it will: it wants other
         memory."""
         least = WARMUP_ADAPTIVE if active is not None and is_adaptive else WARMUP
         warm_s, begun_s = WARM_S if self._is_warm else FIRST_WARM_S, time.perf_counter()
         steps: list[dict[str, Any]] = []
         while True:
-            steps.append({**self.noted_step(), "is_keep": False})
+            steps.append(self.noted_step())
             is_still = not steps[-1]["device_allocs"] and (active is None or not is_adaptive or _has_settled(active.report().rounds))
             is_late = len(steps) >= least + MORE_WARMUP or time.perf_counter() - begun_s > MOST_WARM_S
             if len(steps) >= least and (is_still or is_late):
                 break
-        is_first = is_beside
-        while is_first or (self.is_cuda and not self._is_steady(steps, time.perf_counter() - begun_s, warm_s)):
-            if is_beside:
-                with self._as_keep():
-                    steps.append({**self.noted_step(), "is_keep": True})
-            steps.append({**self.noted_step(), "is_keep": False})
-            is_first = False
+        while self.is_cuda and not _is_steady(steps, time.perf_counter() - begun_s, warm_s):
+            steps.append(self.noted_step())
+        if is_beside:
+            steps += [self.noted_step(is_keep=True), self.noted_step()]
         self._is_warm = True
         return steps
 
-    def _is_steady(self, steps: list[dict[str, Any]], spent_s: float, warm_s: float) -> bool:
-        """Rule 3: by keep's where there are any."""
-        has_keep = any(step["is_keep"] for step in steps)
-        last = [step["step_s"] for step in steps if step["is_keep"] == has_keep][-NUM_STEADY:]
-        is_even = len(last) == NUM_STEADY and max(last) <= (1 + STEADY_FRACTION) * min(last)
-        return spent_s >= warm_s and (is_even or spent_s >= MOST_STEADY_S)
-
-    def _plain_group(self, steps: int, steps_s: float, peaks: list[int]) -> Group:
+    def _run_alone(self, steps: int, steps_s: float, peaks: list[int]) -> list[dict[str, Any]]:
         """Steps of the mode alone; `peaks` gets the device's."""
         timed: list[dict[str, Any]] = []
         with self._noting_peak(peaks):
             while len(timed) < steps or (math.fsum(item["step_s"] for item in timed) < steps_s and len(timed) < 4 * steps):
-                timed.append(self.noted_step())
-        return Group(is_keep=False, num_first=0, steps=timed)
+                timed.append({**self.noted_step(), "is_counted": True})
+        return timed
 
-    def _alternate(self, plan: Plan, own_s: float, keep_s: float, peaks: list[int]) -> list[Group]:
-        """Groups of keep and of the mode in turns (rule 5); `peaks` gets the device's in each of the mode's."""
-        groups: list[Group] = []
+    def _take_turns(self, plan: Plan, peaks: list[int]) -> list[dict[str, Any]]:
+        """Steps of keep and of the mode in turns (rule 5); `peaks` gets the device's in each of the mode's."""
+        timed: list[dict[str, Any]] = []
         begun_s = time.perf_counter()
-        while not plan.is_enough(groups, time.perf_counter() - begun_s):
-            if groups:
+        while not plan.is_enough(ratios([step for step in timed if step["is_counted"]]), time.perf_counter() - begun_s):
+            if timed:
                 with self._noting_peak(peaks):
-                    groups.append(self._group(own_s, is_keep=False))
-            with self._as_keep():
-                groups.append(self._group(keep_s, is_keep=True))
-        return groups
+                    timed += self._tried_step(is_keep=False)
+            timed += self._tried_step(is_keep=True)
+        return timed
 
-    def _group(self, step_s: float, *, is_keep: bool) -> Group:
-        """Steps one after the other; again while a counted one allocates on the device (rule 6)."""
-        num_first, num_counted = group_size(step_s)
-        for _ in range(MOST_TRIES):
-            group = Group(is_keep=is_keep, num_first=num_first, steps=[self.noted_step() for _ in range(num_first + num_counted)])
-            if not group.num_device_allocs:
-                break
-        return group
+    def _tried_step(self, *, is_keep: bool) -> list[dict[str, Any]]:
+        """A step, again while it allocates on the device (rule 7); the last one counts."""
+        tried: list[dict[str, Any]] = []
+        while not tried or (tried[-1]["device_allocs"] and len(tried) < MOST_TRIES):
+            tried.append({**self.noted_step(is_keep=is_keep), "is_counted": False})
+        tried[-1]["is_counted"] = True
+        return tried
 
     @contextlib.contextmanager
     def _as_keep(self) -> Iterator[None]:
@@ -427,13 +417,21 @@ def _push_hooks(popped: list[Any]) -> None:
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def _beside(groups: list[Group]) -> dict[str, Any]:
-    """Of the mode beside keep (`alternation.py`)."""
-    found = ratios(groups)
-    keeps = [step["step_s"] for group in groups if group.is_keep for step in group.counted]
+def _is_steady(steps: list[dict[str, Any]], spent_s: float, warm_s: float) -> bool:
+    """Rule 3."""
+    last = [step["step_s"] for step in steps[-NUM_STEADY:]]
+    is_even = len(last) == NUM_STEADY and max(last) <= (1 + STEADY_FRACTION) * min(last)
+    return spent_s >= warm_s and (is_even or spent_s >= MOST_STEADY_S)
+
+
+def _beside(steps: list[dict[str, Any]], warm: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the mode beside keep, and alone before (`turns.py`)."""
+    found, keeps = ratios(steps), [step["step_s"] for step in steps if step["is_keep"]]
+    alone = [step["step_s"] for step in warm[: [step["is_keep"] for step in warm].index(True)]]
     return {
-        "of_keep": middle(found), "of_keep_interval": list(interval(found)), "of_keep_groups": found,
+        "of_keep": middle(found), "of_keep_interval": list(interval(found)), "num_turns": len(found),
         "beside_step_s": statistics.median(keeps), "beside_step_s_spread": [min(keeps), max(keeps)],
+        "alone_step_s": statistics.median(alone[-NUM_ALONE:]),
     }  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 
 The newest line of a mode counts. Columns:
 
-* `of keep`: throughput beside the steps of keep next to it, and its interval (`alternation.py`). Of lines without these: beside the keep
+* `of keep`: throughput beside the steps of keep next to it, and its interval (`turns.py`). Of lines without these: beside the keep
   of the same process; where that was run again at the end, beside the mean of both. `peak`: of activations. `fell`: how much lower than
   keep's.
 * `gone`: share of all saved bytes that does not stay on the device: moved, rebuilt, or of recomputed blocks (less their inputs). `moved`:
@@ -12,6 +12,8 @@ The newest line of a mode counts. Columns:
 * `allowed`: the link's bound for `host`; for a mix the linear program's optimum at the throughput of its name (`mix`: 97 %); for `ssd` the
   drive's bound at the rate that was measured, which stands behind the name. `reached`: gone over allowed; for `ssd` what the drive was
   written over allowed: what was wanted back while it still waited in host memory does not count.
+* `Steps alone`: how much longer a mode's last steps took before keep came in between: mean of all shapes, least and most. That of
+  `keep-again` is what the device's clocks do meanwhile; what others have beyond it they hide in `of keep`.
 * A name with `!`: the mode left more than `LEAST_TOLD_RESIDUE_BYTES` on the device.
 
 Claims: any row of a tier may meet one, if it has both figures; the line names it, or the one that comes nearest. For how far the peak
@@ -26,6 +28,7 @@ drives of 1 TB promise). No factor for shorter retention, and none for write amp
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,7 +134,7 @@ def summarize(lines: list[dict[str, Any]], *, tbw: float = DEFAULT_TBW) -> str:
         bounds = next((line for line in own if line["mode"] == "bounds"), None)
         text += ["", f"## {shape}", *_bounds(bounds), *_least(own), *_table(own, bounds)]
         claims += _claims(shape, own, bounds)
-    return "\n".join([*text, *_fits(found), *_lifetimes(found, tbw), *(["", "## Claims", *claims] if claims else [])])
+    return "\n".join([*text, *_fits(found), *_lifetimes(found, tbw), *_alone(found), *(["", "## Claims", *claims] if claims else [])])
 
 
 def _bounds(bounds: dict[str, Any] | None) -> list[str]:
@@ -291,6 +294,19 @@ def _of_keep(line: dict[str, Any], of_keep: float | None) -> str:
     """With its interval, where it has one."""
     low, high = line.get("of_keep_interval", (None, None))
     return _share(of_keep, 3) + (f" ({low:.3f} to {high:.3f})" if low is not None else "")
+
+
+def _alone(found: list[dict[str, Any]]) -> list[str]:
+    """What a mode's steps took when they were alone, just before they took turns with keep's (`turns.py`)."""
+    more: dict[str, list[float]] = {}
+    for line in found:
+        if "alone_step_s" in line:
+            more.setdefault(line["mode"], []).append(line["alone_step_s"] / line["step_s"] - 1)
+    rows = [
+        f"{mode}: {statistics.fmean(values):+.1%} ({min(values):+.1%} to {max(values):+.1%}, {len(values)})"
+        for mode, values in more.items()
+    ]
+    return ["", "## Steps alone, against those beside keep", *rows] if rows else []
 
 
 def _percent(value: float | None) -> str:

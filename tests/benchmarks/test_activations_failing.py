@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "activations"
 sys.path.append(str(FOLDER))
 
-import alternation  # noqa: E402
 import estimates  # noqa: E402
 import fit  # noqa: E402
 import gpu_state  # noqa: E402
@@ -33,6 +32,7 @@ import modes  # noqa: E402
 import net_shapes  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
+import turns  # noqa: E402
 
 GIB = 1 << 30
 PLACES = modes.Places(
@@ -103,10 +103,10 @@ def bench_of(name: str = "gpt-64x4") -> steps.Bench:
     return steps.Bench(net_shapes.TINY[name], torch.device("cpu"), torch.float32)
 
 
-PLAN = alternation.Plan(groups=3, limit_s=0.0, most_s=10.0, within=0.005)
+PLAN = turns.Plan(turns=3, limit_s=0.0, most_s=10.0, within=0.005)
 
 
-def measure(bench: steps.Bench, mode: str, known: modes.Known | None = None, plan: alternation.Plan | None = None) -> dict[str, Any]:
+def measure(bench: steps.Bench, mode: str, known: modes.Known | None = None, plan: turns.Plan | None = None) -> dict[str, Any]:
     return bench.measure(mode, PLACES, known, steps=2, steps_s=0.0, plan=plan)
 
 
@@ -224,19 +224,16 @@ def test_keeps_steps_in_between_have_no_hooks_and_the_mode_goes_on_as_if_there_w
     monkeypatch.setattr(steps, "context", context)
     seen.hooks.clear()
     line = measure(bench, "host", known, PLAN)
-    assert len(line["of_keep_groups"]) == 3 and line["of_keep_interval"][0] <= line["of_keep"] <= line["of_keep_interval"][1]
-    kinds = [group["is_keep"] for group in line["groups"]]
-    assert kinds == [True, False] * 3 + [True]
-    flags = [*line["warm"]["is_keep"], *(group["is_keep"] for group in line["groups"] for _ in group["step_s"])]
+    assert line["num_turns"] == line["num_steps"] == 3 and line["of_keep_interval"][0] <= line["of_keep"] <= line["of_keep_interval"][1]
+    assert line["timed_steps"]["is_keep"] == [True, False] * 3 + [True] and all(line["timed_steps"]["is_counted"])
+    flags = line["warm_steps"]["is_keep"] + line["timed_steps"]["is_keep"]
     assert [hooks is None for hooks in seen.hooks] == flags and len({hooks for hooks in seen.hooks if hooks is not None}) == 1
     (active,) = opened
     assert active.report().num_rounds == flags.count(False), "keep's steps are no rounds, and nothing was entered anew"
     assert line["timed_moved_bytes"] == [line["moved_bytes"]] * 2
     assert line["packed_bytes"] == alone["packed_bytes"] and line["host_peak_bytes"] == alone["host_peak_bytes"]
     assert not any(seen.is_collecting) and gc.isenabled()
-    counted = [group for group in line["groups"] if not group["is_keep"]]
-    assert line["num_steps"] == sum(len(group["step_s"]) - group["num_first"] for group in counted)
-    assert all(len(group[part]) == len(group["step_s"]) for group in line["groups"] for part in alternation.PARTS)
+    assert all(len(line["timed_steps"][part]) == 7 for part in turns.PARTS) and line["alone_step_s"] > 0
 
 
 def test_recomputed_blocks_run_plainly_in_keeps_steps_and_others_hooks_around_all_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,11 +241,11 @@ def test_recomputed_blocks_run_plainly_in_keeps_steps_and_others_hooks_around_al
     measure(bench, "keep", plan=PLAN)
     seen = Seen(bench, monkeypatch)
     line = measure(bench, "checkpoint", plan=PLAN)
-    flags = [*line["warm"]["is_keep"], *(group["is_keep"] for group in line["groups"] for _ in group["step_s"])]
+    flags = line["warm_steps"]["is_keep"] + line["timed_steps"]["is_keep"]
     assert seen.has_own_forward == flags and "forward" not in vars(bench.net.blocks[0])  # type: ignore[index]
     seen.hooks.clear()
     line = measure(bench, "save_on_cpu", plan=PLAN)
-    flags = [*line["warm"]["is_keep"], *(group["is_keep"] for group in line["groups"] for _ in group["step_s"])]
+    flags = line["warm_steps"]["is_keep"] + line["timed_steps"]["is_keep"]
     assert [hooks is None for hooks in seen.hooks] == flags
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
@@ -286,7 +283,7 @@ def test_where_keep_does_not_fit_modes_are_measured_alone(monkeypatch: pytest.Mo
     monkeypatch.setattr(steps.Bench, "_leaves_room", lambda self, line: False)
     assert "of_keep" not in measure(bench, "keep", plan=PLAN)
     line = measure(bench, "counted", plan=PLAN)
-    assert line["num_steps"] == 2 and [group["is_keep"] for group in line["groups"]] == [False]
+    assert line["num_steps"] == 2 and line["timed_steps"]["is_keep"] == [False] * 2
 
 
 # -- stand-ins for torch.cuda ------------------------------------------------------------------------------------------
@@ -408,7 +405,7 @@ def test_the_peak_is_read_from_the_history_of_one_step_and_recording_ends(device
     assert not device.is_recording, "or every later step would be recorded"
 
 
-def test_a_group_in_which_the_device_allocates_is_run_again_and_a_mode_warms_up_until_it_does_not(
+def test_a_step_in_which_the_device_allocates_is_done_again_and_a_mode_warms_up_until_it_does_not(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, count, allocating = bench_of(), [0], set(range(5))
@@ -422,14 +419,17 @@ def test_a_group_in_which_the_device_allocates_is_run_again_and_a_mode_warms_up_
     monkeypatch.setattr(bench, "step", step)
     line = measure(bench, "keep", plan=PLAN)
     assert line["num_warm"] > 5 and line["device_allocs"] == 0
-    count[0], allocating = 0, {6, 15, *range(100, 10_000)}  # in the first group of keep, and the second of the mode
+    count[0], allocating = 0, {4, 6, 7}
     line = measure(bench, "keep-again", plan=PLAN)
-    num_timed = sum(len(group["step_s"]) for group in line["groups"])
-    assert line["num_warm"] + line["warm"]["is_keep"].count(True) + num_timed < count[0] and line["device_allocs"] == 0
+    num_warm = len(line["warm_steps"]["step_s"])
+    assert line["warm_steps"]["device_allocs"] == [0] * 4 and line["warm_steps"]["is_keep"] == [False, False, True, False]
+    timed = line["timed_steps"]
+    assert timed["is_keep"] == [True, True, False, False, False, True, False, True, False, True] and num_warm + 10 == count[0]
+    assert timed["is_counted"] == [False, True, False, False, *[True] * 6] and line["device_allocs"] == 0 and line["num_turns"] == 3
     allocating = set(range(10_000))
     line = measure(bench, "keep-again", plan=PLAN)
     assert line["num_warm"] == steps.WARMUP + steps.MORE_WARMUP + 1
-    assert line["device_allocs"] == sum(len(group["step_s"]) - group["num_first"] for group in line["groups"])
+    assert line["device_allocs"] == 7 and len(line["timed_steps"]["step_s"]) == 7 * steps.MOST_TRIES
 
 
 def test_the_least_peak_is_read_from_a_step_without_an_update(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +444,7 @@ def test_the_least_peak_is_read_from_a_step_without_an_update(device: Device, mo
     assert all(parameter.grad is None for parameter in bench.net.parameters())
 
 
-def test_the_devices_peak_is_that_of_the_modes_own_groups(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_devices_peak_is_that_of_the_modes_own_steps(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_of()
     device.peak_bytes = GIB
     assert measure(bench, "keep", plan=PLAN)["device_peak_bytes"] == GIB
@@ -612,7 +612,9 @@ def test_a_claim_is_met_by_any_row_of_its_tier_and_a_miss_is_held_against_the_le
 def test_what_was_measured_beside_keep_counts_before_what_was_measured_after_it() -> None:
     line = line_of("host", speed=0.9, of_keep=0.985, of_keep_interval=[0.981, 0.99])
     text = tables.summarize([BOUNDS, line, line_of("keep-again", speed=0.5)])
-    assert "0.985 (0.981 to 0.990)" in text and "yes s: host tier: 0.9 of the bound at 0.98" in text
+    assert "0.985 (0.981 to 0.990)" in text and "yes s: host tier: 0.9 of the bound at 0.98" in text and "alone" not in text
+    text = tables.summarize([BOUNDS, {**line, "alone_step_s": 1.02 / 0.9}, line_of("host", speed=0.9, alone_step_s=1.0 / 0.9, shape="t")])
+    assert "host: +1.0% (+0.0% to +2.0%, 2)" in text
 
 
 def test_drift_of_a_process_is_halved_and_a_drive_is_credited_with_what_it_was_written() -> None:

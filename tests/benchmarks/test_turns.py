@@ -1,4 +1,4 @@
-"""Steps of a mode and of keep in turns: what drifts cancels out, and how many groups there are. The least peak on paper is measured."""
+"""Steps of a mode and of keep in turns: what drifts cancels out, and how many there are. The least peak on paper is measured."""
 
 from __future__ import annotations
 
@@ -18,67 +18,66 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "activations"
 sys.path.append(str(FOLDER))
 
-import alternation  # noqa: E402
 import just_in_time  # noqa: E402
 import least_peak  # noqa: E402
 import net_shapes  # noqa: E402
 import nets  # noqa: E402
+import turns  # noqa: E402
 
-PLAN = alternation.Plan(groups=3, limit_s=6.0, most_s=10.0, within=0.005)
-
-
-def group(*seconds: float, is_keep: bool = False, num_first: int = 0) -> alternation.Group:
-    return alternation.Group(is_keep=is_keep, num_first=num_first, steps=[{"step_s": value} for value in seconds])
+PLAN = turns.Plan(turns=6, limit_s=6.0, most_s=10.0, within=0.005)
 
 
-def turns(keeps: list[float], owns: list[float]) -> list[alternation.Group]:
-    groups = [group(keeps[0], is_keep=True)]
+def in_turns(keeps: list[float], owns: list[float]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{"is_keep": True, "step_s": keeps[0]}]
     for own, keep in zip(owns, keeps[1:], strict=True):
-        groups += [group(own), group(keep, is_keep=True)]
-    return groups
+        found += [{"is_keep": False, "step_s": own}, {"is_keep": True, "step_s": keep}]
+    return found
 
 
 @given(speed=st.floats(0.5, 1.5), drift=st.floats(-0.02, 0.02), num=st.integers(2, 8))
 def test_a_steady_drift_cancels_out(speed: float, drift: float, num: int) -> None:
     keeps = [1 + 2 * index * drift for index in range(num + 1)]
     owns = [(1 + (2 * index + 1) * drift) / speed for index in range(num)]
-    found = alternation.ratios(turns(keeps, owns))
-    assert len(found) == num and alternation.middle(found) == pytest.approx(speed)
-    low, high = alternation.interval(found)
-    assert low <= alternation.middle(found) * (1 + 1e-12) and alternation.middle(found) <= high * (1 + 1e-12)
+    found = turns.ratios(in_turns(keeps, owns))
+    assert len(found) == num and turns.middle(found) == pytest.approx(speed)
+    low, high = turns.interval(found)
+    assert low <= turns.middle(found) * (1 + 1e-12) and turns.middle(found) <= high * (1 + 1e-12)
 
 
-def test_the_first_steps_of_a_group_and_one_that_is_held_up_do_not_count() -> None:
-    found = group(9.0, 1.0, 1.2, 1.02, num_first=1)
-    assert found.middle_s() == 1.02 and len(found.counted) == 3
-    assert alternation.middle([1.0, 1.01, 0.99, 0.7]) == pytest.approx(0.995)
-    assert alternation.interval([1.0, 0.99, 0.7]) == (0.7, 1.0)
-    assert found.to_plain() == {"is_keep": False, "num_first": 1, "step_s": [9.0, 1.0, 1.2, 1.02]}
+def test_steps_that_are_held_up_do_not_count() -> None:
+    assert turns.middle([1.0, 1.01, 0.99, 0.7]) == pytest.approx(0.995) and turns.middle([1.0, 0.8]) == 0.9
+    assert turns.middle([0.1, 0.2, *[1.0] * 8, 3.0, 4.0]) == 1.0
+    assert turns.interval([1.0, 0.99, 0.7]) == (0.7, 1.0)
 
 
-def test_there_are_more_groups_until_the_ratio_is_known_or_the_time_is_over() -> None:
-    def num_groups(noise: float, *, seconds: float = 0.4, plan: alternation.Plan = PLAN) -> int:
-        draw, groups, spent_s = random.Random(1), [group(1.0, is_keep=True)], 0.0
-        while not plan.is_enough(groups, spent_s):
-            groups += [group(1 + draw.uniform(-noise, noise)), group(1.0, is_keep=True)]
+def test_a_line_has_each_figure_of_all_steps_in_order() -> None:
+    found = turns.columns([{"step_s": 1.23456789, "is_keep": True}, {"step_s": 2.0, "is_keep": False, "watts": 698.4}])
+    assert found == {"step_s": [1.234568, 2.0], "is_keep": [True, False], "watts": [None, 698.4]}
+
+
+def test_there_are_more_turns_until_the_ratio_is_known_or_the_time_is_over() -> None:
+    def num_turns(noise: float, *, seconds: float = 0.2) -> int:
+        draw, found, spent_s = random.Random(1), list[float](), 0.0
+        while not PLAN.is_enough(found, spent_s):
+            found.append(1 + draw.uniform(-noise, noise))
             spent_s += seconds
-        return len(groups) // 2
+        return len(found)
 
-    assert num_groups(0.001) == 3 and 3 < num_groups(0.012) < 15 and num_groups(0.2) == 15
-    assert num_groups(0.2, seconds=2.5) == 3 and num_groups(0.2, seconds=4.0) == 2 == num_groups(0.2, seconds=20.0)
+    assert num_turns(0.001) == 6 and 6 < num_turns(0.015) < 29 <= num_turns(0.2) <= 30
+    assert num_turns(0.2, seconds=1.5) == 6 and num_turns(0.2, seconds=4.0) == 2 == num_turns(0.2, seconds=20.0)
 
 
-def test_an_interval_has_the_true_ratio_in_it_most_of_the_time() -> None:
+@pytest.mark.parametrize("wander", [0.0, 0.9])
+def test_an_interval_has_the_true_ratio_in_it_most_of_the_time(wander: float) -> None:
     draw, num_inside = random.Random(0), 0
     for _ in range(200):
-        found = alternation.ratios(turns([draw.gauss(1, 0.02) for _ in range(9)], [draw.gauss(1 / 0.97, 0.02) for _ in range(8)]))
-        low, high = alternation.interval(found)
+        keeps, owns, clock = [], [], 0.0
+        for index in range(25):
+            clock = wander * clock + draw.gauss(0, 0.02)
+            (owns if index % 2 else keeps).append((1 + clock) / (0.97 if index % 2 else 1.0))
+        low, high = turns.interval(turns.ratios(in_turns(keeps, owns)))
         num_inside += low <= 0.97 <= high
-    assert 150 <= num_inside <= 196
-
-
-def test_long_steps_come_alone_and_short_ones_in_groups() -> None:
-    assert [alternation.group_size(seconds) for seconds in (0.01, 0.2, 0.4, 1.0)] == [(1, 3), (1, 2), (1, 1), (0, 1)]
+    assert num_inside >= 165
 
 
 class Allocations(TorchDispatchMode):
