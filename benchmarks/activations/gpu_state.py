@@ -6,23 +6,25 @@ reading takes some microseconds to some hundred, between steps.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from typing import Any
+
+import torch
 
 SM_CLOCK, GPU_TEMPERATURE = 1, 0
 """NVML_CLOCK_SM, NVML_TEMPERATURE_GPU."""
 
 
 class GpuState:
-    """Of one device, by its UUID."""
+    """Of one CUDA device; of any other nothing is known."""
 
-    def __init__(self, uuid: str | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._library: Any = None
         self._handle = ctypes.c_void_p()
-        try:
-            self._library = _open(uuid, self._handle) if uuid else None
-        except (OSError, AttributeError):
-            self._library = None
+        if device.type == "cuda":
+            with contextlib.suppress(Exception):  # whatever it is, steps can be timed without
+                self._library = _open(str(torch.cuda.get_device_properties(device).uuid), self._handle)
 
     def read(self) -> dict[str, float]:
         """`sm_mhz`, `watts`, `celsius`, and why the clock is held down (`throttle`, NVML's bits); what is not known is not there."""

@@ -88,7 +88,7 @@ class Bench:
         self._has_keep = False
         """Whether keep has run, and leaves room (rule 5)."""
         self._undo_recompute: Callable[[], None] | None = None
-        self._gpu = GpuState(str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else None)
+        self._gpu = GpuState(device)
         self._around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         """Hooks that are entered for each step anew."""
         self._floor_bytes = self.clean()

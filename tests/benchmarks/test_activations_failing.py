@@ -444,6 +444,30 @@ def test_the_least_peak_is_read_from_a_step_without_an_update(device: Device, mo
     assert all(parameter.grad is None for parameter in bench.net.parameters())
 
 
+def test_every_mode_of_the_first_job_takes_its_turns_on_a_device(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "NUM_STEADY", 1)
+    bench = bench_of()
+    bench._gpu = state_of("12ab", monkeypatch)
+    known = modes.Known(all_bytes=532_480, largest_bytes=16_384, forward_s=1.0, d2h_bytes_per_s=1e9)
+    for mode in (
+        "keep",
+        "counted",
+        "checkpoint",
+        "cheap",
+        "host",
+        "mix",
+        "mix-97",
+        "mix-90",
+        "mix-everything",
+        "save_on_cpu",
+        "keep-again",
+    ):
+        line = measure(bench, mode, known, PLAN)
+        assert ("of_keep" in line) == (mode != "keep") and line["device_allocs"] == 0, (mode, line)
+        assert set(line["timed_steps"]) >= {*turns.PARTS, "is_keep", "is_counted", "device_allocs", "sm_mhz", "watts"}
+        assert json.loads(json.dumps(line)) == line and line["step_s_spread"][0] <= line["step_s"]
+
+
 def test_the_devices_peak_is_that_of_the_modes_own_steps(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = bench_of()
     device.peak_bytes = GIB
@@ -500,11 +524,17 @@ class Nvml:
         return 3
 
 
-def test_clock_and_power_are_told_where_the_machine_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu_state.GpuState(None).read() == {} and gpu_state.GpuState("no such device").read() == {}
+def state_of(uuid: str, monkeypatch: pytest.MonkeyPatch) -> gpu_state.GpuState:
+    """Of a machine that knows one device."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=uuid))
     monkeypatch.setattr(gpu_state.ctypes, "CDLL", lambda name: Nvml(b"GPU-12ab"))
-    assert gpu_state.GpuState("12ab").read() == gpu_state.GpuState("GPU-12ab").read() == {"sm_mhz": 1755, "watts": 698.4}
-    assert gpu_state.GpuState("34cd").read() == {}
+    return gpu_state.GpuState(torch.device("cuda"))
+
+
+def test_clock_and_power_are_told_where_the_machine_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_state.GpuState(torch.device("cpu")).read() == {} and gpu_state.GpuState(torch.device("cuda")).read() == {}
+    assert state_of("12ab", monkeypatch).read() == state_of("GPU-12ab", monkeypatch).read() == {"sm_mhz": 1755, "watts": 698.4}
+    assert state_of("34cd", monkeypatch).read() == {}
 
 
 def simulate_memory(
