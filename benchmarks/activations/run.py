@@ -76,6 +76,7 @@ MOST_BROKEN = 2
 MOST_LOADING_FAILURES = 2
 WANTS_ANOTHER_PROCESS = 4
 """See `one_shape.py`."""
+STEP_LISTS = ("warm_steps", "timed_steps")
 NOT_BEGUN = "the order"
 """Where a process ended that was killed while it waited."""
 HANG_WORDS = "Timeout ("
@@ -170,6 +171,8 @@ class Call:
         """Processes of this call that ended in each mode."""
         self._broken_here: set[tuple[str, str, str]] = set()
         self._provenance = provenance()
+        self._sizes: list[int] = []
+        self._read: list[dict[str, Any]] = []
 
     def run(self, wanted: list[tuple[str, str]]) -> int:
         """Until all is measured, or the deadline; 1 if no process comes to load."""
@@ -206,7 +209,14 @@ class Call:
         return float(self._options.deadline_s) - (time.monotonic() - self._started_s) - CLOSING_S
 
     def _lines(self) -> list[dict[str, Any]]:
-        return [line for path in (*self._options.done, self._options.out) for line in read_lines(path)]
+        """All results so far, without the figures of single steps; read again when there are more."""
+        paths = (*self._options.done, self._options.out)
+        sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
+        if sizes != self._sizes:
+            found = [line for path in paths for line in read_lines(path)]
+            self._read = [{name: value for name, value in line.items() if name not in STEP_LISTS} for line in found]
+            self._sizes = sizes
+        return self._read
 
     def _pending(self, job: str, name: str) -> list[str]:
         """Modes without a result (rules 4 and 5), those that ended a process in an earlier call last."""

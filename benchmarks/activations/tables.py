@@ -180,7 +180,8 @@ def _table(own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str
         " | ".join(["---"] * 11),
     ]
     for line in own:
-        if line["job"] == "fit" or line["mode"] in ("bounds", "least") or (line["mode"] == "keep" and line["job"] != "core"):
+        is_told_elsewhere = line["job"] == "fit" or line["mode"] == "bounds" or "least_peak_bytes" in line
+        if is_told_elsewhere or (line["mode"] == "keep" and line["job"] != "core"):
             continue
         if "step_s" not in line:
             rows.append(f"{line['mode']} | {line.get('missing') or line.get('error', '')[:140]}" + " |" * 9)
