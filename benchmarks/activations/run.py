@@ -119,7 +119,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps-s", type=float, default=1.0, help="more are, up to four times as many, while they take less")
     parser.add_argument("--turns", type=int, default=NUM_TURNS, help="least steps of a mode between steps of keep; 0: no keep in between")
     parser.add_argument("--turns-s", type=float, help="most for more turns, of a mode that claims are about; without: 5, tiny 0")
-    parser.add_argument("--within", type=float, default=0.005, help="half the interval of the ratio at which there are enough turns")
+    parser.add_argument("--within", type=float, default=0.005, help="two standard errors of the ratio at which there are enough turns")
     parser.add_argument("--dtype")
     parser.add_argument("--host-gib", type=float, default=48.0, help="most host memory for saved tensors")
     parser.add_argument("--fit-gib", type=float, default=24.0, help="of the device, for the largest micro-batch")

@@ -282,16 +282,16 @@ class Bench:
         begun_s = time.perf_counter()
         while not plan.is_enough(ratios([step for step in timed if step["is_counted"]]), time.perf_counter() - begun_s):
             if timed:
-                with self._noting_peak(peaks):
-                    timed += self._tried_step(is_keep=False)
-            timed += self._tried_step(is_keep=True)
+                timed += self._tried_step(peaks, is_keep=False)
+            timed += self._tried_step([], is_keep=True)
         return timed
 
-    def _tried_step(self, *, is_keep: bool) -> list[dict[str, Any]]:
-        """A step, again while it allocates on the device (rule 7); the last one counts."""
+    def _tried_step(self, peaks: list[int], *, is_keep: bool) -> list[dict[str, Any]]:
+        """A step, again while it allocates on the device (rule 7); the last one counts, and `peaks` gets the device's."""
         tried: list[dict[str, Any]] = []
-        while not tried or (tried[-1]["device_allocs"] and len(tried) < MOST_TRIES):
-            tried.append({**self.noted_step(is_keep=is_keep), "is_counted": False})
+        with self._noting_peak(peaks):
+            while not tried or (tried[-1]["device_allocs"] and len(tried) < MOST_TRIES):
+                tried.append({**self.noted_step(is_keep=is_keep), "is_counted": False})
         tried[-1]["is_counted"] = True
         return tried
 

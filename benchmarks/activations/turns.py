@@ -10,9 +10,10 @@ Rules:
    **ratio**, of throughputs: above 1 the mode is faster.
 3. `of_keep` is the mean of the ratios without the lowest and the highest sixth (one each at least). Its interval has 95 % of what the same
    figure of ratios drawn again says (bootstrap), which is some 90 %, because neighbours share a step of keep.
-4. There are `Plan.turns` ratios at least, and more until half the interval is within `Plan.within`, as long as `Plan.limit_s` has room for
-   another. So an interval that is near `within` is a little too small: it may have ended by chance. Of steps so long that this many would
-   take more than `Plan.most_s` there are fewer, `LEAST_TURNS` at least.
+4. There are `Plan.turns` ratios at least, and more until two standard errors are within `Plan.within`, as long as `Plan.limit_s` has room
+   for another. So an interval that is near `within` is a little too small: it may have ended by chance. Of steps so long that this many
+   would take more than `Plan.most_s` there are fewer, `LEAST_TURNS` at least.
+5. The device waits as long before a step of the one as of the other: what is done in between is the same, and done at once.
 
 Why one by one and not in longer groups: simulated for six seconds with steps of 0.21 s and noise of 3 to 4 % a step, the error of `of_keep`
 is 0.2 % where clocks swing with periods of 0.7 to 1.6 s, 0.5 % where they wander within half a second, and 1.0 % where steps have nothing
@@ -26,6 +27,7 @@ more they took on average.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -48,7 +50,7 @@ class Plan:
     most_s: float
     """Where `turns` take more, there are fewer."""
     within: float
-    """Half the interval, of the ratio."""
+    """Of the ratio."""
 
     def least_turns(self, pair_s: float) -> int:
         """If a step of the mode and one of keep take so long together."""
@@ -58,8 +60,8 @@ class Plan:
         """Whether to end with these ratios, which took so long."""
         if not found or len(found) < self.least_turns(spent_s / len(found)):
             return False
-        low, high = interval(found)
-        return (high - low) / 2 <= self.within or spent_s * (1 + 1 / len(found)) > self.limit_s
+        half = 2 * statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else math.inf  # at once: the device waits for it
+        return half <= self.within or spent_s * (1 + 1 / len(found)) > self.limit_s
 
 
 def ratios(steps: Sequence[dict[str, Any]]) -> list[float]:
