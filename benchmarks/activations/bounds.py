@@ -27,7 +27,8 @@ second out and back.
 Limits: shares of blocks and bytes are real numbers in the program, tensors and blocks are whole. Neither the bound nor the program counts
 memory in flight, nor that the last block's tensors are made too late to leave; so where the link takes most, nothing reaches these figures
 quite. The program knows one price for all that is cheap, and whole blocks alone: who chooses among ops and modules may be beyond it.
-`simulate_host` counts what is in flight, and no compute that runs slower because a copy runs beside it.
+`simulate_host` counts what is in flight, and no compute that runs slower because a copy runs beside it. How low a peak can be at all,
+whatever moves, is in `least_peak.py`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ outside of it (CUDA's context and the kernels, some 0.5 GiB), so what it cannot 
 
 Our moving modes take a budget for what may stay (`device_budget`), and slow down rather than fail. For them the line is that of a step
 in which everything leaves; the budget is what the share leaves beside it. Host memory is a limit of its own (`host_limited`), the same for
-ours and for others' tools: without one these would take all that the machine has.
+ours and for others' tools: without one these would take all that the machine has. No keep comes in between (it would not fit).
 
 On the CPU there is no peak: one size is tried, so that the code runs.
 """
@@ -24,7 +24,7 @@ import torch
 from bounds import largest_rows
 from modes import MODES, Missing, Places, context, peer_bytes
 from nets import recompute
-from steps import LEAST_STEPS, MOST_TIMED_S, Bench
+from steps import LEAST_STEPS, MOST_TIMED_S, Bench, without_collector
 
 USABLE_FRACTION = 0.97
 """Of the share: pieces that the allocator cannot use. Chosen."""
@@ -133,11 +133,11 @@ def _try(bench: Bench, mode: str, places: Places, rows: int, steps: int, budget:
     """A few steps with so many rows; an error if they do not fit."""
     try:
         bench.set_rows(rows)
-        with _context(bench, mode, places, budget, recompute_as=mode):
+        with _context(bench, mode, places, budget, recompute_as=mode), without_collector():
             for _ in range(SETTLING_STEPS if is_moving else 2):
-                last_s = bench.step()["step_s"]
+                last_s = bench.noted_step()["step_s"]
             number = min(steps, max(LEAST_STEPS[False], int(MOST_TIMED_S[False] / last_s)))
-            timed = [bench.step()["step_s"] for _ in range(number)]
+            timed = [bench.noted_step()["step_s"] for _ in range(number)]
         return {"step_s": statistics.median(timed), "step_s_spread": [min(timed), max(timed)], "device_budget_bytes": budget}
     except torch.OutOfMemoryError as error:
         return {"error": str(error)[:200]}

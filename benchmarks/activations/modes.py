@@ -11,6 +11,7 @@
 * `host-wide`: as `host`, with windows of `WIDE_RECORDS` of the largest tensors each way, asked for; `host` chooses its own, and they are in
   its row (`window_bytes`, `back_window_bytes`). On paper `host` gets as much away with a lower peak.
 * `*-everything`, `*-ssdtrain`: the two other rules of `activations/amounts.py`. What others' tools do is `everything`.
+* `least`: no mode, but the activation peak of a step in which every saved tensor is gone and comes back just in time (`just_in_time.py`).
 * `save_on_cpu`, `save_on_cpu-pinned`: torch's. `trl`, `torchtune`: their `OffloadActivations`, pinned and with streams, entered for each
   step as their trainers do (leaving them is part of the step); where the package is not installed the row says so.
 
@@ -82,6 +83,7 @@ MODES = {
     "mix-90": Mode(tier="host", recompute="cheap", throughput=0.90),
     "host-wide": Mode(tier="host", is_wide=True),
     "keep-again": Mode(),
+    "least": Mode(),
     "ssd": Mode(tier="ssd"),
     "ssd-7": Mode(tier="ssd", paced_bytes_per_s=7e9),
     "ssd-14": Mode(tier="ssd", paced_bytes_per_s=14e9),

@@ -33,6 +33,8 @@ from workers import take_order, write_stacks_when_asked  # noqa: E402
 
 CLOSING_S = 3.0
 """Left before the limit for ending."""
+MOST_LEAST_S = 10.0
+"""For the least number of turns of a mode; where steps take seconds, there are fewer."""
 WANTS_ANOTHER_PROCESS = 4
 """Exit status: the modes that are left were not begun, because of what one left on the device."""
 
@@ -52,6 +54,9 @@ class Order:
     dtype: str
     steps: int
     steps_s: float
+    turns: int
+    turns_s: float
+    within: float
     limit_s: float
     mode_limit_s: float
     """Of one mode, or of building the net (rule 3)."""
@@ -136,7 +141,18 @@ class Job:
         return 0
 
     def _measure(self, mode: str) -> dict[str, Any]:
-        return self.bench.measure(mode, self.places, self.known(), steps=self.order.steps, steps_s=self.order.steps_s)
+        return self.bench.measure(
+            mode, self.places, self.known(), steps=self.order.steps, steps_s=self.order.steps_s, plan=self._plan(mode)
+        )
+
+    def _plan(self, mode: str) -> Any:
+        """Of modes that no claim is about, no more turns than the least."""
+        from modes import MODES
+        from turns import Plan
+
+        order, is_judged = self.order, MODES[mode].tier is not None and MODES[mode].amount != "nothing"
+        limit_s = order.turns_s if is_judged else 0.0
+        return Plan(turns=order.turns, limit_s=limit_s, most_s=MOST_LEAST_S, within=order.within) if order.turns else None
 
     def _line(self, *modes: str) -> dict[str, Any]:
         """The figures of the first of these modes that has any, of this process or of an earlier one."""
@@ -170,12 +186,17 @@ class Job:
         shape, bench, counted = self.bench.shape, self.bench, self._line("counted")
         inputs_bytes = bench.num_blocks * shape.tokens() * shape.hidden * bench.dtype.itemsize
         step_s = keep["step_s"] if keep else full["step_s"] - full["forward_s"]
-        without_s = counted["step_s"] if counted else step_s  # so that what hooks cost is not the recomputation's
+        without_s = self._own_s(counted, step_s) if counted else step_s  # so that what hooks cost is not the recomputation's
         return Terms(
             all_bytes=known.all_bytes, inputs_bytes=min(known.all_bytes, inputs_bytes),
-            cheap_bytes=cheap.get("rebuilt_bytes", 0), forward_s=known.forward_s, step_s=step_s, full_s=max(0.0, full["step_s"] - step_s),
-            cheap_s=max(0.0, cheap["step_s"] - without_s) if cheap else 0.0, **bench.rates,
+            cheap_bytes=cheap.get("rebuilt_bytes", 0), forward_s=known.forward_s, step_s=step_s,
+            full_s=max(0.0, self._own_s(full, step_s) - step_s),
+            cheap_s=max(0.0, self._own_s(cheap, step_s) - without_s) if cheap else 0.0, **bench.rates,
         )  # fmt: skip
+
+    def _own_s(self, line: dict[str, Any], keep_s: float) -> float:
+        """Of a step: by what it takes beside keep, where that was measured."""
+        return float(keep_s / line["of_keep"] if "of_keep" in line else line["step_s"])
 
     def mix(self, share: float) -> Any:
         from bounds import best_mix
@@ -218,6 +239,10 @@ class Job:
         with Path(order.out).open("ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
         step = f"{line['step_s'] * 1e3:.1f} ms" if "step_s" in line else line.get("error") or line.get("missing") or ""
+        if "of_keep" in line:
+            low, high = line["of_keep_interval"]
+            step += f", {line['of_keep']:.3f} of keep ({low:.3f} to {high:.3f}, {line['num_turns']} turns)"
+        step += f", {line['device_allocs']} allocations" if line.get("device_allocs") else ""
         print(f"{order.shape_name} {order.job} {mode}: {step[:160]} ({line.get('mode_wall_s', 0):.1f} s)", flush=True)
 
     def _left_s(self) -> float:

@@ -14,9 +14,11 @@ Protocol:
    ours where as much leaves), `fit` (the largest micro-batch in a share of the device), `more` (what the claims do not need). Twelve
    processes load side by side, before anything is measured; then one works at a time, on an empty device. `steps.py` says why modes may
    share a process, and checks it.
-2. A step is forward, backward, SGD. After warm-up, and once amounts have settled, at least `--steps` steps are timed, one by one: median
-   and range; fewer where a step takes seconds. Every job measures `keep` first; a row's throughput is compared with the keep of its own
-   process.
+2. A step is forward, backward, SGD. After warm-up, and once amounts have settled, steps of the mode and of `keep` take turns in the
+   same process: `--turns` of each at least, and more until the ratio is known to `--within`, or `--turns-s` are over (`turns.py`).
+   `of_keep` is that ratio; all steps are in the line. In every mode Python's collector of cycles runs between
+   steps, not in them. Every job measures `keep` alone first, at least `--steps` steps, for the absolute figures; so are modes measured
+   where keep does not fit.
 3. A line a mode, as soon as it has ended. What does not fit is a line with its error, what is not installed one that says so.
 4. Order: everything of the first shape and `core` of all others but `LONG_SHAPES`, so each claim has its line early; one `fit`; `ssd` and
    `peers` of `EARLY_SHAPES` between the long ones' `core`; the rest. No mode is begun that would not end before the deadline, by the
@@ -40,7 +42,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "host_memory"), str(HERE.parent / "prediction")]
 
-from estimates import estimate_s  # noqa: E402
+from estimates import JUDGED_S, NUM_TURNS, estimate_s  # noqa: E402
 from measure import append_result, provenance  # noqa: E402
 from net_shapes import SHAPES, TINY, NetShape  # noqa: E402
 from tables import newest, read_lines, summarize  # noqa: E402
@@ -49,7 +51,7 @@ from workers import Crew, on_termination  # noqa: E402
 GIB = 1 << 30
 WORKER = "one_shape.py"
 MODES_OF = {
-    "core": ("keep", "counted", "checkpoint", "cheap", "host", "mix", "mix-97", "mix-90", "keep-again"),
+    "core": ("keep", "counted", "checkpoint", "cheap", "host", "mix", "mix-97", "mix-90", "keep-again", "least"),
     "ssd": ("ssd", "ssd-7", "ssd-14"),
     "peers": ("mix-everything", "trl", "host-everything", "save_on_cpu-pinned", "torchtune"),
     "fit": ("keep", "host", "mix", "checkpoint", "cheap", "trl", "save_on_cpu-pinned"),
@@ -66,7 +68,7 @@ LOADING_S = 20.0
 LEAST_SHARE = 0.4
 """Of its estimate that must be left for a job to begin: it ends itself between modes."""
 CLOSING_S, LEAST_JOB_S, LEAST_RETRY_S = 8.0, 4.0, 10.0
-MODE_LIMIT_S = {"core": 50.0, "ssd": 60.0, "peers": 100.0, "fit": 100.0, "more": 100.0}
+MODE_LIMIT_S = {"core": 70.0, "ssd": 70.0, "peers": 100.0, "fit": 100.0, "more": 100.0}
 """Of one mode: at least twice what the longest is expected to take."""
 MOST_ATTEMPTS = 4
 """Of a job in one call: another process where one ended early."""
@@ -74,6 +76,7 @@ MOST_BROKEN = 2
 MOST_LOADING_FAILURES = 2
 WANTS_ANOTHER_PROCESS = 4
 """See `one_shape.py`."""
+STEP_LISTS = ("warm_steps", "timed_steps")
 NOT_BEGUN = "the order"
 """Where a process ended that was killed while it waited."""
 HANG_WORDS = "Timeout ("
@@ -112,14 +115,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", choices=MODES_OF, default=list(MODES_OF))
     parser.add_argument("--modes", nargs="+", help="of the jobs; any of modes.py with exactly one job; without: the job's own")
     parser.add_argument("--rows", type=int, help="sequences of a micro-batch, of every shape; without: the shape's own")
-    parser.add_argument("--steps", type=int, default=5, help="least that are timed")
+    parser.add_argument("--steps", type=int, default=5, help="least that are timed where no keep comes in between")
     parser.add_argument("--steps-s", type=float, default=1.0, help="more are, up to four times as many, while they take less")
+    parser.add_argument("--turns", type=int, default=NUM_TURNS, help="least steps of a mode between steps of keep; 0: no keep in between")
+    parser.add_argument("--turns-s", type=float, help="most for more turns, of a mode that claims are about; without: 5, tiny 0")
+    parser.add_argument("--within", type=float, default=0.005, help="two standard errors of the ratio at which there are enough turns")
     parser.add_argument("--dtype")
     parser.add_argument("--host-gib", type=float, default=48.0, help="most host memory for saved tensors")
     parser.add_argument("--fit-gib", type=float, default=24.0, help="of the device, for the largest micro-batch")
     parser.add_argument("--fit-host-gib", type=float, default=40.0, help="most host memory for it; pinning takes 0.2 s a GiB")
     parser.add_argument("--deadline-s", type=float, default=530.0, help="of the whole call")
-    parser.add_argument("--mode-limit-s", type=float, help="of one mode, before its process is ended; without: 50 to 100, by job")
+    parser.add_argument("--mode-limit-s", type=float, help="of one mode, before its process is ended; without: 70 to 100, by job")
     parser.add_argument("--waiting", type=int, help="processes that load side by side; without: two cores stay free, 12 at most")
     parser.add_argument("--tiny", action="store_true", help="shapes and budgets for a CPU")
     options = parser.parse_args(arguments)
@@ -165,6 +171,8 @@ class Call:
         """Processes of this call that ended in each mode."""
         self._broken_here: set[tuple[str, str, str]] = set()
         self._provenance = provenance()
+        self._sizes: list[int] = []
+        self._read: list[dict[str, Any]] = []
 
     def run(self, wanted: list[tuple[str, str]]) -> int:
         """Until all is measured, or the deadline; 1 if no process comes to load."""
@@ -201,12 +209,19 @@ class Call:
         return float(self._options.deadline_s) - (time.monotonic() - self._started_s) - CLOSING_S
 
     def _lines(self) -> list[dict[str, Any]]:
-        return [line for path in (*self._options.done, self._options.out) for line in read_lines(path)]
+        """All results so far, without the figures of single steps; read again when there are more."""
+        paths = (*self._options.done, self._options.out)
+        sizes = [path.stat().st_size if path.exists() else 0 for path in paths]
+        if sizes != self._sizes:
+            found = [line for path in paths for line in read_lines(path)]
+            self._read = [{name: value for name, value in line.items() if name not in STEP_LISTS} for line in found]
+            self._sizes = sizes
+        return self._read
 
     def _pending(self, job: str, name: str) -> list[str]:
         """Modes without a result (rules 4 and 5), those that ended a process in an earlier call last."""
         own = [line for line in self._lines() if (line["shape"], line["job"]) == (name, job)]
-        had = {line["mode"] for line in own if "step_s" in line or "missing" in line or line.get("is_oom")}
+        had = {line["mode"] for line in own if "step_s" in line or "missing" in line or "least_peak_bytes" in line or line.get("is_oom")}
         failed = {line["mode"] for line in own} - had
         left = [mode for mode in self._options.modes or MODES_OF[job] if mode not in had and (job, name, mode) not in self._broken_here]
         left = [mode for mode in left if self._broken[mode] < MOST_BROKEN]
@@ -258,6 +273,7 @@ class Call:
 
     def _order(self, job: str, name: str, modes: list[str], running: Path, limit_s: float) -> dict[str, Any]:
         options, tiny = self._options, self._options.tiny
+        turns_s = options.turns_s if options.turns_s is not None else 0.0 if tiny else JUDGED_S
         host_bytes = 16 << 20 if tiny else int((options.fit_host_gib if job == "fit" else options.host_gib) * GIB)
         earlier = {line["mode"]: line for line in newest(self._lines()) if line["shape"] == name and line["job"] == "core"}
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +285,7 @@ class Call:
                 "least_host_bytes": 1 << 20 if tiny else GIB,
             },
             "dtype": options.dtype or ("float32" if tiny else "bfloat16"), "steps": options.steps, "steps_s": options.steps_s,
+            "turns": options.turns, "turns_s": turns_s, "within": options.within,
             "limit_s": limit_s, "mode_limit_s": self._mode_limit_s(job),
             "fit_bytes": int(options.fit_gib * GIB), "out": str(options.out), "running": str(running),
             "provenance": self._provenance,

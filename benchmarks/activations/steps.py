@@ -8,12 +8,22 @@ Rules:
    torch's own allocator), pinned memory, ours with its context and torch's own by name, and the graph of a backward that failed, which
    torch's engine holds until the next one. So no mode finds memory that an earlier one pinned or split, and peaks start at the same floor.
    What stays is what every mode has: CUDA's context and loaded kernels; the first mode's warm-up pays for them, and no timed step.
-3. Amounts are decided anew in each mode. It warms up until they have settled (two rounds alike), and the first mode of a process for
-   `FIRST_WARM_S`, so that the device's clocks have settled under load too. `keep` is run first and last: their difference is the drift of a
-   process, beside the spread of steps.
+3. Amounts are decided anew in each mode. It warms up until they have settled: the last of the first watched rounds has been decided from,
+   two rounds are alike, and a step has allocated nothing on the device. Then until the device's clocks have: a device that comes out of a
+   pause is quick for a moment, then held down hard, and steady after some seconds. So `WARM_S` at least (the first mode of a process
+   `FIRST_WARM_S`), and until `NUM_STEADY` steps in a row are within `STEADY_FRACTION`, or `MOST_STEADY_S` are over.
 4. A step is forward, backward, SGD and the end of it on the device. Its activation peak is taken from torch's allocation history in one
    step more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
    device's peak would count gradients, which come while activations go.)
+5. A mode's steps take turns with keep's (`turns.py`). For these the mode's hooks are popped from torch's stack and pushed again, and
+   recomputed blocks get their own forward back: nothing is left or entered, nothing pinned or given back, and what the mode knows of its
+   rounds stays. A line has all steps of both. There is no keep in between where keep has not run in this process before, or takes most of
+   the device (`MOST_KEEP_FRACTION`). `keep` itself, which all begins with, gives the absolute figures; `keep-again`, which is measured as
+   any other mode, says how well 1 is found.
+6. Python's collector of cycles runs between steps, in every mode, and not within. What was there before a mode is frozen, so that it
+   takes next to no time.
+7. No step that counts beside keep allocates on the device (cudaMalloc): one that did is done again, `MOST_TRIES` times at most. How often
+   steps that count did after all is in the line (`device_allocs`).
 """
 
 from __future__ import annotations
@@ -21,10 +31,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +44,30 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from bounds import activation_peak_bytes, simulate_host  # noqa: E402
+from gpu_state import GpuState  # noqa: E402
+from just_in_time import JustInTime  # noqa: E402
 from modes import MODES, EachStep, Known, Missing, Places, context  # noqa: E402
 from net_shapes import NetShape  # noqa: E402
 from nets import build_inputs, build_net, recompute  # noqa: E402
+from turns import PARTS, Plan, columns, interval, middle, ratios  # noqa: E402
 
+from overspill.activations.timeline import FIRST_WATCHED  # noqa: E402
 from overspill.activations.windows import default_window_bytes  # noqa: E402
 from overspill.spec.documents import to_plain  # noqa: E402
 
 MOST_RESIDUE_BYTES = 256 << 20
 """Of weights, gradients and activations of 15 GB and more."""
-WARMUP, WARMUP_ADAPTIVE, MOST_WARMUP = 2, 5, 9
-"""Rounds 2 and 3 of our own are measured, and decide."""
-FIRST_WARM_S = 1.5
-"""Chosen."""
+WARMUP, WARMUP_ADAPTIVE = 2, max(FIRST_WATCHED) + 2
+"""Of our own, the round after the last of the first watched ones is decided anew, and the next one has to be like it."""
+MORE_WARMUP, MOST_WARM_S = 4, 6.0
+"""Steps more at most, and no further one after so long, if nothing settles."""
+FIRST_WARM_S, WARM_S, MOST_STEADY_S = 2.5, 1.5, 4.0
+NUM_STEADY, STEADY_FRACTION = 3, 0.015
+NUM_ALONE = 4
+"""Chosen, all of them."""
+MOST_TRIES = 3
+MOST_KEEP_FRACTION = 0.7
+"""Of the device, the peak of `keep`: the rest is for pieces that the allocator cannot use."""
 SETTLED_FRACTION = 0.01
 HISTORY_ENTRIES = 400_000
 MOST_TIMED_S = {False: 3.0, True: 10.0}
@@ -63,6 +85,10 @@ class Bench:
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=1e-6, fused=device.type == "cuda")
         self.residue_bytes = 0
         self._is_warm = False
+        self._has_keep = False
+        """Whether keep has run, and leaves room (rule 5)."""
+        self._undo_recompute: Callable[[], None] | None = None
+        self._gpu = GpuState(device)
         self._around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         """Hooks that are entered for each step anew."""
         self._floor_bytes = self.clean()
@@ -114,19 +140,35 @@ class Bench:
             marks.append(self._mark())
         del loss
         self.optimizer.step()
+        marks.append(self._mark())
         self.optimizer.zero_grad(set_to_none=True)
         self.synchronize()
         wall_s = time.perf_counter() - begun_s
-        forward_s, backward_s = (self._seconds(*marks[index : index + 2]) for index in (0, 1))
-        return {"step_s": wall_s, "forward_s": forward_s, "backward_s": backward_s}
+        parts_s = [self._seconds(*marks[index : index + 2]) for index in range(3)]
+        return dict(zip(PARTS, (wall_s, *parts_s, wall_s - sum(parts_s)), strict=True))
+
+    def noted_step(self, *, is_keep: bool = False) -> dict[str, Any]:
+        """One step, of the mode or of keep, what the device did beside it, and then the collector (rule 6)."""
+        before = self._num_device_allocs()
+        with self._as_keep() if is_keep else contextlib.nullcontext():
+            found: dict[str, Any] = self.step()
+        found |= {"is_keep": is_keep, "device_allocs": self._num_device_allocs() - before, **self._gpu.read()}
+        gc.collect()
+        return found
 
     def measure(
-        self, name: str, places: Places, known: Known | None, *, steps: int, steps_s: float, device_budget: int | None = None
+        self, name: str, places: Places, known: Known | None, *, steps: int, steps_s: float, plan: Plan | None = None
     ) -> dict[str, Any]:
-        """The figures of one mode, or its error; then the device is as before."""
+        """The figures of one mode, or its error; then the device is as before.
+
+        Args:
+            steps: that are timed at least, where no keep comes in between.
+            steps_s: more are, up to four times as many, while they take less.
+            plan: of the turns; None: no keep in between.
+        """
         begun_s = time.perf_counter()
         try:
-            line = self._measure(name, places, known, steps, steps_s, device_budget)
+            line = self._measure_least(places) if name == "least" else self._measure(name, places, known, steps, steps_s, plan)
         except Missing as reason:
             line = {"missing": str(reason)}
         except Exception as error:  # a row too: that a mode does not fit is a result
@@ -136,6 +178,7 @@ class Bench:
         self.residue_bytes = max(0, left_bytes - self._floor_bytes)
         if name == "keep" and "step_s" in line:  # what plain steps leave is the process's, and found by every mode
             self._floor_bytes = max(self._floor_bytes, left_bytes)
+            self._has_keep = self._leaves_room(line)
         return {**line, "residue_bytes": self.residue_bytes, "mode_wall_s": round(time.perf_counter() - begun_s, 2)}
 
     @contextlib.contextmanager
@@ -148,49 +191,146 @@ class Bench:
             finally:
                 self._around = contextlib.nullcontext()
 
-    def _measure(
-        self, name: str, places: Places, known: Known | None, steps: int, steps_s: float, device_budget: int | None
-    ) -> dict[str, Any]:
+    def _leaves_room(self, keep: dict[str, Any]) -> bool:
+        if not self.is_cuda:
+            return True
+        _, total_bytes = torch.cuda.mem_get_info(self.device)
+        return bool(keep["device_peak_bytes"] <= MOST_KEEP_FRACTION * total_bytes)
+
+    def _measure(self, name: str, places: Places, known: Known | None, steps: int, steps_s: float, plan: Plan | None) -> dict[str, Any]:
         mode = MODES[name]
         num_full = self.num_blocks if mode.is_checkpointed else 0
         with contextlib.ExitStack() as stack:
             if mode.is_checkpointed:
-                stack.callback(recompute(self.net, range(self.num_blocks)))
-            active = stack.enter_context(self.entered(context(mode, self.net, places, known, device_budget=device_budget)))
-            num_warm, warm_s = self._warm_up(active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"))
+                stack.callback(self._set_recompute, False)
+                self._set_recompute(True)
+            active = stack.enter_context(self.entered(context(mode, self.net, places, known)))
+            stack.enter_context(without_collector())
+            is_beside = plan is not None and name != "keep" and self._has_keep and _can_switch_hooks()
+            warm = self._warm_up(
+                active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"), is_beside=is_beside
+            )
+            num_warm, warm_s = sum(not step["is_keep"] for step in warm), warm[-1]["step_s"]
+            num_rounds = _num_rounds(active) if mode.tier is not None else 0
             is_peer = mode.peer is not None
-            steps = min(steps, max(LEAST_STEPS[is_peer], int(MOST_TIMED_S[is_peer] / warm_s)))
-            if self.is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            timed: list[dict[str, float]] = []
-            while len(timed) < steps or (sum(item["step_s"] for item in timed) < steps_s and len(timed) < 4 * steps):
-                timed.append(self.step())
-            line: dict[str, Any] = {"num_warm": num_warm, "num_steps": len(timed), "num_full_blocks": num_full}
+            peaks: list[int] = []
+            if is_beside:
+                assert plan is not None
+                timed = self._take_turns(plan, peaks)
+            else:
+                steps = min(steps, max(LEAST_STEPS[is_peer], int(MOST_TIMED_S[is_peer] / warm_s)))
+                timed = self._run_alone(steps, steps_s, peaks)
+            counted = [step for step in timed if step["is_counted"]]
+            own = [step for step in counted if not step["is_keep"]]
+            line: dict[str, Any] = {"num_warm": num_warm, "num_steps": len(own), "num_full_blocks": num_full}
             line["full_inputs_bytes"] = num_full * self.shape.tokens() * self.shape.hidden * self.dtype.itemsize
-            for part in timed[0]:
-                values = sorted(item[part] for item in timed)
+            for part in PARTS:
+                values = sorted(step[part] for step in own)
                 line[part], line[f"{part}_spread"] = statistics.median(values), [values[0], values[-1]]
+            if is_beside:
+                line |= _beside(counted, warm)
             if self.is_cuda:
-                line["device_peak_bytes"] = torch.cuda.max_memory_allocated()
+                line["device_peak_bytes"] = max(peaks)
                 line["activation_peak_bytes"] = self._activation_peak()
             if mode.tier is not None:
-                line |= _amounts(to_plain(active.report()))
+                line |= _amounts(to_plain(active.report()), num_rounds)
             if mode.tier == "host" and mode.amount == "adaptive":
                 line["on_paper"] = _on_paper(active, mode.throughput)
+            line["device_allocs"] = sum(step["device_allocs"] for step in counted)
+            line["warm_steps"], line["timed_steps"] = columns(warm), columns(timed)
         return line
 
-    def _warm_up(self, active: Any, *, is_adaptive: bool) -> tuple[int, float]:
-        """Steps until nothing changes (rule 3); how many, and seconds of the last."""
+    def _measure_least(self, places: Places) -> dict[str, Any]:
+        """The peak of a step in which every saved tensor is gone and comes back just in time (`just_in_time.py`); no update follows."""
+        if not self.is_cuda:
+            raise Missing("the CPU keeps no history of allocations")
+        with self.entered(JustInTime(self.net, places.min_bytes)):
+            self.net(self.inputs).backward()  # so that workspaces are there
+            self.net.zero_grad(set_to_none=True)
+            return {"least_peak_bytes": self._activation_peak()}
+
+    def _warm_up(self, active: Any, *, is_adaptive: bool, is_beside: bool) -> list[dict[str, Any]]:
+        """Steps until nothing changes (rule 3); the last is of the mode. In the end keep comes in between as it will: it wants other
+        memory."""
         least = WARMUP_ADAPTIVE if active is not None and is_adaptive else WARMUP
-        for number in range(1, MOST_WARMUP + 1):
-            last_s = self.step()["step_s"]
-            if number >= least and (active is None or not is_adaptive or _has_settled(active.report().rounds)):
+        warm_s, begun_s = WARM_S if self._is_warm else FIRST_WARM_S, time.perf_counter()
+        steps: list[dict[str, Any]] = []
+        while True:
+            steps.append(self.noted_step())
+            is_still = not steps[-1]["device_allocs"] and (active is None or not is_adaptive or _has_settled(active.report().rounds))
+            is_late = len(steps) >= least + MORE_WARMUP or time.perf_counter() - begun_s > MOST_WARM_S
+            if len(steps) >= least and (is_still or is_late):
                 break
-        begun_s = time.perf_counter()
-        while self.is_cuda and not self._is_warm and time.perf_counter() - begun_s < FIRST_WARM_S:
-            last_s = self.step()["step_s"]
+        while self.is_cuda and not _is_steady(steps, time.perf_counter() - begun_s, warm_s):
+            steps.append(self.noted_step())
+        if is_beside:
+            steps += [self.noted_step(is_keep=True), self.noted_step()]
         self._is_warm = True
-        return number, last_s
+        return steps
+
+    def _run_alone(self, steps: int, steps_s: float, peaks: list[int]) -> list[dict[str, Any]]:
+        """Steps of the mode alone; `peaks` gets the device's."""
+        timed: list[dict[str, Any]] = []
+        with self._noting_peak(peaks):
+            while len(timed) < steps or (math.fsum(item["step_s"] for item in timed) < steps_s and len(timed) < 4 * steps):
+                timed.append({**self.noted_step(), "is_counted": True})
+        return timed
+
+    def _take_turns(self, plan: Plan, peaks: list[int]) -> list[dict[str, Any]]:
+        """Steps of keep and of the mode in turns (rule 5); `peaks` gets the device's in each of the mode's."""
+        timed: list[dict[str, Any]] = []
+        begun_s = time.perf_counter()
+        while not plan.is_enough(ratios([step for step in timed if step["is_counted"]]), time.perf_counter() - begun_s):
+            if timed:
+                timed += self._tried_step(peaks, is_keep=False)
+            timed += self._tried_step([], is_keep=True)
+        return timed
+
+    def _tried_step(self, peaks: list[int], *, is_keep: bool) -> list[dict[str, Any]]:
+        """A step, again while it allocates on the device (rule 7); the last one counts, and `peaks` gets the device's."""
+        tried: list[dict[str, Any]] = []
+        with self._noting_peak(peaks):
+            while not tried or (tried[-1]["device_allocs"] and len(tried) < MOST_TRIES):
+                tried.append({**self.noted_step(is_keep=is_keep), "is_counted": False})
+        tried[-1]["is_counted"] = True
+        return tried
+
+    @contextlib.contextmanager
+    def _as_keep(self) -> Iterator[None]:
+        """Steps inside are keep's (rule 5)."""
+        around, self._around = self._around, contextlib.nullcontext()
+        is_recomputed = self._undo_recompute is not None
+        self._set_recompute(False)
+        hooks = _pop_hooks()
+        try:
+            yield
+        finally:
+            _push_hooks(hooks)
+            self._set_recompute(is_recomputed)
+            self._around = around
+
+    def _set_recompute(self, is_on: bool) -> None:
+        """Whether torch recomputes every block."""
+        undo, self._undo_recompute = self._undo_recompute, None
+        if undo is not None:
+            undo()
+        if is_on:
+            self._undo_recompute = recompute(self.net, range(self.num_blocks))
+
+    def _num_device_allocs(self) -> int:
+        """So far: calls of cudaMalloc, and those that failed and were tried again after giving cached memory back."""
+        if not self.is_cuda:
+            return 0
+        found = torch.cuda.memory_stats()
+        return int(found.get("num_device_alloc", 0)) + int(found.get("num_alloc_retries", 0))
+
+    @contextlib.contextmanager
+    def _noting_peak(self, peaks: list[int]) -> Iterator[None]:
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        yield
+        if self.is_cuda:
+            peaks.append(torch.cuda.max_memory_allocated())
 
     def _activation_peak(self) -> int | None:
         """Rule 4; None where this torch keeps no such history."""
@@ -244,6 +384,61 @@ class Bench:
         return begin.elapsed_time(end) / 1e3 if self.is_cuda else end - begin
 
 
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Rule 6: the collector runs when it is called, and looks at what is newer than this."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
+def _can_switch_hooks() -> bool:
+    return hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks")  # not in every torch
+
+
+def _pop_hooks() -> list[Any]:
+    """All saved-tensor hooks of this thread, innermost first."""
+    popped: list[Any] = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        popped.append(top)
+    return popped
+
+
+def _push_hooks(popped: list[Any]) -> None:
+    for pack, unpack in reversed(popped):
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _is_steady(steps: list[dict[str, Any]], spent_s: float, warm_s: float) -> bool:
+    """Rule 3."""
+    last = [step["step_s"] for step in steps[-NUM_STEADY:]]
+    is_even = len(last) == NUM_STEADY and max(last) <= (1 + STEADY_FRACTION) * min(last)
+    return spent_s >= warm_s and (is_even or spent_s >= MOST_STEADY_S)
+
+
+def _beside(steps: list[dict[str, Any]], warm: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of the mode beside keep, and alone before (`turns.py`)."""
+    found, keeps = ratios(steps), [step["step_s"] for step in steps if step["is_keep"]]
+    alone = [step["step_s"] for step in warm[: [step["is_keep"] for step in warm].index(True)]]
+    return {
+        "of_keep": middle(found), "of_keep_interval": list(interval(found)), "num_turns": len(found),
+        "beside_step_s": statistics.median(keeps), "beside_step_s_spread": [min(keeps), max(keeps)],
+        "alone_step_s": statistics.median(alone[-NUM_ALONE:]),
+    }  # fmt: skip
+
+
+def _num_rounds(active: Any) -> int:
+    return int(active.report().num_rounds)
+
+
 def _has_settled(rounds: Any) -> bool:
     if len(rounds) < 2 or not (rounds[-1].is_planned and rounds[-2].is_planned):
         return False
@@ -265,9 +460,11 @@ def _on_paper(active: Any, throughput: float | None) -> dict[str, Any]:
     return found
 
 
-def _amounts(report: dict[str, Any]) -> dict[str, Any]:
-    """Of the last round, and how the rounds came to it."""
+def _amounts(report: dict[str, Any], num_warm: int) -> dict[str, Any]:
+    """Of the last round, how the rounds came to it, and whether it changed after so many of them, while steps were timed."""
     last = report["rounds"][-1]
+    first = report["num_rounds"] - len(report["rounds"])
+    timed = [item["host_bytes"] + item["ssd_bytes"] for item in report["rounds"][max(0, num_warm - first) :] or [last]]
     return {
         **{name: last[name] for name in ("packed_bytes", "kept_bytes", "host_bytes", "ssd_bytes", "rebuilt_bytes", "forwarded_bytes")},
         "moved_bytes": last["host_bytes"] + last["ssd_bytes"],
@@ -278,6 +475,7 @@ def _amounts(report: dict[str, Any]) -> dict[str, Any]:
         "wait_s": last["wait_s"],
         "num_run_again": last["num_run_again"],
         "num_records": last["num_records"],
+        "timed_moved_bytes": [min(timed), max(timed)],
         "settling_bytes": [item["host_bytes"] + item["ssd_bytes"] for item in report["rounds"]][:12],
         "rates": report["rates"],
         "host_peak_bytes": report["host_peak_bytes"],

@@ -4,17 +4,22 @@
 
 The newest line of a mode counts. Columns:
 
-* `of keep`: throughput beside the keep of the same process; where that was run again at the end, beside the mean of both. `peak`: of
-  activations. `fell`: how much lower than keep's.
+* `of keep`: throughput beside the steps of keep next to it, and its interval (`turns.py`). Of lines without these: beside the keep
+  of the same process; where that was run again at the end, beside the mean of both. `peak`: of activations. `fell`: how much lower than
+  keep's.
 * `gone`: share of all saved bytes that does not stay on the device: moved, rebuilt, or of recomputed blocks (less their inputs). `moved`:
   bytes that leave.
 * `allowed`: the link's bound for `host`; for a mix the linear program's optimum at the throughput of its name (`mix`: 97 %); for `ssd` the
   drive's bound at the rate that was measured, which stands behind the name. `reached`: gone over allowed; for `ssd` what the drive was
   written over allowed: what was wanted back while it still waited in host memory does not count.
+* `Steps alone`: how much longer a mode's last steps took before keep came in between: mean of all shapes, least and most. That of
+  `keep-again` is what the device's clocks do meanwhile; what others have beyond it they hide in `of keep`.
 * A name with `!`: the mode left more than `LEAST_TOLD_RESIDUE_BYTES` on the device.
 
-Claims: one of several modes may meet one (a mix at 0.97: `mix`, or `mix-97`, which recomputes what there is time for). The line names the
-mode that comes nearest. For others' tools: whether one of ours runs faster, of keep's speed, at no higher peak.
+Claims: any row of a tier may meet one, if it has both figures; the line names it, or the one that comes nearest. For how far the peak
+falls it also says how far it could: by all but the **least peak**, that of a backward to which every saved tensor comes back just in time,
+measured (mode `least`) or on paper (`least_peak.py`). For others' tools: whether one of ours runs faster, of keep's speed, at no higher
+peak.
 
 SSD lifetime: what the mode writes in a step, all day without a pause, against the rated bytes of a drive (`--tbw`; 600 TB are what common
 drives of 1 TB promise). No factor for shorter retention, and none for write amplification.
@@ -23,32 +28,39 @@ drives of 1 TB promise). No factor for shorter retention, and none for write amp
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "host_memory"))
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from least_peak import least_peak_bytes  # noqa: E402
 from measure import read_lines  # noqa: E402
+from net_shapes import NetShape  # noqa: E402
 
 DAYS_A_YEAR, SECONDS_A_DAY = 365.25, 86400.0
 DEFAULT_TBW = 600.0
+HOSTS = ("host", "host-wide", "host-everything", "host-ssdtrain")
+MIXES = ("mix", "mix-97", "mix-90", "mix-everything")
 CLAIMS = (
-    (("host",), 0.98, 0.90, "host tier: 0.9 of the bound at 0.98 of keep's throughput"),
-    (("mix", "mix-97"), 0.97, 0.90, "mix: 0.9 of the optimum at 0.97"),
-    (("mix-90", "mix-97", "mix"), 0.90, 0.90, "mix: 0.9 of the optimum at 0.90"),
+    (HOSTS, 0.98, 0.90, "host tier: 0.9 of the bound at 0.98 of keep's throughput"),
+    (MIXES, 0.97, 0.90, "mix: 0.9 of the optimum at 0.97"),
+    (MIXES, 0.90, 0.90, "mix: 0.9 of the optimum at 0.90"),
     (("ssd",), 0.98, 0.90, "SSD: 0.9 of the drive's bound at 0.98"),
     (("ssd-7",), 0.98, 0.90, "paced to 7 GB/s: the same"),
     (("ssd-14",), 0.98, 0.90, "paced to 14 GB/s: the same"),
 )
 """Modes, least share of keep's throughput, least share of what is allowed."""
-FALLS = ((("host",), 0.98, 0.47, 12288), (("mix", "mix-97"), 0.97, 0.75, 8192))
+FALLS = ((HOSTS, 0.98, 0.47, 12288), (MIXES, 0.97, 0.75, 8192))
 """Modes, least share of keep's throughput, least fall of the activation peak, from this hidden size on."""
 PEERS = ("trl", "torchtune", "save_on_cpu-pinned", "save_on_cpu")
 OURS = ("host", "mix")
 """How the names of our modes begin that are held against peers."""
-BOUND_BY_LINK = ("host", "host-wide", "host-ssdtrain")
-OPTIMUM_OF = {"mix": "mix_97", "mix-97": "mix_97", "mix-90": "mix_90"}
+OPTIMUM_OF = {"mix": "mix_97", "mix-97": "mix_97", "mix-90": "mix_90", "mix-everything": "mix_97"}
+ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 LEAST_TOLD_RESIDUE_BYTES = 64 << 20
 
 
@@ -85,7 +97,7 @@ def figures(line: dict[str, Any], bounds: dict[str, Any] | None, *, optimum: str
     gone = 1 - (kept + inputs) / everything if kept is not None and everything and mode != "keep" else None
     allowed = reached = None
     if bounds is not None:
-        if mode in BOUND_BY_LINK:
+        if mode in HOSTS:
             allowed = bounds["bound_fraction"]
         elif mode in OPTIMUM_OF:
             allowed = bounds.get(optimum or OPTIMUM_OF[mode], {}).get("gone_fraction")
@@ -97,7 +109,7 @@ def figures(line: dict[str, Any], bounds: dict[str, Any] | None, *, optimum: str
         reached = share / allowed if share is not None else None
     keep_s, keep_peak, peak = line.get("keep_step_s"), line.get("keep_activation_peak_bytes"), line.get("activation_peak_bytes")
     return {
-        "of_keep": keep_s / line["step_s"] if keep_s else None,
+        "of_keep": line.get("of_keep", keep_s / line["step_s"] if keep_s else None),
         "fell": 1 - peak / keep_peak if peak and keep_peak else None,
         "gone": gone,
         "allowed": allowed,
@@ -120,9 +132,9 @@ def summarize(lines: list[dict[str, Any]], *, tbw: float = DEFAULT_TBW) -> str:
     for shape in dict.fromkeys(line["shape"] for line in found):
         own = [line for line in found if line["shape"] == shape]
         bounds = next((line for line in own if line["mode"] == "bounds"), None)
-        text += ["", f"## {shape}", *_bounds(bounds), *_table(own, bounds)]
+        text += ["", f"## {shape}", *_bounds(bounds), *_least(own), *_table(own, bounds)]
         claims += _claims(shape, own, bounds)
-    return "\n".join([*text, *_fits(found), *_lifetimes(found, tbw), *(["", "## Claims", *claims] if claims else [])])
+    return "\n".join([*text, *_fits(found), *_lifetimes(found, tbw), *_alone(found), *(["", "## Claims", *claims] if claims else [])])
 
 
 def _bounds(bounds: dict[str, Any] | None) -> list[str]:
@@ -138,13 +150,38 @@ def _bounds(bounds: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def _least(own: list[dict[str, Any]]) -> list[str]:
+    found = least(own)
+    if found is None:
+        return []
+    least_bytes, words = found
+    keep_bytes = _keep_peak(own)
+    fell = f", {1 - least_bytes / keep_bytes:.1%} below keep's" if keep_bytes else ""
+    return [f"least peak of a backward to which everything comes back just in time: {least_bytes / 1e9:.2f} GB{fell} ({words})"]
+
+
+def least(own: list[dict[str, Any]]) -> tuple[int, str] | None:
+    """The least peak of these lines' shape, and where it is from; None: not known."""
+    measured = next((line["least_peak_bytes"] for line in own if line.get("least_peak_bytes")), None)
+    if measured is not None:
+        return measured, "measured"
+    told = next((line for line in own if set(line.get("net", ())) == set(NetShape.__dataclass_fields__)), None)
+    paper = least_peak_bytes(NetShape(**told["net"]), ITEMSIZE.get(told.get("dtype", ""), 2)) if told is not None else None
+    return (paper, "on paper") if paper is not None else None
+
+
+def _keep_peak(own: list[dict[str, Any]]) -> int | None:
+    return next((line["keep_activation_peak_bytes"] for line in own if line.get("keep_activation_peak_bytes")), None)
+
+
 def _table(own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str]:
     rows = [
         "mode | step, ms | range | tokens/s | of keep | peak, GB | fell | gone | moved, GB | allowed | reached",
         " | ".join(["---"] * 11),
     ]
     for line in own:
-        if line["job"] == "fit" or line["mode"] == "bounds" or (line["mode"] == "keep" and line["job"] != "core"):
+        is_told_elsewhere = line["job"] == "fit" or line["mode"] == "bounds" or "least_peak_bytes" in line
+        if is_told_elsewhere or (line["mode"] == "keep" and line["job"] != "core"):
             continue
         if "step_s" not in line:
             rows.append(f"{line['mode']} | {line.get('missing') or line.get('error', '')[:140]}" + " |" * 9)
@@ -159,7 +196,7 @@ def _table(own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str
         cells = [
             line["mode"] + words,
             f"{line['step_s'] * 1e3:.1f}", f"{low * 1e3:.1f} to {high * 1e3:.1f} ({line['num_steps']})", f"{known['tokens_per_s']:.0f}",
-            _share(known["of_keep"], 3), f"{peak / 1e9:.2f}" if peak else "", _percent(known["fell"]), _percent(known["gone"]),
+            _of_keep(line, known["of_keep"]), f"{peak / 1e9:.2f}" if peak else "", _percent(known["fell"]), _percent(known["gone"]),
             f"{moved / 1e9:.2f}" if moved else "", _percent(known["allowed"]), _share(known["reached"], 2),
         ]  # fmt: skip
         rows.append(" | ".join(cells))
@@ -168,22 +205,29 @@ def _table(own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str
 
 def _claims(shape: str, own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str]:
     measured = {line["mode"]: line for line in own if "step_s" in line and line["job"] != "fit"}
-    said = []
+    said, known_least, keep_bytes = [], least(own), _keep_peak(own)
+    limit = f"; {1 - known_least[0] / keep_bytes:.2f} is the most that can ({known_least[1]})" if known_least and keep_bytes else ""
     for modes, least_speed, least_share, words in CLAIMS:
-        optimum = OPTIMUM_OF.get(modes[0])
+        optimum = f"mix_{round(least_speed * 100)}"
         tried = {mode: figures(measured[mode], bounds, optimum=optimum) for mode in modes if mode in measured}
-        said += _claim(f"{shape}: {words}", tried, least_speed, "reached", least_share)
+        said += _claim(f"{shape}: {words}", measured, tried, least_speed, "reached", least_share)
     for modes, least_speed, least_fall, least_hidden in FALLS:
         tried = {
             mode: figures(measured[mode], bounds) for mode in modes if mode in measured and measured[mode]["net"]["hidden"] >= least_hidden
         }
-        said += _claim(
-            f"{shape}: the peak falls by {least_fall:.0%} at {least_speed} of keep's speed", tried, least_speed, "fell", least_fall
-        )
+        words = f"{shape}: the peak falls by {least_fall:.0%} at {least_speed} of keep's speed"
+        said += [line + limit for line in _claim(words, measured, tried, least_speed, "fell", least_fall)]
     return said + _claims_beside_peers(shape, measured)
 
 
-def _claim(words: str, tried: dict[str, dict[str, float | None]], least_speed: float, figure: str, least: float) -> list[str]:
+def _claim(
+    words: str,
+    measured: dict[str, dict[str, Any]],
+    tried: dict[str, dict[str, float | None]],
+    least_speed: float,
+    figure: str,
+    least: float,
+) -> list[str]:
     """Whether one of these modes has the speed and the figure; of those that have not, what comes nearest."""
     known = {mode: (item["of_keep"], item[figure]) for mode, item in tried.items()}
     given = {mode: (speed, value) for mode, (speed, value) in known.items() if speed is not None and value is not None}
@@ -192,7 +236,7 @@ def _claim(words: str, tried: dict[str, dict[str, float | None]], least_speed: f
     mode = max(given, key=lambda item: (min(given[item][0] / least_speed, 1.0) * min(given[item][1] / least, 1.0), given[item][1]))
     speed, value = given[mode]
     is_met = speed >= least_speed and value >= least
-    return [f"{'yes' if is_met else 'NO '} {words}: {mode}: {value:.2f} at {speed:.3f}"]
+    return [f"{'yes' if is_met else 'NO '} {words}: {mode}: {value:.2f} at {_of_keep(measured[mode], speed)}"]
 
 
 def _claims_beside_peers(shape: str, measured: dict[str, dict[str, Any]]) -> list[str]:
@@ -245,6 +289,25 @@ def _lifetimes(found: list[dict[str, Any]], tbw: float) -> list[str]:
                 f"{years * DAYS_A_YEAR:.1f} days ({years:.2f} years) of a drive rated for {tbw:.0f} TB"
             )
     return ["", "## SSD lifetime", *rows] if rows else []
+
+
+def _of_keep(line: dict[str, Any], of_keep: float | None) -> str:
+    """With its interval, where it has one."""
+    low, high = line.get("of_keep_interval", (None, None))
+    return _share(of_keep, 3) + (f" ({low:.3f} to {high:.3f})" if low is not None else "")
+
+
+def _alone(found: list[dict[str, Any]]) -> list[str]:
+    """What a mode's steps took when they were alone, just before they took turns with keep's (`turns.py`)."""
+    more: dict[str, list[float]] = {}
+    for line in found:
+        if "alone_step_s" in line:
+            more.setdefault(line["mode"], []).append(line["alone_step_s"] / line["step_s"] - 1)
+    rows = [
+        f"{mode}: {statistics.fmean(values):+.1%} ({min(values):+.1%} to {max(values):+.1%}, {len(values)})"
+        for mode, values in more.items()
+    ]
+    return ["", "## Steps alone, against those beside keep", *rows] if rows else []
 
 
 def _percent(value: float | None) -> str:

@@ -4,6 +4,8 @@ with stand-ins. Nothing that was measured is lost, and the rest is measured."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import inspect
 import json
 import os
@@ -25,10 +27,12 @@ sys.path.append(str(FOLDER))
 
 import estimates  # noqa: E402
 import fit  # noqa: E402
+import gpu_state  # noqa: E402
 import modes  # noqa: E402
 import net_shapes  # noqa: E402
 import steps  # noqa: E402
 import tables  # noqa: E402
+import turns  # noqa: E402
 
 GIB = 1 << 30
 PLACES = modes.Places(
@@ -99,8 +103,11 @@ def bench_of(name: str = "gpt-64x4") -> steps.Bench:
     return steps.Bench(net_shapes.TINY[name], torch.device("cpu"), torch.float32)
 
 
-def measure(bench: steps.Bench, mode: str, known: modes.Known | None = None) -> dict[str, Any]:
-    return bench.measure(mode, PLACES, known, steps=2, steps_s=0.0)
+PLAN = turns.Plan(turns=3, limit_s=0.0, most_s=10.0, within=0.005)
+
+
+def measure(bench: steps.Bench, mode: str, known: modes.Known | None = None, plan: turns.Plan | None = None) -> dict[str, Any]:
+    return bench.measure(mode, PLACES, known, steps=2, steps_s=0.0, plan=plan)
 
 
 class Held:
@@ -180,6 +187,105 @@ def test_a_package_that_cannot_be_imported_for_whatever_reason_is_missing(monkey
     assert "because of something" in measure(bench_of(), "trl")["missing"]
 
 
+# -- keep in between ---------------------------------------------------------------------------------------------------
+
+
+class Seen:
+    """What each step of a bench had around it."""
+
+    def __init__(self, bench: steps.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.hooks: list[Any] = []
+        self.has_own_forward: list[bool] = []
+        self.is_collecting: list[bool] = []
+        inner = bench.step
+
+        def step() -> dict[str, float]:
+            top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+            self.hooks.append(top[0] if top is not None else None)
+            self.has_own_forward.append("forward" not in vars(bench.net.blocks[0]))  # type: ignore[index]
+            self.is_collecting.append(gc.isenabled())
+            return inner()
+
+        monkeypatch.setattr(bench, "step", step)
+
+
+def test_keeps_steps_in_between_have_no_hooks_and_the_mode_goes_on_as_if_there_were_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    seen = Seen(bench, monkeypatch)
+    measure(bench, "keep", plan=PLAN)
+    known = modes.Known(all_bytes=532_480, largest_bytes=1, forward_s=1.0, d2h_bytes_per_s=1e9)
+    alone, opened = measure(bench, "host", known), []
+    inner = steps.context
+
+    def context(*arguments: Any, **more: Any) -> Any:
+        opened.append(inner(*arguments, **more))
+        return opened[-1]
+
+    monkeypatch.setattr(steps, "context", context)
+    seen.hooks.clear()
+    line = measure(bench, "host", known, PLAN)
+    assert line["num_turns"] == line["num_steps"] == 3 and line["of_keep_interval"][0] <= line["of_keep"] <= line["of_keep_interval"][1]
+    assert line["timed_steps"]["is_keep"] == [True, False] * 3 + [True] and all(line["timed_steps"]["is_counted"])
+    flags = line["warm_steps"]["is_keep"] + line["timed_steps"]["is_keep"]
+    assert [hooks is None for hooks in seen.hooks] == flags and len({hooks for hooks in seen.hooks if hooks is not None}) == 1
+    (active,) = opened
+    assert active.report().num_rounds == flags.count(False), "keep's steps are no rounds, and nothing was entered anew"
+    assert line["timed_moved_bytes"] == [line["moved_bytes"]] * 2
+    assert line["packed_bytes"] == alone["packed_bytes"] and line["host_peak_bytes"] == alone["host_peak_bytes"]
+    assert not any(seen.is_collecting) and gc.isenabled()
+    assert all(len(line["timed_steps"][part]) == 7 for part in turns.PARTS) and line["alone_step_s"] > 0
+
+
+def test_recomputed_blocks_run_plainly_in_keeps_steps_and_others_hooks_around_all_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    measure(bench, "keep", plan=PLAN)
+    seen = Seen(bench, monkeypatch)
+    line = measure(bench, "checkpoint", plan=PLAN)
+    flags = line["warm_steps"]["is_keep"] + line["timed_steps"]["is_keep"]
+    assert seen.has_own_forward == flags and "forward" not in vars(bench.net.blocks[0])  # type: ignore[index]
+    seen.hooks.clear()
+    line = measure(bench, "save_on_cpu", plan=PLAN)
+    flags = line["warm_steps"]["is_keep"] + line["timed_steps"]["is_keep"]
+    assert [hooks is None for hooks in seen.hooks] == flags
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def test_modules_that_may_be_run_again_run_plainly_in_keeps_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    measure(bench, "keep", plan=PLAN)
+    known = modes.Known(all_bytes=532_480, largest_bytes=1, forward_s=1.0, d2h_bytes_per_s=1e9)
+    assert "of_keep" in measure(bench, "mix-90", known, PLAN)
+    monkeypatch.setattr(steps, "recompute", None)
+    bench.net.blocks[2].forward = lambda *arguments: 1 / 0  # type: ignore[index]
+    assert "ZeroDivisionError" in measure(bench, "host", known, PLAN)["error"]
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None and gc.isenabled()
+
+
+def test_keep_that_fails_in_between_ends_the_mode_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    measure(bench, "keep", plan=PLAN)
+    inner = bench.step
+
+    def step() -> dict[str, float]:
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "step", step)
+        assert measure(bench, "counted", plan=PLAN)["is_oom"]
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None and "of_keep" in measure(bench, "counted", plan=PLAN)
+
+
+def test_where_keep_does_not_fit_modes_are_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    assert "of_keep" not in measure(bench, "counted", plan=PLAN), "keep has not run"
+    monkeypatch.setattr(steps.Bench, "_leaves_room", lambda self, line: False)
+    assert "of_keep" not in measure(bench, "keep", plan=PLAN)
+    line = measure(bench, "counted", plan=PLAN)
+    assert line["num_steps"] == 2 and line["timed_steps"]["is_keep"] == [False] * 2
+
+
 # -- stand-ins for torch.cuda ------------------------------------------------------------------------------------------
 
 
@@ -203,6 +309,7 @@ class Device:
         self.most_bytes = 80 * GIB
         self.calls: list[str] = []
         self.history: list[dict[str, Any]] = []
+        self.num_allocs = 0
         self.is_recording = False
 
 
@@ -229,6 +336,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         "memory_allocated": lambda: found.allocated_bytes, "max_memory_allocated": lambda: found.peak_bytes, "current_device": lambda: 0,
         "reset_peak_memory_stats": lambda: None, "mem_get_info": lambda device: (78 * GIB, 80 * GIB), "memory_reserved": lambda device: GIB,
         "set_per_process_memory_fraction": limit,
+        "memory_stats": lambda: {"num_device_alloc": found.num_allocs, "num_alloc_retries": 0},
     }  # fmt: skip
     for name, stand_in in cuda.items():
         assert hasattr(torch.cuda, name)
@@ -239,7 +347,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         monkeypatch.setattr(torch._C, name, lambda name=name: found.calls.append(name), raising=False)
     monkeypatch.setattr(steps.Bench, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(steps.Bench, "_link_rates", lambda self: {"d2h_bytes_per_s": 50e9, "h2d_bytes_per_s": 50e9})
-    monkeypatch.setattr(steps, "FIRST_WARM_S", 0.05)
+    for name, seconds in (("FIRST_WARM_S", 0.05), ("WARM_S", 0.0), ("MOST_STEADY_S", 0.0)):
+        monkeypatch.setattr(steps, name, seconds)
     yield found
 
 
@@ -265,6 +374,7 @@ def test_the_first_mode_of_a_process_warms_the_device_up(device: Device, monkeyp
         return inner()
 
     monkeypatch.setattr(bench, "step", step)
+    monkeypatch.setattr(steps, "FIRST_WARM_S", 1.0)
     measure(bench, "keep")
     first, count[0] = count[0], 0
     measure(bench, "keep-again")
@@ -294,6 +404,138 @@ def test_the_peak_is_read_from_the_history_of_one_step_and_recording_ends(device
     with pytest.raises(torch.OutOfMemoryError):
         bench._activation_peak()
     assert not device.is_recording, "or every later step would be recorded"
+
+
+def test_a_step_in_which_the_device_allocates_is_done_again_and_a_mode_warms_up_until_it_does_not(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench, count, allocating = bench_of(), [0], set(range(5))
+    inner = bench.step
+
+    def step() -> dict[str, float]:
+        device.num_allocs += count[0] in allocating
+        count[0] += 1
+        return inner()
+
+    monkeypatch.setattr(bench, "step", step)
+    line = measure(bench, "keep", plan=PLAN)
+    assert line["num_warm"] > 5 and line["device_allocs"] == 0
+    count[0], allocating = 0, {4, 6, 7}
+    line = measure(bench, "keep-again", plan=PLAN)
+    num_warm = len(line["warm_steps"]["step_s"])
+    assert line["warm_steps"]["device_allocs"] == [0] * 4 and line["warm_steps"]["is_keep"] == [False, False, True, False]
+    timed = line["timed_steps"]
+    assert timed["is_keep"] == [True, True, False, False, False, True, False, True, False, True] and num_warm + 10 == count[0]
+    assert timed["is_counted"] == [False, True, False, False, *[True] * 6] and line["device_allocs"] == 0 and line["num_turns"] == 3
+    allocating = set(range(10_000))
+    line = measure(bench, "keep-again", plan=PLAN)
+    assert line["num_warm"] == steps.WARMUP + steps.MORE_WARMUP + 1
+    assert line["device_allocs"] == 7 and len(line["timed_steps"]["step_s"]) == 7 * steps.MOST_TRIES
+
+
+def test_the_least_peak_is_read_from_a_step_without_an_update(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    before = [parameter.detach().clone() for parameter in bench.net.parameters()]
+    monkeypatch.setattr(bench, "_history", lambda: [{"action": "alloc", "addr": 1, "size": 70}] * (1 + device.is_recording))
+    recorded: list[Any] = []
+    monkeypatch.setattr(steps, "activation_peak_bytes", lambda events, gradients: recorded.append(events) or 70)
+    line = measure(bench, "least")
+    assert line["least_peak_bytes"] == 70 and len(recorded) == 1 and "step_s" not in line
+    assert all(map(torch.equal, before, bench.net.parameters()))
+    assert all(parameter.grad is None for parameter in bench.net.parameters())
+
+
+def test_every_mode_of_the_first_job_takes_its_turns_on_a_device(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "NUM_STEADY", 1)
+    bench = bench_of()
+    bench._gpu = state_of("12ab", monkeypatch)
+    known = modes.Known(all_bytes=532_480, largest_bytes=16_384, forward_s=1.0, d2h_bytes_per_s=1e9)
+    for mode in (
+        "keep",
+        "counted",
+        "checkpoint",
+        "cheap",
+        "host",
+        "mix",
+        "mix-97",
+        "mix-90",
+        "mix-everything",
+        "save_on_cpu",
+        "keep-again",
+    ):
+        line = measure(bench, mode, known, PLAN)
+        assert ("of_keep" in line) == (mode != "keep") and line["device_allocs"] == 0, (mode, line)
+        assert set(line["timed_steps"]) >= {*turns.PARTS, "is_keep", "is_counted", "device_allocs", "sm_mhz", "watts"}
+        assert json.loads(json.dumps(line)) == line and line["step_s_spread"][0] <= line["step_s"]
+
+
+def test_the_devices_peak_is_that_of_the_modes_own_steps(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    device.peak_bytes = GIB
+    assert measure(bench, "keep", plan=PLAN)["device_peak_bytes"] == GIB
+    inner = bench.step
+
+    def step() -> dict[str, float]:
+        is_keep = torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        device.peak_bytes = 5 * GIB if is_keep else 2 * GIB
+        return inner()
+
+    monkeypatch.setattr(bench, "step", step)
+    line = measure(bench, "counted", plan=PLAN)
+    assert line["device_peak_bytes"] == 2 * GIB and "of_keep" in line
+    device.peak_bytes = 70 * GIB
+    bench = bench_of()
+    measure(bench, "keep", plan=PLAN)
+    assert "of_keep" not in measure(bench, "counted", plan=PLAN), "it takes most of the device"
+
+
+def test_a_mode_warms_up_until_the_devices_clocks_are_steady(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = bench_of()
+    for name, seconds in (("WARM_S", 0.0), ("FIRST_WARM_S", 0.0), ("MOST_STEADY_S", 60.0)):
+        monkeypatch.setattr(steps, name, seconds)
+    times = iter([2.0, 1.9, 1.8, 1.6, 1.4, 1.2, 1.01, 1.0, 1.0, *[1.0] * 100])
+    inner = bench.step
+    monkeypatch.setattr(bench, "step", lambda: {**inner(), "step_s": next(times)})
+    assert measure(bench, "keep")["num_warm"] == 9
+
+
+class Nvml:
+    """A stand-in for libnvidia-ml."""
+
+    def __init__(self, known: bytes) -> None:
+        self.known = known
+
+    def nvmlInit_v2(self) -> int:  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: ctypes.c_char_p, handle: Any) -> int:  # noqa: N802
+        handle._obj.value = 77
+        return 0 if uuid.value == self.known else 6
+
+    def nvmlDeviceGetClockInfo(self, handle: ctypes.c_void_p, kind: ctypes.c_int, found: Any) -> int:  # noqa: N802
+        assert handle.value == 77 and kind.value == 1
+        found._obj.value = 1755
+        return 0
+
+    def nvmlDeviceGetPowerUsage(self, handle: ctypes.c_void_p, found: Any) -> int:  # noqa: N802
+        found._obj.value = 698_432
+        return 0
+
+    def nvmlDeviceGetTemperature(self, handle: ctypes.c_void_p, kind: ctypes.c_int, found: Any) -> int:  # noqa: N802
+        return 3
+
+
+def state_of(uuid: str, monkeypatch: pytest.MonkeyPatch) -> gpu_state.GpuState:
+    """Of a machine that knows one device."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid=uuid))
+    monkeypatch.setattr(gpu_state.ctypes, "CDLL", lambda name: Nvml(b"GPU-12ab"))
+    return gpu_state.GpuState(torch.device("cuda"))
+
+
+def test_clock_and_power_are_told_where_the_machine_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert gpu_state.GpuState(torch.device("cpu")).read() == {} and gpu_state.GpuState(torch.device("cuda")).read() == {}
+    assert state_of("12ab", monkeypatch).read() == state_of("GPU-12ab", monkeypatch).read() == {"sm_mhz": 1755, "watts": 698.4}
+    assert state_of("34cd", monkeypatch).read() == {}
 
 
 def simulate_memory(
@@ -355,7 +597,7 @@ def test_estimates_grow_with_the_shape_and_fit_what_was_measured_of_a_step() -> 
     shape = net_shapes.SHAPES["llama-1.10B-2048"]
     assert estimates.step_s(shape) == pytest.approx(0.28, rel=0.2)
     assert estimates.saved_bytes(shape) == pytest.approx(16 * 1698 * 2**20, rel=0.05)
-    for job in estimates.STEPS_OF:
+    for job in estimates.MODES_OF:
         assert estimates.estimate_s(job, net_shapes.SHAPES["gpt-8192x4"]) <= estimates.estimate_s(job, net_shapes.SHAPES["gpt-12288x3"]) + 1
 
 
@@ -382,6 +624,28 @@ def test_a_mix_that_recomputes_for_its_throughput_may_meet_the_claim_and_inputs_
     assert "yes s: mix: 0.9 of the optimum at 0.97: mix-97: 0.94 at 0.975" in text
     assert "yes s: the peak falls by 75% at 0.97 of keep's speed: mix-97: 0.80 at 0.975" in text
     assert "NO  s: mix: 0.9 of the optimum at 0.90: mix-97: 0.87" in text
+
+
+def test_a_claim_is_met_by_any_row_of_its_tier_and_a_miss_is_held_against_the_least_peak() -> None:
+    everything = line_of("mix-everything", speed=0.98, gone=1.0, peak=24, job="peers")
+    text = tables.summarize([BOUNDS, line_of("mix", speed=0.99, gone=0.6), everything, line_of("host-everything", speed=0.985, gone=0.49)])
+    assert "yes s: mix: 0.9 of the optimum at 0.97: mix-everything: 1.20 at 0.980" in text
+    assert "yes s: host tier: 0.9 of the bound at 0.98 of keep's throughput: host-everything: 0.98 at 0.985" in text
+    assert "yes s: the peak falls by 75% at 0.97 of keep's speed: mix-everything: 0.76 at 0.980" in text and "the most that" not in text
+    least = {"shape": "s", "job": "core", "mode": "least", "least_peak_bytes": 23, "net": {"hidden": 8192}}
+    text = tables.summarize([BOUNDS, line_of("mix", speed=0.99, peak=30), least])
+    assert "mix: 0.70 at 0.990; 0.77 is the most that can (measured)" in text and "\nleast |" not in text
+    net = {"kind": "gpt", "hidden": 8192, "layers": 4, "rows": 4, "length": 1024}
+    text = tables.summarize([BOUNDS, line_of("mix", speed=0.99, peak=3 * 10**9, net=net, keep_activation_peak_bytes=4_900_000_000)])
+    assert "least peak of a backward to which everything comes back just in time: 0.87 GB, 82.2% below keep's (on paper)" in text
+
+
+def test_what_was_measured_beside_keep_counts_before_what_was_measured_after_it() -> None:
+    line = line_of("host", speed=0.9, of_keep=0.985, of_keep_interval=[0.981, 0.99])
+    text = tables.summarize([BOUNDS, line, line_of("keep-again", speed=0.5)])
+    assert "0.985 (0.981 to 0.990)" in text and "yes s: host tier: 0.9 of the bound at 0.98" in text and "alone" not in text
+    text = tables.summarize([BOUNDS, {**line, "alone_step_s": 1.02 / 0.9}, line_of("host", speed=0.9, alone_step_s=1.0 / 0.9, shape="t")])
+    assert "host: +1.0% (+0.0% to +2.0%, 2)" in text
 
 
 def test_drift_of_a_process_is_halved_and_a_drive_is_credited_with_what_it_was_written() -> None:
