@@ -22,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory")]
 
+from disturbance import counted_so_far  # noqa: E402
 from timelines import compact, compute_by_kind, host_by_kind, leads, op_kinds  # noqa: E402
 from workers import take_order, write_stacks_when_asked  # noqa: E402
 
@@ -140,15 +141,19 @@ def measure_run(order: Order) -> dict[str, Any]:
         marks["opened"] = status_bytes("VmRSS")
         batches = [random_batch(config.vocab_size, micro_batch, seq_len, index) for index in range(accumulate)]
         from_file = session.predict_plan()
-        rates = session.rates  # what `overspill finetune` asks for before its first step
+        before = counted_so_far()
+        _ = session.rates  # what `overspill finetune` asks for before its first step
         times = session.time_templates(limit_s=order.templates_s)
+        rates, while_predicting = session.rates, counted_so_far() - before  # looked at again meanwhile
         prediction = session.predict_plan()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
         marks |= {"before_steps": status_bytes("VmRSS"), "peak_before_steps": status_bytes("VmHWM")}
         io = counters.read()
         reports = [session.step(batches) for _ in range(order.warmup)]
+        before = counted_so_far()
         counted = _counted_steps(session, batches, order)
+        while_counted = counted_so_far() - before
         reports += counted
         session.executor.finish()
         io = counters.read() - io
@@ -178,6 +183,7 @@ def measure_run(order: Order) -> dict[str, Any]:
         "spans": {"kinds": kinds, **{who: compact(spans) for who, spans in timelines.items()}},
         "all_step_s": [report.step_s for report in reports],
         "num_counted": len(counted),
+        "disturbance": {"predicting": dataclasses.asdict(while_predicting), "counted": dataclasses.asdict(while_counted)},
         "rates": dataclasses.asdict(rates),
         "templates": [] if times is None else [
             {
