@@ -111,6 +111,9 @@ def test_a_run_is_a_process_of_its_own_and_its_line_has_both_predictions(tmp_pat
     for figures in (line["compute_s"], line["host_s"]):
         assert set(figures["measured"]) == set(figures["predicted"]) and all(value >= 0 for value in figures["measured"].values())
     assert {"blocks backward", "update", "fetch"} <= line["host_s"]["measured"].keys() and line["leads"]["measured"]["median_s"] < 1
+    for kind, (number, seconds) in line["launched_s"].items():
+        assert number == line["spans"]["kinds"].count(kind) > 0 and 0 < seconds <= line["compute_s"]["measured"][kind] * 1.01 + 1e-3, kind
+    assert {"tail backward", "blocks forward", "compress"} <= line["launched_s"].keys(), "on a CPU launching is computing"
     kinds = line["spans"]["kinds"]
     for who in ("predicted", "measured"):
         assert all(-len(kinds) <= op < len(kinds) and begin <= end for op, _, _, _, begin, end in line["spans"][who] if op >= 0)
