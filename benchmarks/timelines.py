@@ -35,6 +35,19 @@ def host_by_kind(kinds: list[str], spans: Any) -> dict[str, float]:
     return dict(found)
 
 
+def launched_by_kind(kinds: list[str], lazy: Any) -> dict[str, list[float]]:
+    """[number, seconds] that the dispatching thread took to launch compute, waits left out, by what its ops do: what templates measure
+    alone, and predictions multiply. Of a `LazyTrace` that nobody has read; empty of another."""
+    found: dict[str, list[float]] = {}
+    _, schedule, completions, *_ = lazy._source or (None, None, ())
+    for kind, item, completion in zip(kinds, schedule.ops if completions else (), completions, strict=False):
+        if item.lane.value == "compute" and type(item.op).__name__ != "Free":
+            begin_s, end_s = completion.issue_span_s(0.0)
+            number, seconds = found.get(kind, (0, 0.0))
+            found[kind] = [number + 1, seconds + end_s - begin_s]
+    return found
+
+
 def leads(spans: Any) -> dict[str, float]:
     """How far the host was ahead of the device: from a compute op's turn to its begin."""
     leads = [span.start_s - span.submitted_s for span in spans if span.lane.value == "compute"]

@@ -22,7 +22,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "host_memory")]
 
-from timelines import compact, compute_by_kind, host_by_kind, leads, op_kinds  # noqa: E402
+from disturbance import counted_so_far  # noqa: E402
+from timelines import compact, compute_by_kind, host_by_kind, launched_by_kind, leads, op_kinds  # noqa: E402
 from workers import take_order, write_stacks_when_asked  # noqa: E402
 
 MOST_TOKENS_TOGETHER = 8192
@@ -140,23 +141,28 @@ def measure_run(order: Order) -> dict[str, Any]:
         marks["opened"] = status_bytes("VmRSS")
         batches = [random_batch(config.vocab_size, micro_batch, seq_len, index) for index in range(accumulate)]
         from_file = session.predict_plan()
-        rates = session.rates  # what `overspill finetune` asks for before its first step
+        before = counted_so_far()
+        _ = session.rates  # what `overspill finetune` asks for before its first step
         times = session.time_templates(limit_s=order.templates_s)
+        rates, while_predicting = session.rates, counted_so_far() - before  # looked at again meanwhile
         prediction = session.predict_plan()
         if session.device.type == "cuda":
             torch.cuda.empty_cache()
         marks |= {"before_steps": status_bytes("VmRSS"), "peak_before_steps": status_bytes("VmHWM")}
         io = counters.read()
         reports = [session.step(batches) for _ in range(order.warmup)]
+        before = counted_so_far()
         counted = _counted_steps(session, batches, order)
+        while_counted = counted_so_far() - before
         reports += counted
         session.executor.finish()
         io = counters.read() - io
         context_bytes = max([_context_bytes(session.device), *(report.device_context_bytes for report in reports)])
         marks["ended"] = status_bytes("VmRSS")
-        plan, trace = session.plan, session.executor.trace
+        plan, lazy = session.plan, session.executor.lazy_trace
+        kinds = op_kinds(plan, lazy._source[1] if lazy._source else lazy.get().schedule)
+        launched, trace = launched_by_kind(kinds, lazy), session.executor.trace
         timelines = {"predicted": prediction.spans, "measured": trace.spans}
-        kinds = op_kinds(plan, trace.schedule)
     figures = _figures(from_file, prediction, reports, counted, context_bytes)
     return {
         "hardware": f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}, {os.cpu_count()} cores",
@@ -174,16 +180,21 @@ def measure_run(order: Order) -> dict[str, Any]:
         "device_context_bytes": context_bytes,
         "compute_s": {who: compute_by_kind(kinds, spans) for who, spans in timelines.items()},
         "host_s": {who: host_by_kind(kinds, spans) for who, spans in timelines.items()},
+        "launched_s": launched,
         "leads": {who: leads(spans) for who, spans in timelines.items()},
         "spans": {"kinds": kinds, **{who: compact(spans) for who, spans in timelines.items()}},
         "all_step_s": [report.step_s for report in reports],
         "num_counted": len(counted),
+        "disturbance": {"predicting": dataclasses.asdict(while_predicting), "counted": dataclasses.asdict(while_counted)},
         "rates": dataclasses.asdict(rates),
         "templates": [] if times is None else [
             {
                 "name": item.name, "forward_s": item.forward_s, "forward_backward_s": item.forward_backward_s, "note": item.note,
                 "launch_s": item.launch_s, "is_replayable": item.is_replayable,
                 "replays_s": [timing.median_s for timing in (item.replayed_forward, item.replayed_backward) if timing],
+                "launches_s": [
+                    timing.issue_s for timing in (item.forward, item.backward, item.replayed_forward, item.replayed_backward) if timing
+                ],
                 "spread_s": item.backward.spread_s if item.backward else None,
                 "num_repetitions": item.backward.num_repetitions if item.backward else 0,
             }

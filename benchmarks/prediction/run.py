@@ -16,7 +16,8 @@ Protocol:
    the last step, and the drive's bytes; of the drive also what the kernel counted, from before the first step until the last has landed,
    less reads of states that nobody has written yet. `missed_by` is measured less predicted, over measured.
 4. A line a run, with the terms of both peaks; a run that fails is a line with its error. `--summarize` prints medians and the worst beside
-   `TARGETS`, and what each shape, length, place and clip was off by.
+   `TARGETS`, and what each shape, length, place and clip was off by; and how far apart the counted steps of one run were, and what others
+   had of the cores meanwhile (`disturbance.py`).
 5. The order is balanced: wherever a call ends, shapes, lengths, places and clip have been had about equally often. A run that is
    estimated not to end before the deadline is left for the next call with the same `--out`, and a shorter one taken.
 
@@ -290,7 +291,8 @@ def summarize(lines: list[dict[str, Any]]) -> str:
             text.append(f"{figure}{missing} | {middle:.2%} | {known[name]:.2%} | {wanted} | {name} | {'yes' if is_met else 'NO'}")
         elif newest:
             text.append(f"{figure} | not predicted in any run | | | | NO")
-    return "\n".join([*text, *_groups(newest), *_kernel_bytes(newest), *(f"failed: {name}" for name in failed)])
+    more = [*_groups(newest), *_kernel_bytes(newest), *_steadiness(newest)]
+    return "\n".join([*text, *more, *(f"failed: {name}" for name in failed)])
 
 
 def _groups(newest: dict[str, dict[str, Any]]) -> list[str]:
@@ -322,6 +324,24 @@ def _kernel_bytes(newest: dict[str, dict[str, Any]]) -> list[str]:
             text.append(
                 f"bytes {way} as the kernel counted them | {statistics.median(ratios.values()):+.3%} | {ratios[worst]:+.3%} | {worst}"
             )
+    return ["", *text] if text else []
+
+
+def _steadiness(newest: dict[str, dict[str, Any]]) -> list[str]:
+    """How far the counted steps of a run were apart, and what others had of the cores meanwhile: no prediction is closer than that."""
+    ranges, taken = {}, {}
+    for name, line in newest.items():
+        steps = line.get("all_step_s", [])[-line.get("num_counted", 0) :]
+        if len(steps) > 1:
+            ranges[name] = (max(steps) - min(steps)) / statistics.median(steps)
+        counted = line.get("disturbance", {}).get("counted", {})
+        if counted.get("wall_s"):
+            taken[name] = (counted["stolen_s"] + counted["busy_s"] - counted["own_s"]) / (counted["wall_s"] * (line.get("num_cpus") or 1))
+    text = []
+    for what, shares in (("counted steps of a run are apart by", ranges), ("of the cores others had meanwhile", taken)):
+        if shares:
+            worst = max(shares, key=lambda name: shares[name])
+            text.append(f"{what} | {statistics.median(shares.values()):.1%} | {shares[worst]:.1%} | {worst}")
     return ["", *text] if text else []
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -67,6 +68,29 @@ def test_the_summary_has_median_and_worst_of_what_is_held_out_and_names_what_fai
     drive = {"lanes_read_bytes": 300, "unwritten_read_bytes": 100, "kernel_read_bytes": 201}
     assert "bytes read as the kernel counted them | +0.500% | +0.500% | a" in run.summarize([line("a", 0.0, drive=drive)])
     assert run.summarize([{"name": "e", "error": "OOM"}]).endswith("failed: e")
+    counted = dict(wall_s=2.0, own_s=3.0, busy_s=5.0, stolen_s=4.0)
+    restless = line("b", 0.0, all_step_s=[9.0, 1.0, 1.2, 1.0], num_counted=3, num_cpus=4, disturbance={"counted": counted})
+    text = run.summarize([line("a", 0.0, all_step_s=[5.0, 5.1, 5.0], num_counted=2), restless])
+    assert "counted steps of a run are apart by | 11.0% | 20.0% | b" in text, "steps that warm up are not among them"
+    assert text.endswith("of the cores others had meanwhile | 75.0% | 75.0% | b"), "stolen, or computing beside us: 6 s of 8"
+
+
+def test_what_others_had_of_the_cores_is_what_the_kernel_counted(tmp_path: Path) -> None:
+    from disturbance import counted_so_far as counted  # beside run.py, which is loaded above
+
+    assert (counted(tmp_path).busy_s, counted(tmp_path).stolen_s, counted(tmp_path).throttled_s) == (0, 0, 0), "it does not tell"
+    for name, text in {
+        "proc/stat": "cpu  100 20 3 9000 50 4 5 600 0 0\ncpu0 1",
+        "sys/fs/cgroup/cpu.stat": "usage_usec 9\nthrottled_usec 25",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+    tick_s = 1 / os.sysconf("SC_CLK_TCK")
+    found = counted(tmp_path)
+    assert (found.busy_s, found.stolen_s) == pytest.approx((132 * tick_s, 600 * tick_s)) and found.throttled_s == pytest.approx(25e-6)
+    before = counted()
+    assert sum(range(200_000)) and counted() - before != before
+    assert (counted() - before).own_s >= 0 and (counted() - before).wall_s > 0
 
 
 def test_a_run_is_a_process_of_its_own_and_its_line_has_both_predictions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,11 +111,15 @@ def test_a_run_is_a_process_of_its_own_and_its_line_has_both_predictions(tmp_pat
     for figures in (line["compute_s"], line["host_s"]):
         assert set(figures["measured"]) == set(figures["predicted"]) and all(value >= 0 for value in figures["measured"].values())
     assert {"blocks backward", "update", "fetch"} <= line["host_s"]["measured"].keys() and line["leads"]["measured"]["median_s"] < 1
+    for kind, (number, seconds) in line["launched_s"].items():
+        assert number == line["spans"]["kinds"].count(kind) > 0 and 0 < seconds <= line["compute_s"]["measured"][kind] * 1.01 + 1e-3, kind
+    assert {"tail backward", "blocks forward", "compress"} <= line["launched_s"].keys(), "on a CPU launching is computing"
     kinds = line["spans"]["kinds"]
     for who in ("predicted", "measured"):
         assert all(-len(kinds) <= op < len(kinds) and begin <= end for op, _, _, _, begin, end in line["spans"][who] if op >= 0)
     assert line["replays"] == {"predicted": 0, "measured": 0}
     assert {"launch_s", "replays_s", "num_repetitions"} < line["templates"][0].keys()
+    assert line["disturbance"]["counted"]["wall_s"] > 0 and len(line["rates"]["update_samples_per_s"]) >= 10, "two looks of five samples"
     drive = line["drive"]
     steps = 2  # the first of warming up, and the counted one: the second makes the first update, of states that nobody has written
     assert drive["lanes_written_bytes"] > (steps - 1) * line["measured"]["ssd_written_bytes"] > 0

@@ -20,6 +20,7 @@ from test_capacities import make_root
 
 from overspill.errors import BudgetError, StorageError
 from overspill.probe import capacities, machine
+from overspill.probe import sampling as sampling_module
 from overspill.probe.compute import BLOCK_ON_GPU, measure_compute
 from overspill.probe.drive import Passes, choose_depth, measure_trial
 from overspill.probe.link import open_link
@@ -127,6 +128,21 @@ def test_a_sample_is_as_long_as_it_should_be_and_work_that_takes_no_time_is_not_
     assert len(sample_seconds(calls.append, Sampling(least_s=9.0, num_samples=9), until_s=0.0)) == 1, "one sample even when time is over"
     rate = measured_rate([1.0, 2.0, 4.0], 8)
     assert (rate.min_per_s, rate.median_per_s, rate.max_per_s, rate.size) == (2, 4, 8, 8)
+
+
+def test_samples_that_disagree_are_made_more_of_and_the_median_forgets_a_short_disturbance(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampled(*took_s: float, least: int = 5, most: int = 9) -> list[float]:
+        left = list(took_s)
+        monkeypatch.setattr(sampling_module, "_timed", lambda run, times: times * left.pop(0))
+        return sample_seconds(lambda times: None, Sampling(least_s=0.0, num_samples=least, most_samples=most))
+
+    steady = [1.0, 1.02, 0.99, 1.01, 1.0]
+    assert sampled(*steady) == steady and sampled(*[1.0, 1.0, 9.0, 1.0, 1.0]) == [1.0, 1.0, 9.0, 1.0, 1.0], "one of five"
+    unsteady = [1.0, 2.0, 1.5, 1.25, 1.5]
+    assert sampled(*unsteady, *[1.5] * 9) == [*unsteady, 1.5, 1.5], "until they agree"
+    assert len(sampled(*unsteady, 1.0, 2.0, 1.0, 2.0, 1.0)) == 9, "but no more than that"
+    assert len(sampled(*unsteady, most=0)) == 5 and len(sampled(1.0, least=1, most=1)) == 1
+    assert measured_rate(sampled(1.0, 1.0, 9.0, 1.0, 1.0), 8).median_per_s == 8
 
 
 def test_what_runs_in_the_background_runs_all_the_time_and_its_failure_is_told() -> None:

@@ -181,7 +181,7 @@ def test_updates_are_measured_over_as_much_as_homes_will_take_and_no_more(monkey
     def open_store(directory: str, capacity_bytes: int, is_scratch: bool) -> FakeStore:
         return FakeStore(capacity_bytes)
 
-    monkeypatch.setattr(rates_module, "measure_update", measure)
+    monkeypatch.setattr(rates_module, "time_updates", measure)
     with open_session(parameters="host", states=states, boundaries="host") as session:
         untouched = 3 * GIB if states == "host" else 0
         rates, _ = rates_module.measure_rates(
@@ -193,6 +193,33 @@ def test_updates_are_measured_over_as_much_as_homes_will_take_and_no_more(monkey
         assert 2 * GIB <= asked["updated_bytes"] <= untouched
     else:
         assert asked["updated_bytes"] == rates_module.UPDATED_BYTES
+
+
+def test_an_update_that_was_disturbed_for_a_moment_is_no_slow_one_and_who_predicts_looks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = [[1.0, 1.0, 40.0, 1.0, 1.0], [4.0, 4.0, 4.0, 4.0, 4.0], [4.0, 4.0]]
+    monkeypatch.setattr(rates_module, "time_updates", lambda *_, **__: looks.pop(0))
+    with open_session(**PLACEMENTS[0]) as session:
+        session.time_templates(limit_s=0.5)
+        assert len(looks) == 3, "nobody has asked for rates yet"
+        first = session.rates
+        assert first.update_parameters_per_s is not None and first.update_parameters_per_s == max(first.update_samples_per_s)
+        floor = session.step(batches()).floor
+        session.time_templates(limit_s=0.5)
+        both = session.rates
+        assert both.link == first.link and both.update_samples_per_s[:5] == first.update_samples_per_s
+        assert both.update_parameters_per_s == pytest.approx(first.update_parameters_per_s / 4), "the median of all: six of ten say so"
+        later = session.step(batches(1)).floor
+        assert floor is not None and later is not None and later.work_s["host_update"] == pytest.approx(4 * floor.work_s["host_update"])
+
+        nothing = dataclasses.replace(first, update_parameters_per_s=None, update_samples_per_s=())
+        arguments = (session.plan, session.optimizer)
+        assert rates_module.look_again(nothing, *arguments, room_bytes=GIB) == nothing, "there was nothing to look at"
+        monkeypatch.setattr(rates_module, "time_updates", refuse)
+        assert rates_module.look_again(first, *arguments, room_bytes=GIB) == first, "no room any more: the first look stands"
+
+
+def refuse(*_: object, **__: object) -> object:
+    raise StorageError("no room")
 
 
 @pytest.mark.clock
@@ -220,7 +247,7 @@ def test_measuring_rates_leaves_no_file_no_thread_and_the_written_bytes_counted(
         before = session.wear.state.own_bytes
         begun_s = time.perf_counter()
         rates = session.rates
-        assert time.perf_counter() - begun_s < 3, "measuring takes about half a second, even here"
+        assert time.perf_counter() - begun_s < 3, "measuring takes about a second, even here"
         assert rates.ssd is not None and rates.ssd.up_bytes_per_s > 0
         assert threading.active_count() == threads and sorted(path.name for path in tmp_path.iterdir()) == names
         report = session.step(batches(1))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from overspill.huggingface.workload import build_streamed
 from overspill.planning import build_costs
-from overspill.planning.dispatching import COMPUTE_S, VISIT_S, find_operation_s
+from overspill.planning.dispatching import COMPUTE_S, EMBEDDING_OPERATIONS, STAND_IN_OPERATIONS, VISIT_S, find_operation_s
 from overspill.planning.graphs import choose_replayed, find_bound, has_room, is_bound_by_launches, room_bytes
 from overspill.planning.memory import device_terms, recordings_bytes
 from overspill.runtime.opening import describe_batch, make_plan
@@ -143,7 +143,7 @@ def test_a_block_is_replayed_before_launches_bound_it_and_kept_as_long_as_they_d
 
 
 def test_the_memory_term_and_the_time_of_compute_follow_one_decision() -> None:
-    plan = plan_for()
+    plan = dataclasses.replace(plan_for(), deferred=())  # else forwards are dearer
     for launch_share, replays_graphs, is_replayed in ((0.9, True, True), (0.3, True, False), (0.9, False, False)):
         times = times_of(launch_share=launch_share, replay_s=1e-3)
         quick = dataclasses.replace(MEASURED, host_update_parameters_per_s=1e15)  # else the thread waits, and compute for what it does then
@@ -156,10 +156,11 @@ def test_the_memory_term_and_the_time_of_compute_follow_one_decision() -> None:
         assert found.num_replays == (2 * 4 * 2 if is_replayed else 0), "forward and backward of each micro-batch and block"
         block_s = 4e-3 if is_replayed else max(8e-3, LAUNCH_BESIDE_LANES * launch_share * 8e-3)
         expected_s = 2 * (4 * block_s + 8e-3)
-        slowness = find_operation_s(MEASURED, workload(), times) / LAUNCH_S
-        visits_s = slowness * sum(2 * COMPUTE_S + visit_s for visit_s in VISIT_S.values())
+        operation_s = find_operation_s(MEASURED, workload(), times)
+        visits_s = operation_s / LAUNCH_S * sum(2 * COMPUTE_S + visit_s for visit_s in VISIT_S.values())
+        model_s = 2 * (EMBEDDING_OPERATIONS + STAND_IN_OPERATIONS * len(BLOCKS)) * operation_s
         compute_s = found.lane_busy_s["compute"]
-        assert expected_s < compute_s < 1.16 * expected_s + visits_s, "launches of the embedding are in it, and its visits"
+        assert expected_s < compute_s - model_s < 1.16 * expected_s + visits_s, "launches of the embedding are in it, and its visits"
 
 
 def test_a_replay_that_was_not_timed_is_estimated_and_that_is_said() -> None:

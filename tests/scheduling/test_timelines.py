@@ -11,7 +11,18 @@ from tiny_models import tiny_config
 from overspill.huggingface.workload import describe_workload
 from overspill.planning import build_costs, full_step, simulate
 from overspill.planning.cost import UPDATE_IN_STEP, unit_work
-from overspill.planning.dispatching import BESIDE_UPDATES, REPLAY_OPERATIONS, RETAINED_LAUNCHES, VISIT_S, count_operations, find_operation_s
+from overspill.planning.dispatching import (
+    BESIDE_UPDATES,
+    EMBEDDING_OPERATIONS,
+    REPLAY_OPERATIONS,
+    RETAINED_LAUNCHES,
+    STAND_IN_OPERATIONS,
+    TAIL_OPERATIONS,
+    TAIL_STAND_IN_OPERATIONS,
+    VISIT_S,
+    count_operations,
+    find_operation_s,
+)
 from overspill.planning.timeline import Contention, Task, Threads, run_timeline
 from overspill.scheduling import build_evaluation, build_train_step
 from overspill.spec.hardware import HardwareSpec
@@ -305,8 +316,14 @@ def test_launches_take_the_hosts_time_one_by_one_and_a_replay_few_of_them() -> N
     embedding, block = (Compute(unit=name, micro_batch=0, phase=Phase.FORWARD, produced=(), flops=1) for name in names[:2])
     forward = workload.classes[0].forward
     assert forward is not None
-    stand_ins = len(plan.units) - 2
-    assert costs.launched_s(embedding) == pytest.approx((forward.work.num_ops + stand_ins) * costs.operation_s)
+    num_blocks = len(plan.units) - 2
+    model = EMBEDDING_OPERATIONS + STAND_IN_OPERATIONS * num_blocks
+    assert costs.launched_s(embedding) == pytest.approx((forward.work.num_ops + model) * costs.operation_s)
+    tail = Compute(unit=plan.units[-1].name, micro_batch=0, phase=Phase.BACKWARD, produced=(), flops=1)
+    kernels = unit_work(workload.classes[-1], Phase.BACKWARD)
+    assert kernels is not None
+    model = TAIL_OPERATIONS + TAIL_STAND_IN_OPERATIONS * num_blocks
+    assert costs.launched_s(tail) == pytest.approx((kernels.num_ops + model) * costs.operation_s), "nobody has timed it"
     backward = unit_work(workload.classes[0], Phase.BACKWARD)
     assert backward is not None
     returning = dataclasses.replace(embedding, phase=Phase.BACKWARD)
@@ -336,6 +353,22 @@ def test_a_forward_beside_the_hosts_updates_is_dispatched_dearer_and_no_other(gr
     for op, alone in found[None].items():
         factor = BESIDE_UPDATES if op.phase is Phase.FORWARD and op.micro_batch < group_size else 1
         assert found[1.0][op] == pytest.approx((factor * alone.seconds, factor * alone.before_s)), op
+
+
+def test_a_forward_under_updates_that_were_put_off_is_dispatched_dearer_and_a_backward_is_not() -> None:
+    hardware = dataclasses.replace(BALANCED, source="measured (m)", launch_s=LAUNCH_S)
+    plan = dataclasses.replace(make_plan(parameters="host", states="host", boundaries="device"), device="cuda:0")
+    putting_off = dataclasses.replace(plan, deferred=plan.units[1].bundles)
+    prompt, later = (
+        {item.op: turn for item, turn in zip(ops, build_costs(item, hardware).turns(ops), strict=True) if isinstance(item.op, Compute)}
+        for item in (plan, putting_off)
+        for ops in [full_step(item).ops]
+    )
+    assert prompt.keys() == later.keys()
+    for op, turn in prompt.items():
+        assert later[op].seconds == pytest.approx((BESIDE_UPDATES if op.phase is Phase.FORWARD else 1) * turn.seconds), op
+    evaluation = [build_evaluation(item, [8]).ops for item in (plan, putting_off)]
+    assert build_costs(plan, hardware).turns(evaluation[0]) == build_costs(putting_off, hardware).turns(evaluation[1])
 
 
 def test_a_visit_is_dispatched_dearer_at_its_first_micro_batch_and_nothing_takes_time_where_nobody_measured() -> None:

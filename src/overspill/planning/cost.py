@@ -33,9 +33,12 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 from overspill.planning.dispatching import (
+    EMBEDDING_OPERATIONS,
     REPLAY_OPERATIONS,
     RETAINED_LAUNCHES,
     STAND_IN_OPERATIONS,
+    TAIL_OPERATIONS,
+    TAIL_STAND_IN_OPERATIONS,
     Dispatching,
     Turn,
     find_operation_s,
@@ -83,7 +86,8 @@ class Costs:
         """Of the dispatching thread, for each op of a program."""
         if not self.operation_s:
             return [Turn(0.0)] * len(ops)
-        dispatching = Dispatching(self.operation_s)
+        updates = any(isinstance(item.op, Update) for item in ops)  # else nothing is under way when the program begins
+        dispatching = Dispatching(self.operation_s, begins_beside_updates=updates and bool(self.plan.deferred))
         return [
             dispatching.turn(item.op, item.lane, launched_s=self.launched_s(item.op) if isinstance(item.op, Compute) else 0.0)
             for item in ops
@@ -253,10 +257,16 @@ class _ComputeTable:
         if timing is not None and timing.issue_s:
             return factor * issue_s(timing)
         work = self._work(op, item)
-        is_tail, is_embedding = op.unit == self.plan.units[-1].name, op.unit == self.plan.units[0].name
-        runs_model = is_tail or (is_embedding and op.phase is Phase.FORWARD)  # the embedding's graph is kept
-        stand_ins = STAND_IN_OPERATIONS * (len(self.plan.units) - 2) if runs_model else 0
-        return factor * (stand_ins + (0 if work is None else work.num_ops)) * self.operation_s
+        return factor * (self._model_operations(op) + (0 if work is None else work.num_ops)) * self.operation_s
+
+    def _model_operations(self, op: Compute) -> float:
+        """Beside kernels, where the model's own forward runs around its blocks."""
+        num_blocks = len(self.plan.units) - 2
+        if op.unit == self.plan.units[-1].name:
+            return TAIL_STAND_IN_OPERATIONS * num_blocks + TAIL_OPERATIONS
+        if op.unit == self.plan.units[0].name and op.phase is Phase.FORWARD:  # its graph is kept for the backward
+            return STAND_IN_OPERATIONS * num_blocks + EMBEDDING_OPERATIONS
+        return 0.0
 
     def _share(self, op: Compute) -> float:
         """Tokens of the op's micro-batch, over those of the longest: by the boundary that it reads or makes."""

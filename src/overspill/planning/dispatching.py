@@ -32,16 +32,22 @@ COMPUTE_S = 70e-6
 VISIT_S = {Phase.FORWARD: 230e-6, Phase.BACKWARD: 650e-6}
 """Once a visit: views of parameters are made and swapped in; backward, sums of gradients are made too."""
 BESIDE_UPDATES = 1.4
-"""What a forward's `Compute` takes where the host updates meanwhile, as when a step begins with pending updates, over what it takes else:
-its threads and the lanes want the cores, too. 1.10B with clipping over the same without it, on two H100 machines: 1.35 and 1.44."""
+"""What a forward's `Compute` takes where the host updates meanwhile, as when a step begins with pending updates, or the one before has put
+some off, over what it takes else: its threads and the lanes want the cores, too. 1.10B with clipping over the same without it, on two H100
+machines: 1.35 and 1.44."""
 MOVE_S = 12e-6
 """A `Fetch` or `Evict`: slots, waits, and handing it to its lane."""
 HOST_UPDATE_S = 12e-6
 FREE_S = 10e-6
 OWN_COMPRESS_S = 200e-6
 """Beside its kernels. Assumed: on a CPU they are not apart."""
-STAND_IN_OPERATIONS = 1
-"""Of each block's stand-in, wherever the model's own forward runs: in the embedding and in the tail."""
+STAND_IN_OPERATIONS, EMBEDDING_OPERATIONS = 2.0, 18
+"""Of the embedding's forward, beside its kernels: each block's stand-in, whose call is written down, and the model's and our own Python
+around them (checks, masks, positions, reads that are noted, a graph that is kept). On two virtual cores without a GPU 2.5 and 27 of a
+block's operations, by embeddings of 2, 12 and 24 blocks. Beside a GPU an operation costs more: the calibration runs' embeddings took 0.7 to
+0.9 of what the same cores said of the code of their day (seven runs of 1.10B on H100 machines, 28 to 66 operations with the kernels)."""
+TAIL_STAND_IN_OPERATIONS, TAIL_OPERATIONS = 0.5, 60
+"""The same of a tail that was not timed, whose stand-ins only hand through: 0.4 to 0.9 and 75, at 0.8."""
 RETAINED_LAUNCHES = 2.2
 """Of a forward whose graph is kept, over one without a graph: autograd, and a decision for each saved tensor."""
 REPLAY_OPERATIONS = 8
@@ -63,13 +69,14 @@ class Dispatching:
 
     Args:
         operation_s: of one operation in a session; 0: not known, and nothing takes time.
+        begins_beside_updates: those of the step before are under way when the program begins (`Plan.deferred`).
     """
 
-    def __init__(self, operation_s: float) -> None:
+    def __init__(self, operation_s: float, *, begins_beside_updates: bool = False) -> None:
         self.operation_s = operation_s
         self._slowness = operation_s / LAUNCH_S
         self._visited: tuple[str, Phase] | None = None
-        self._is_beside_updates = False
+        self._is_beside_updates = begins_beside_updates
 
     def turn(self, op: Op, lane: Lane, *, launched_s: float) -> Turn:
         """For one op; asked in the order of the program.

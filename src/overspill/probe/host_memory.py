@@ -202,8 +202,7 @@ def _adamw(layout: StateFormat, number: int, parameter_dtype: str, num_threads: 
     return update
 
 
-def measure_update(
-    num_elements: int,
+def time_updates(
     sizes: Mapping[Role, int],
     update: Callable[[_Copies], object],
     sampling: Sampling,
@@ -211,12 +210,11 @@ def measure_update(
     updated_bytes: int,
     room_bytes: int,
     until_s: float = math.inf,
-) -> MeasuredRate:
-    """Parameters a second of `update`, which is given the copies of one chunk after another: a session's quick look. What is updated in
-    little memory a large cache may hold; the rate is then higher than a step's.
+) -> list[float]:
+    """Seconds of `update`, which is given the copies of one chunk after another, one number a sample: a session's own look. What is updated
+    in little memory a large cache may hold; it is then quicker than in a step.
 
     Args:
-        num_elements: of a chunk.
         sizes: bytes of each role of a chunk.
         updated_bytes: of all chunks, at most.
 
@@ -232,7 +230,7 @@ def measure_update(
             {role: host.allocate(f"{role}[{number}]", size).fill_(0) for role, size in sizes.items()}
             for number in range(min(num_sets, MOST_SETS))
         ]
-        return measured_rate(sample_seconds(_in_turn(sets, update), sampling, until_s=until_s), num_elements)
+        return sample_seconds(_in_turn(sets, update), sampling, until_s=until_s)
     finally:
         sets = []
         host.close()

@@ -5,6 +5,7 @@ Rules:
 1. One run that is not counted comes first: it touches pages, loads code, wakes threads.
 2. A sample is so many repetitions that it takes `least_s`, or `most_repeats`; starting and waiting then does not count.
 3. At `until_s` no further sample begins. One that is under way is finished, so whoever sets a limit keeps single repetitions short.
+4. Where samples disagree (`DISAGREEMENT`), more are made, up to `most_samples`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from overspill.spec.machine_file import MeasuredRate
 
+DISAGREEMENT = 0.1
+"""Of the median: the quartiles' distance from which on samples disagree. Chosen: five of the update's lay within 6 % on an H100 machine."""
+
 Run = Callable[[int], object]
 """Does its work so many times and returns when all of it has ended."""
 
@@ -32,6 +36,8 @@ class Sampling:
     num_samples: int = 1
     most_repeats: int = 64
     """In one sample: what takes no time is not repeated for ever."""
+    most_samples: int = 0
+    """Where samples disagree (rule 4); 0: no more than `num_samples`."""
 
 
 def sample_seconds(run: Run, sampling: Sampling, *, until_s: float = math.inf) -> list[float]:
@@ -49,9 +55,19 @@ def sample_seconds(run: Run, sampling: Sampling, *, until_s: float = math.inf) -
         wanted = math.ceil(1.1 * times * sampling.least_s / max(took_s, 1e-9))
         times = min(sampling.most_repeats, max(times + 1, min(8 * times, wanted)))
     seconds = [took_s / times]
-    while len(seconds) < sampling.num_samples and time.perf_counter() < until_s:
+    while time.perf_counter() < until_s:
+        if len(seconds) >= sampling.num_samples and (len(seconds) >= sampling.most_samples or not do_disagree(seconds)):
+            break
         seconds.append(_timed(run, times) / times)
     return seconds
+
+
+def do_disagree(samples: Sequence[float]) -> bool:
+    """Rule 4."""
+    if len(samples) < 2:
+        return False
+    lower, middle, upper = statistics.quantiles(samples, method="inclusive")
+    return upper - lower > DISAGREEMENT * middle
 
 
 def sample_beside(run: Run, background: Run, sampling: Sampling, *, until_s: float = math.inf) -> list[float]:

@@ -40,7 +40,7 @@ from overspill.runtime.opening import Files, StoreFactory, allocate, fill_homes,
 from overspill.runtime.predictions import Predictions, brings_mask
 from overspill.runtime.program_runner import ProgramRunner
 from overspill.runtime.programs import Programs
-from overspill.runtime.rates import measure_rates, spare_host_bytes
+from overspill.runtime.rates import look_again, measure_rates, spare_host_bytes
 from overspill.runtime.step_memory import MemoryWatch
 from overspill.runtime.template_timing import LIMIT_S
 from overspill.runtime.timing import StepTiming
@@ -352,21 +352,23 @@ class Session(Closing):
 
     @property
     def rates(self) -> LaneRates:
-        """How fast this session's lanes are: measured when it is first asked for, in about half a second, never within a step. The
-        reports of all later steps have their `floor`."""
+        """How fast this session's lanes are: measured when it is first asked for, in about a second, never within a step, and once more by
+        `time_templates`. The reports of all later steps have their `floor`."""
         if not self._timing.has_rates:
             self._runner.check_usable()
             self.executor.finish()
         return self._timing.rates
 
     def _measure_rates(self, files: Files) -> LaneRates:
-        host = self.residency.host
-        room = spare_host_bytes(self.plan, host.allocated_bytes)
-        untouched = host.allocated_bytes - host.resident_bytes()
-        rates, written = measure_rates(self.plan, self.optimizer, files, room_bytes=room, untouched_bytes=untouched)
+        rates, written = measure_rates(self.plan, self.optimizer, files, **self._room_for_rates())
         if self._wear is not None:
             self._wear.add(written)
         return rates
+
+    def _room_for_rates(self) -> dict[str, int]:
+        host = self.residency.host
+        room = spare_host_bytes(self.plan, host.allocated_bytes)
+        return {"room_bytes": room, "untouched_bytes": host.allocated_bytes - host.resident_bytes()}
 
     @property
     def wear(self) -> SsdWear | None:
@@ -410,6 +412,7 @@ class Session(Closing):
 
         This also decides which blocks are replayed as CUDA graphs, unless steps that were made before have shown that launches bound all
         of them, or a class could not be timed (`UnitTimes.note`): then steps decide. Predictions are of what the session does, either way.
+        Rates that somebody has asked for are looked at again, in about half a second.
 
         Between steps; takes memory of the device that the plan knows nothing of. None: the model cannot be described without weights.
         """
@@ -419,6 +422,7 @@ class Session(Closing):
         is_timed = times is not None and all(item.backward is not None for item in times.blocks)
         if is_timed and not self._is_compiled:  # compiled blocks launch less than was timed: the run judges
             self.executor.graphs.choose(self._predictions.choose_blocks())
+        self._timing.look_again(lambda rates: look_again(rates, self.plan, self.optimizer, **self._room_for_rates()))
         return times
 
     # -- the end -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a session says about the time of its steps: exposed lanes, the floor, and the trace of the last step.
 
 Rule 1. Rates are measured when somebody first asks for a floor, between steps, once a session; from then on every report has its floor.
+    Who is about to predict has them looked at again.
 Rule 2. The trace is of the last training step, whatever was evaluated or flushed since.
 Rule 3. Reading a step's times takes milliseconds, and waits until the step has landed (`runtime/landing`). It happens when somebody
     asks; else in slices, wherever the thread that dispatches the next step would only wait, and what is left when all its ops are under
@@ -55,6 +56,15 @@ class StepTiming:
         if self._rates is None:
             self._rates = self._measure()
         return self._rates
+
+    def look_again(self, measure: Callable[[LaneRates], LaneRates]) -> None:
+        """At rates that somebody has asked for; nothing if nobody has.
+
+        Args:
+            measure: the rates by both looks, from those that are known.
+        """
+        if self._rates is not None:
+            self._rates, self._work = measure(self._rates), None
 
     def after_step(self, step: int, lazy: LazyTrace) -> LazyTimes:
         """The step's times, read when they are asked for."""

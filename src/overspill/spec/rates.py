@@ -44,6 +44,8 @@ class LaneRates:
     """Of all places together, in portions of a chunk; None: nothing rests there, or not measured."""
     update_parameters_per_s: float | None
     """On the host, in the plan's state format; None: nothing is updated there, or not measured."""
+    update_samples_per_s: tuple[float, ...] = ()
+    """What that is the median of, in the order in which they were made."""
     notes: tuple[str, ...] = ()
     """What could not be measured, and why."""
 

@@ -303,7 +303,8 @@ class Timing:
     """Upper quartile less the lower one, so that one disturbed repetition does not make it; 0 with one."""
     num_repetitions: int
     issue_s: float = 0.0
-    """Median of the host's time to launch it, from before the first call to after the last. 0: not measured, or the host computes."""
+    """The host's time to launch it, from before the first call to after the last: in the mean, where one repetition that was held up for
+    long counts little. 0: not measured, or the host computes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
