@@ -18,7 +18,7 @@ from overspill.report.workload import _describe_launches
 from overspill.runtime import template_repetitions, template_timing
 from overspill.runtime.template_repetitions import MOST_IN_DOUBT, build_sizes
 from overspill.runtime.template_runs import BlockRun, Sample
-from overspill.runtime.template_timing import MOST_HELD_UP, choose_better, mean_of_most, time_templates
+from overspill.runtime.template_timing import MOST_HELD_UP, choose_best, mean_of_most, time_templates
 from overspill.spec.documents import from_json, from_plain, to_json
 from overspill.spec.workload import TemplateTimes, Timing, UnitTimes
 
@@ -264,12 +264,15 @@ def test_of_two_rounds_the_larger_size_counts_and_of_one_size_the_quicker() -> N
         )
 
     nothing = UnitTimes(name="b", seq_len=64, micro_batch=1, forward=None, backward=None, note="out of memory")
-    assert choose_better(timed(1.0), timed(9.0, tokens=128)).seq_len == 128
-    assert choose_better(timed(1.0), nothing) == choose_better(nothing, timed(1.0)) == timed(1.0)
-    quicker = choose_better(timed(0.3, replay_s=0.1), timed(0.01))
+    assert choose_best([timed(1.0), timed(9.0, tokens=128)]).seq_len == 128
+    assert choose_best([timed(1.0), nothing]) == choose_best([nothing, timed(1.0)]) == timed(1.0)
+    quicker = choose_best([timed(0.3, replay_s=0.1), timed(0.01)])
     assert quicker.forward_s == 0.01 and quicker.replayed_forward is not None and quicker.replayed_forward.median_s == 0.1
     assert quicker.note == "another round of repetitions, which does not count, took 600.0 ms, this one 20.0 ms"
-    assert choose_better(timed(0.3), timed(0.2)).note == ""
+    assert choose_best([timed(0.3), timed(0.2)]).note == ""
+    assert choose_best([nothing, nothing]) == nothing
+    third = choose_best([timed(2.0), timed(0.2), timed(0.15)])
+    assert third.forward_s == 0.15 and third.note.endswith("took 4.00 s, this one 300.0 ms"), "a third round does not forget the first"
 
 
 @pytest.mark.parametrize("is_apart", [True, False])

@@ -187,12 +187,13 @@ class _Bench:
             first_s = self.first_run_s_per_byte * item.parameter_bytes
             found[item.name] = self._measure_unit(item, self._share(deadline, len(classes) - number), make, first_s=first_s)
             self.side_outputs |= dict.fromkeys(item.units, self.side_outputs.get(item.name, ()))
+        rounds = {name: [times] for name, times in found.items()}
         for _ in range(MOST_ROUNDS - 1):
             doubtful = [(item, make) for item, make in classes if self._is_doubtful(item, found[item.name])]
             for number, (item, make) in enumerate(doubtful):
                 first_s = 2 * found[item.name].forward_backward_s
-                again = self._measure_unit(item, self._share(deadline, len(doubtful) - number), make, first_s=first_s)
-                found[item.name] = choose_better(found[item.name], again)
+                rounds[item.name].append(self._measure_unit(item, self._share(deadline, len(doubtful) - number), make, first_s=first_s))
+                found[item.name] = choose_best(rounds[item.name])
         *others, last = (found[item.name] for item, _ in classes)
         return tuple(others), last
 
@@ -377,22 +378,23 @@ class _Bench:
             give_back_unused()
 
 
-def choose_better(one: UnitTimes, other: UnitTimes) -> UnitTimes:
-    """Of two results of a unit (rule 4): the larger size; of one size the quicker."""
-    if one.backward is None or other.backward is None:
-        return other if one.backward is None else one
-    sizes = [item.micro_batch * item.seq_len for item in (one, other)]
-    if sizes[0] != sizes[1]:
-        return one if sizes[0] > sizes[1] else other
-    quicker, slower = sorted((one, other), key=lambda item: item.forward_backward_s)
-    if quicker.replayed_backward is None:
-        quicker = dataclasses.replace(quicker, replayed_forward=slower.replayed_forward, replayed_backward=slower.replayed_backward)
-    if slower.forward_backward_s <= FAR_FACTOR * quicker.forward_backward_s:
-        return quicker
+def choose_best(rounds: Sequence[UnitTimes]) -> UnitTimes:
+    """Of the results of a unit, in order (rule 4): the largest size; of one size the quickest."""
+    timed = [item for item in rounds if item.backward is not None]
+    if not timed:
+        return rounds[-1]
+    most = max(item.micro_batch * item.seq_len for item in timed)
+    *slower, quickest = sorted(
+        (item for item in timed if item.micro_batch * item.seq_len == most), key=lambda item: -item.forward_backward_s
+    )
+    replayed = next((item for item in (quickest, *slower[::-1]) if item.replayed_backward is not None), quickest)
+    quickest = dataclasses.replace(quickest, replayed_forward=replayed.replayed_forward, replayed_backward=replayed.replayed_backward)
+    if not slower or slower[0].forward_backward_s <= FAR_FACTOR * quickest.forward_backward_s:
+        return quickest
     return _noted(
-        quicker,
-        f"another round of repetitions, which does not count, took {format_seconds(slower.forward_backward_s)}, this one "
-        f"{format_seconds(quicker.forward_backward_s)}",
+        quickest,
+        f"another round of repetitions, which does not count, took {format_seconds(slower[0].forward_backward_s)}, this one "
+        f"{format_seconds(quickest.forward_backward_s)}",
     )
 
 
