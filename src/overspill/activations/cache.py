@@ -15,7 +15,7 @@ Rules:
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
 6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach, or (with a measured round's
-   pace) those that would else come too late. What backward wants again
+   pace) those that would else come too late; as early again where the window reaches an earlier micro-batch. What backward wants again
    and again, such as the tables of rotary positions, was packed long before the rest: if more than a window is yet to come in between, what
    is fetched are those before the **front**, the last record that was wanted in its turn.
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
@@ -395,7 +395,9 @@ class TensorCache:
             if passed_bytes and passed_bytes + record.stored_bytes > window_bytes:
                 return
             if first is not None and record.micro_batch == micro_batch and record.index < first:
-                return
+                if not self._reaches_another(index, micro_batch, window_bytes - passed_bytes):
+                    return
+                first = None
             passed_bytes += record.stored_bytes
             if record.payload is not None or record.coming is not None or not record.weak.expired():
                 continue
@@ -406,6 +408,18 @@ class TensorCache:
             record.is_ahead = True
             mover.ahead_bytes += record.stored_bytes
             self._fetched[record] = None
+
+    def _reaches_another(self, index: int, micro_batch: int, room_bytes: int) -> bool:
+        """Whether a window reaches from here to a record of an earlier micro-batch; when its backward begins is not known."""
+        num_dead = 0
+        for other in range(index, -1, -1):
+            record = self._moved[other]
+            if record is not None and record.micro_batch != micro_batch:
+                return True
+            num_dead, room_bytes = num_dead + (record is None), room_bytes - (record.stored_bytes if record is not None else 0)
+            if num_dead > MOST_DEAD_PASSED or room_bytes < 0:
+                return False
+        return False
 
     def prefetch_last(self, micro_batch: int | None = None) -> None:
         """Begin as the first unpack of a micro-batch's backward would; None: of the one that was packed last.
