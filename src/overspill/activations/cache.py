@@ -177,7 +177,7 @@ class TensorCache:
                 span = self._on_device(record)
                 # What is wanted soon stays: it would be fetched again at once.
                 self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
-                self._prefetch(self._front_at(record), record.micro_batch, self._first_at(record))
+                self._prefetch_around(record)
                 return geometry.view(span)
         finally:
             self._burial()
@@ -372,6 +372,15 @@ class TensorCache:
         self._fronts[record.micro_batch] = record.position
         return record.position
 
+    def _prefetch_around(self, record: Record) -> None:
+        """Rule 6, now that this one is wanted. Just in time, what lies between it and the front before comes first: it is wanted sooner."""
+        first, before = self._first_at(record), self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
+        front = self._front_at(record)
+        is_passing = first is not None and any(other is not None and not other.is_wanted for other in self._moved[front:before])
+        if is_passing:
+            self._prefetch(before, record.micro_batch, first, is_alone=True)
+        self._prefetch(front, record.micro_batch, first, is_alone=is_passing)
+
     def _first_at(self, record: Record) -> int | None:
         """The first of its micro-batch that may come back now; None: no matter which."""
         first = self.rounds.fetch_from(record)
@@ -380,8 +389,9 @@ class TensorCache:
         self._firsts[record.micro_batch] = first = min(first, self._firsts.get(record.micro_batch, first))
         return first
 
-    def _prefetch(self, position: int, micro_batch: int = -1, first: int | None = None) -> None:
-        """Rule 6, for the records before `position`; of this micro-batch from number `first` on, if that is given."""
+    def _prefetch(self, position: int, micro_batch: int = -1, first: int | None = None, *, is_alone: bool = False) -> None:
+        """Rule 6, for the records before `position`; of this micro-batch from number `first` on, if that is given, and (if it is alone)
+        of no other."""
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
         mover, window_bytes, passed_bytes, num_dead = self.mover, self.mover.back_window_bytes, 0, 0
@@ -395,7 +405,7 @@ class TensorCache:
             if passed_bytes and passed_bytes + record.stored_bytes > window_bytes:
                 return
             if first is not None and record.micro_batch == micro_batch and record.index < first:
-                if not self._reaches_another(index, micro_batch, window_bytes - passed_bytes):
+                if is_alone or not self._reaches_another(index, micro_batch, window_bytes - passed_bytes):
                     return
                 first = None
             passed_bytes += record.stored_bytes

@@ -30,6 +30,8 @@ SLACK_FRACTION = 0.1
 """Of the time from pack to the end of the copy. Chosen: links were measured to differ by a few percent from copy to copy."""
 LEAD_S = 0.001
 """By which what is fetched just in time is back before backward wants it. Chosen: more than starting a copy takes."""
+MOST_MOMENTS = 64
+"""That are looked at for one from which a record is near enough. Chosen: a layer wants fewer tensors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,26 +201,47 @@ def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: fl
     return result
 
 
-def just_in_time(profile: Profile, leaves: Sequence[bool], back_s: Sequence[float]) -> tuple[int, ...]:
+def just_in_time(profile: Profile, leaves: Sequence[bool], back_s: Sequence[float], window_bytes: float = math.inf) -> tuple[int, ...]:
     """`Pace.fetch_from`: one record comes after the other, what was packed last first, and each begins so late that it and all behind it
-    are back in time, by the slack and `LEAD_S`. A fetch begins where backward wants something: at the last such moment before.
+    are back in time, by the slack and `LEAD_S`. A fetch begins where backward wants something that is near enough: at the last such moment
+    before.
 
     Args:
         back_s: what each takes to come back.
+        window_bytes: how far what is wanted reaches, as the cache fetches (`TensorCache`, rule 6).
     """
     latest_s, behind_s = [], math.inf
     for took_s, needed_s, is_moved in zip(back_s, profile.needed_s, leaves, strict=True):  # from the one that is fetched last
         if is_moved and needed_s < math.inf:
             behind_s = min(needed_s - LEAD_S, behind_s) - (1 + SLACK_FRACTION) * took_s
         latest_s.append(behind_s)
-    first, found = len(latest_s), [0] * len(latest_s)
-    moments = [(at_s, [number for _, number in group]) for at_s, group in itertools.groupby(_wanted(profile), key=lambda item: item[0])]
-    for (_, numbers), (until_s, _) in itertools.zip_longest(moments, moments[1:], fillvalue=(math.inf, [])):
-        while first > 0 and latest_s[first - 1] < until_s:
-            first -= 1
-        for number in numbers:
-            found[number] = first
+    wanted, reaches = _wanted(profile), _reaches(profile, leaves, window_bytes)
+    times = [at_s for at_s, _ in wanted]
+    firsts = [len(leaves)] * len(wanted)  # of each moment: the first that must be on its way
+    for number, is_moved in enumerate(leaves):
+        if is_moved and wanted:
+            last = max(0, bisect.bisect_right(times, latest_s[number]) - 1)
+            near = (moment for moment in range(last, max(-1, last - MOST_MOMENTS), -1) if reaches[moment][0] <= number < reaches[moment][1])
+            moment = next(near, last)
+            firsts[moment] = min(firsts[moment], number)
+    firsts = list(itertools.accumulate(firsts, min))
+    found = [0] * len(leaves)
+    for moment, (at_s, number) in enumerate(wanted):
+        found[number] = firsts[bisect.bisect_right(times, at_s, lo=moment) - 1]  # of moments at one time the order is not known
     return tuple(found)
+
+
+def _reaches(profile: Profile, leaves: Sequence[bool], window_bytes: float) -> list[tuple[int, int]]:
+    """For each moment at which backward wants something: the records that it may fetch, from the first to before the second."""
+    sizes = [size if is_moved else 0 for size, is_moved in zip(profile.stored_bytes, leaves, strict=True)]
+    before = [0, *itertools.accumulate(sizes)]
+    found, front = [], len(sizes)
+    for _, number in _wanted(profile):
+        stop = max(front, number)
+        if number > front or before[front] - before[number] <= window_bytes:
+            front = number
+        found.append((min(bisect.bisect_left(before, before[front] - window_bytes), max(0, front - 1)), stop))
+    return found
 
 
 def _wanted(profile: Profile) -> list[tuple[float, int]]:
@@ -275,7 +298,7 @@ def simulate_flight(
     if back_s is None:
         fetch_from, backward_bytes = None, kept_bytes + int(min(back_window_bytes, moved_bytes))
     else:
-        fetch_from = just_in_time(profile, leaves, back_s)
+        fetch_from = just_in_time(profile, leaves, back_s, back_window_bytes)
         backward_bytes = _most_in_backward(profile, leaves, fetch_from, back_window_bytes)
     return Flight(
         pace=Pace(num_gone=tuple(num_gone), num_gone_at_turn=way.first(len(num_gone)), fetch_from=fetch_from),

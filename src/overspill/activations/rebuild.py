@@ -27,8 +27,8 @@ Rules:
 7. A layer norm's epsilon is not saved, so it is its module's, and the rebuilt norm's 1/σ has to be the one that autograd saved. That is
    looked at each time on the CPU; on a GPU, which would have to be waited for, once for each weight.
 
-Limits: what is changed through `tensor.data`, or without a gradient between an op and the cast behind it (rule 1), counts nowhere that can
-be seen from here; such models want recompute='none'.
+Limits: what is changed through `tensor.data` (or numpy, or its storage), the result of a cast too, or without a gradient between an op and
+the cast behind it (rule 1), counts nowhere that can be seen from here; such models want recompute='none'.
 
 How the inputs are found: `grad_fn._raw_saved_self.data` is what pack returned for it, read without unpacking. What other hooks packed
 (`torch.utils.checkpoint` inside) is none of our objects, and such an op has no recipe.
