@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,18 @@ from typer.testing import CliRunner, Result
 from overspill.cli import app
 
 NUM_WORDS = 60
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_looks() -> Iterator[None]:
+    """Every run measures its lanes for a second; here one sample a figure does. `tests/runtime/test_trace.py` has them whole."""
+    from overspill.probe.sampling import Sampling
+    from overspill.runtime import rates
+
+    before = rates.SAMPLING, rates.UPDATES
+    rates.SAMPLING = rates.UPDATES = Sampling(least_s=0.02)
+    yield
+    rates.SAMPLING, rates.UPDATES = before
 
 
 @pytest.fixture(scope="session")
