@@ -353,16 +353,20 @@ class TensorCache:
 
     def _look_up(self, record: Record) -> torch.Tensor | None:
         """Rule 5: the storage itself, if it lives; a lossy record is always given in its form."""
-        if record.form is not None and not record.form.is_exact:
+        if record.form is not None and not record.is_narrowed:
             return None
         storage = torch.UntypedStorage._new_with_weak_ptr(record.weak.cdata)
         if storage is None or storage.nbytes() < record.stop:
             return None
         return bytes_of(storage, record.start, record.stop)
 
+    def _front_before(self, record: Record) -> int:
+        """Where the front of its micro-batch was; before backward wanted any, behind all of them."""
+        return self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
+
     def _front_at(self, record: Record) -> int:
         """Where the front is, now that this record is wanted (rule 6)."""
-        front = self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
+        front = self._front_before(record)
         between_bytes = 0
         for other in self._moved[record.position : front]:
             if other is not None and not other.is_wanted:
@@ -374,7 +378,7 @@ class TensorCache:
 
     def _prefetch_around(self, record: Record) -> None:
         """Rule 6, now that this one is wanted. Just in time, what lies between it and the front before comes first: it is wanted sooner."""
-        first, before = self._first_at(record), self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
+        first, before = self._first_at(record), self._front_before(record)
         front = self._front_at(record)
         is_passing = first is not None and any(other is not None and not other.is_wanted for other in self._moved[front:before])
         if is_passing:

@@ -215,7 +215,8 @@ def just_in_time(profile: Profile, leaves: Sequence[bool], back_s: Sequence[floa
         if is_moved and needed_s < math.inf:
             behind_s = min(needed_s - LEAD_S, behind_s) - (1 + SLACK_FRACTION) * took_s
         latest_s.append(behind_s)
-    wanted, reaches = _wanted(profile), _reaches(profile, leaves, window_bytes)
+    wanted = _wanted(profile)
+    reaches = _reaches(profile, leaves, wanted, window_bytes)
     times = [at_s for at_s, _ in wanted]
     firsts = [len(leaves)] * len(wanted)  # of each moment: the first that must be on its way
     for number, is_moved in enumerate(leaves):
@@ -231,12 +232,12 @@ def just_in_time(profile: Profile, leaves: Sequence[bool], back_s: Sequence[floa
     return tuple(found)
 
 
-def _reaches(profile: Profile, leaves: Sequence[bool], window_bytes: float) -> list[tuple[int, int]]:
+def _reaches(profile: Profile, leaves: Sequence[bool], wanted: Sequence[tuple[float, int]], window_bytes: float) -> list[tuple[int, int]]:
     """For each moment at which backward wants something: the records that it may fetch, from the first to before the second."""
     sizes = [size if is_moved else 0 for size, is_moved in zip(profile.stored_bytes, leaves, strict=True)]
     before = [0, *itertools.accumulate(sizes)]
     found, front = [], len(sizes)
-    for _, number in _wanted(profile):
+    for _, number in wanted:
         stop = max(front, number)
         if number > front or before[front] - before[number] <= window_bytes:
             front = number

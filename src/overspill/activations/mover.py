@@ -96,7 +96,7 @@ class Mover:
 
     def keep(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Let the device have it, in its form if that is exact."""
-        if record.form is not None and not record.form.is_exact:
+        if not record.is_narrowed:
             record.form = None
         record.payload = _stored(record, storage)
         self._count(record.stored_bytes)

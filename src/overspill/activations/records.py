@@ -103,10 +103,15 @@ class Record:
             return Where.LEAVING
         return Where.BACK if self.is_held else Where.COMING
 
+    @property
+    def is_narrowed(self) -> bool:
+        """Whether its form has fewer bytes and every value."""
+        return self.form is not None and self.form.is_exact
+
     def covers(self, start: int, stop: int, dtype: torch.dtype) -> bool:
         """Whether a span of the storage can be given from this record."""
         return self.start <= start and stop <= self.stop and (self.form is None or dtype == self.dtype or self._is_complex_of(dtype))
 
     def _is_complex_of(self, dtype: torch.dtype) -> bool:
         """Whether a view in this dtype has the same values, two by two, and the form keeps them."""
-        return self.form is not None and self.form.is_exact and dtype.is_complex and dtype.to_real() == self.dtype
+        return self.is_narrowed and dtype.is_complex and dtype.to_real() == self.dtype

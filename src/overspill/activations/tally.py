@@ -38,8 +38,7 @@ class Tally:
         return self.num_ended + 1
 
     def note_packed(self, record: Record) -> None:
-        is_narrowed = record.form is not None and record.form.is_exact
-        there_bytes = record.stored_bytes if is_narrowed else record.num_bytes
+        there_bytes = record.stored_bytes if record.is_narrowed else record.num_bytes
         for name, num_bytes in (("packed", there_bytes), (record.target.value, there_bytes), ("rebuilt", record.num_bytes - there_bytes)):
             self._round[name] += num_bytes
             self.totals[name] += num_bytes

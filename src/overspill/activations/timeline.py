@@ -89,10 +89,9 @@ class Timeline:
 
     def pack(self, record: Record, moved_bytes: int, rest_bytes: int) -> None:
         """A record was made; 0 bytes moved: of something that has no recipe. What has an exact form is noted as if it had none."""
-        is_narrowed = record.form is not None and record.form.is_exact
-        stored_bytes = record.num_bytes if is_narrowed else record.stored_bytes
+        stored_bytes = record.num_bytes if record.is_narrowed else record.stored_bytes
         record.is_watched = self._pack(record.index, record.micro_batch, record.num_bytes, stored_bytes, moved_bytes, rest_bytes)
-        if record.is_watched and is_narrowed:
+        if record.is_watched and record.is_narrowed:
             record.timed = functools.partial(self._pause, self._rebuilt, record.index)
 
     def pack_rebuilt(self, place: int, micro_batch: int, rebuild: Rebuild) -> None:
