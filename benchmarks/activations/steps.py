@@ -478,6 +478,7 @@ def _amounts(report: dict[str, Any], num_warm: int) -> dict[str, Any]:
         "timed_moved_bytes": [min(timed), max(timed)],
         "settling_bytes": [item["host_bytes"] + item["ssd_bytes"] for item in report["rounds"]][:12],
         "rates": report["rates"],
+        "looks": report["looks"],
         "host_peak_bytes": report["host_peak_bytes"],
         "ssd_total_bytes": report["ssd_bytes"],
         "left_alone": report["left_alone"],

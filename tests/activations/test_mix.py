@@ -197,6 +197,7 @@ def paced_optimum(net: PacedNet, throughput: float, step: Callable[..., tuple[fl
         ("llama-1.10B-16384", 0.90, ["model.layers.*.self_attn", "model.layers.*.mlp"]),
         ("llama-1.10B-2048", 0.90, ["model.layers.*"]),
         ("t5-8192x4", 0.97, ["blocks.*.attention", "blocks.*.cross"]),
+        ("t5-8192x4", 0.95, ["blocks.*.attention", "blocks.*.cross"]),
         ("gpt-8192x4", 0.90, []),
     ],
 )
@@ -217,13 +218,19 @@ def test_a_throughput_is_kept_and_nine_tenths_of_the_optimum_are_gone(
             for _ in range(num_rounds):
                 seconds, found = net.step()
                 assert all(map(torch.equal, found, expected))
-        return seconds, active.report().rounds[-1]
+        report = active.report()
+        if "throughput" in more:
+            look = report.looks[-1]
+            lost_s = look.waited_s + look.rebuilt_s + look.again_s
+            assert look.rebuilt_s > 0 and lost_s == pytest.approx(seconds - keep_s, rel=0.1, abs=0.003 * keep_s), "where the time went"
+        return seconds, report.rounds[-1]
 
     optimum, everything = paced_optimum(net, throughput, step)
     seconds, last = step(num_rounds=7, recompute=["cheap", *patterns], throughput=throughput)
     assert keep_s / seconds >= throughput
     assert 1 - last.kept_bytes / everything >= 0.9 * optimum.gone_fraction
-    assert last.is_planned and (last.num_run_again > 0) == (name in ("llama-1.10B-2048", "t5-8192x4") or len(patterns) == 2)
+    is_cheap_enough = (name, throughput) in (("llama-1.10B-16384", 0.97), ("t5-8192x4", 0.97), ("gpt-8192x4", 0.90))
+    assert last.is_planned and (last.num_run_again == 0) == is_cheap_enough
 
 
 def test_what_every_layer_wants_does_not_bring_the_first_records_back_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +276,7 @@ def test_whatever_is_chosen_gradients_are_those_of_plain_pytorch_bitwise(name: s
 def everything_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever may be recomputed is, whatever it takes."""
 
-    def choose(profile: Profile, throughput: float, staying_bytes: Any) -> Mix:
+    def choose(profile: Profile, *given: Any) -> Mix:
         return dataclasses.replace(rebuild_all(profile), again=(True,) * len(profile.calls))
 
     monkeypatch.setattr(windows, "choose_mix", choose)

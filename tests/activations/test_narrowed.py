@@ -15,7 +15,7 @@ from torch import nn
 from overspill.activations.amounts import Adaptive, Room, Target
 from overspill.activations.flight import Profile
 from overspill.activations.forms import CastFrom
-from overspill.activations.mix import Mix, choose_mix, rebuild_all, what_is_left
+from overspill.activations.mix import THRIFT, Mix, choose_mix, rebuild_all, what_is_left
 from overspill.activations.windows import decide
 from overspill.spec.activations import ActivationRates
 
@@ -215,7 +215,7 @@ def test_the_share_of_throughput_goes_to_what_saves_most_a_second() -> None:
         return sum(rest.device_bytes)
 
     def chosen(lost_s: float) -> Mix:
-        return choose_mix(CAST, 1 / (1 + lost_s / 9.0 / 0.9), stays)
+        return choose_mix(CAST, 1 / (1 + lost_s / 9.0 / THRIFT), stays)
 
     assert chosen(0.05).rebuilt == (False, False, False)
     assert chosen(0.11).rebuilt == (False, True, False), "400 bytes for 0.1 s before 200 for 0.2"

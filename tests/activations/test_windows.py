@@ -18,7 +18,7 @@ from overspill.activations import windows
 from overspill.activations.amounts import Adaptive, Room, SsdTrain, Target
 from overspill.activations.flight import LEAD_S, Profile, just_in_time, simulate_flight, those_back_in_time, those_out_in_time
 from overspill.activations.rounds import Rounds
-from overspill.activations.steadying import NUM_KEPT, QuickestRounds, at_times
+from overspill.activations.steadying import NUM_KEPT, BelievedRate, BelievedRates, QuickestRounds, at_times
 from overspill.activations.windows import LEAST_CAUTION, Windows, decide, next_caution, slowed
 from overspill.spec.activations import ActivationRates, ActivationReport
 from overspill.units import GIB, MIB
@@ -164,6 +164,7 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         num_rounds: int = 6,
         slower: float = 1.0,
         disturbed: Collection[int] = (),
+        slow_link: Collection[int] = (),
         window_bytes: int | None = None,
         **more: Any,
     ) -> Outcome:
@@ -180,6 +181,8 @@ def paced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                 if number == 3:
                     net.link.slow_down(slower)
                 net.slowness = 1.3 if number + 1 in disturbed else 1.0
+                if slow_link:
+                    net.link.slow_down(1.5 if number + 1 in slow_link else 1 / 1.5 if number in slow_link else 1.0)
                 step_s, found = net.step()
                 assert all(map(torch.equal, found, expected))
             profile = active.profile()
@@ -402,3 +405,61 @@ def test_amounts_that_may_wait_keep_their_bits_beside_a_paced_link(paced: Any) -
         found = paced("t5-12288x3", **more)
         assert found.of_keep > 0.5
     assert LINK_BYTES_PER_S == 55e9
+
+
+# -- what a link is believed to give -----------------------------------------------------------------------------------
+
+
+def test_a_rate_that_two_looks_agree_on_is_believed_and_one_alone_is_not() -> None:
+    rate = BelievedRate()
+    rate.see(None)
+    assert rate.bytes_per_s is None and not rate.is_in_doubt
+    for found, believed, in_doubt in (
+        (50e9, 50e9, False),
+        (50.9e9, 50.9e9, False),
+        (37e9, 50.9e9, True),
+        (50e9, 50e9, False),
+        (37e9, 50e9, True),
+        (44e9, 50e9, True),
+        (44.5e9, 44.5e9, False),
+        (30e9, 44.5e9, True),
+        (None, 44.5e9, True),
+    ):
+        rate.see(found)
+        assert (rate.bytes_per_s, rate.is_in_doubt) == (believed, in_doubt)
+
+
+def test_of_looks_that_never_agree_the_middle_one_is_believed() -> None:
+    rate = BelievedRate()
+    for found in (10e9, 20e9, 15e9, 30e9, 25e9):
+        rate.see(found)
+    assert rate.bytes_per_s == 25e9 and not rate.is_in_doubt, "the higher of the two in the middle"
+
+
+def test_each_link_is_believed_by_itself_and_one_in_doubt_asks_for_another_look() -> None:
+    rates = BelievedRates()
+    first = ActivationRates(d2h_bytes_per_s=55e9, h2d_bytes_per_s=50e9)
+    assert rates.see(first) == first and not rates.is_in_doubt
+    found = rates.see(ActivationRates(d2h_bytes_per_s=30e9, h2d_bytes_per_s=51e9, ssd_write_bytes_per_s=2e9))
+    assert found == ActivationRates(d2h_bytes_per_s=55e9, h2d_bytes_per_s=51e9, ssd_write_bytes_per_s=2e9) and rates.is_in_doubt
+
+
+@pytest.mark.parametrize("disturbed", [(2,), (5,), (8,)])
+def test_a_round_in_which_somebody_else_copied_changes_nothing_but_where_it_is_looked_again(disturbed: tuple[int, ...], paced: Any) -> None:
+    """A link that gives two thirds in one watched round. Before, all rounds until the next look left a third less."""
+    plain = paced("gpt-8192x4", num_rounds=12)
+    found = paced("gpt-8192x4", num_rounds=12, slow_link=disturbed)
+    assert found.report.rounds[-1].host_bytes >= 0.98 * plain.report.rounds[-1].host_bytes and found.of_keep >= 0.998
+    (look,) = (look for look in found.report.looks if look.round in disturbed)
+    assert look.is_believed == (2 in disturbed) and look.rates.d2h_bytes_per_s < 0.7 * plain.report.rates.d2h_bytes_per_s  # type: ignore[operator]
+    assert {look.round for look in found.report.looks} == {2, 3, 5, 8} | {number + 1 for number in disturbed} | (
+        {4} if 2 in disturbed else set()
+    )
+    assert found.report.rates.d2h_bytes_per_s == pytest.approx(plain.report.rates.d2h_bytes_per_s, rel=0.01)
+
+
+def test_looks_say_what_compute_waited_for(paced: Any) -> None:
+    first, *_, last = paced("gpt-8192x4", num_rounds=9).report.looks
+    assert first.waited_s > 0.02 * first.forward_s and first.caution == 1.0, "in the first watched round all leaves"
+    assert last.waited_s < 0.01 * last.forward_s and last.rebuilt_s == last.again_s == 0.0
+    assert last.backward_s > 1.5 * last.forward_s > 0

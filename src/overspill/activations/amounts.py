@@ -7,7 +7,7 @@ Three rules to choose from; each is a type:
 
 * `Everything`: whatever has room. Compute waits for the link where it must. Also what happens in a first round, before anything is known.
 * `Adaptive`: walk the records in the order in which forward made them, with the link's time beside it. A record leaves if (1) with it,
-  whole records that are not gone yet stay within the window, so compute never waits for room, (2) its copy has ended when forward ends,
+  whole records that are not gone yet stay within the window, so compute never waits for room, (2) its copy ends with forward,
   (3) it can be back when backward wants it. Rule 1 spreads what leaves evenly over forward instead of taking all of the first layers: the
   link is busy as long, and the memory in flight is a window instead of a backlog. How wide it is `windows.py` says, what "gone" means
   `flight.py`.

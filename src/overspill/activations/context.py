@@ -246,6 +246,7 @@ class OffloadActivations:
             ssd_peak_bytes=ssd.peak_bytes if ssd is not None else 0,
             rates=tiers.cache.rounds.rates,
             rounds=tuple(tally.rounds),
+            looks=tuple(tally.looks),
             segments=self._segments.names,
             num_segment_rebuilds=self._segments.num_rebuilds,
             gradient_error=self._gradient_error,

@@ -28,6 +28,9 @@ from collections.abc import Sequence
 
 SLACK_FRACTION = 0.1
 """Of the time from pack to the end of the copy. Chosen: links were measured to differ by a few percent from copy to copy."""
+LATE_FRACTION = 0.01
+"""Of forward: so much after its end a copy out may end. Records are whole, and one that would be a tenth of a millisecond late would stay
+for that. Nothing waits for it where backward begins. Chosen: rounds differ by more."""
 LEAD_S = 0.001
 """By which what is fetched just in time is back before backward wants it. Chosen: more than starting a copy takes."""
 MOST_MOMENTS = 64
@@ -152,11 +155,11 @@ class WayOut:
 
 
 def those_out_in_time(profile: Profile, bytes_per_s: float, window_bytes: float) -> list[bool]:
-    """The records that can leave without a wait: there is room on the way out when each is packed, and its copy ends within forward."""
-    way, chosen = WayOut(bytes_per_s, window_bytes), []
+    """The records that can leave without a wait: there is room on the way out when each is packed, and its copy ends with forward."""
+    way, chosen, most_s = WayOut(bytes_per_s, window_bytes), [], (1 + LATE_FRACTION) * profile.forward_s
     for number, (size, packed_s) in enumerate(zip(profile.stored_bytes, profile.packed_s, strict=True)):
         way.advance(packed_s)
-        fits = way.has_room(size) and way.end_s(size, packed_s) <= profile.forward_s
+        fits = way.has_room(size) and way.end_s(size, packed_s) <= most_s
         chosen.append(fits)
         if fits:
             way.take(number, size, packed_s)

@@ -15,11 +15,11 @@ from overspill.activations.amounts import Amount, Room, Target
 from overspill.activations.flight import Profile
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
-from overspill.activations.steadying import QuickestRounds
+from overspill.activations.steadying import BelievedRates, QuickestRounds
 from overspill.activations.tally import Tally
 from overspill.activations.timeline import Timeline, is_watched
 from overspill.activations.windows import Decision, decide, next_caution, slowed
-from overspill.spec.activations import ActivationRates
+from overspill.spec.activations import ActivationRates, Look
 
 
 class Space(Protocol):
@@ -47,6 +47,7 @@ class Rounds:
         self.tally: Tally = before.tally if before is not None else Tally()
         self.tally.mover = mover
         self.rates: ActivationRates = before.rates if before is not None else ActivationRates()
+        self._believed: BelievedRates = before._believed if before is not None else BelievedRates()
         self.profile: Profile | None = before.profile if before is not None else None
         self._targets: tuple[Target, ...] | None = before._targets if before is not None else None
         self._keep_bytes: int | None = before._keep_bytes if before is not None else None
@@ -64,8 +65,9 @@ class Rounds:
         """The first record of a round is being made."""
         self.decide()
         number = self.tally.begin(is_planned=self._targets is not None)
-        if self._amount.needs_profile and is_watched(number):
-            self.timeline = Timeline(self._mover.link, is_free=self._decision is not None and self._decision.is_free)
+        if self._amount.needs_profile and (is_watched(number) or self._believed.is_in_doubt):
+            is_free = self._decision is not None and self._decision.is_free
+            self.timeline = Timeline(self._mover.link, number=number, is_free=is_free)
             self._mover.holds = self.timeline.holds
             if self._mover.ssd is not None:
                 self._mover.ssd.clear_spans()
@@ -128,11 +130,14 @@ class Rounds:
         watched = self._unread
         if watched is not None and watched.is_readable():
             self._unread = None
-            self.rates = watched.rates(self._mover, self.rates)
-            if watched.is_free:
+            found = watched.rates(self._mover)
+            self.rates = self._believed.see(found)
+            if watched.is_free and not self._believed.is_in_doubt:
                 self._caution = next_caution(self._caution, watched.waited_fraction())
             profile = watched.profile(self.profile)
-            self.profile = self._quickest.steady(profile) if profile is not None else self.profile
+            if profile is not None:
+                self.tally.looks.append(self._look(watched, profile, found))
+                self.profile = self._quickest.steady(profile)
         elif self.profile is None or not self._space.has_shrunk():
             return
         if self.profile is not None:
@@ -145,3 +150,17 @@ class Rounds:
             )
             self._targets = self._decision.targets
             self._mover.set_windows(self._decision.windows)
+
+    def _look(self, watched: Timeline, profile: Profile, found: ActivationRates) -> Look:
+        paused_s = watched.paused_s()
+        return Look(
+            round=watched.number,
+            forward_s=profile.forward_s,
+            backward_s=profile.step_s - profile.forward_s,
+            waited_s=paused_s["held"],
+            rebuilt_s=paused_s["rebuilt"],
+            again_s=paused_s["again"],
+            rates=found,
+            caution=self._caution,
+            is_believed=not self._believed.is_in_doubt,
+        )

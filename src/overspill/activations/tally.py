@@ -7,7 +7,7 @@ import collections
 from overspill.activations.amounts import Target
 from overspill.activations.mover import Mover
 from overspill.activations.records import Record
-from overspill.spec.activations import MOST_ROUNDS, RoundAmounts
+from overspill.spec.activations import MOST_LOOKS, MOST_ROUNDS, Look, RoundAmounts
 
 
 class Tally:
@@ -18,6 +18,7 @@ class Tally:
         """Whose counts are read; given by the cache."""
         self.left_alone: collections.Counter[str] = collections.Counter()
         self.rounds: collections.deque[RoundAmounts] = collections.deque(maxlen=MOST_ROUNDS)
+        self.looks: collections.deque[Look] = collections.deque(maxlen=MOST_LOOKS)
         self.num_ended = 0
         self.totals: collections.Counter[str] = collections.Counter()
         """Bytes of the rounds that have ended, and of this one."""

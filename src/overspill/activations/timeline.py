@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from overspill.activations.flight import Call, Profile
 from overspill.activations.links import End, Link, Mark
@@ -30,6 +31,9 @@ FIRST_WATCHED = (2, 3, 5, 8)
 what that decided (the third only where the host sees the second's end before it begins)."""
 WATCHED_EVERY = 32
 """Rounds, from then on: links are shared, and shapes change. Chosen."""
+
+
+_Whose = TypeVar("_Whose", bound=Hashable)
 
 
 def is_watched(number: int) -> bool:
@@ -67,8 +71,8 @@ class WatchedCall:
 class Timeline:
     """The marks of one round."""
 
-    def __init__(self, link: Link, *, is_free: bool) -> None:
-        self._link, self.is_free = link, is_free
+    def __init__(self, link: Link, *, number: int, is_free: bool) -> None:
+        self._link, self.number, self.is_free = link, number, is_free
         self._places: dict[int, _Place] = {}
         self._origin: Mark | None = None
         """Where the first record was made."""
@@ -160,10 +164,7 @@ class Timeline:
         origin, seconds = self._origin, self._link.seconds
         if origin is None or not self._needed:
             return None
-        pauses: list[tuple[float, float, Hashable]] = []
-        for kind, marks in (("rebuilt", self._rebuilt), ("again", self._run_again), ("held", ((0, *hold) for hold in self.holds))):
-            pauses += [(seconds(origin, begin), seconds(origin, end), (kind, number)) for number, begin, end in marks]
-        outer, own_s = _own_times(pauses)
+        outer, own_s = self._own_pauses()
         starts, paused_s = [begin_s for begin_s, _ in outer], [0.0]
         for begin_s, end_s in outer:
             paused_s.append(paused_s[-1] + end_s - begin_s)
@@ -199,7 +200,15 @@ class Timeline:
             calls=tuple(self._call(number, time_s, own_s) for number in sorted(self._calls)),
         )
 
-    def _call(self, number: int, time_s: Callable[[Mark], float], own_s: Mapping[Hashable, float]) -> Call:
+    def _own_pauses(self) -> tuple[list[tuple[float, float]], dict[tuple[str, int], float]]:
+        """`_own_times` of all, by kind and number."""
+        origin, seconds = self._origin, self._link.seconds
+        pauses: list[tuple[float, float, tuple[str, int]]] = []
+        for kind, marks in (("rebuilt", self._rebuilt), ("again", self._run_again), ("held", [(0, *hold) for hold in self.holds])):
+            pauses += [(seconds(origin, begin), seconds(origin, end), (kind, number)) for number, begin, end in marks]
+        return _own_times(pauses)
+
+    def _call(self, number: int, time_s: Callable[[Mark], float], own_s: Mapping[tuple[str, int], float]) -> Call:
         """A module that was not run again is taken to need what it took until it saved its last tensor: there checkpoint breaks off."""
         call = self._calls[number]
         begin_s = time_s(call.begin) if call.begin is not None else 0.0
@@ -211,6 +220,13 @@ class Timeline:
             is_again=call.is_again,
         )
 
+    def paused_s(self) -> dict[str, float]:
+        """Seconds of the pauses of each kind: rebuilt, again, held; without those inside of them."""
+        found = {"rebuilt": 0.0, "again": 0.0, "held": 0.0}
+        for (kind, _), taken_s in self._own_pauses()[1].items():
+            found[kind] += taken_s
+        return found
+
     def waited_fraction(self) -> float:
         """Of the time from the first record to the last one that was wanted: that in which compute waited for copies."""
         if self._origin is None or not self._needed:
@@ -218,14 +234,14 @@ class Timeline:
         all_s = self._link.seconds(self._origin, list(self._needed.values())[-1])
         return sum(self._link.seconds(before, after) for before, after in self.holds) / all_s if all_s > 0 else 0.0
 
-    def rates(self, mover: Mover, before: ActivationRates) -> ActivationRates:
-        """What the copies of the round ran at; as before where there were none."""
+    def rates(self, mover: Mover) -> ActivationRates:
+        """What the copies of the round ran at; None where there were none."""
         ssd = mover.ssd
         return ActivationRates(
-            d2h_bytes_per_s=_rate(self.ends_out) or before.d2h_bytes_per_s,
-            h2d_bytes_per_s=_rate(self.ends_in) or before.h2d_bytes_per_s,
-            ssd_write_bytes_per_s=(ssd.take_rate("write") if ssd is not None else None) or before.ssd_write_bytes_per_s,
-            ssd_read_bytes_per_s=(ssd.take_rate("read") if ssd is not None else None) or before.ssd_read_bytes_per_s,
+            d2h_bytes_per_s=_rate(self.ends_out),
+            h2d_bytes_per_s=_rate(self.ends_in),
+            ssd_write_bytes_per_s=ssd.take_rate("write") if ssd is not None else None,
+            ssd_read_bytes_per_s=ssd.take_rate("read") if ssd is not None else None,
         )
 
 
@@ -235,11 +251,11 @@ def _rate(ends: list[End]) -> float | None:
     return sum(size for size, _ in timed) / busy_s if busy_s > 0 else None
 
 
-def _own_times(pauses: Iterable[tuple[float, float, Hashable]]) -> tuple[list[tuple[float, float]], dict[Hashable, float]]:
+def _own_times(pauses: Iterable[tuple[float, float, _Whose]]) -> tuple[list[tuple[float, float]], dict[_Whose, float]]:
     """Of pauses (begin, end, whose), some inside of others: those that are in no other, and what each takes without those inside of it."""
     outer: list[tuple[float, float]] = []
-    own_s: dict[Hashable, float] = {}
-    around: list[tuple[float, Hashable]] = []
+    own_s: dict[_Whose, float] = {}
+    around: list[tuple[float, _Whose]] = []
     for begin_s, end_s, whose in sorted(pauses, key=lambda pause: (pause[0], -pause[1])):
         while around and around[-1][0] <= begin_s:
             around.pop()

@@ -117,13 +117,18 @@ def decide(
         may_choose: whether nobody has asked for a window.
         throughput: least share of plain PyTorch's that recomputation leaves; None: whatever can be rebuilt is.
     """
+    unlimited = dataclasses.replace(room, window_bytes=_ALL, back_window_bytes=_ALL, keep_bytes=None)
 
     def staying_bytes(rest: Profile) -> int:
-        unlimited = dataclasses.replace(room, window_bytes=_ALL, back_window_bytes=_ALL, keep_bytes=None)
         targets = decide_targets(amount, rest, rates, unlimited)
         return sum(size for size, target in zip(rest.device_bytes, targets, strict=True) if target is Target.KEEP)
 
-    mix = rebuild_all(profile) if throughput is None else choose_mix(profile, throughput, staying_bytes)
+    def copies_s(rest: Profile) -> float:
+        targets = decide_targets(amount, rest, rates, unlimited)
+        moved_bytes = sum(size for size, target in zip(rest.stored_bytes, targets, strict=True) if target is not Target.KEEP)
+        return sum(moved_bytes / one for one in (rates.d2h_bytes_per_s, rates.h2d_bytes_per_s or rates.d2h_bytes_per_s) if one)
+
+    mix = rebuild_all(profile) if throughput is None else choose_mix(profile, throughput, staying_bytes, copies_s)
     profile = what_is_left(profile, mix)
     is_adaptive, rate = isinstance(amount, Adaptive), rates.d2h_bytes_per_s
     chosen = _chosen_room(amount, profile, rates, room) if may_choose and is_adaptive else room

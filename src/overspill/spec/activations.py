@@ -68,6 +68,30 @@ class ActivationRates:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Look:
+    """What a watched round said, on the clock of the device; the amounts follow from it and from those before."""
+
+    round: int
+    """Counted from 1."""
+    forward_s: float
+    """From the first record to the end of forward; pauses are taken out of this and the next."""
+    backward_s: float
+    """From there to the last record that was wanted."""
+    waited_s: float
+    """Compute waited for copies."""
+    rebuilt_s: float
+    """Backward rebuilt tensors."""
+    again_s: float
+    """Backward ran modules again."""
+    rates: ActivationRates
+    """Of this round alone."""
+    caution: float
+    """Of the rates that are believed: what is decided with."""
+    is_believed: bool
+    """Whether its rates are what was believed, or came to be; if not, the next round was watched as well."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationReport(_Amounts):
     """All rounds so far; bytes and waits add up over rounds unless it says otherwise, `device_peak_bytes` is the largest of the rounds'."""
 
@@ -90,6 +114,8 @@ class ActivationReport(_Amounts):
     rates: ActivationRates
     rounds: tuple[RoundAmounts, ...]
     """The last `MOST_ROUNDS`."""
+    looks: tuple[Look, ...] = ()
+    """The last `MOST_LOOKS`."""
     segments: tuple[str, ...]
     """Modules whose forward backward runs again; what is saved in them is packed nowhere and counted nowhere, what goes in is."""
     num_segment_rebuilds: int
@@ -100,3 +126,5 @@ class ActivationReport(_Amounts):
 
 MOST_ROUNDS = 64
 """Rounds that a report remembers one by one: enough to see amounts settle, and it does not grow. Chosen."""
+MOST_LOOKS = 16
+"""Watched rounds that it remembers: those of the first 256 rounds. Chosen."""
