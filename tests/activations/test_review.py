@@ -109,7 +109,7 @@ def test_the_micro_batch_whose_backward_is_next_is_not_waited_for(
     quick, usual, last = ([64], False, 0.002, 0.004), ([1024], False, 0.01, 0.02), ([2048], False, 0.01, 0.02)
     layers = [quick, quick, *[usual] * 9, last]
     late_s = stalled_s(layers, num_micro_batches, 1e5, window=window, device_budget=64)
-    monkeypatch.setattr(Rounds, "fetch_from", lambda self, record: None)
+    monkeypatch.setattr(Rounds, "way_back", lambda self, record: None)
     assert late_s <= stalled_s(layers, num_micro_batches, 1e5, window=window, device_budget=64) + 1e-9
 
 
@@ -135,5 +135,5 @@ def test_what_only_the_tables_turn_reaches_is_fetched_then(stalled_s: Callable[.
         ([], False, 0.01, 0.02),
     ]  # fmt: skip
     late_s = stalled_s(layers, 1, 3e5)
-    monkeypatch.setattr(Rounds, "fetch_from", lambda self, record: None)
+    monkeypatch.setattr(Rounds, "way_back", lambda self, record: None)
     assert late_s <= stalled_s(layers, 1, 3e5) + 1e-9

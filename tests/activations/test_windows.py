@@ -16,7 +16,7 @@ from small_nets import offload
 
 from overspill.activations import windows
 from overspill.activations.amounts import Adaptive, Room, SsdTrain, Target
-from overspill.activations.flight import LEAD_S, Profile, just_in_time, simulate_flight, those_back_in_time, those_out_in_time
+from overspill.activations.flight import LEAD_S, Profile, WayBack, just_in_time, simulate_flight, those_back_in_time, those_out_in_time
 from overspill.activations.rounds import Rounds
 from overspill.activations.steadying import NUM_KEPT, BelievedRate, BelievedRates, QuickestRounds, at_times
 from overspill.activations.windows import LEAST_CAUTION, Windows, decide, next_caution, slowed
@@ -247,9 +247,9 @@ def test_what_comes_back_just_in_time_is_not_there_before_and_never_late(
     name: str, recompute: str, paced: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     late = paced(name, recompute=recompute)
-    monkeypatch.setattr(Rounds, "fetch_from", lambda self, record: None)
+    monkeypatch.setattr(Rounds, "way_back", lambda self, record: None)
     early = paced(name, recompute=recompute)
-    assert late.of_keep >= early.of_keep - 1e-9 and late.reached == early.reached
+    assert late.of_keep >= early.of_keep - 1e-9 and late.reached >= early.reached
     assert late.peak < 0.96 * early.peak if name == "gpt-12288x3" and recompute == "cheap" else late.peak <= early.peak
 
 
@@ -271,21 +271,21 @@ def test_in_backward_of_the_last_mlp_nothing_has_come_back_that_it_does_not_want
 
 
 def test_what_is_on_a_drive_comes_back_as_much_earlier_as_the_drive_is_slower() -> None:
-    profile, count = blocks(6), 48
+    profile = blocks(6)
     usual = room(host_bytes=10 * MB, ssd_bytes=10**12, staging_bytes=10**9)
 
-    def fetched(**rates: float) -> tuple[tuple[int, ...] | None, int]:
+    def fetched(**rates: float) -> WayBack | None:
         found = decide(Adaptive(), profile, dataclasses.replace(LINK, **rates), usual, may_choose=True)
         assert found.targets.count(Target.SSD) > 6 and found.pace is not None
-        return found.pace.fetch_from, found.targets.index(Target.SSD)
+        return found.pace.way_back
 
-    unknown, _ = fetched()
-    (slow, first), (quick, _) = (fetched(ssd_write_bytes_per_s=50e9, ssd_read_bytes_per_s=rate) for rate in (1e9, 50e9))
-    assert unknown is None and slow is not None and quick is not None
-    assert slow[-1] <= first + 1, "at once, but for the one that is wanted last: all of them take longer than backward"
-    assert all(early <= late for early, late in zip(slow, quick, strict=True)) and quick[-1] > count // 2
-    written, _ = fetched(ssd_write_bytes_per_s=50e9)
-    assert written is not None and written[-1] >= slow[-1], "nothing was read yet: by what writing took"
+    unknown = fetched()
+    slow, quick = (fetched(ssd_write_bytes_per_s=50e9, ssd_read_bytes_per_s=rate) for rate in (1e9, 50e9))
+    assert unknown is None and slow is not None and quick is not None and slow.order == quick.order
+    assert slow.until[-1] >= len(slow.order) - 1, "at once, but for the one that is wanted last: all of them take longer than backward"
+    assert all(early >= late for early, late in zip(slow.until, quick.until, strict=True)) and quick.until[-1] < len(quick.order) // 2
+    written = fetched(ssd_write_bytes_per_s=50e9)
+    assert written is not None and written.until[-1] <= slow.until[-1], "nothing was read yet: by what writing took"
 
 
 @st.composite
@@ -313,26 +313,53 @@ def backwards(draw: st.DrawFn) -> tuple[Profile, list[bool], float]:
 def test_just_in_time_is_in_time_wherever_as_early_as_possible_is(drawn: tuple[Profile, list[bool], float]) -> None:
     profile, leaves, rate = drawn
 
-    def ends(fetch_from: tuple[int, ...], rate: float) -> dict[int, float]:
-        """As the cache does it, without a window: at each moment those from the given number on, last first."""
-        first, free_s, found = len(leaves), profile.forward_s, {}
+    def ends(way: WayBack, rate: float) -> dict[int, float]:
+        """As the cache does it, without a window: at each moment what has to be on its way, in its order."""
+        begun, free_s, found = 0, profile.forward_s, {}
         moments = sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf and profile.device_bytes[number])
         for at_s, number in moments:
-            while first > fetch_from[number]:
-                first -= 1
-                if leaves[first] and profile.needed_s[first] < math.inf:
-                    free_s = found[first] = max(free_s, at_s) + profile.stored_bytes[first] / rate
+            for other in way.order[begun : way.until[number]]:
+                free_s = found[other] = max(free_s, at_s) + profile.stored_bytes[other] / rate
+            begun = max(begun, way.until[number])
         return found
 
-    early, late = (
-        ends((0,) * len(leaves), rate / 1.1),
-        ends(just_in_time(profile, leaves, [size / rate for size in profile.stored_bytes]), rate),
-    )
-    assert early.keys() == late.keys()
-    for number in early:
-        others = [early[other] + LEAD_S - profile.needed_s[other] for other in early if other <= number]
+    way = just_in_time(profile, leaves, [size / rate for size in profile.stored_bytes])
+    at_once = WayBack(order=way.order, until=(len(way.order),) * len(leaves))
+    early, late = ends(at_once, rate / 1.1), ends(way, rate)
+    assert sorted(way.order) == [number for number, at_s in enumerate(profile.needed_s) if leaves[number] and at_s < math.inf]
+    assert [profile.needed_s[number] for number in way.order] == sorted(profile.needed_s[number] for number in way.order)
+    for place, number in enumerate(way.order):
+        if number not in early:
+            continue  # nothing is wanted that is there
+        others = [early[other] + LEAD_S - profile.needed_s[other] for other in way.order[place:]]
         if max(others) <= 0:  # it, and what comes behind it, are in time by the slack
             assert late[number] <= profile.needed_s[number] + 1e-9
+
+
+@given(backwards(), st.integers(1, 2000))
+@settings(deadline=None, max_examples=200)
+def test_what_comes_back_in_time_is_never_more_than_a_window_ahead(drawn: tuple[Profile, list[bool], float], window: int) -> None:
+    """Held against the clock: each begins when the one before has ended and there is room, and all have come when they are wanted."""
+    profile, leaves, rate = drawn
+    back = those_back_in_time(profile, leaves, rate, window)
+    assert all(was or not is_back for was, is_back in zip(leaves, back, strict=True))
+    order = sorted((at_s, -number) for number, at_s in enumerate(profile.needed_s) if back[number] and at_s < math.inf)
+    free_s, ahead = profile.forward_s, []
+    for at_s, negative in order:
+        size = profile.stored_bytes[-negative]
+        while ahead and sum(other for _, other in ahead) + size > window:
+            free_s = max(free_s, ahead.pop(0)[0])
+        free_s += size / rate
+        ahead.append((at_s, size))
+        assert free_s <= at_s + 1e-9
+
+
+def test_what_was_packed_first_and_is_wanted_in_between_comes_back_in_its_turn(paced: Any) -> None:
+    """A T5's input goes into encoder and decoder. Before, it stayed: fetches went back in the order of packing."""
+    found = paced("t5-12288x3", recompute="cheap")
+    last = found.report.rounds[-1]
+    everything = last.packed_bytes + last.rebuilt_bytes
+    assert found.of_keep >= 0.999 and last.kept_bytes < 0.10 * everything
 
 
 def test_the_quickest_round_gives_the_times_and_the_newest_all_else() -> None:

@@ -14,10 +14,11 @@ Rules:
    alone.
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
-6. Unpacking a record fetches those that were packed before it, nearest first, as far as a window's bytes reach, or (with a measured round's
-   pace) those that would else come too late; as early again where the window reaches an earlier micro-batch. What backward wants again
-   and again, such as the tables of rotary positions, was packed long before the rest: if more than a window is yet to come in between, what
-   is fetched are those before the **front**, the last record that was wanted in its turn.
+6. Unpacking a record fetches, with a measured round's pace, those that would else come too late, in the order in which they are wanted;
+   and of an earlier micro-batch, whose backward begins nobody knows when, as many as the window reaches. Without a pace it fetches those
+   that were packed before it, nearest first, as far as a window's bytes reach. What backward wants again and again, such as the tables of
+   rotary positions, was packed long before the rest: if more than a window is yet to come in between, what is fetched are those before the
+   **front**, the last record that was wanted in its turn.
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
 8. What was cast to a wider dtype is stored in the one that it was cast from, where that is chosen as rebuilding is: a place that is rebuilt
    and takes memory all the same.
@@ -95,8 +96,12 @@ class TensorCache:
         """Where in `_moved` the records of each micro-batch of this round end."""
         self._fronts: dict[int, int] = {}
         """Of each micro-batch whose backward runs: where in `_moved` the front is (rule 6)."""
-        self._firsts: dict[int, int] = {}
-        """Of each of these: the first record that may be on its way back; only falls."""
+        self._starts: dict[int, int] = {}
+        """Where they begin there."""
+        self._places: dict[tuple[int, int], Record] = {}
+        """They, by micro-batch and place; the last one of a micro-batch that is packed in parts."""
+        self._num_back: dict[int, int] = {}
+        """Of each micro-batch whose backward runs: how far its way back has begun."""
         self._fetched: dict[Record, None] = {}
         """What was fetched and is alive, for the end of a backward that keeps its graph."""
         self._backward_id = -1
@@ -286,7 +291,9 @@ class TensorCache:
             may_wait = self.rounds.may_wait(record)
             self.mover.leave(record, storage, target, may_wait=may_wait, is_timed=timeline is not None)
         if record.target is not Target.KEEP:
+            self._starts.setdefault(self._micro_batch, len(self._moved))
             self._moved.append(record)
+            self._places[self._micro_batch, record.index] = record
         self._ends[self._micro_batch] = len(self._moved)
         if timeline is not None:
             timeline.pack(record, moved_bytes, rest_bytes)
@@ -360,13 +367,9 @@ class TensorCache:
             return None
         return bytes_of(storage, record.start, record.stop)
 
-    def _front_before(self, record: Record) -> int:
-        """Where the front of its micro-batch was; before backward wanted any, behind all of them."""
-        return self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
-
     def _front_at(self, record: Record) -> int:
-        """Where the front is, now that this record is wanted (rule 6)."""
-        front = self._front_before(record)
+        """Where the front is, now that this record is wanted (rule 6); before backward wanted any, it was behind all of them."""
+        front = self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
         between_bytes = 0
         for other in self._moved[record.position : front]:
             if other is not None and not other.is_wanted:
@@ -377,28 +380,31 @@ class TensorCache:
         return record.position
 
     def _prefetch_around(self, record: Record) -> None:
-        """Rule 6, now that this one is wanted. Just in time, what lies between it and the front before comes first: it is wanted sooner."""
-        first, before = self._first_at(record), self._front_before(record)
-        front = self._front_at(record)
-        is_passing = first is not None and any(other is not None and not other.is_wanted for other in self._moved[front:before])
-        if is_passing:
-            self._prefetch(before, record.micro_batch, first, is_alone=True)
-        self._prefetch(front, record.micro_batch, first, is_alone=is_passing)
-
-    def _first_at(self, record: Record) -> int | None:
-        """The first of its micro-batch that may come back now; None: no matter which."""
-        first = self.rounds.fetch_from(record)
-        if first is None:
-            return None
-        self._firsts[record.micro_batch] = first = min(first, self._firsts.get(record.micro_batch, first))
-        return first
-
-    def _prefetch(self, position: int, micro_batch: int = -1, first: int | None = None, *, is_alone: bool = False) -> None:
-        """Rule 6, for the records before `position`; of this micro-batch from number `first` on, if that is given, and (if it is alone)
-        of no other."""
+        """Rule 6, now that this one is wanted."""
+        way = self.rounds.way_back(record)
+        if way is None:
+            self._prefetch(self._front_at(record))
+            return
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
-        mover, window_bytes, passed_bytes, num_dead = self.mover, self.mover.back_window_bytes, 0, 0
+        (order, until), micro_batch = way, record.micro_batch
+        begun = self._num_back.get(micro_batch, 0)
+        while begun < until:
+            other = self._places.get((micro_batch, order[begun]))
+            if other is not None and _is_away(other) and not self._fetch_ahead(other):
+                break
+            begun += 1
+        self._num_back[micro_batch] = begun
+        start = self._starts.get(micro_batch, 0)
+        if start:  # of an earlier micro-batch nobody knows when its backward begins
+            own = (self._places.get((micro_batch, place)) for place in order)
+            self._prefetch(start, near_bytes=sum(one.stored_bytes for one in own if one is not None and (one.is_ahead or _is_away(one))))
+
+    def _prefetch(self, position: int, *, near_bytes: int = 0) -> None:
+        """Rule 6, for the records before `position`, if so many bytes are nearer."""
+        if torch._C._current_graph_task_id() != -1:
+            self._note_backward()
+        window_bytes, num_dead = self.mover.back_window_bytes, 0
         for index in range(min(position, len(self._moved)) - 1, -1, -1):
             record = self._moved[index]
             if record is None:
@@ -406,34 +412,23 @@ class TensorCache:
                 if num_dead > MOST_DEAD_PASSED:
                     return
                 continue
-            if passed_bytes and passed_bytes + record.stored_bytes > window_bytes:
+            if near_bytes and near_bytes + record.stored_bytes > window_bytes:
                 return
-            if first is not None and record.micro_batch == micro_batch and record.index < first:
-                if is_alone or not self._reaches_another(index, micro_batch, window_bytes - passed_bytes):
-                    return
-                first = None
-            passed_bytes += record.stored_bytes
-            if record.payload is not None or record.coming is not None or not record.weak.expired():
-                continue
-            if mover.ahead_bytes and mover.ahead_bytes + record.stored_bytes > window_bytes:
+            near_bytes += record.stored_bytes
+            if _is_away(record) and not self._fetch_ahead(record):
                 return
-            if not mover.fetch(record, must=False, is_timed=self.rounds.timeline is not None):
-                return
-            record.is_ahead = True
-            mover.ahead_bytes += record.stored_bytes
-            self._fetched[record] = None
 
-    def _reaches_another(self, index: int, micro_batch: int, room_bytes: int) -> bool:
-        """Whether a window reaches from here to a record of an earlier micro-batch; when its backward begins is not known."""
-        num_dead = 0
-        for other in range(index, -1, -1):
-            record = self._moved[other]
-            if record is not None and record.micro_batch != micro_batch:
-                return True
-            num_dead, room_bytes = num_dead + (record is None), room_bytes - (record.stored_bytes if record is not None else 0)
-            if num_dead > MOST_DEAD_PASSED or room_bytes < 0:
-                return False
-        return False
+    def _fetch_ahead(self, record: Record) -> bool:
+        """Start its way back before it is wanted; False: the window is full, or there is no way now."""
+        mover = self.mover
+        if mover.ahead_bytes and mover.ahead_bytes + record.stored_bytes > mover.back_window_bytes:
+            return False
+        if not mover.fetch(record, must=False, is_timed=self.rounds.timeline is not None):
+            return False
+        record.is_ahead = True
+        mover.ahead_bytes += record.stored_bytes
+        self._fetched[record] = None
+        return True
 
     def prefetch_last(self, micro_batch: int | None = None) -> None:
         """Begin as the first unpack of a micro-batch's backward would; None: of the one that was packed last.
@@ -460,6 +455,7 @@ class TensorCache:
             self.rebuilder.forget_results()
         with self._lock:
             self._backward_id = -1
+            self._num_back.clear()
             for record in self._fetched:
                 if record.coming is not None or record.is_ahead:
                     continue  # of a micro-batch whose backward is yet to come
@@ -496,6 +492,8 @@ class TensorCache:
             del self._by_storage[record.cdata]
         if record.target is not Target.KEEP:
             self._moved[record.position] = None
+            if self._places.get((record.micro_batch, record.index)) is record:
+                del self._places[record.micro_batch, record.index]
         self._fetched.pop(record, None)
         self.mover.release(record)
         self.num_live -= 1
@@ -511,9 +509,9 @@ class TensorCache:
         for record in (record for same in self._by_storage.values() for record in same):
             record.position = before[record.position]
         self._ends = {number: before[end] for number, end in list(self._ends.items())[-MOST_DEAD:]}
+        self._starts = {number: before[start] for number, start in list(self._starts.items())[-MOST_DEAD:]}
         self._moved = [record for record in self._moved if record is not None]
         self._fronts.clear()
-        self._firsts.clear()
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
@@ -521,7 +519,9 @@ class TensorCache:
         self._moved.clear()
         self._ends.clear()
         self._fronts.clear()
-        self._firsts.clear()
+        self._starts.clear()
+        self._places.clear()
+        self._num_back.clear()
         self.num_packed = 0
         self.rounds.begin()
 
@@ -541,6 +541,11 @@ class TensorCache:
         with self._lock:
             self._micro_batch = number if number is not None else self._micro_batch + 1
             self.num_packed = self._num_calls = 0
+
+
+def _is_away(record: Record) -> bool:
+    """Whether the device has it no more, nor soon."""
+    return record.payload is None and record.coming is None and record.weak.expired()
 
 
 class _OpenCall:

@@ -6,8 +6,8 @@ Words:
   nothing of a storage is freed before all of it has left.
 * **the way back**: what backward wants soon and was fetched early. At most a window of its own.
 * **place**: the number of a storage in the order in which a micro-batch saves them, whether it is stored or rebuilt.
-* **just in time**: what backward wants is fetched as late as the link lets it, not as early as the window does: memory is fullest where the
-  gradients of a module are made, and what comes back for others shall not be there yet.
+* **just in time**: what backward wants is fetched in the order in which it wants it, as late as the link lets it, not as early as the
+  window does: memory is fullest where the gradients of a module are made, and what comes back for others shall not be there yet.
 * **gone**: on paper, when a record's copy has ended and `SLACK_FRACTION` of the time since it was packed has passed besides. The mover may
   then take it for copied, without a look at the copy; a link that is a little slower than it was measured costs no wait.
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import bisect
 import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -33,8 +32,6 @@ LATE_FRACTION = 0.01
 for that. Nothing waits for it where backward begins. Chosen: rounds differ by more."""
 LEAD_S = 0.001
 """By which what is fetched just in time is back before backward wants it. Chosen: more than starting a copy takes."""
-MOST_MOMENTS = 64
-"""That are looked at for one from which a record is near enough. Chosen: a layer wants fewer tensors."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +83,16 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WayBack:
+    """How what has left comes back just in time, by numbers of records in their micro-batch."""
+
+    order: tuple[int, ...]
+    """Those that left and are wanted, the one that is wanted first first."""
+    until: tuple[int, ...]
+    """For each record: when backward wants it first, so many of these are on their way."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Pace:
     """When what leaves is gone, by numbers of records in their micro-batch, so that it holds for other lengths as well."""
 
@@ -93,9 +100,8 @@ class Pace:
     """For each record: when it is packed, all that left before this one are gone."""
     num_gone_at_turn: int
     """The same when backward begins."""
-    fetch_from: tuple[int, ...] | None = None
-    """For each record: when backward wants it first, those from this number on that left are on their way back, just in time; None: as many
-    as the window takes."""
+    way_back: WayBack | None = None
+    """None: what was packed last comes first, as much as the window takes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -169,83 +175,54 @@ def those_out_in_time(profile: Profile, bytes_per_s: float, window_bytes: float)
 def those_back_in_time(profile: Profile, leaves: Sequence[bool], bytes_per_s: float, window_bytes: float) -> list[bool]:
     """Of the records that leave, those that are back when backward wants them.
 
-    As the cache fetches: whenever backward wants a record, those that were packed before it, nearest first, as far as the window reaches;
-    before the front, if more than a window is yet to come between the two. What would come too late stays, and gives its time on the link
-    to the next.
+    They come one after the other in the order in which they are wanted, at most a window ahead of that; a single record always may. What
+    would come too late stays, and gives its time on the link to the next.
     """
-    result, fetched = list(leaves), [False] * len(leaves)
-    moved = [number for number, is_moved in enumerate(leaves) if is_moved]
-    free_s, num_left, front = profile.forward_s, len(moved), len(moved)
-    for wanted_s, number in sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf):
-        if result[number] and not fetched[number]:
-            result[number], num_left = False, num_left - 1
-        if num_left == 0:
-            continue  # all of them are back or on their way
-        place = bisect.bisect_left(moved, number)
-        between = (other for other in moved[place:front] if result[other] and profile.needed_s[other] > wanted_s)
-        if sum(profile.stored_bytes[other] for other in between) <= window_bytes:
-            front = place
-        near_bytes = 0
-        for place in range(front - 1, -1, -1):
-            other = moved[place]
-            if not result[other] or profile.needed_s[other] < wanted_s:
-                continue  # it stays, or backward has had it
-            size = profile.stored_bytes[other]
-            if near_bytes and near_bytes + size > window_bytes:
-                break
-            if not fetched[other]:
-                took_s = size / bytes_per_s
-                end_s = max(free_s, wanted_s) + took_s
-                if end_s + SLACK_FRACTION * took_s > profile.needed_s[other]:
-                    result[other], num_left = False, num_left - 1
-                    continue
-                free_s, fetched[other], num_left = end_s, True, num_left - 1
-            near_bytes += size
+    result, free_s = list(leaves), profile.forward_s
+    ahead: collections.deque[tuple[float, int]] = collections.deque()  # when it is wanted, and its bytes; what was not wanted yet
+    ahead_bytes = 0
+    for needed_s, number in _by_need(profile, leaves):
+        size, begin_s, num_had, had_bytes = profile.stored_bytes[number], free_s, 0, 0
+        while num_had < len(ahead) and ahead_bytes - had_bytes + size > window_bytes:
+            begin_s = max(begin_s, ahead[num_had][0])
+            num_had, had_bytes = num_had + 1, had_bytes + ahead[num_had][1]
+        took_s = size / bytes_per_s
+        if begin_s + (1 + SLACK_FRACTION) * took_s > needed_s:
+            result[number] = False
+            continue
+        for _ in range(num_had):
+            ahead.popleft()
+        ahead.append((needed_s, size))
+        ahead_bytes += size - had_bytes
+        free_s = begin_s + took_s
     return result
 
 
-def just_in_time(profile: Profile, leaves: Sequence[bool], back_s: Sequence[float], window_bytes: float = math.inf) -> tuple[int, ...]:
-    """`Pace.fetch_from`: one record comes after the other, what was packed last first, and each begins so late that it and all behind it
-    are back in time, by the slack and `LEAD_S`. A fetch begins where backward wants something that is near enough: at the last such moment
-    before.
+def just_in_time(profile: Profile, leaves: Sequence[bool], back_s: Sequence[float]) -> WayBack:
+    """One record comes after the other, what is wanted first first, and each begins so late that it and all behind it are back in time, by
+    the slack and `LEAD_S`. A fetch begins where backward wants something: at the last such moment before.
 
     Args:
         back_s: what each takes to come back.
-        window_bytes: how far what is wanted reaches, as the cache fetches (`TensorCache`, rule 6).
     """
+    order = [number for _, number in _by_need(profile, leaves)]
     latest_s, behind_s = [], math.inf
-    for took_s, needed_s, is_moved in zip(back_s, profile.needed_s, leaves, strict=True):  # from the one that is fetched last
-        if is_moved and needed_s < math.inf:
-            behind_s = min(needed_s - LEAD_S, behind_s) - (1 + SLACK_FRACTION) * took_s
+    for number in reversed(order):
+        behind_s = min(profile.needed_s[number] - LEAD_S, behind_s) - (1 + SLACK_FRACTION) * back_s[number]
         latest_s.append(behind_s)
-    wanted = _wanted(profile)
-    reaches = _reaches(profile, leaves, wanted, window_bytes)
-    times = [at_s for at_s, _ in wanted]
-    firsts = [len(leaves)] * len(wanted)  # of each moment: the first that must be on its way
-    for number, is_moved in enumerate(leaves):
-        if is_moved and wanted:
-            last = max(0, bisect.bisect_right(times, latest_s[number]) - 1)
-            near = (moment for moment in range(last, max(-1, last - MOST_MOMENTS), -1) if reaches[moment][0] <= number < reaches[moment][1])
-            moment = next(near, last)
-            firsts[moment] = min(firsts[moment], number)
-    firsts = list(itertools.accumulate(firsts, min))
-    found = [0] * len(leaves)
-    for moment, (at_s, number) in enumerate(wanted):
-        found[number] = firsts[bisect.bisect_right(times, at_s, lo=moment) - 1]  # of moments at one time the order is not known
-    return tuple(found)
+    latest_s.reverse()  # which only grows
+    until, now_s, next_s = [0] * len(leaves), math.inf, math.inf
+    for at_s, number in reversed(_wanted(profile)):
+        if at_s < now_s:  # of those at one time the order is not known
+            now_s, next_s = at_s, now_s
+        until[number] = bisect.bisect_left(latest_s, next_s)
+    return WayBack(order=tuple(order), until=tuple(until))
 
 
-def _reaches(profile: Profile, leaves: Sequence[bool], wanted: Sequence[tuple[float, int]], window_bytes: float) -> list[tuple[int, int]]:
-    """For each moment at which backward wants something: the records that it may fetch, from the first to before the second."""
-    sizes = [size if is_moved else 0 for size, is_moved in zip(profile.stored_bytes, leaves, strict=True)]
-    before = [0, *itertools.accumulate(sizes)]
-    found, front = [], len(sizes)
-    for _, number in wanted:
-        stop = max(front, number)
-        if number > front or before[front] - before[number] <= window_bytes:
-            front = number
-        found.append((min(bisect.bisect_left(before, before[front] - window_bytes), max(0, front - 1)), stop))
-    return found
+def _by_need(profile: Profile, leaves: Sequence[bool]) -> list[tuple[float, int]]:
+    """When backward wants what leaves, and which place, the first first; of those at one time what was packed last."""
+    pairs = ((at_s, -number) for number, (at_s, is_moved) in enumerate(zip(profile.needed_s, leaves, strict=True)) if is_moved)
+    return [(at_s, -number) for at_s, number in sorted(pairs) if at_s < math.inf]
 
 
 def _wanted(profile: Profile) -> list[tuple[float, int]]:
@@ -253,21 +230,20 @@ def _wanted(profile: Profile) -> list[tuple[float, int]]:
     return sorted((at_s, number) for number, at_s in enumerate(profile.needed_s) if at_s < math.inf and profile.device_bytes[number])
 
 
-def _most_in_backward(profile: Profile, leaves: Sequence[bool], fetch_from: Sequence[int], window_bytes: float) -> int:
+def _most_in_backward(profile: Profile, leaves: Sequence[bool], way: WayBack, window_bytes: float) -> int:
     """Most bytes of records on the device in backward: what stays until it was wanted, and what has come for what is yet to be wanted."""
     kept_bytes = sum(size for size, is_moved in zip(profile.device_bytes, leaves, strict=True) if not is_moved)
-    first, ahead_bytes, most = len(leaves), 0, kept_bytes
-    is_had = [False] * len(leaves)
+    num_fetched, ahead_bytes, most = 0, 0, kept_bytes
+    is_there = [False] * len(leaves)
     for _, number in _wanted(profile):
-        while first > fetch_from[number]:
-            first -= 1
-            if leaves[first] and not is_had[first]:
-                ahead_bytes += profile.stored_bytes[first]
+        for other in way.order[num_fetched : way.until[number]]:
+            is_there[other] = True
+            ahead_bytes += profile.stored_bytes[other]
+        num_fetched = max(num_fetched, way.until[number])
         most = max(most, kept_bytes + int(min(ahead_bytes, window_bytes)))
-        is_had[number] = True
         if not leaves[number]:
             kept_bytes -= profile.device_bytes[number]
-        elif number >= first:
+        elif is_there[number]:
             ahead_bytes -= profile.stored_bytes[number]
     return most
 
@@ -300,12 +276,12 @@ def simulate_flight(
         peak_bytes = max(peak_bytes, kept_bytes + way.num_bytes)
     way.advance(profile.forward_s + stalled_s)
     if back_s is None:
-        fetch_from, backward_bytes = None, kept_bytes + int(min(back_window_bytes, moved_bytes))
+        way_back, backward_bytes = None, kept_bytes + int(min(back_window_bytes, moved_bytes))
     else:
-        fetch_from = just_in_time(profile, leaves, back_s, back_window_bytes)
-        backward_bytes = _most_in_backward(profile, leaves, fetch_from, back_window_bytes)
+        way_back = just_in_time(profile, leaves, back_s)
+        backward_bytes = _most_in_backward(profile, leaves, way_back, back_window_bytes)
     return Flight(
-        pace=Pace(num_gone=tuple(num_gone), num_gone_at_turn=way.first(len(num_gone)), fetch_from=fetch_from),
+        pace=Pace(num_gone=tuple(num_gone), num_gone_at_turn=way.first(len(num_gone)), way_back=way_back),
         stalled_s=stalled_s,
         peak_bytes=max(peak_bytes, kept_bytes + way.num_bytes, backward_bytes),
     )

@@ -8,7 +8,7 @@ one follows the same decisions: bytes and times grow together. What is beyond th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from overspill.activations.amounts import Amount, Room, Target
@@ -113,12 +113,13 @@ class Rounds:
         here = pace.num_gone[min(num_packed, len(pace.num_gone)) - 1] if num_packed else 0
         return lambda record: record.index < (here if record.micro_batch == micro_batch else pace.num_gone_at_turn)
 
-    def fetch_from(self, record: Record) -> int | None:
-        """The first record of this one's micro-batch that comes back now that this one is wanted; None: as many as the window takes."""
-        pace = self._decision.pace if self._decision is not None else None
-        if pace is None or pace.fetch_from is None or record.index >= len(pace.fetch_from):
+    def way_back(self, record: Record) -> tuple[Sequence[int], int] | None:
+        """Places of this one's micro-batch in the order in which they come back, and how many of them are on their way now that it is
+        wanted; None: what was packed last comes first, as much as the window takes."""
+        way = self._decision.pace.way_back if self._decision is not None and self._decision.pace is not None else None
+        if way is None or record.index >= len(way.until):
             return None
-        return pace.fetch_from[record.index]
+        return way.order, way.until[record.index]
 
     def gone_in_backward(self) -> Callable[[Record], bool] | None:
         """The same, whenever backward wants one."""
