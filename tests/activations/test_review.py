@@ -137,3 +137,15 @@ def test_what_only_the_tables_turn_reaches_is_fetched_then(stalled_s: Callable[.
     late_s = stalled_s(layers, 1, 3e5)
     monkeypatch.setattr(Rounds, "way_back", lambda self, record: None)
     assert late_s <= stalled_s(layers, 1, 3e5) + 1e-9
+
+
+def test_of_two_micro_batches_the_next_ones_records_never_come_before_what_this_one_wants(stalled_s: Callable[..., float]) -> None:
+    """They are near enough for the window while much of this one's is still to come, just in time."""
+    layers: list[Layer] = [
+        ([240, 4000], False, 0.0, 0.0), ([240, 4000, 4000], False, 0.03, 0.02), ([4000, 4000], False, 0.01, 0.0), ([], False, 0.042, 0.064),
+        ([40, 4000, 4000], False, 0.03, 0.004), ([8000, 40], False, 0.01, 0.004), ([8000, 4000, 4000], False, 0.0, 0.0),
+        ([8000, 40, 4000], False, 0.002, 0.06), ([], False, 0.002, 0.02), ([8000], False, 0.01, 0.004), ([], False, 0.04, 0.12),
+        ([8000, 8000, 4000], False, 0.03, 0.02), ([8000, 8000, 40], False, 0.0, 0.02), ([40, 4000], False, 0.0, 0.0),
+        ([4000], False, 0.03, 0.06), ([8000], False, 0.01, 0.0), ([4000], False, 0.0, 0.06),
+    ]  # fmt: skip
+    assert stalled_s(layers, 2, 3e5) == 0

@@ -388,6 +388,14 @@ class TensorCache:
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
         (order, until), micro_batch = way, record.micro_batch
+        start, near_bytes = self._starts.get(micro_batch, 0), 0
+        if start:
+            near_bytes = self._bytes_to_come(order, micro_batch)
+            nearest = next((one for one in reversed(self._moved[max(0, start - MOST_DEAD_PASSED) : start]) if one is not None), None)
+            if nearest is None or near_bytes + nearest.stored_bytes > self.mover.back_window_bytes:
+                start = 0
+            else:
+                until = len(order)  # what is wanted sooner crosses the link sooner
         begun = self._num_back.get(micro_batch, 0)
         while begun < until:
             other = self._places.get((micro_batch, order[begun]))
@@ -395,10 +403,21 @@ class TensorCache:
                 break
             begun += 1
         self._num_back[micro_batch] = begun
-        start = self._starts.get(micro_batch, 0)
-        if start:  # of an earlier micro-batch nobody knows when its backward begins
-            own = (self._places.get((micro_batch, place)) for place in order)
-            self._prefetch(start, near_bytes=sum(one.stored_bytes for one in own if one is not None and (one.is_ahead or _is_away(one))))
+        if start:
+            self._prefetch(start, near_bytes=near_bytes)
+
+    def _bytes_to_come(self, order: Sequence[int], micro_batch: int) -> int:
+        """Of what is away, or has come too early, of a micro-batch; or more than a window."""
+        num_bytes = num_passed = 0
+        for place in reversed(order):
+            record = self._places.get((micro_batch, place))
+            if num_bytes > self.mover.back_window_bytes or num_passed > MOST_DEAD_PASSED:
+                break
+            if record is not None and (record.is_ahead or _is_away(record)):
+                num_bytes += record.stored_bytes
+            else:
+                num_passed += 1
+        return num_bytes
 
     def _prefetch(self, position: int, *, near_bytes: int = 0) -> None:
         """Rule 6, for the records before `position`, if so many bytes are nearer."""
