@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from loaded_python import StartedLoaded
 from small_runs import OPTIMIZER, Weights, assert_equal, batches, content, open_run, request, train, uninterrupted
 from tiny_models import tiny_model
 
@@ -271,9 +272,13 @@ def test_nothing_of_the_text_is_in_the_directory_after_a_kill(tmp_path: Path) ->
         "    train(session, 2); train(session, 3, every=None); print(flush=True); train(session, 100000, every=None)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], env=environment, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None and child.stdout.readline() == b"\n"
-        child.kill()
+    reading, writing = os.pipe()
+    with open(reading) as output, open(writing, "w") as told:
+        child = StartedLoaded(["-c", code, tmp_path / "run"], told, told, env=environment)
+        told.close()
+        assert output.readline() == "\n"
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
 
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert [name for name in names if not name.startswith(("checkpoint-", "overspill."))] == []
