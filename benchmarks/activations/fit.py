@@ -133,7 +133,7 @@ def _try(bench: Bench, mode: str, places: Places, rows: int, steps: int, budget:
     """A few steps with so many rows; an error if they do not fit."""
     try:
         bench.set_rows(rows)
-        with _context(bench, mode, places, budget, recompute_as=mode), without_collector():
+        with without_collector(), _context(bench, mode, places, budget, recompute_as=mode):
             for _ in range(SETTLING_STEPS if is_moving else 2):
                 last_s = bench.noted_step()["step_s"]
             number = min(steps, max(LEAST_STEPS[False], int(MOST_TIMED_S[False] / last_s)))

@@ -20,8 +20,8 @@ Rules:
    rounds stays. A line has all steps of both. There is no keep in between where keep has not run in this process before, or takes most of
    the device (`MOST_KEEP_FRACTION`). `keep` itself, which all begins with, gives the absolute figures; `keep-again`, which is measured as
    any other mode, says how well 1 is found.
-6. Python's collector of cycles runs between steps, in every mode, and not within. What was there before a mode is frozen, so that it
-   takes next to no time.
+6. Python's collector of cycles runs between steps, in every mode, and not within. What was there before a mode (the net, and all that was
+   imported) is frozen, so that it takes next to no time, and stays so: the next mode finds it again. What the mode makes is not.
 7. No step that counts beside keep allocates on the device (cudaMalloc): one that did is done again, `MOST_TRIES` times at most. How often
    steps that count did after all is in the line (`device_allocs`).
 """
@@ -201,11 +201,11 @@ class Bench:
         mode = MODES[name]
         num_full = self.num_blocks if mode.is_checkpointed else 0
         with contextlib.ExitStack() as stack:
+            stack.enter_context(without_collector())
             if mode.is_checkpointed:
                 stack.callback(self._set_recompute, False)
                 self._set_recompute(True)
             active = stack.enter_context(self.entered(context(mode, self.net, places, known)))
-            stack.enter_context(without_collector())
             is_beside = plan is not None and name != "keep" and self._has_keep and _can_switch_hooks()
             warm = self._warm_up(
                 active if mode.tier is not None else None, is_adaptive=mode.amount in ("adaptive", "ssdtrain"), is_beside=is_beside
@@ -394,7 +394,6 @@ def without_collector() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -9,8 +9,6 @@ import copy
 import gc
 import io
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from loaded_python import run_loaded
 from small_nets import INPUTS, VOCAB, assert_nothing_left, assert_same_gradients, build, chain_step, offload, run_step
 from torch import nn
 
@@ -323,18 +322,15 @@ def test_a_training_that_was_broken_off_gives_all_back_when_its_callback_dies_or
 def test_ddp_and_fsdp2_on_two_ranks_give_the_same_bits(tmp_path: Path) -> None:
     script = Path(__file__).parent / "two_ranks.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "USE_LIBUV": "0", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(tmp_path / "rendezvous")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )  # fmt: skip
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    for rank, output in zip(ranks, outputs, strict=True):
-        assert rank.returncode == 0, output
+    start = (
+        "import subprocess, sys; logs = [open(sys.argv[2] + str(rank), 'w') for rank in range(2)]\n"
+        "starts = [[sys.executable, *sys.argv[1:], str(rank)] for rank in range(2)]\n"
+        "ranks = [subprocess.Popen(start, stdout=log, stderr=log) for start, log in zip(starts, logs)]\n"
+        "sys.exit(sum(abs(rank.wait()) for rank in ranks))\n"
+    )
+    done = run_loaded("-c", start, script, tmp_path / "rendezvous", env=environment, timeout=120)
+    outputs = [(tmp_path / f"rendezvous{rank}").read_text() for rank in range(2)]
+    assert done.returncode == 0, outputs
+    for output in outputs:
         assert "ddp equal" in output and "fsdp2 equal" in output
         assert "ddp segments equal" in output and "fsdp2 segments equal" in output

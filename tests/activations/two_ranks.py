@@ -67,8 +67,8 @@ def compare_segments(name: str, model: nn.Module, rank: int, pattern: str) -> No
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    rank = int(sys.argv[1])
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+    rank = int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
     model: nn.Module = nn.parallel.DistributedDataParallel(build())
     compare("ddp", model, rank)
     compare_segments("ddp", model, rank, "module.*")

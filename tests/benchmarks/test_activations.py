@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded_python import run_loaded
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "activations"
@@ -62,12 +63,9 @@ def terms(**changes: Any) -> bounds.Terms:
 
 
 def run(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable, str(FOLDER / "run.py"), "--tiny", "--steps", "2", "--steps-s", "0", "--waiting", "2",
-            "--ssd-dir", str(tmp_path / "ssd"), "--shm-dir", str(tmp_path / "shm"), *arguments,
-        ],
-        capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
+    return run_loaded(
+        FOLDER / "run.py", "--tiny", "--steps", "2", "--steps-s", "0", "--waiting", "2", "--ssd-dir", tmp_path / "ssd",
+        "--shm-dir", tmp_path / "shm", *arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": "src"},
     )  # fmt: skip
 
 

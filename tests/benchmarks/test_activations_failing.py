@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded_python import run_loaded
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "activations"
@@ -67,11 +68,11 @@ def test_a_hang_a_crash_and_a_mode_without_memory_cost_their_own_lines_alone(tmp
     worker.write_text(BREAKING.format(folder=str(FOLDER), once=str(tmp_path / "once")))
     start = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import run; run.WORKER = {str(worker)!r}; sys.exit(run.main(sys.argv[1:]))"
     command = [
-        sys.executable, "-c", start, "--tiny", "--out", str(out), "--shapes", "gpt-64x4", "bert-64x2", "t5-64x3", "--jobs", "core",
+        "-c", start, "--tiny", "--out", str(out), "--shapes", "gpt-64x4", "bert-64x2", "t5-64x3", "--jobs", "core",
         "--steps", "2", "--steps-s", "0", "--waiting", "4", "--mode-limit-s", "8",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+    done = run_loaded(*command, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     lines = tables.newest(tables.read_lines(out))
     found = {(line["shape"], line["mode"]): line for line in lines}

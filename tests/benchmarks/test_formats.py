@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from loaded_python import run_loaded
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "formats"
 sys.path.insert(0, str(FOLDER))
 
-import finetune_spread  # noqa: E402
 import starts  # noqa: E402
 import verdicts  # noqa: E402
 
@@ -68,13 +69,13 @@ def test_a_model_folder_is_copied_with_its_weights_moved(model: Path, tmp_path: 
 
 
 @pytest.fixture
-def spread(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the supervisor here, its runs in processes of their own; what all have printed."""
+def spread(model: Path, tmp_path: Path) -> Callable[..., str]:
+    """Runs the supervisor and its runs in processes of their own; what all have printed."""
     words = [[f"w{(7 * row + 3 * place) % 39}" for place in range(6)] for row in range(40)]
     rows = [{"prompt": " ".join(text[:3]), "completion": " ".join(text[3:])} for text in words]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def call(*more: str) -> str:
+    def call(*more: str, fails: str | None = None) -> str:
         arguments = [
             "--steps",
             "3",
@@ -91,16 +92,18 @@ def spread(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: 
             "--threads",
             "1",
         ]
-        places = [str(FOLDER / "finetune_spread.py"), str(model), str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "o.jsonl")]
-        monkeypatch.setattr(sys, "argv", [*places, *arguments, "--formats", "fp32,bf16", "--seeds", "0", "--starts", "off-grid", *more])
-        finetune_spread.main()
-        return capfd.readouterr().out
+        places = [FOLDER / "finetune_spread.py", model, tmp_path / "data.jsonl", "--out", tmp_path / "o.jsonl"]
+        chosen = ["--formats", "fp32,bf16", "--seeds", "0", "--starts", "off-grid", *more]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        done = run_loaded(*places, *arguments, *chosen, env=environment)
+        assert (done.returncode == 0) == (fails is None), done.stderr
+        assert fails is None or re.search(fails, done.stderr), done.stderr
+        return done.stdout
 
     return call
 
 
-def test_runs_side_by_side_go_on_where_they_were(spread: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+def test_runs_side_by_side_go_on_where_they_were(spread: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "o.jsonl"
     assert "0 of 2 runs are complete" in spread("--deadline-s", "0") and not out.exists()
     assert "2 of 2 runs are complete" in spread()
@@ -112,10 +115,8 @@ def test_runs_side_by_side_go_on_where_they_were(spread: Callable[..., str], tmp
     first, second = curves.values()
     assert first["losses"][0] == second["losses"][0] and first["losses"][-1] != second["losses"][-1]  # one nearest bf16
     assert "2 of 2 runs are complete" in spread() and out.read_text() == text
-    with pytest.raises(SystemExit, match=r"'lr': \(2e-05, 0.001\)"):
-        spread("--lr", "1e-3")
-    with pytest.raises(SystemExit, match="failed: bfloat16:fp32:off-grid:1"):
-        spread("--seeds", "1", "--formats", "fp32", "--device", "nowhere")
+    spread("--lr", "1e-3", fails=r"'lr': \(2e-05, 0.001\)")
+    spread("--seeds", "1", "--formats", "fp32", "--device", "nowhere", fails="failed: bfloat16:fp32:off-grid:1")
 
 
 def curve(state_format: str, seed: int, final: float, *, start: str = "file", is_complete: bool = True) -> dict[str, Any]:

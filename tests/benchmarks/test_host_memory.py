@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from loaded_python import run_loaded
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "host_memory"
@@ -234,11 +235,4 @@ def test_a_windowed_model_has_the_shape_and_no_memory_of_its_own() -> None:
 
 
 def run_script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(FOLDER / name), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-    )
+    return run_loaded(FOLDER / name, *arguments, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+
+from loaded_python import run_loaded
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -14,9 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_the_ssd_step_benchmark_runs_small(tmp_path: Path) -> None:
     arguments = ["--shape", "tiny", "--samples", "1", "--seq-len", "16", "--dtype", "float32", "--raw-gib", "0.125"]
     arguments += ["--chunk-mib", "0.0625", "--ssd-dir", str(tmp_path / "ssd"), "--out", str(tmp_path / "o.json")]
-    command = [sys.executable, "benchmarks/host_memory/ssd_step.py", *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    done = run_loaded("benchmarks/host_memory/ssd_step.py", *arguments, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "o.json").read_text())
     assert len(result["raw_gb_per_s"]) == 2 and len(result["step_over_bound"]) == 2

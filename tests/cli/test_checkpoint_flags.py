@@ -6,14 +6,13 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from loaded_python import StartedLoaded
 from safetensors.torch import load_file
 from typer.testing import Result
 
@@ -40,56 +39,24 @@ def _arguments(model_folder: Path, data_file: Path, tmp_path: Path, *flags: obje
     return ["finetune", str(model_folder), str(data_file), "--out", str(tmp_path / "out"), "--device", "cpu", *map(str, flags)]
 
 
-FORKING = """
-import json, os, sys
-import overspill
-from overspill.cli import main
-
-overspill.Session, overspill.resume
-for line in sys.stdin:
-    arguments, errors = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-        os.dup2(0, 1)
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.argv = ["overspill", *arguments]
-        main()
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+COMMAND = "import sys; from overspill.cli import main; sys.argv[0] = 'overspill'; main()"
 
 
 class Command:
-    """The command line in processes of its own, each forked from one that has loaded everything."""
+    """The command line in processes of its own, one at a time."""
 
     def __init__(self, errors: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         self.errors = errors
-        self.loaded = subprocess.Popen(
-            [sys.executable, "-c", FORKING], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def __enter__(self) -> Command:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.loaded.communicate(timeout=60)
 
     def start(self, arguments: list[str]) -> int:
-        """The process; one at a time."""
-        assert self.loaded.stdin is not None
-        self.loaded.stdin.write(json.dumps([arguments, str(self.errors)]) + "\n")
-        self.loaded.stdin.flush()
-        return int(self._line())
+        """The process."""
+        with open(os.devnull, "w") as nothing, self.errors.open("w") as errors:
+            self.started = StartedLoaded(["-c", COMMAND, *arguments], nothing, errors)
+        return self.started.pid
 
     def end(self) -> tuple[int, str]:
         """Exit status of the process that was started, a signal's number negative; and its standard error."""
-        return int(self._line()), self.errors.read_text()
-
-    def _line(self) -> str:
-        assert self.loaded.stdout is not None
-        return self.loaded.stdout.readline()
+        return self.started.wait(), self.errors.read_text()
 
 
 def wait_for_checkpoint(directory: Path, number: int, process: int) -> None:
@@ -131,17 +98,17 @@ def test_three_kills_and_an_interrupt_and_the_run_still_ends_with_the_same_bits(
     flags = (*long, "--checkpoint-every", 1, "--ssd-dir", tmp_path / "ssd", *ON_SSD)
     (tmp_path / "out" / "metrics.jsonl").unlink()
     done = 0
-    with Command(tmp_path / "errors") as command:
-        for attempt, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
-            process = command.start(_arguments(model_folder, data_file, tmp_path, *flags, *(("--resume",) if attempt else ())))
-            wait_for_checkpoint(tmp_path / "ssd", done + 3, process)
-            with contextlib.suppress(ProcessLookupError):  # it failed: the status says so
-                os.kill(process, number)
-            status, errors = command.end()
-            assert status in (-number, 130), errors
-            if status == 130:
-                assert "go on with: overspill finetune --config" in errors and "--resume" in errors
-            done = read_latest(tmp_path / "ssd").step
+    command = Command(tmp_path / "errors")
+    for attempt, number in enumerate((signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)):
+        process = command.start(_arguments(model_folder, data_file, tmp_path, *flags, *(("--resume",) if attempt else ())))
+        wait_for_checkpoint(tmp_path / "ssd", done + 3, process)
+        with contextlib.suppress(ProcessLookupError):  # it failed: the status says so
+            os.kill(process, number)
+        status, errors = command.end()
+        assert status in (-number, 130), errors
+        if status == 130:
+            assert "go on with: overspill finetune --config" in errors and "--resume" in errors
+        done = read_latest(tmp_path / "ssd").step
     result = run(*flags, "--resume")
     assert result.exit_code == 0, result.output
     assert saved(tmp_path) == expected[0]

@@ -12,6 +12,7 @@ Prints one JSON object; `num_different` and `num_refused` must be 0.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -88,6 +89,8 @@ def main(num_kills: int, seed: int, directory: Path) -> dict[str, object]:
         typical[name] = (time.monotonic() - started_s, len(counter.log))
         shutil.rmtree(directory / "typical")
     counts = {"num_killed_by_time": 0, "num_killed_in_a_call": 0, "num_finished": 0, "num_different": 0, "num_refused": 0}
+    gc.collect()
+    gc.freeze()  # what is loaded is no garbage: a child would copy its pages only to find that out
     first_checkpoint_missing = 0
     problems: list[str] = []
     started_s = time.monotonic()

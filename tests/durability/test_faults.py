@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import signal
 import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from loaded_python import StartedLoaded
 from small_runs import OPTIMIZER, Weights, assert_equal, batches, content, open_run, request, train, uninterrupted
 from tiny_models import tiny_model
 
@@ -50,11 +51,12 @@ def open_files() -> set[str]:
     return {path for path in found if "overspill" in path}
 
 
-def all_calls(directory: Path) -> tuple[list[int], list[str]]:
-    """Index and operation of every call of a clean run."""
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The operation of every call of a clean run."""
     clean = FaultInjector()
-    run(directory, clean)
-    return list(range(len(clean.log))), clean.log
+    run(tmp_path_factory.mktemp("clean"), clean)
+    return clean.log
 
 
 KINDS = [kind for kind in FaultKind if kind not in (FaultKind.KILLED, FaultKind.DELAYED)]
@@ -63,17 +65,19 @@ KINDS = [kind for kind in FaultKind if kind not in (FaultKind.KILLED, FaultKind.
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_a_fault_at_any_call_is_an_error_that_names_it_or_changes_nothing(kind: FaultKind, tmp_path: Path, expected: Weights) -> None:
+def test_a_fault_at_any_call_is_an_error_that_names_it_or_changes_nothing(
+    kind: FaultKind, tmp_path: Path, expected: Weights, log: list[str]
+) -> None:
     """At the first and last calls, where manifests are written, and at calls spread over the run."""
-    break_calls(kind, tmp_path, expected, num_calls=24)
+    break_calls(kind, tmp_path, expected, log, num_calls=24)
 
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_fault_while_lanes_overlap_is_an_error_that_names_it_or_changes_nothing(
-    kind: FaultKind, tmp_path: Path, expected: Weights
+    kind: FaultKind, tmp_path: Path, expected: Weights, log: list[str]
 ) -> None:
-    break_calls(kind, tmp_path, expected, num_calls=8, serial=False)
+    break_calls(kind, tmp_path, expected, log, num_calls=8, serial=False)
 
 
 @pytest.mark.slow
@@ -81,13 +85,13 @@ def test_a_fault_while_lanes_overlap_is_an_error_that_names_it_or_changes_nothin
 @pytest.mark.parametrize("serial", [True, False], ids=["serial", "overlapping"])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_fault_at_every_call_is_an_error_that_names_it_or_changes_nothing(
-    kind: FaultKind, serial: bool, tmp_path: Path, expected: Weights
+    kind: FaultKind, serial: bool, tmp_path: Path, expected: Weights, log: list[str]
 ) -> None:
-    break_calls(kind, tmp_path, expected, num_calls=None, serial=serial)
+    break_calls(kind, tmp_path, expected, log, num_calls=None, serial=serial)
 
 
-def break_calls(kind: FaultKind, tmp_path: Path, expected: Weights, *, num_calls: int | None, serial: bool = True) -> None:
-    indices, log = all_calls(tmp_path / "clean")
+def break_calls(kind: FaultKind, tmp_path: Path, expected: Weights, log: list[str], *, num_calls: int | None, serial: bool = True) -> None:
+    indices = list(range(len(log)))
     if num_calls is not None:
         manifests = [index for index, operation in enumerate(log) if operation in ("fsync", "replace", "unlink")]
         spread = indices[:: max(1, len(indices) // num_calls)]
@@ -133,11 +137,10 @@ def test_a_delayed_call_changes_nothing(tmp_path: Path, expected: Weights) -> No
     assert_equal(run(tmp_path / "run", FaultInjector(*faults)), expected)
 
 
-def test_a_full_disk_pauses_the_run_and_it_goes_on_with_the_same_weights(tmp_path: Path, expected: Weights) -> None:
+def test_a_full_disk_pauses_the_run_and_it_goes_on_with_the_same_weights(tmp_path: Path, expected: Weights, log: list[str]) -> None:
     said: list[str] = []
     space = SpacePolicy(poll_s=0.002, report=said.append)
-    indices, _ = all_calls(tmp_path / "clean")
-    calls = FaultInjector(Fault(kind=FaultKind.ENOSPC, call_index=len(indices) // 2, num_calls=7))
+    calls = FaultInjector(Fault(kind=FaultKind.ENOSPC, call_index=len(log) // 2, num_calls=7))
     with open_run(tmp_path / "run", settings={"calls": calls, "space": space, "num_threads": 1}, **PLACEMENT) as session:
         train(session, NUM_STEPS)
         assert_equal(content(session), expected)
@@ -271,9 +274,13 @@ def test_nothing_of_the_text_is_in_the_directory_after_a_kill(tmp_path: Path) ->
         "    train(session, 2); train(session, 3, every=None); print(flush=True); train(session, 100000, every=None)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], env=environment, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None and child.stdout.readline() == b"\n"
-        child.kill()
+    reading, writing = os.pipe()
+    with open(reading) as output, open(writing, "w") as told:
+        child = StartedLoaded(["-c", code, tmp_path / "run"], told, told, env=environment)
+        told.close()
+        assert output.readline() == "\n"
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
 
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert [name for name in names if not name.startswith(("checkpoint-", "overspill."))] == []

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from loaded_python import run_loaded
 
 CAMPAIGN = Path(__file__).with_name("kill_campaign.py")
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "kill-campaign.json"
@@ -16,9 +16,7 @@ RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "kill-campaign.j
 
 def campaign(num_kills: int, directory: Path, *, seed: int) -> dict[str, int]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(CAMPAIGN), str(num_kills), str(seed), str(directory)], env=environment, capture_output=True, text=True
-    )
+    done = run_loaded(CAMPAIGN, num_kills, seed, directory, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, int] = json.loads(done.stdout)
     return result

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import resource
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+from loaded_python import run_loaded
 from small_runs import assert_equal, batches, content, open_run, train, uninterrupted
 from tiny_models import tiny_model
 
@@ -83,9 +83,7 @@ def test_runs_whose_memory_grows_stop_cleanly_with_a_usable_checkpoint(count: in
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     for seed in range(count):
         directory = tmp_path / f"run-{seed}"
-        done = subprocess.run(
-            [sys.executable, "-c", HUNGRY, str(directory), str(seed)], env=environment, capture_output=True, text=True, timeout=100
-        )
+        done = run_loaded("-c", HUNGRY, directory, seed, env=environment, timeout=100)
         assert done.returncode == 7, done.stderr
         assert "activations, Python and libraries of this process" in done.stdout
         (path,) = find_manifests(directory).values()

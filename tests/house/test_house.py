@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loaded_python import run_loaded
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
+
+
+def run_benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_loaded(*arguments, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def test_importing_overspill_imports_no_torch() -> None:
@@ -53,7 +58,7 @@ def model_folder(tmp_path: Path) -> Path:
 def test_the_one_gpu_example_runs_small(model_folder: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": "abc" * (i % 3 + 1), "completion": "xyz"}) + "\n" for i in range(40)))
-    done = run(
+    done = run_benchmark(
         "examples/finetune_one_gpu.py", str(model_folder), str(data), str(tmp_path / "out"), str(tmp_path / "ssd"), "--steps", "2",
         "--dtype", "float32",
     )  # fmt: skip
@@ -63,7 +68,7 @@ def test_the_one_gpu_example_runs_small(model_folder: Path, tmp_path: Path) -> N
 
 
 def test_the_spine_benchmark_runs_small(tmp_path: Path) -> None:
-    done = run(
+    done = run_benchmark(
         "benchmarks/spine/train_llama.py", "--shape", "tiny", "--parameters", "ssd", "--states", "ssd", "--ssd-dir", str(tmp_path / "ssd"),
         "--samples", "1", "--seq-len", "32", "--steps", "2", "--dtype", "float32", "--out", str(tmp_path / "result.json"),
     )  # fmt: skip
@@ -74,13 +79,13 @@ def test_the_spine_benchmark_runs_small(tmp_path: Path) -> None:
 
 def test_the_pinned_benchmark_runs_small_and_stays_within_1_percent(tmp_path: Path) -> None:
     out = tmp_path / "pinned.json"
-    done = run("benchmarks/pinned/run.py", "--least", "4MiB", "--most", "16MiB", "--count", "5", "--out", str(out))
+    done = run_benchmark("benchmarks/pinned/run.py", "--least", "4MiB", "--most", "16MiB", "--count", "5", "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert json.loads(out.read_text())["ratio"]["overspill"]["max"] <= 1.01
 
 
 def test_the_io_benchmark_runs_small(tmp_path: Path) -> None:
-    done = run(
+    done = run_benchmark(
         "benchmarks/io/run.py", str(tmp_path / "ssd"), "--size-gib", "0.0625", "--chunks-mib", "1", "8", "--in-flight-mib", "16",
         "--threads", "2", "--out", str(tmp_path / "result.json"),
     )  # fmt: skip

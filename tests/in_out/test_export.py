@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from loaded_python import run_loaded
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -222,7 +221,7 @@ def test_a_kill_in_mid_write_leaves_the_old_model(tmp_path: Path, build_llama: B
         "tensors = [('a', (4,), torch.float32, lambda: torch.ones(4)), ('b', (4,), torch.float32, die)]\n"
         "write_model_folder(sys.argv[1], config=config, tensors=tensors)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True)
+    done = run_loaded("-c", code, tmp_path / "model")
     assert done.returncode == -9
     assert_same_weights(tmp_path / "model", old)
     assert len(list(tmp_path.iterdir())) == 2  # what the killed process had begun, which the next save removes

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
+from loaded_python import run_loaded
 from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping, core_model_loading
 
@@ -178,7 +177,8 @@ def test_loading_peaks_at_two_tensors_and_not_at_the_model(tmp_path: Path) -> No
         "peak = max((host_resident_bytes(), tensor.sum())[0] for _, tensor in reader)\n"
         "print(json.dumps([checkpoint.num_bytes, max(t.num_bytes for t in checkpoint.tensors.values()), peak - before]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    done = run_loaded("-c", code, tmp_path)
+    assert done.returncode == 0, done.stderr
     total, largest, rise = json.loads(done.stdout.splitlines()[-1])
     assert total > 300e6
     assert rise <= 2 * largest + 16e6

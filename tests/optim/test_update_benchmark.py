@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from loaded_python import run_loaded
 
 pytest.importorskip("overspill._native", reason="the native core is not built")
 
@@ -20,8 +20,7 @@ def rows_of(script: str, tmp_path: Path, *, options: tuple[str, ...] = SMALL) ->
     path = Path(__file__).parents[2] / "benchmarks" / "update" / script
     out = tmp_path / "update.json"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, path, "--out", out, *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = run_loaded(path, "--out", out, *options, env=environment)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text())["rows"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
+
+from loaded_python import run_loaded
 
 _FORKING = textwrap.dedent(
     """
@@ -40,6 +41,6 @@ def host_peaks(code: str, *arguments: Sequence[str]) -> list[int]:
     """
     code = "from overspill.report.memory import host_peak_bytes, reset_host_peak\n" + textwrap.dedent(code) + _FORKING
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(arguments)], env=environment, capture_output=True, text=True, check=False)
+    done = run_loaded("-c", code, json.dumps(arguments), env=environment)
     assert done.returncode == 0, done.stderr
     return [int(line) for line in done.stdout.split()]

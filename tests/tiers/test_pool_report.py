@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded_python import run_loaded
 from rich.console import Console
 
 from overspill.errors import BudgetError
@@ -127,7 +126,7 @@ def test_pools_for_the_shapes_of_four_models_waste_at_most_5_percent(tmp_path: P
 
     out = tmp_path / "pools.json"
     command = ["benchmarks/pinned/pool_shapes.py", "--blocks", "2", "--out", str(out)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = run_loaded(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     models = json.loads(out.read_text())["models"]
     assert list(models) == ["Llama-3.1-8B", "Qwen2.5-7B", "Qwen2.5-14B", "Qwen2.5-32B"]

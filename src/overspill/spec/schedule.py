@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import NamedTuple
 
 from overspill.spec.plan import Plan
 from overspill.spec.tensors import Tier
@@ -198,18 +199,20 @@ def region_key(piece: Piece) -> RegionKey:
     return piece.owner, piece.role, piece.reader
 
 
+_LINK_LANES = {
+    (Tier.SSD, Tier.HOST): Lane.SSD_READ,
+    (Tier.HOST, Tier.SSD): Lane.SSD_WRITE,
+    (Tier.HOST, Tier.DEVICE): Lane.H2D,
+    (Tier.DEVICE, Tier.HOST): Lane.D2H,
+}
+
+
 def link_lane(source: Tier, target: Tier) -> Lane:
     """The lane of the link between two adjacent tiers."""
-    return {
-        (Tier.SSD, Tier.HOST): Lane.SSD_READ,
-        (Tier.HOST, Tier.SSD): Lane.SSD_WRITE,
-        (Tier.HOST, Tier.DEVICE): Lane.H2D,
-        (Tier.DEVICE, Tier.HOST): Lane.D2H,
-    }[source, target]
+    return _LINK_LANES[source, target]
 
 
-@dataclasses.dataclass(frozen=True)
-class Effects:
+class Effects(NamedTuple):
     """What an op does to the copies of pieces, the same for builder, validator, simulator and executor."""
 
     reads: tuple[tuple[Piece, Tier], ...] = ()
