@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from overspill.errors import BudgetError
 from overspill.planning.cost import build_costs
 from overspill.planning.graphs import find_bound
-from overspill.planning.memory import fragmentation_bytes
+from overspill.planning.room import Room
 from overspill.planning.simulate import simulate
 from overspill.planning.space import is_host_memory
 from overspill.scheduling import full_step
@@ -53,8 +53,6 @@ Place = Callable[[Plan, int | None], Plan]
 """Where everything else goes beside the activations of a plan; with groups of so many micro-batches, or of as many as fit.
 
 Raises BudgetError if it does not fit."""
-Excess = Callable[[Plan], Mapping[Tier, int]]
-"""Bytes by which a placed plan's step exceeds each budget that there is (negative: room)."""
 
 
 def force_mode(request: PlanRequest, base: Plan, workload: WorkloadSpec | None) -> Plan:
@@ -99,7 +97,7 @@ def choose_activations(
     workload: WorkloadSpec | None,
     *,
     place: Place,
-    excess: Excess,
+    room: Room,
     replays_graphs: bool,
 ) -> Plan:
     """The quickest placed plan for `auto`.
@@ -128,7 +126,7 @@ def choose_activations(
         blocks,
         known,
         place,
-        excess,
+        room,
         prefetch_units=recomputed.prefetch_units,
         replays_graphs=replays_graphs,
     )
@@ -162,14 +160,14 @@ class _Search:
         blocks: Sequence[str],
         known: Mapping[str, Retention],
         place: Place,
-        excess: Excess,
+        room: Room,
         *,
         prefetch_units: int,
         replays_graphs: bool,
     ) -> None:
         self.prefetch_units, self.replays_graphs = prefetch_units, replays_graphs
         self.base, self.hardware, self.workload = base, hardware, workload
-        self.blocks, self.known, self.place, self.excess = blocks, known, place, excess
+        self.blocks, self.known, self.place, self.room = blocks, known, place, room
 
     def step_s(self, plan: Plan) -> float:
         """Of a step in a row of equal ones, on paper."""
@@ -210,7 +208,7 @@ class _Search:
 
     def _estimate_most(self, start: Plan, size: int) -> int:
         """Blocks that the device has room to keep beside what `start` has there."""
-        over = self.excess(start).get(Tier.DEVICE)
+        over = self.room.excess(start).get(Tier.DEVICE)
         number, _ = self._count_fitting(
             math.inf if over is None else -over, lambda unit: size * self.known[unit].of(ActivationMode.KEEP).stored_bytes
         )
@@ -221,9 +219,8 @@ class _Search:
         there is no room."""
         if len(plan.activations) < len(self.blocks) or not all(mode in ON_DEVICE for mode in plan.activations.values()):
             return None
-        over = self.excess(plan).get(Tier.DEVICE)
-        kept = plan.group_size * sum(plan.stored_bytes.values())
-        room = math.inf if over is None else max(0, -over - self._reserve(kept))
+        over = self.room.excess(plan).get(Tier.DEVICE)
+        room = math.inf if over is None else max(0, -over)
         num_costly, room = self._count_raised(plan, ActivationMode.KEEP, ActivationMode.KEEP_COSTLY, room)
         num_whole = 0
         if num_costly == len(self.blocks):
@@ -247,7 +244,7 @@ class _Search:
         number = 0
         for unit in reversed(self.blocks):
             needed = needed_bytes(unit)
-            needed += self._reserve(needed)
+            needed += self.room.reserve_bytes(needed)
             if needed > room:
                 break
             number, room = number + 1, room - needed
@@ -272,22 +269,11 @@ class _Search:
     def try_modes(self, modes: Mapping[str, ActivationMode], size: int) -> Plan | None:
         """The plan with these modes; None: it does not fit, takes the room in which parameters are fetched ahead, or has more units on the
         device and so fewer blocks whose updates can be put off than the user asks for."""
-        kept = sum(self.known[unit].of(mode).stored_bytes for unit, mode in modes.items() if mode in ON_DEVICE) * size
-        base = self.base
-        if base.device_budget_bytes is not None:  # the reserve is taken from the budget while it is placed
-            base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
         try:
-            placed = self.place(retain(base, modes, self.known), size)
+            placed = self.place(retain(self.base, modes, self.known), size)
         except BudgetError:
             return None
-        if placed.prefetch_units < self.prefetch_units:
-            return None
-        return dataclasses.replace(placed, device_budget_bytes=self.base.device_budget_bytes)
-
-    def _reserve(self, kept_bytes: int) -> int:
-        """What the device's allocator may lose to fragmentation beside so many kept bytes. None was seen where segments grow; they cannot
-        on every platform, and a graph too many would be recomputed each time."""
-        return 0 if is_host_memory(self.base.device) else fragmentation_bytes(kept_bytes)
+        return placed if placed.prefetch_units >= self.prefetch_units else None
 
 
 def note(plan: Plan, text: str) -> Plan:
