@@ -68,16 +68,17 @@ def build_plan(
     if workload is not None and not is_host_memory(device):
         base = dataclasses.replace(base, recordings_bytes=recordings_bytes(base, workload, {unit.name for unit in base.units}, hardware))
 
-    def place(base: Plan, group_size: int | None = None) -> Plan:
-        wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
-        placed = _place(wanted, room, *_choose_group(wanted, room, base))
+    def place(base: Plan, like: Plan | None = None) -> Plan:
+        placed = _place(request, room, *_choose_group(request, room, base, like))
         number = request.deferred_updates
         return _with_notes(defer_updates(placed, hardware, workload, number=number, missing=room.missing), request)
 
     if request.activations == AUTO:
-        return choose_activations(request, base, hardware, workload, place=place, room=room, replays_graphs=replays_graphs)
-    placed = place(force_mode(request, base, workload))
-    return note(placed, describe(placed, how="as asked")) if placed.activations else placed
+        plan = choose_activations(request, base, hardware, workload, place=place, room=room, replays_graphs=replays_graphs)
+    else:
+        plan = place(force_mode(request, base, workload))
+        plan = note(plan, describe(plan, how="as asked")) if plan.activations else plan
+    return room.settle(plan)
 
 
 def _place(request: PlanRequest, room: Room, base: Plan, base_excess: dict[Tier, int]) -> Plan:
@@ -152,16 +153,24 @@ def _loss_chunk_rows(layout: ModelLayout) -> int:
     return default_loss_chunk_rows(layout.vocab_size)
 
 
-def _choose_group(request: PlanRequest, room: Room, base: Plan) -> tuple[Plan, dict[Tier, int]]:
-    """The first of (boundary tier, group size) that fits, highest tier and largest group first; and its excess."""
+def _choose_group(request: PlanRequest, room: Room, base: Plan, like: Plan | None) -> tuple[Plan, dict[Tier, int]]:
+    """The first of (boundary tier, group size) that fits, highest tier and largest group first; and its excess.
+
+    Args:
+        like: groups are as large as its, boundaries no lower, and no less is prefetched.
+    """
     if request.boundaries == AUTO:
         tiers = [Tier.DEVICE, Tier.HOST] + ([Tier.SSD] if request.ssd_dir is not None else [])
     else:
         tiers = [Tier(request.boundaries)]
     sizes = [request.group_size] if request.group_size is not None else list(_halvings(request.accumulate))
+    least_prefetch_units = 0
+    if like is not None:
+        tiers, sizes = tiers[: tiers.index(like.boundaries) + 1], [like.group_size]
+        least_prefetch_units = like.prefetch_units
     missing: list[tuple[Tier, int]] = []
     for size, tier in ((size, tier) for size in sizes for tier in tiers):
-        for prefetch_units in (1, 0):
+        for prefetch_units in range(1, least_prefetch_units - 1, -1):
             plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate), prefetch_units=prefetch_units)
             excess = room.excess(plan)
             if all(over <= 0 for over in excess.values()):
