@@ -3,9 +3,8 @@
 How it decides, in order:
 
 1. What the user fixed is fixed. What is `auto` starts on the lowest tier there is (SSD if a directory is given, else host).
-2. Boundaries and group size: the first that fits of (device, host, ssd) x (all micro-batches, half of them, ... one), since a
-   large group saves the most traffic; of each, with prefetching before without. "Fits" is not a formula: the step's schedule is
-   built and its peaks are read off.
+2. Boundaries and group size: the first that fits (`planning/room.py`) of (device, host, ssd) x (all micro-batches, half of them, ...
+   one), since a large group saves the most traffic; of each, with prefetching before without.
 3. What room is left is given away bundle by bundle: on the device to parameters and states together, in forward order (the
    embedding's gradient is the last to arrive, and the first units' updates have the least time before they are read again; at most
    `device_states_bytes` of states), in host memory first to parameters (they cross a link twice a step), then to states.
@@ -191,7 +190,7 @@ def _choose_group(request: PlanRequest, room: Room, base: Plan, like: Plan | Non
     kept = f", activations in mode {request.activations}" if base.activations else ""
     raise BudgetError(
         f"{base.model} with parameters on {_lowest(request, request.parameters)}, states on {_lowest(request, request.states)}{kept} needs "
-        f"{format_bytes(held + over)} on {tier}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; "
+        f"{format_bytes(held + over)} on {room.describe(tier)}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; "
         + ", or ".join(cures)
     )
 

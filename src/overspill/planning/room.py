@@ -85,6 +85,7 @@ class Room:
                 hardware.device_capacity_bytes,
                 self._context_bytes + (0 if self._is_known else self.working_bytes),
                 Tier.DEVICE,
+                what="the process's context there takes" if self._is_known else "context and working memory of one unit take",
                 held_bytes=hardware.device_context_held_bytes,
             ),
             Tier.HOST: _allowance(
@@ -92,9 +93,10 @@ class Room:
                 hardware.host_capacity_bytes,
                 hardware.process_bytes,
                 Tier.HOST,
+                what="the process itself takes",
                 held_bytes=hardware.process_bytes,
             ),
-            Tier.SSD: _allowance(request.ssd_budget_bytes, hardware.ssd_capacity_bytes, 0, Tier.SSD),
+            Tier.SSD: _allowance(request.ssd_budget_bytes, hardware.ssd_capacity_bytes, 0, Tier.SSD, what="all else takes"),
         }
         """What a step may take of each tier (rule 1), of a device with what units take there if it is known; None: as much as there is."""
         self._last: _Step | None = None
@@ -110,6 +112,10 @@ class Room:
             needed[Tier.HOST] += needed[Tier.DEVICE] + plan.device_working_bytes
         needed[Tier.SSD] = max(needed[Tier.SSD], store_bytes(plan) + scratch_bytes(plan))
         return {tier: needed[tier] - allowed for tier, allowed in self.allowed.items() if allowed is not None}
+
+    def describe(self, tier: Tier) -> str:
+        """What is counted on a tier, for a message with `allowed` in it."""
+        return f"{tier}, units at work included" if tier is Tier.DEVICE and self._is_known else str(tier)
 
     def missing(self, plan: Plan) -> dict[Tier, int]:
         """Of the tiers on which bytes are missing, how many."""
@@ -198,10 +204,11 @@ def _with_kept(program: Schedule, plan: Plan) -> Schedule:
     return dataclasses.replace(program, ops=tuple(ops))
 
 
-def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier, *, held_bytes: int = 0) -> int | None:
+def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier, *, what: str, held_bytes: int = 0) -> int | None:
     """What may be held of a budget (or of the free capacity) after what is taken before.
 
     Args:
+        what: takes that, with its verb.
         held_bytes: of what is taken: what is taken already, and so is out of the free capacity.
     """
     if budget is None:
@@ -209,7 +216,6 @@ def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier, *, hel
             return None
         return max(0, int(capacity * FREE_SHARE) - max(0, taken - held_bytes))
     if budget <= taken:
-        what = "context and working memory of one unit take" if tier is Tier.DEVICE else "the process itself takes"
         raise BudgetError(
             f"{FLAGS[tier]} is {format_bytes(budget)}, but {what} {format_bytes(taken)}: {format_bytes(taken - budget)} are missing; "
             f"raise {FLAGS[tier]}" + (" or lower --micro-batch or --seq-len" if tier is Tier.DEVICE else "")
