@@ -199,7 +199,7 @@ class _Search:
             kept[half] = plan
         yield from (kept[number] for number in sorted(kept))
         left = len(self.blocks) - most if self.hardware.is_measured and not is_host_memory(self.base.device) else 0
-        fewer = 0  # room for what is under way is taken from what is kept; more that are moved need no less
+        fewer = min(1, most)  # room for what is under way is taken from what is kept; more that are moved need no less
         for number in sorted({math.ceil(share * left) for share in MOVED_SHARES} - {0}):
             while fewer <= min(most, MOST_CORRECTED):
                 if (plan := self.try_modes(self._modes(most - fewer, number), recomputed)) is not None:
