@@ -127,7 +127,7 @@ def test_no_plan_takes_more_of_a_gpu_than_its_budget_by_prediction_and_no_block_
         if request.activations != "auto" or (more := one_more_kept(plan, batch)) is None or replays_graphs:
             continue
         longer = predict(name, more, batch)
-        reserve = RESERVE_FRACTION * more.home_bytes(Tier.DEVICE)["activations"]
+        reserve = RESERVE_FRACTION * longer.device_peak_bytes
         is_slower = longer.step_s > 0.99 * prediction.step_s
         assert longer.device_peak_bytes + reserve > budget or is_slower, (request, plan.notes)
     assert num_planned >= 3

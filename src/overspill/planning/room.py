@@ -10,7 +10,8 @@ Rules:
    activations are gone before those that are recomputed run, do not have to leave room for both. Recordings of blocks have what is left.
 4. Where nobody knows what units take, and on the `cpu` device, it is as if the most that pieces take at any time came together with the
    most that a unit is assumed to take.
-5. Beside activations that are kept because there is room (`auto`), some of it is left (`Room.reserve_bytes`).
+5. Beside activations that are kept because there is room (`auto`), some of a GPU is left free (`RESERVE_FRACTION`): predictions are not
+   exact, and a budget is a promise.
 6. On the `cpu` device all that the device holds is in host memory too.
 7. A plan that fits says what pieces alone may take of the device (`Room.settle`): its budget less all else that is there when most is.
    Sessions hold pieces, arenas and recordings against that, so what fits here fits there.
@@ -43,7 +44,7 @@ from overspill.units import format_bytes
 FREE_SHARE = 0.92
 """Share of what is free that is used when no budget is given. Chosen, not tuned."""
 RESERVE_FRACTION = 0.02
-"""Of kept activations. Predictions of the device's peak were up to 2 % below what was measured: 28 runs on an H100."""
+"""Of what is predicted. Predictions of the device's peak were up to 2 % below what was measured: 28 runs on an H100."""
 FLAGS = {Tier.DEVICE: "--device-budget", Tier.HOST: "--host-budget", Tier.SSD: "--ssd-budget"}
 
 
@@ -71,8 +72,8 @@ class Room:
     ) -> None:
         self._hardware, self._workload, self._buffer_bytes = hardware, workload, layout.buffer_bytes
         self._context_bytes = 0 if is_host_memory(device) else context_bytes(hardware)
-        self._has_reserve = request.activations == AUTO and not is_host_memory(device)
         known = unit_working_bytes(workload, hardware) if workload is not None and not is_host_memory(device) else None
+        self._has_reserve = request.activations == AUTO and known is not None
         self._is_known = known is not None
         """Rule 3 holds, not rule 4."""
         if known is None:
@@ -107,7 +108,7 @@ class Room:
             return {}
         step = self._step(plan)
         needed = dict(step.peaks)
-        needed[Tier.DEVICE] = self._device_bytes(plan, step) + self.reserve_bytes(plan)
+        needed[Tier.DEVICE] = self._with_reserve(plan, self._device_bytes(plan, step))
         if is_host_memory(plan.device):
             needed[Tier.HOST] += needed[Tier.DEVICE] + plan.device_working_bytes
         needed[Tier.SSD] = max(needed[Tier.SSD], store_bytes(plan) + scratch_bytes(plan))
@@ -130,7 +131,7 @@ class Room:
         allowed = self.allowed[Tier.DEVICE]
         if allowed is None:
             return -math.inf
-        return self._device_bytes(plan, self._step(beside)) + self.reserve_bytes(plan) - allowed
+        return self._with_reserve(plan, self._device_bytes(plan, self._step(beside))) - allowed
 
     def settle(self, plan: Plan) -> Plan:
         """`plan`, which fits, with what its pieces may take of the device (rule 7)."""
@@ -141,9 +142,9 @@ class Room:
         beside = self._device_bytes(plan, step) - step.peaks[Tier.DEVICE] - step.slot_waste_bytes
         return dataclasses.replace(plan, device_budget_bytes=max(0, allowed - beside))
 
-    def reserve_bytes(self, plan: Plan) -> int:
-        """What is left free beside activations that are kept because there is room: a graph too many would be recomputed each time."""
-        return int(RESERVE_FRACTION * _kept_bytes(plan)) if self._has_reserve else 0
+    def _with_reserve(self, plan: Plan, num_bytes: int) -> int:
+        """Rule 5."""
+        return num_bytes + int(RESERVE_FRACTION * num_bytes) if self._has_reserve and _kept_bytes(plan) else num_bytes
 
     def _step(self, plan: Plan) -> _Step:
         """The programs of `plan`; of the plan that was asked for last they are there."""
