@@ -49,7 +49,7 @@ BATCH_SEQ_LEN = 2048
 DEVICE_BUDGET_BYTES = 1 << 50
 """More than any device has: the planner then refuses nothing, and a trial shows what the device really takes."""
 HOST_SHARE = 0.92
-"""Of the memory that is free, what the planner uses when no budget is given (`planning.place.FREE_SHARE`)."""
+"""Of the memory that is free, what the planner uses when no budget is given (`planning.room.FREE_SHARE`)."""
 FLOOR_BYTES = 3 << 30
 """MemAvailable at which a worker is ended, on machines of 32 GiB or more."""
 HOST_LEFT_BYTES = FLOOR_BYTES + (1 << 30)

@@ -191,11 +191,11 @@ def test_less_is_rebuilt_where_there_is_room_that_nothing_else_would_have_what_c
 
 
 def test_where_room_is_short_the_last_blocks_have_it() -> None:
-    plan = plan_for(QUICK_HOST, device_budget_bytes=19 * GIB)
+    plan = plan_for(QUICK_HOST, device_budget_bytes=17 * GIB)
     modes = list(plan.activations.values())
     number = modes.count(ActivationMode.KEEP_COSTLY)
     assert 0 < number < 16 and modes == [ActivationMode.KEEP] * (16 - number) + [ActivationMode.KEEP_COSTLY] * number
-    assert predict(plan).device_peak_bytes < 19 * GIB
+    assert predict(plan).device_peak_bytes < 17 * GIB
 
 
 def with_two_classes(first: tuple[int, int, int], second: tuple[int, int, int]) -> WorkloadSpec:
@@ -232,7 +232,7 @@ def test_less_is_rebuilt_by_what_each_class_of_blocks_stores_more(sizes: tuple[t
 
 def test_small_blocks_behind_large_ones_are_kept_by_their_own_bytes() -> None:
     """Dense layers before a mixture of experts, or such a mixture before others: were each as large as the largest, two would be kept."""
-    plan = plan_for_classes(with_two_classes((1600, 1700, 2400), (300, 600, 1300)), 10)
+    plan = plan_for_classes(with_two_classes((1600, 1700, 2400), (300, 600, 1300)), 9)
     assert list(plan.activations) == [unit.name for unit in plan.units[9:-1]]
     assert set(plan.activations.values()) == {ActivationMode.KEEP}
 

@@ -4,8 +4,10 @@ A mode that the user fixed holds for every block; if that does not fit, the plan
 
 1. Candidates are blocks whose graph can be kept and whose launches do not bound them: those are replayed as CUDA graphs, which a graph of
    autograd cannot be. All others are recomputed.
-2. The last blocks are kept on the device, as many as its budget holds: what they store waits the shortest. All that fit beside the
-   placement that recomputation would have; or all that fit at all, and parameters and states get what is left; or half of these.
+2. The last blocks are kept on the device, as many as its budget holds (`planning/room.py`, rule 3): what they store waits the shortest,
+   and is gone when the first block that is recomputed needs its memory. All that fit beside the placement that recomputation would have;
+   or all that fit at all, and parameters and states get what is left; or half of these. Groups, and where hidden states rest, are as
+   recomputation would have them.
 3. Of the blocks before these, evenly spread so that the link has time between two, some go to host memory; where the rates of compute and
    links were measured, for else nobody knows what a link carries beside compute, and where host memory is another memory.
 4. Each such plan is simulated, and the quickest one is taken. So windows, rates of links, and what else crosses them, are weighed as they
@@ -22,6 +24,7 @@ Pure: no torch. Costs a schedule build a trial, and a simulation for each plan t
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,14 +32,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from overspill.errors import BudgetError
 from overspill.planning.cost import build_costs
 from overspill.planning.graphs import find_bound
-from overspill.planning.memory import fragmentation_bytes
+from overspill.planning.room import Room
 from overspill.planning.simulate import simulate
 from overspill.planning.space import is_host_memory
 from overspill.scheduling import full_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Plan, PlanRequest, UpdateTiming
 from overspill.spec.retention import ON_DEVICE, ActivationMode
-from overspill.spec.tensors import Tier
 from overspill.spec.workload import Retention, WorkloadSpec
 from overspill.units import format_bytes, format_seconds
 
@@ -49,12 +51,11 @@ LEAST_GAIN = 0.01
 MOST_LOSS = 0.002
 """Share that it may lose if it only takes device memory that nothing else would have. Chosen."""
 
-Place = Callable[[Plan, int | None], Plan]
-"""Where everything else goes beside the activations of a plan; with groups of so many micro-batches, or of as many as fit.
+Place = Callable[[Plan, Plan | None], Plan]
+"""Where everything else goes beside the activations of a plan; if there is another one, with groups of the same size, hidden states no
+lower, and parameters fetched ahead as they are there.
 
 Raises BudgetError if it does not fit."""
-Excess = Callable[[Plan], Mapping[Tier, int]]
-"""Bytes by which a placed plan's step exceeds each budget that there is (negative: room)."""
 
 
 def force_mode(request: PlanRequest, base: Plan, workload: WorkloadSpec | None) -> Plan:
@@ -99,7 +100,7 @@ def choose_activations(
     workload: WorkloadSpec | None,
     *,
     place: Place,
-    excess: Excess,
+    room: Room,
     replays_graphs: bool,
 ) -> Plan:
     """The quickest placed plan for `auto`.
@@ -128,8 +129,7 @@ def choose_activations(
         blocks,
         known,
         place,
-        excess,
-        prefetch_units=recomputed.prefetch_units,
+        room,
         replays_graphs=replays_graphs,
     )
     recomputed_s = search.step_s(recomputed)
@@ -137,7 +137,7 @@ def choose_activations(
     size = recomputed.group_size
     while True:
         before = best
-        for plan in search.plans(recomputed, size):
+        for plan in search.plans(dataclasses.replace(recomputed, group_size=size)):
             step_s = search.step_s(plan)
             if step_s < (1 - search.least_gain(plan, recomputed)) * best_s:
                 best, best_s = plan, step_s
@@ -162,14 +162,12 @@ class _Search:
         blocks: Sequence[str],
         known: Mapping[str, Retention],
         place: Place,
-        excess: Excess,
+        room: Room,
         *,
-        prefetch_units: int,
         replays_graphs: bool,
     ) -> None:
-        self.prefetch_units, self.replays_graphs = prefetch_units, replays_graphs
-        self.base, self.hardware, self.workload = base, hardware, workload
-        self.blocks, self.known, self.place, self.excess = blocks, known, place, excess
+        self.base, self.hardware, self.workload, self.replays_graphs = base, hardware, workload, replays_graphs
+        self.blocks, self.known, self.place, self.room = blocks, known, place, room
 
     def step_s(self, plan: Plan) -> float:
         """Of a step in a row of equal ones, on paper."""
@@ -185,82 +183,63 @@ class _Search:
         is_beside = places == (recomputed.placements, recomputed.boundaries, recomputed.group_size)
         return -MOST_LOSS if is_beside and not moves else LEAST_GAIN
 
-    def plans(self, recomputed: Plan, size: int) -> Iterator[Plan]:
-        """Those with groups of `size` micro-batches."""
+    def plans(self, recomputed: Plan) -> Iterator[Plan]:
+        """Those with groups of the size that `recomputed`, which retains nothing, has."""
         kept: dict[int, Plan] = {}
-        lowest = dataclasses.replace(self.base, boundaries=recomputed.boundaries, group_size=size, prefetch_units=recomputed.prefetch_units)
-        for start in (lowest, dataclasses.replace(recomputed, group_size=size)):
-            most = self._estimate_most(start, size)
+        for start in (dataclasses.replace(recomputed, placements=self.base.placements, deferred=()), recomputed):
+            most = self._count_fitting(start, lambda number: self._modes(number, 0))
             for number in range(most, max(most - MOST_CORRECTED, 0), -1):
-                if number not in kept and (plan := self.try_modes(self._modes(number, 0), size)) is not None:
+                if number not in kept and (plan := self.try_modes(self._modes(number, 0), recomputed)) is not None:
                     kept[number] = plan
                 if number in kept:
                     break
         most = max(kept, default=0)
         half = -(-most // 2)
-        if half not in kept and half and (plan := self.try_modes(self._modes(half, 0), size)) is not None:
+        if half not in kept and half and (plan := self.try_modes(self._modes(half, 0), recomputed)) is not None:
             kept[half] = plan
         yield from (kept[number] for number in sorted(kept))
         left = len(self.blocks) - most if self.hardware.is_measured and not is_host_memory(self.base.device) else 0
+        fewer = min(1, most)  # room for what is under way is taken from what is kept; more that are moved need no less
         for number in sorted({math.ceil(share * left) for share in MOVED_SHARES} - {0}):
-            for fewer in range(0, MOST_CORRECTED + 1):  # room for what is under way is taken from what is kept
-                if fewer <= most and (plan := self.try_modes(self._modes(most - fewer, number), size)) is not None:
+            while fewer <= min(most, MOST_CORRECTED):
+                if (plan := self.try_modes(self._modes(most - fewer, number), recomputed)) is not None:
                     yield plan
                     break
+                fewer += 1
 
-    def _estimate_most(self, start: Plan, size: int) -> int:
-        """Blocks that the device has room to keep beside what `start` has there."""
-        over = self.excess(start).get(Tier.DEVICE)
-        number, _ = self._count_fitting(
-            math.inf if over is None else -over, lambda unit: size * self.known[unit].of(ActivationMode.KEEP).stored_bytes
-        )
-        return number
+    def _count_fitting(self, start: Plan, modes: Callable[[int], Mapping[str, ActivationMode]]) -> int:
+        """The largest number of blocks whose modes the device has room for beside what `start` has there."""
+
+        def is_too_much(number: int) -> bool:
+            return self.room.device_excess(retain(start, modes(number), self.known), beside=start) > 0
+
+        return bisect.bisect_left(range(1, len(self.blocks) + 1), True, key=is_too_much)
 
     def fill_room(self, plan: Plan) -> Plan | None:
         """`plan` with less rebuilt, as far as there is room that nothing else has (rule 5); None: not all blocks are kept on the device, or
         there is no room."""
         if len(plan.activations) < len(self.blocks) or not all(mode in ON_DEVICE for mode in plan.activations.values()):
             return None
-        over = self.excess(plan).get(Tier.DEVICE)
-        kept = plan.group_size * sum(plan.stored_bytes.values())
-        room = math.inf if over is None else max(0, -over - self._reserve(kept))
-        num_costly, room = self._count_raised(plan, ActivationMode.KEEP, ActivationMode.KEEP_COSTLY, room)
+        num_costly = self._count_fitting(plan, lambda number: self._raised_modes(number, 0))
         num_whole = 0
         if num_costly == len(self.blocks):
-            num_whole, _ = self._count_raised(plan, ActivationMode.KEEP_COSTLY, ActivationMode.KEEP_WHOLE, room)
+            num_whole = self._count_fitting(plan, lambda number: self._raised_modes(num_costly, number))
         for fewer in range(MOST_CORRECTED):
             found = self._raised(plan, num_costly, num_whole - fewer) if num_whole else self._raised(plan, num_costly - fewer, 0)
             if found is not None and (found.placements, found.boundaries) == (plan.placements, plan.boundaries):
                 return found
         return None
 
-    def _count_raised(self, plan: Plan, low: ActivationMode, high: ActivationMode, room: float) -> tuple[int, float]:
-        """How many of the last blocks there is room for to go from one mode to another, and the room that is left."""
-
-        def more_bytes(unit: str) -> int:
-            return plan.group_size * max(0, self.known[unit].of(high).stored_bytes - self.known[unit].of(low).stored_bytes)
-
-        return self._count_fitting(room, more_bytes)
-
-    def _count_fitting(self, room: float, needed_bytes: Callable[[str], int]) -> tuple[int, float]:
-        """How many of the last blocks fit, each with its own bytes, for classes differ; and the room that is left."""
-        number = 0
-        for unit in reversed(self.blocks):
-            needed = needed_bytes(unit)
-            needed += self._reserve(needed)
-            if needed > room:
-                break
-            number, room = number + 1, room - needed
-        return number, room
-
     def _raised(self, plan: Plan, num_costly: int, num_whole: int) -> Plan | None:
         """The last `num_costly` blocks rebuild nothing costly, the last `num_whole` of them nothing."""
         if num_costly <= 0 or num_whole < 0:
             return None
+        return self.try_modes(self._raised_modes(num_costly, num_whole), plan)
+
+    def _raised_modes(self, num_costly: int, num_whole: int) -> dict[str, ActivationMode]:
         modes = dict.fromkeys(self.blocks, ActivationMode.KEEP)
         modes |= dict.fromkeys(self.blocks[len(self.blocks) - num_costly :], ActivationMode.KEEP_COSTLY)
-        modes |= dict.fromkeys(self.blocks[len(self.blocks) - num_whole :], ActivationMode.KEEP_WHOLE)
-        return self.try_modes(modes, plan.group_size)
+        return modes | dict.fromkeys(self.blocks[len(self.blocks) - num_whole :], ActivationMode.KEEP_WHOLE)
 
     def _modes(self, num_kept: int, num_moved: int) -> dict[str, ActivationMode]:
         """The last blocks kept; of those before, `num_moved` evenly spread to host memory."""
@@ -269,25 +248,14 @@ class _Search:
         modes = {self.blocks[(2 * index + 1) * first_kept // (2 * num_moved)]: ActivationMode.HOST for index in range(num_moved)}
         return modes | dict.fromkeys(self.blocks[first_kept:], ActivationMode.KEEP)
 
-    def try_modes(self, modes: Mapping[str, ActivationMode], size: int) -> Plan | None:
-        """The plan with these modes; None: it does not fit, takes the room in which parameters are fetched ahead, or has more units on the
-        device and so fewer blocks whose updates can be put off than the user asks for."""
-        kept = sum(self.known[unit].of(mode).stored_bytes for unit, mode in modes.items() if mode in ON_DEVICE) * size
-        base = self.base
-        if base.device_budget_bytes is not None:  # the reserve is taken from the budget while it is placed
-            base = dataclasses.replace(base, device_budget_bytes=max(0, base.device_budget_bytes - self._reserve(kept)))
+    def try_modes(self, modes: Mapping[str, ActivationMode], like: Plan) -> Plan | None:
+        """The plan with these modes and the groups of `like`; None: it does not fit, moves hidden states down, takes the room in which
+        parameters are fetched ahead, or has more units on the device and so fewer blocks whose updates can be put off than the user asks
+        for."""
         try:
-            placed = self.place(retain(base, modes, self.known), size)
+            return self.place(retain(self.base, modes, self.known), like)
         except BudgetError:
             return None
-        if placed.prefetch_units < self.prefetch_units:
-            return None
-        return dataclasses.replace(placed, device_budget_bytes=self.base.device_budget_bytes)
-
-    def _reserve(self, kept_bytes: int) -> int:
-        """What the device's allocator may lose to fragmentation beside so many kept bytes. None was seen where segments grow; they cannot
-        on every platform, and a graph too many would be recomputed each time."""
-        return 0 if is_host_memory(self.base.device) else fragmentation_bytes(kept_bytes)
 
 
 def note(plan: Plan, text: str) -> Plan:

@@ -3,9 +3,8 @@
 How it decides, in order:
 
 1. What the user fixed is fixed. What is `auto` starts on the lowest tier there is (SSD if a directory is given, else host).
-2. Boundaries and group size: the first that fits of (device, host, ssd) x (all micro-batches, half of them, ... one), since a
-   large group saves the most traffic; of each, with prefetching before without. "Fits" is not a formula: the step's schedule is
-   built and its peaks are read off.
+2. Boundaries and group size: the first that fits (`planning/room.py`) of (device, host, ssd) x (all micro-batches, half of them, ...
+   one), since a large group saves the most traffic; of each, with prefetching before without.
 3. What room is left is given away bundle by bundle: on the device to parameters and states together, in forward order (the
    embedding's gradient is the last to arrive, and the first units' updates have the least time before they are read again; at most
    `device_states_bytes` of states), in host memory first to parameters (they cross a link twice a step), then to states.
@@ -26,20 +25,17 @@ from collections.abc import Callable, Iterator
 from overspill.errors import BudgetError
 from overspill.planning.activations import choose_activations, describe, force_mode, note
 from overspill.planning.deferring import defer_updates
-from overspill.planning.memory import context_bytes, recordings_bytes, unit_working_bytes
-from overspill.planning.simulate import resident_peaks, simulate
-from overspill.planning.space import is_host_memory, scratch_bytes, store_bytes
-from overspill.scheduling import full_step, largest_steps
+from overspill.planning.memory import recordings_bytes
+from overspill.planning.room import FLAGS, Room
+from overspill.planning.simulate import simulate
+from overspill.planning.space import is_host_memory
+from overspill.scheduling import full_step
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
-from overspill.spec.tensors import DTYPE_BYTES, Tier
+from overspill.spec.tensors import Tier
 from overspill.spec.workload import ModelLayout, WorkloadSpec, default_loss_chunk_rows
 from overspill.units import format_bytes
-
-FREE_SHARE = 0.92
-"""Share of what is free that is used when no budget is given. Chosen, not tuned."""
-_FLAGS = {Tier.DEVICE: "--device-budget", Tier.HOST: "--host-budget", Tier.SSD: "--ssd-budget"}
 
 
 def build_plan(
@@ -65,23 +61,26 @@ def build_plan(
     fixed = [name for name in ("parameters", "states", "boundaries") if getattr(request, name) == Tier.SSD.value]
     if fixed and request.ssd_dir is None:
         raise ValueError(f"--{fixed[0]} ssd needs a directory: give --ssd-dir DIRECTORY on the drive that shall hold it")
-    base = _base_plan(request, layout, hardware, workload, device=device)
+    loss_chunk_rows = _loss_chunk_rows(layout)
+    room = Room(request, layout, hardware, workload, device=device, loss_chunk_rows=loss_chunk_rows)
+    base = _base_plan(request, layout, room, device=device, loss_chunk_rows=loss_chunk_rows)
     if workload is not None and not is_host_memory(device):
         base = dataclasses.replace(base, recordings_bytes=recordings_bytes(base, workload, {unit.name for unit in base.units}, hardware))
 
-    def place(base: Plan, group_size: int | None = None) -> Plan:
-        wanted = request if group_size is None else dataclasses.replace(request, group_size=group_size)
-        placed = _place(wanted, *_choose_group(wanted, base))
+    def place(base: Plan, like: Plan | None = None) -> Plan:
+        placed = _place(request, room, *_choose_group(request, room, base, like))
         number = request.deferred_updates
-        return _with_notes(defer_updates(placed, hardware, workload, number=number, missing=_over), request)
+        return _with_notes(defer_updates(placed, hardware, workload, number=number, missing=room.missing), request)
 
     if request.activations == AUTO:
-        return choose_activations(request, base, hardware, workload, place=place, excess=_excess, replays_graphs=replays_graphs)
-    placed = place(force_mode(request, base, workload))
-    return note(placed, describe(placed, how="as asked")) if placed.activations else placed
+        plan = choose_activations(request, base, hardware, workload, place=place, room=room, replays_graphs=replays_graphs)
+    else:
+        plan = place(force_mode(request, base, workload))
+        plan = note(plan, describe(plan, how="as asked")) if plan.activations else plan
+    return room.settle(plan)
 
 
-def _place(request: PlanRequest, base: Plan, base_excess: dict[Tier, int]) -> Plan:
+def _place(request: PlanRequest, room: Room, base: Plan, base_excess: dict[Tier, int]) -> Plan:
     """Steps 3 and 4.
 
     Args:
@@ -92,7 +91,7 @@ def _place(request: PlanRequest, base: Plan, base_excess: dict[Tier, int]) -> Pl
         plan = _give_away_room(request, base, base_excess, room_cut)
         if plan.placements == base.placements:
             return base
-        excess = _over(plan)
+        excess = room.missing(plan)
         if not excess:
             return plan
         for tier, over in excess.items():
@@ -111,11 +110,10 @@ def _lowest(request: PlanRequest, choice: str) -> Tier:
     return Tier.SSD if request.ssd_dir is not None else Tier.HOST
 
 
-def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, workload: WorkloadSpec | None, *, device: str) -> Plan:
+def _base_plan(request: PlanRequest, layout: ModelLayout, room: Room, *, device: str, loss_chunk_rows: int) -> Plan:
+    """Everything at its lowest."""
     states = _lowest(request, request.states)
     placement = Placement(parameters=_lowest(request, request.parameters), states=states, gradients=states)
-    working = _working_bytes(request, layout, hardware, workload, device=device)
-    context = 0 if is_host_memory(device) else context_bytes(hardware)
     pending = request.clip is not None or request.dtype == "float16"
     return Plan(
         model=layout.model,
@@ -136,120 +134,49 @@ def _base_plan(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec
         hidden_size=layout.hidden_size,
         hidden_dtypes=layout.hidden_dtypes,
         clip=request.clip,
-        loss_chunk_rows=_loss_chunk_rows(layout),
+        loss_chunk_rows=loss_chunk_rows,
         ssd_dir=next(iter(request.ssd_places), None),
         ssd_stripes=request.ssd_places[1:],
-        device_budget_bytes=_allowance(
-            request.device_budget_bytes,
-            hardware.device_capacity_bytes,
-            context + working,
-            Tier.DEVICE,
-            held_bytes=hardware.device_context_held_bytes,
-        ),
-        host_budget_bytes=_allowance(
-            request.host_budget_bytes,
-            hardware.host_capacity_bytes,
-            hardware.process_bytes,
-            Tier.HOST,
-            held_bytes=hardware.process_bytes,
-        ),
-        ssd_budget_bytes=_allowance(request.ssd_budget_bytes, hardware.ssd_capacity_bytes, 0, Tier.SSD),
+        device_budget_bytes=room.allowed[Tier.DEVICE],
+        host_budget_bytes=room.allowed[Tier.HOST],
+        ssd_budget_bytes=room.allowed[Tier.SSD],
         pinned_budget_bytes=request.pinned_budget_bytes,
         ssd_rated_bytes=request.ssd_rated_bytes,
         ssd_min_years=request.ssd_min_years,
-        device_working_bytes=working,
+        device_working_bytes=room.working_bytes,
         chunk_bytes=layout.chunk_bytes,
     )
-
-
-def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier, *, held_bytes: int = 0) -> int | None:
-    """What the tiers may hold of a budget (or of the free capacity) after what is taken before them.
-
-    Args:
-        held_bytes: of what is taken: what is taken already, and so is out of the free capacity.
-    """
-    if budget is None:
-        if not capacity:
-            return None
-        return max(0, int(capacity * FREE_SHARE) - max(0, taken - held_bytes))
-    if budget <= taken:
-        what = "context and working memory of one unit take" if tier is Tier.DEVICE else "the process itself takes"
-        raise BudgetError(
-            f"{_FLAGS[tier]} is {format_bytes(budget)}, but {what} {format_bytes(taken)}: {format_bytes(taken - budget)} are missing; "
-            f"raise {_FLAGS[tier]}" + (" or lower --micro-batch or --seq-len" if tier is Tier.DEVICE else "")
-        )
-    return budget - taken
 
 
 def _loss_chunk_rows(layout: ModelLayout) -> int:
     return default_loss_chunk_rows(layout.vocab_size)
 
 
-def _working_bytes(request: PlanRequest, layout: ModelLayout, hardware: HardwareSpec, workload: WorkloadSpec | None, *, device: str) -> int:
-    """What a unit takes of the device while it runs: of a GPU, what the workload says.
+def _choose_group(request: PlanRequest, room: Room, base: Plan, like: Plan | None) -> tuple[Plan, dict[Tier, int]]:
+    """The first of (boundary tier, group size) that fits, highest tier and largest group first; and its excess.
 
-    Assumed where there is none: what autograd keeps of one block for its backward, the block's gradients, and one chunk of logits. A
-    block keeps about one activation for each row and column of its matrices (parameters / hidden of them) and some 16 hidden-sized ones,
-    per token; logits exist in compute dtype, fp32, and as fp32 gradient.
+    Args:
+        like: groups are as large as its, boundaries no lower, and no less is prefetched.
     """
-    if workload is not None and not is_host_memory(device):
-        known = unit_working_bytes(workload, hardware)
-        if known is not None:
-            return known + layout.buffer_bytes
-    blocks = layout.units[1:-1]
-    per_block = max((sum(layout.bundles[name].num_parameters for name in unit.bundles) for unit in blocks), default=0)
-    bytes_each = DTYPE_BYTES[request.dtype]
-    tokens = request.micro_batch * request.seq_len
-    activations = tokens * bytes_each * (per_block // max(1, layout.hidden_size) + 16 * layout.hidden_size)
-    logits = min(_loss_chunk_rows(layout), tokens) * layout.vocab_size * (8 + 2 * bytes_each)
-    return max(activations + per_block * bytes_each, logits) + layout.buffer_bytes
-
-
-def _excess(plan: Plan) -> dict[Tier, int]:
-    """Bytes by which the peak of any step exceeds each budget (negative: room)."""
-    if (plan.device_budget_bytes, plan.host_budget_bytes, plan.ssd_budget_bytes) == (None, None, None):
-        return {}
-    found = [resident_peaks(schedule, plan) for schedule in largest_steps(plan)]
-    peaks = {tier: max(one[tier] for one in found) for tier in Tier}
-    device_bytes = peaks[Tier.DEVICE] + _argument_bytes(plan)
-    host_bytes = peaks[Tier.HOST]
-    if is_host_memory(plan.device):
-        host_bytes += device_bytes + plan.device_working_bytes
-    held = {
-        Tier.DEVICE: (plan.device_budget_bytes, device_bytes),
-        Tier.HOST: (plan.host_budget_bytes, host_bytes),
-        Tier.SSD: (plan.ssd_budget_bytes, max(peaks[Tier.SSD], store_bytes(plan) + scratch_bytes(plan))),
-    }
-    return {tier: peak - budget for tier, (budget, peak) in held.items() if budget is not None}
-
-
-def _over(plan: Plan) -> dict[Tier, int]:
-    """Bytes that are missing, of the tiers on which any are."""
-    return {tier: over for tier, over in _excess(plan).items() if over > 0}
-
-
-def _argument_bytes(plan: Plan) -> int:
-    """Assumed: every micro-batch of a group keeps an attention mask of its own, one byte a pair of positions."""
-    return plan.group_size * plan.micro_batch * plan.seq_len**2
-
-
-def _choose_group(request: PlanRequest, base: Plan) -> tuple[Plan, dict[Tier, int]]:
-    """The first of (boundary tier, group size) that fits, highest tier and largest group first; and what `_excess` says of it."""
     if request.boundaries == AUTO:
         tiers = [Tier.DEVICE, Tier.HOST] + ([Tier.SSD] if request.ssd_dir is not None else [])
     else:
         tiers = [Tier(request.boundaries)]
     sizes = [request.group_size] if request.group_size is not None else list(_halvings(request.accumulate))
+    least_prefetch_units = 0
+    if like is not None:
+        tiers, sizes = tiers[: tiers.index(like.boundaries) + 1], [like.group_size]
+        least_prefetch_units = like.prefetch_units
     missing: list[tuple[Tier, int]] = []
     for size, tier in ((size, tier) for size in sizes for tier in tiers):
-        for prefetch_units in (1, 0):
+        for prefetch_units in range(1, least_prefetch_units - 1, -1):
             plan = dataclasses.replace(base, boundaries=tier, group_size=min(size, request.accumulate), prefetch_units=prefetch_units)
-            excess = _excess(plan)
+            excess = room.excess(plan)
             if all(over <= 0 for over in excess.values()):
                 return plan, excess
             missing.append(max(excess.items(), key=lambda item: item[1]))
     tier, over = min(missing, key=lambda item: item[1])  # of what came closest
-    cures = [f"raise {_FLAGS[tier]} by {format_bytes(over)}"]
+    cures = [f"raise {FLAGS[tier]} by {format_bytes(over)}"]
     if tier is Tier.HOST and request.ssd_dir is None:
         cures.append("give --ssd-dir so that states can rest on an SSD")
     if tier is Tier.DEVICE:
@@ -258,12 +185,12 @@ def _choose_group(request: PlanRequest, base: Plan) -> tuple[Plan, dict[Tier, in
         cures.append("choose --activations auto or recompute")
     if any(getattr(request, role) == tier.value for role in ("parameters", "states", "boundaries")):
         cures.append(f"let what is fixed to {tier.value} be auto")
-    held = {Tier.DEVICE: base.device_budget_bytes, Tier.HOST: base.host_budget_bytes, Tier.SSD: base.ssd_budget_bytes}[tier]
+    held = room.allowed[tier]
     assert held is not None
     kept = f", activations in mode {request.activations}" if base.activations else ""
     raise BudgetError(
         f"{base.model} with parameters on {_lowest(request, request.parameters)}, states on {_lowest(request, request.states)}{kept} needs "
-        f"{format_bytes(held + over)} on {tier}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; "
+        f"{format_bytes(held + over)} on {room.describe(tier)}, the budget leaves {format_bytes(held)}: {format_bytes(over)} are missing; "
         + ", or ".join(cures)
     )
 

@@ -196,12 +196,14 @@ class Plan:
     """Rows of hidden states whose logits exist at a time."""
     ssd_dir: str | None
     device_budget_bytes: int | None
-    """What the tiers may hold on the device; the request's budget less context and working memory. None: unbounded."""
+    """What pieces may take of the device at their most: the request's budget less the context and all else that is there at a step's
+    fullest op (`planning/room.py`, rule 7), or, where that is not known, less context and working memory. None: unbounded."""
     host_budget_bytes: int | None
     """What the tiers may hold in host memory; the request's budget less the process's own. None: unbounded."""
     ssd_budget_bytes: int | None
     device_working_bytes: int
-    """Assumed device memory of activations and logits while a unit computes (measured by the probe later)."""
+    """Most device memory of activations and logits while a unit computes: of a GPU as traced, with what the allocator loses beside it,
+    else assumed."""
     recordings_bytes: int | None = None
     """What recordings of the blocks as CUDA graphs would take of the device; None: not known."""
     ssd_stripes: tuple[str, ...] = ()
