@@ -485,6 +485,18 @@ def test_a_round_in_which_somebody_else_copied_changes_nothing_but_where_it_is_l
     assert found.report.rates.d2h_bytes_per_s == pytest.approx(plain.report.rates.d2h_bytes_per_s, rel=0.01)
 
 
+def test_a_host_that_is_a_round_ahead_reads_what_it_looks_at_again(paced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins each round before the device has ended the one before. Before, each look was put aside for the next, and none was read."""
+
+    def see_one_step_later(link: PacedLink) -> None:
+        link.seen_s, before_s[link] = before_s.get(link, 0.0), link.now_s
+
+    before_s: dict[PacedLink, float] = {}
+    monkeypatch.setattr(PacedLink, "synchronize", see_one_step_later)
+    looks = paced("gpt-8192x4", num_rounds=14, slow_link=(8,)).report.looks
+    assert [(look.round, look.is_believed) for look in looks] == [(3, True), (5, True), (8, False), (10, True)]
+
+
 def test_looks_say_what_compute_waited_for(paced: Any) -> None:
     first, *_, last = paced("gpt-8192x4", num_rounds=9).report.looks
     assert first.waited_s > 0.02 * first.forward_s and first.caution == 1.0, "in the first watched round all leaves"
