@@ -463,6 +463,16 @@ def test_of_looks_that_never_agree_the_middle_one_is_believed() -> None:
     assert rate.bytes_per_s == 25e9 and not rate.is_in_doubt, "the higher of the two in the middle"
 
 
+def test_a_doubt_about_a_link_that_nobody_uses_any_more_ends() -> None:
+    """Before, it had every round watched from then on."""
+    rate = BelievedRate()
+    for found in (50e9, 30e9, None, None, None):
+        rate.see(found)
+    assert rate.is_in_doubt
+    rate.see(None)
+    assert not rate.is_in_doubt and rate.bytes_per_s == 50e9
+
+
 def test_each_link_is_believed_by_itself_and_one_in_doubt_asks_for_another_look() -> None:
     rates = BelievedRates()
     first = ActivationRates(d2h_bytes_per_s=55e9, h2d_bytes_per_s=50e9)
