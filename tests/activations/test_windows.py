@@ -434,6 +434,22 @@ def test_amounts_that_may_wait_keep_their_bits_beside_a_paced_link(paced: Any) -
     assert LINK_BYTES_PER_S == 55e9
 
 
+def test_of_the_next_micro_batch_one_record_comes_however_small_the_window_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = PacedNet(SHAPES["gpt-8192x4"])
+    monkeypatch.setattr("overspill.activations.opened.open_link", net.open_link)
+    with offload(net.net, amount="adaptive", host_budget="256MiB", window=1) as active:
+        for _ in range(6):
+            losses = [net.net(net.inputs) for _ in range(2)]
+            losses.pop().backward()
+            cache = active._cache()
+            ahead_bytes = cache.mover.ahead_bytes
+            losses.pop().backward()
+            net.link.synchronize()
+        decision = cache.rounds._decision
+        assert decision is not None and decision.pace is not None and decision.pace.way_back is not None
+    assert ahead_bytes > 0
+
+
 # -- what a link is believed to give -----------------------------------------------------------------------------------
 
 
