@@ -434,6 +434,22 @@ def test_amounts_that_may_wait_keep_their_bits_beside_a_paced_link(paced: Any) -
     assert LINK_BYTES_PER_S == 55e9
 
 
+def test_of_the_next_micro_batch_one_record_comes_however_small_the_window_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = PacedNet(SHAPES["gpt-8192x4"])
+    monkeypatch.setattr("overspill.activations.opened.open_link", net.open_link)
+    with offload(net.net, amount="adaptive", host_budget="256MiB", window=1) as active:
+        for _ in range(6):
+            losses = [net.net(net.inputs) for _ in range(2)]
+            losses.pop().backward()
+            cache = active._cache()
+            ahead_bytes = cache.mover.ahead_bytes
+            losses.pop().backward()
+            net.link.synchronize()
+        decision = cache.rounds._decision
+        assert decision is not None and decision.pace is not None and decision.pace.way_back is not None
+    assert ahead_bytes > 0
+
+
 # -- what a link is believed to give -----------------------------------------------------------------------------------
 
 
@@ -463,6 +479,16 @@ def test_of_looks_that_never_agree_the_middle_one_is_believed() -> None:
     assert rate.bytes_per_s == 25e9 and not rate.is_in_doubt, "the higher of the two in the middle"
 
 
+def test_a_doubt_about_a_link_that_nobody_uses_any_more_ends() -> None:
+    """Before, it had every round watched from then on."""
+    rate = BelievedRate()
+    for found in (50e9, 30e9, None, None, None):
+        rate.see(found)
+    assert rate.is_in_doubt
+    rate.see(None)
+    assert not rate.is_in_doubt and rate.bytes_per_s == 50e9
+
+
 def test_each_link_is_believed_by_itself_and_one_in_doubt_asks_for_another_look() -> None:
     rates = BelievedRates()
     first = ActivationRates(d2h_bytes_per_s=55e9, h2d_bytes_per_s=50e9)
@@ -483,6 +509,18 @@ def test_a_round_in_which_somebody_else_copied_changes_nothing_but_where_it_is_l
         {4} if 2 in disturbed else set()
     )
     assert found.report.rates.d2h_bytes_per_s == pytest.approx(plain.report.rates.d2h_bytes_per_s, rel=0.01)
+
+
+def test_a_host_that_is_a_round_ahead_reads_what_it_looks_at_again(paced: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It begins each round before the device has ended the one before. Before, each look was put aside for the next, and none was read."""
+
+    def see_one_step_later(link: PacedLink) -> None:
+        link.seen_s, before_s[link] = before_s.get(link, 0.0), link.now_s
+
+    before_s: dict[PacedLink, float] = {}
+    monkeypatch.setattr(PacedLink, "synchronize", see_one_step_later)
+    looks = paced("gpt-8192x4", num_rounds=14, slow_link=(8,)).report.looks
+    assert [(look.round, look.is_believed) for look in looks] == [(3, True), (5, True), (8, False), (10, True)]
 
 
 def test_looks_say_what_compute_waited_for(paced: Any) -> None:

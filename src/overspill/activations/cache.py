@@ -392,7 +392,7 @@ class TensorCache:
         if start:
             near_bytes = self._bytes_to_come(order, micro_batch)
             nearest = next((one for one in reversed(self._moved[max(0, start - MOST_DEAD_PASSED) : start]) if one is not None), None)
-            if nearest is None or near_bytes + nearest.stored_bytes > self.mover.back_window_bytes:
+            if nearest is None or (near_bytes and near_bytes + nearest.stored_bytes > self.mover.back_window_bytes):
                 start = 0
             else:
                 until = len(order)  # what is wanted sooner crosses the link sooner

@@ -65,7 +65,8 @@ class Rounds:
         """The first record of a round is being made."""
         self.decide()
         number = self.tally.begin(is_planned=self._targets is not None)
-        if self._amount.needs_profile and (is_watched(number) or self._believed.is_in_doubt):
+        asks_again = self._believed.is_in_doubt and self._unread is None  # else a host that is ahead would never read one
+        if self._amount.needs_profile and (is_watched(number) or asks_again):
             is_free = self._decision is not None and self._decision.is_free
             self.timeline = Timeline(self._mover.link, number=number, is_free=is_free)
             self._mover.holds = self.timeline.holds

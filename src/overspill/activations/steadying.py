@@ -60,6 +60,8 @@ class BelievedRate:
         self.bytes_per_s: float | None = None
         self._doubts: list[float] = []
         """Looks that said otherwise, since the last that did not."""
+        self._num_silent = 0
+        """Looks in a row that said nothing."""
 
     @property
     def is_in_doubt(self) -> bool:
@@ -68,7 +70,10 @@ class BelievedRate:
 
     def see(self, found: float | None) -> None:
         """What a watched round says; None: nothing, for nothing was copied."""
+        self._num_silent = self._num_silent + 1 if found is None else 0
         if found is None:
+            if self._num_silent == MOST_DOUBTS:  # nobody uses it any more
+                self._doubts = []
             return
         known = [one for one in (self.bytes_per_s, *self._doubts[-1:]) if one is not None]
         if not known or any(_agree(found, one) for one in known):
