@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -212,6 +213,26 @@ class PreparedUpdate {
   std::vector<Work> work_;
 };
 
+class PoolUpdate : public StartedUpdate {
+ public:
+  explicit PoolUpdate(std::shared_ptr<PreparedUpdate> update)
+      : update_(std::move(update)),
+        job_(pool_.start(
+            update_->num_pieces(), update_->num_threads, [update = update_](std::int64_t index) { update->run(index); }, update_->split)) {}
+
+  bool is_done() const override { return job_->is_done(); }
+  bool wait_for(double seconds) override { return pool_.wait_for(*job_, seconds); }
+  bool is_of_parent() const override { return pool_.is_of_parent(); }
+  double began_s() const override { return job_->began_s(); }
+  double ended_s() const override { return job_->ended_s(); }
+  GradientStats stats() const override { return update_->stats(); }
+
+ private:
+  WorkerPool& pool_ = WorkerPool::instance();
+  const std::shared_ptr<PreparedUpdate> update_;
+  const std::shared_ptr<PoolJob> job_;
+};
+
 }  // namespace
 
 std::int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -262,6 +283,13 @@ GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges
   PreparedUpdate update(arrays, ranges, num_ranges, scalars, num_scalars, num_threads, isa, with_stats, tuning);
   WorkerPool::instance().run(update.num_pieces(), update.num_threads, [&](std::int64_t index) { update.run(index); }, update.split);
   return update.stats();
+}
+
+std::shared_ptr<StartedUpdate> start_update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges,
+                                                   const UpdateScalars* scalars, std::size_t num_scalars, int num_threads,
+                                                   const std::string& isa, bool with_stats, const UpdateTuning& tuning) {
+  return std::make_shared<PoolUpdate>(
+      std::make_shared<PreparedUpdate>(arrays, ranges, num_ranges, scalars, num_scalars, num_threads, isa, with_stats, tuning));
 }
 
 bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int num_threads, const std::string& isa) {
