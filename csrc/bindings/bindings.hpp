@@ -17,5 +17,20 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr double kSignalPeriod_s = 0.1;
+
+// Block without the GIL until `work.wait_for` says that it has ended; what a signal's handler raises (Ctrl-C) ends the wait.
+template <class Work>
+void wait_for_end(Work& work) {
+  while (!work.is_done()) {
+    bool is_done = false;
+    {
+      const nb::gil_scoped_release unlocked;
+      is_done = work.wait_for(kSignalPeriod_s);
+    }
+    if (!is_done && PyErr_CheckSignals() != 0) throw nb::python_error();
+  }
+}
+
 void bind_update(nb::module_& module);
 void bind_storage(nb::module_& module);
