@@ -147,7 +147,7 @@ void validate_length(std::int64_t num_elements) {
   if (num_elements < 0) throw std::invalid_argument("num_elements must not be negative, got " + std::to_string(num_elements));
 }
 
-// A call that was found right, cut into pieces; it has copies of all but the arrays.
+// A call that was found right, cut into pieces; it has copies of all but the arrays. The pieces are gone when the last one has run.
 class PreparedUpdate {
  public:
   PreparedUpdate(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
@@ -174,6 +174,7 @@ class PreparedUpdate {
                          {}});
       }
     }
+    num_left_ = num_pieces();
   }
 
   std::int64_t num_pieces() const { return static_cast<std::int64_t>(work_.size()); }
@@ -184,17 +185,11 @@ class PreparedUpdate {
     GradientStats stats;  // here and not in `work_`: neighbours there share cache lines
     kernels_.update(arrays_, scalars_[item.scalars], item.piece, with_stats_ ? &stats : nullptr);
     item.stats = stats;
+    if (num_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) sum_up();
   }
 
   // When all have run.
-  GradientStats stats() const {
-    GradientStats total;
-    for (const Work& item : work_) {
-      total.num_non_finite += item.stats.num_non_finite;
-      total.sum_of_squares += item.stats.sum_of_squares;
-    }
-    return total;
-  }
+  GradientStats stats() const { return total_; }
 
   const int num_threads;
   const Split split;
@@ -206,11 +201,21 @@ class PreparedUpdate {
     GradientStats stats;
   };
 
+  void sum_up() {
+    for (const Work& item : work_) {
+      total_.num_non_finite += item.stats.num_non_finite;
+      total_.sum_of_squares += item.stats.sum_of_squares;
+    }
+    work_ = std::vector<Work>();
+  }
+
   const ChunkArrays arrays_;
   const std::vector<UpdateScalars> scalars_;
   const Kernels& kernels_;
   const bool with_stats_;
   std::vector<Work> work_;
+  std::atomic<std::int64_t> num_left_{0};
+  GradientStats total_;
 };
 
 class PoolUpdate : public StartedUpdate {
