@@ -85,7 +85,7 @@ class StartedUpdate {
   bool is_done() const { return update_->is_done(); }
   void wait() {
     wait_for_end(*update_);
-    memory_.reset();
+    const nb::object released = std::move(memory_);  // not reset: what goes may give the GIL to another thread that waits here
   }
   double began_s() const { return is_done() ? update_->began_s() : 0; }
   double ended_s() const { return is_done() ? update_->ended_s() : 0; }
