@@ -77,7 +77,7 @@ void make_engine(IoEngine* place, const std::vector<std::pair<int, std::int64_t>
       }
     };
   }
-  const nb::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   new (place) IoEngine(std::move(options));
 }
 

@@ -207,6 +207,35 @@ def test_a_forked_child_waits_for_nothing_that_its_parent_has_started(build_segm
             child.terminate()
 
 
+AT_EXIT = """
+import threading, torch
+from overspill.optim import start_update_chunk
+from overspill.optim.segment import segment_table
+from overspill.spec.state_formats import resolve_state_format
+from overspill.spec.update_rule import SGD
+
+tensors = {"parameter": torch.ones(8_000_000), "gradient": torch.ones(8_000_000), "states": {}}
+layout, scalars = resolve_state_format("fp32", "float32", "sgd"), [SGD(lr=0.1, momentum=0.0).scalars(step=1)]
+started = []
+
+def work():
+    while True:
+        started.append(start_update_chunk(scalars, segment_table(8_000_000), state_format=layout, num_threads=1, **tensors))
+        started[-1].wait()
+
+threading.Thread(target=work, daemon=True).start()
+while len(started) < 3:
+    pass
+"""
+
+
+def test_an_interpreter_that_ends_while_a_daemon_thread_waits_for_an_update_ends_well():
+    """As with a session that nobody has closed."""
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 0 and not ended.stderr, ended.stderr
+
+
 def test_without_the_native_core_what_is_started_is_made(build_segment, monkeypatch):
     expected, found = (build_segment(torch.bfloat16, torch.float16, 99) for _ in range(2))
     update_reference(SCALARS, **expected.arguments)
