@@ -27,8 +27,6 @@ using overspill::FaultTable;
 using overspill::IoEngine;
 using overspill::IoTransfer;
 
-constexpr double kSignalPeriod_s = 0.1;
-
 std::vector<std::uint32_t> crc32c_blocks(std::uintptr_t data, std::size_t num_bytes, std::size_t block_bytes, bool portable) {
   if (block_bytes == 0) throw std::invalid_argument("a block has at least 1 byte");
   std::vector<std::uint32_t> checksums;
@@ -79,24 +77,13 @@ void make_engine(IoEngine* place, const std::vector<std::pair<int, std::int64_t>
       }
     };
   }
-  const nb::gil_scoped_release unlocked;
+  const WithoutGil unlocked;
   new (place) IoEngine(std::move(options));
 }
 
 std::shared_ptr<IoTransfer> submit(IoEngine& engine, bool is_write, std::int64_t address, std::uintptr_t data, std::int64_t num_bytes,
                                    std::int64_t block_bytes, const std::optional<std::vector<std::uint32_t>>& expected) {
   return engine.submit(is_write, address, pointer<void>(data), num_bytes, block_bytes, expected ? &*expected : nullptr);
-}
-
-void wait(IoTransfer& transfer) {
-  while (!transfer.is_done()) {
-    bool is_done = false;
-    {
-      const nb::gil_scoped_release unlocked;
-      is_done = transfer.wait_for(kSignalPeriod_s);
-    }
-    if (!is_done && PyErr_CheckSignals() != 0) throw nb::python_error();
-  }
 }
 
 using PlainFailure = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, int>;
@@ -149,7 +136,7 @@ void bind_storage(nb::module_& module) {
 
   nb::class_<IoTransfer>(module, "IoTransfer")
       .def_prop_ro("is_done", &IoTransfer::is_done)
-      .def("wait", &wait)
+      .def("wait", &wait_for_end<IoTransfer>)
       .def_prop_ro("failure", &failure_of)
       .def_prop_ro("mismatch", &mismatch_of)
       .def_prop_ro("is_cancelled", [](const IoTransfer& transfer) { return transfer.is_done() && transfer.is_cancelled(); })

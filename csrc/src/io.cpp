@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "clock.hpp"
 #include "io_bounce.hpp"
 #include "overspill/checksum.hpp"
 
@@ -28,12 +28,6 @@ void require(bool is_right, const std::string& message) {
 }
 
 }  // namespace
-
-double io_now_s() {
-  timespec now{};
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
 
 bool IoTransfer::wait_for(double seconds) {
   if (is_done()) return true;
@@ -211,7 +205,7 @@ void IoEngine::end_part(IoTransfer& transfer, std::optional<IoFailure> failure) 
   }
   if (transfer.num_left_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
   const std::lock_guard<std::mutex> lock(transfer.mutex_);
-  transfer.ended_s_ = io_now_s();
+  transfer.ended_s_ = now_s();
   transfer.is_done_.store(true, std::memory_order_release);
   transfer.ended_.variable.notify_all();  // under the lock: whoever waits may drop the transfer as soon as it is done
 }
@@ -261,7 +255,7 @@ std::optional<IoFailure> IoEngine::move_all(bool is_write, std::int64_t file, st
   IoProgress progress(num_bytes, options_.alignment, kMostStalls);
   double full_since_s = -1;
   while (!progress.is_whole()) {
-    const double start_s = is_tracing_.load(std::memory_order_relaxed) ? io_now_s() : 0;
+    const double start_s = is_tracing_.load(std::memory_order_relaxed) ? now_s() : 0;
     const ssize_t moved = call(is_write, file, offset + progress.done(), data + progress.done(), num_bytes - progress.done());
     ++num_calls_;
     if (moved == -EINTR || moved == -EAGAIN) continue;
@@ -270,7 +264,7 @@ std::optional<IoFailure> IoEngine::move_all(bool is_write, std::int64_t file, st
       return IoFailure{file, offset, num_bytes, progress.done(), static_cast<int>(-moved)};
     }
     if (full_since_s >= 0) {
-      options_.on_full(file, 0, io_now_s() - full_since_s);
+      options_.on_full(file, 0, now_s() - full_since_s);
       full_since_s = -1;
     }
     note_span(start_s, moved, file, is_write);
@@ -283,14 +277,14 @@ bool IoEngine::should_retry(std::int64_t file, int error, double& full_since_s) 
   if (!is_full(error) || !options_.on_full) return false;
   const std::lock_guard<std::mutex> lock(full_mutex_);  // one message and one poll at a time, not one for each thread
   const bool is_first = full_since_s < 0;
-  if (is_first) full_since_s = io_now_s();
-  return options_.on_full(file, error, is_first ? 0 : io_now_s() - full_since_s);
+  if (is_first) full_since_s = now_s();
+  return options_.on_full(file, error, is_first ? 0 : now_s() - full_since_s);
 }
 
 void IoEngine::note_span(double start_s, std::int64_t num_bytes, std::int64_t file, bool is_write) {
   (is_write ? written_bytes_ : read_bytes_) += num_bytes;
   if (start_s <= 0) return;
-  const double end_s = io_now_s();
+  const double end_s = now_s();
   const std::lock_guard<std::mutex> lock(trace_mutex_);
   trace_.push_back({start_s, end_s, num_bytes, file, is_write});
 }

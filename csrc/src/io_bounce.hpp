@@ -1,4 +1,4 @@
-// What both ways of moving a part share: aligned memory of a thread's own, how far a part has come, and the clock.
+// What both ways of moving a part share: aligned memory of a thread's own, and how far a part has come.
 #pragma once
 
 #include <sys/types.h>
@@ -9,8 +9,6 @@
 #include "overspill/io.hpp"
 
 namespace overspill {
-
-double io_now_s();
 
 // Page-aligned memory that grows to what was asked for and stays.
 class IoEngine::Bounce {

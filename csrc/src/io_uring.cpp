@@ -16,6 +16,7 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "clock.hpp"
 #include "io_bounce.hpp"
 #include "overspill/io.hpp"
 
@@ -157,7 +158,7 @@ class IoEngine::Ring {
     Slot& slot = slots_[index];
     for (;;) {
       const bool is_write = slot.transfer().is_write_;
-      slot.start_s = engine_.is_tracing_.load(std::memory_order_relaxed) ? io_now_s() : 0;
+      slot.start_s = engine_.is_tracing_.load(std::memory_order_relaxed) ? now_s() : 0;
       ++engine_.num_calls_;
       const Fault fault = engine_.options_.faults ? engine_.options_.faults->next(is_write ? "pwritev" : "preadv") : Fault{};
       if (fault.kind == FaultKind::none) break;
@@ -238,7 +239,7 @@ class IoEngine::Ring {
       if (transfer.is_write_ && engine_.should_retry(part.file, error, slot.full_since_s)) return true;
       failure = IoFailure{part.file, part.offset, part.num_bytes, slot.progress->done(), error};
     } else {
-      if (slot.full_since_s >= 0) engine_.options_.on_full(part.file, 0, io_now_s() - slot.full_since_s);
+      if (slot.full_since_s >= 0) engine_.options_.on_full(part.file, 0, now_s() - slot.full_since_s);
       slot.full_since_s = -1;
       engine_.note_span(slot.start_s, moved, part.file, transfer.is_write_);
       if (!slot.progress->advance(moved)) {

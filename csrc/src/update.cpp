@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -146,6 +147,97 @@ void validate_length(std::int64_t num_elements) {
   if (num_elements < 0) throw std::invalid_argument("num_elements must not be negative, got " + std::to_string(num_elements));
 }
 
+// A call that was found right, cut into pieces; it has copies of all but the arrays. The pieces are gone when the last one has run.
+class PreparedUpdate {
+ public:
+  PreparedUpdate(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
+                 std::size_t num_scalars, int num_threads_, const std::string& isa, bool with_stats, const UpdateTuning& tuning)
+      : num_threads(threads_for(num_threads_)),
+        split(tuning.is_contiguous ? Split::contiguous : Split::in_order),
+        arrays_(arrays),
+        scalars_(scalars, scalars + num_scalars),
+        kernels_(kernels_for(isa)),
+        with_stats_(with_stats) {
+    validate_length(arrays.num_elements);
+    validate_tuning(tuning);
+    validate_ranges(arrays, ranges, num_ranges, num_scalars);
+    if (arrays.num_elements == 0) return;
+    validate_chunk(arrays);
+    const std::int64_t piece_elements = tuning.piece_elements;
+    work_.reserve(num_ranges + static_cast<std::size_t>(arrays.num_elements / piece_elements));
+    for (const UpdateRange* range = ranges; range != ranges + num_ranges; ++range) {
+      for (std::int64_t done = 0; done < range->num_elements; done += piece_elements) {
+        const std::int64_t start = range->start + done;
+        const std::int64_t end = range->start + std::min(done + piece_elements, range->num_elements);
+        work_.push_back({{start, end, range->key, range->first_element + static_cast<std::uint32_t>(done), tuning.prefetch_elements},
+                         range->scalars,
+                         {}});
+      }
+    }
+    num_left_ = num_pieces();
+  }
+
+  std::int64_t num_pieces() const { return static_cast<std::int64_t>(work_.size()); }
+
+  // Any thread, once for each piece.
+  void run(std::int64_t index) {
+    Work& item = work_[static_cast<std::size_t>(index)];
+    GradientStats stats;  // here and not in `work_`: neighbours there share cache lines
+    kernels_.update(arrays_, scalars_[item.scalars], item.piece, with_stats_ ? &stats : nullptr);
+    item.stats = stats;
+    if (num_left_.fetch_sub(1, std::memory_order_acq_rel) == 1) sum_up();
+  }
+
+  // When all have run.
+  GradientStats stats() const { return total_; }
+
+  const int num_threads;
+  const Split split;
+
+ private:
+  struct Work {
+    Piece piece;
+    std::uint32_t scalars;
+    GradientStats stats;
+  };
+
+  void sum_up() {
+    for (const Work& item : work_) {
+      total_.num_non_finite += item.stats.num_non_finite;
+      total_.sum_of_squares += item.stats.sum_of_squares;
+    }
+    work_ = std::vector<Work>();
+  }
+
+  const ChunkArrays arrays_;
+  const std::vector<UpdateScalars> scalars_;
+  const Kernels& kernels_;
+  const bool with_stats_;
+  std::vector<Work> work_;
+  std::atomic<std::int64_t> num_left_{0};
+  GradientStats total_;
+};
+
+class PoolUpdate : public StartedUpdate {
+ public:
+  explicit PoolUpdate(std::shared_ptr<PreparedUpdate> update)
+      : update_(std::move(update)),
+        job_(pool_.start(
+            update_->num_pieces(), update_->num_threads, [update = update_](std::int64_t index) { update->run(index); }, update_->split)) {}
+
+  bool is_done() const override { return job_->is_done(); }
+  bool wait_for(double seconds) override { return pool_.wait_for(*job_, seconds); }
+  bool is_of_parent() const override { return pool_.is_of_parent(); }
+  double began_s() const override { return job_->began_s(); }
+  double ended_s() const override { return job_->ended_s(); }
+  GradientStats stats() const override { return update_->stats(); }
+
+ private:
+  WorkerPool& pool_ = WorkerPool::instance();
+  const std::shared_ptr<PreparedUpdate> update_;
+  const std::shared_ptr<PoolJob> job_;
+};
+
 }  // namespace
 
 std::int64_t dtype_bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -193,44 +285,16 @@ std::vector<std::string> supported_isas() {
 
 GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
                             std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats, const UpdateTuning& tuning) {
-  validate_length(arrays.num_elements);
-  validate_tuning(tuning);
-  const Kernels& kernels = kernels_for(isa);
-  const int threads = threads_for(num_threads);
-  validate_ranges(arrays, ranges, num_ranges, num_scalars);
-  if (arrays.num_elements == 0) return {};
-  validate_chunk(arrays);
-  struct Work {
-    Piece piece;
-    std::uint32_t scalars;
-    GradientStats stats;
-  };
-  const std::int64_t piece_elements = tuning.piece_elements;
-  std::vector<Work> work;
-  work.reserve(num_ranges + static_cast<std::size_t>(arrays.num_elements / piece_elements));
-  for (const UpdateRange* range = ranges; range != ranges + num_ranges; ++range) {
-    for (std::int64_t done = 0; done < range->num_elements; done += piece_elements) {
-      const std::int64_t start = range->start + done;
-      const std::int64_t end = range->start + std::min(done + piece_elements, range->num_elements);
-      work.push_back({{start, end, range->key, range->first_element + static_cast<std::uint32_t>(done), tuning.prefetch_elements},
-                      range->scalars,
-                      {}});
-    }
-  }
-  const auto update_piece = [&](std::int64_t index) {
-    Work& item = work[static_cast<std::size_t>(index)];
-    GradientStats stats;  // here and not in `work`: neighbours there share cache lines
-    kernels.update(arrays, scalars[item.scalars], item.piece, with_stats ? &stats : nullptr);
-    item.stats = stats;
-  };
-  const Split split = tuning.is_contiguous ? Split::contiguous : Split::in_order;
-  WorkerPool::instance().run(static_cast<std::int64_t>(work.size()), threads, update_piece, split);
-  GradientStats total;
-  for (const Work& item : work) {
-    total.num_non_finite += item.stats.num_non_finite;
-    total.sum_of_squares += item.stats.sum_of_squares;
-  }
-  return total;
+  PreparedUpdate update(arrays, ranges, num_ranges, scalars, num_scalars, num_threads, isa, with_stats, tuning);
+  WorkerPool::instance().run(update.num_pieces(), update.num_threads, [&](std::int64_t index) { update.run(index); }, update.split);
+  return update.stats();
+}
+
+std::shared_ptr<StartedUpdate> start_update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges,
+                                                   const UpdateScalars* scalars, std::size_t num_scalars, int num_threads,
+                                                   const std::string& isa, bool with_stats, const UpdateTuning& tuning) {
+  return std::make_shared<PoolUpdate>(
+      std::make_shared<PreparedUpdate>(arrays, ranges, num_ranges, scalars, num_scalars, num_threads, isa, with_stats, tuning));
 }
 
 bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int num_threads, const std::string& isa) {

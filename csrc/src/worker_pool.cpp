@@ -9,8 +9,11 @@
 #include <atomic>
 #include <cfenv>
 #include <chrono>
+#include <stdexcept>
 #include <thread>
-#include <vector>
+#include <utility>
+
+#include "clock.hpp"
 
 namespace overspill {
 namespace {
@@ -54,43 +57,30 @@ void look_for(Condition condition) {
 
 }  // namespace
 
-struct WorkerPool::Job {
-  // A run of tasks, in a cache line of its own.
-  struct alignas(64) Run {
-    std::atomic<std::int64_t> next{0};
-    std::int64_t end = 0;
-  };
-
-  const std::function<void(std::int64_t)>& task;
-  int num_seats;  // pool threads that may still join; guarded by mutex_
-  std::vector<Run> runs;
-  std::atomic<std::size_t> num_joined{0};
-
-  Job(const std::function<void(std::int64_t)>& task_, std::int64_t num_tasks, int num_helpers, std::size_t num_runs)
-      : task(task_), num_seats(num_helpers), runs(num_runs) {
-    const auto n = static_cast<std::int64_t>(num_runs);
-    for (std::int64_t i = 0; i < n; ++i) {
-      runs[static_cast<std::size_t>(i)].next = num_tasks / n * i + std::min(i, num_tasks % n);
-      runs[static_cast<std::size_t>(i)].end = num_tasks / n * (i + 1) + std::min(i + 1, num_tasks % n);
-    }
+PoolJob::PoolJob(Task task, std::int64_t num_tasks, int num_seats, std::size_t num_runs)
+    : task_(std::move(task)), num_seats_(num_seats), runs_(num_runs) {
+  const auto n = static_cast<std::int64_t>(num_runs);
+  for (std::int64_t i = 0; i < n; ++i) {
+    runs_[static_cast<std::size_t>(i)].next = num_tasks / n * i + std::min(i, num_tasks % n);
+    runs_[static_cast<std::size_t>(i)].end = num_tasks / n * (i + 1) + std::min(i + 1, num_tasks % n);
   }
+}
 
-  void work() {
-    const DefaultFloatEnvironment environment;
-    const std::size_t seat = num_joined++;
-    for (std::size_t i = 0; i < runs.size(); ++i) {
-      Run& run = runs[(seat + i) % runs.size()];
-      for (std::int64_t index = run.next++; index < run.end; index = run.next++) task(index);
-    }
+void PoolJob::work() {
+  const DefaultFloatEnvironment environment;
+  const std::size_t seat = num_joined_++;
+  for (std::size_t i = 0; i < runs_.size(); ++i) {
+    Run& run = runs_[(seat + i) % runs_.size()];
+    for (std::int64_t index = run.next++; index < run.end; index = run.next++) task_(index);
   }
-};
+}
 
 WorkerPool::WorkerPool() : pid_(static_cast<long>(getpid())) {}
 
 WorkerPool& WorkerPool::instance() {
   static std::atomic<WorkerPool*> current{nullptr};
   WorkerPool* pool = current.load(std::memory_order_acquire);
-  while (pool == nullptr || pool->pid_ != static_cast<long>(getpid())) {
+  while (pool == nullptr || pool->is_of_parent()) {
     WorkerPool* fresh = new WorkerPool;
     if (current.compare_exchange_strong(pool, fresh)) return *fresh;  // a forked parent's pool is left behind, rule 1
     delete fresh;
@@ -98,6 +88,9 @@ WorkerPool& WorkerPool::instance() {
   return *pool;
 }
 
+bool WorkerPool::is_of_parent() const { return pid_ != static_cast<long>(getpid()); }
+
+// With the mutex held.
 void WorkerPool::start_workers(std::size_t count) {
   sigset_t all, previous;
   sigfillset(&all);
@@ -111,54 +104,119 @@ void WorkerPool::start_workers(std::size_t count) {
   pthread_sigmask(SIG_SETMASK, &previous, nullptr);
 }
 
+// The first job that has tasks left, as far as is known.
+PoolJob* WorkerPool::open_job() const {
+  for (const auto& job : jobs_) {
+    if (!job->is_exhausted_) return job.get();
+  }
+  return nullptr;
+}
+
+PoolJob* WorkerPool::job_with_seat() const {
+  PoolJob* const job = open_job();
+  return job != nullptr && num_active_ < job->num_seats_ ? job : nullptr;
+}
+
+// Where jobs follow one another without a gap all seats are taken, and this costs nothing.
+void WorkerPool::wake_workers() {
+  if (job_with_seat() != nullptr) wake_.notify_all();
+}
+
+void WorkerPool::push(std::shared_ptr<PoolJob> job) {
+  jobs_.push_back(std::move(job));
+  ++num_jobs_;
+  wake_workers();
+}
+
+void WorkerPool::join(PoolJob& job) {
+  if (job.began_s_ == 0) job.began_s_ = now_s();
+  ++job.num_active_;
+}
+
+// A thread leaves a job when it has found no task left in it.
+void WorkerPool::leave(PoolJob& job) {
+  --job.num_active_;
+  if (!job.is_exhausted_) {
+    job.is_exhausted_ = true;
+    wake_workers();
+    turn_.notify_all();
+  }
+  while (!jobs_.empty() && jobs_.front()->is_exhausted_ && jobs_.front()->num_active_ == 0) {
+    PoolJob& first = *jobs_.front();
+    first.began_s_ = std::max(first.began_s_, last_ended_s_);
+    first.ended_s_ = last_ended_s_ = now_s();
+    first.is_done_.store(true, std::memory_order_release);
+    jobs_.pop_front();
+    ended_.notify_all();
+  }
+}
+
 void WorkerPool::serve() {
   bool has_given_way = false;
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto has_seat = [this] { return job_ != nullptr && job_->num_seats > 0; };
   for (;;) {
-    if (!has_seat()) {
+    if (job_with_seat() == nullptr) {
       const std::uint64_t seen = num_jobs_;
       lock.unlock();
       look_for([&] { return num_jobs_ != seen; });
       lock.lock();
-      wake_.wait(lock, has_seat);
+      wake_.wait(lock, [this] { return job_with_seat() != nullptr; });
     }
-    Job* job = job_;
-    --job->num_seats;
+    PoolJob& job = *job_with_seat();
+    join(job);
     ++num_active_;
     lock.unlock();
     if (gives_way_ && !has_given_way) {
       lower_priority();
       has_given_way = true;
     }
-    job->work();
+    job.work();
     lock.lock();
-    if (--num_active_ == 0) idle_.notify_one();
+    leave(job);
+    --num_active_;
   }
 }
 
-void WorkerPool::run(std::int64_t num_tasks, int num_threads, const std::function<void(std::int64_t)>& task, Split split) {
+void WorkerPool::run(std::int64_t num_tasks, int num_threads, const Task& task, Split split) {
   const int num_helpers = std::max(static_cast<int>(std::min<std::int64_t>(num_threads, num_tasks)) - 1, 0);
-  Job job(task, num_tasks, num_helpers, split == Split::contiguous ? static_cast<std::size_t>(num_helpers) + 1 : 1);
+  const std::size_t num_runs = split == Split::contiguous ? static_cast<std::size_t>(num_helpers) + 1 : 1;
+  const std::shared_ptr<PoolJob> job(new PoolJob(std::cref(task), num_tasks, num_helpers, num_runs));
   if (num_helpers == 0) {
-    job.work();
+    job->work();
     return;
   }
-  const std::lock_guard<std::mutex> turn(turn_);
-  start_workers(static_cast<std::size_t>(num_helpers));
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    job_ = &job;
-    ++num_jobs_;
-  }
-  wake_.notify_all();
-  job.work();
   std::unique_lock<std::mutex> lock(mutex_);
-  job_ = nullptr;  // nobody joins from here on; `job` lives on this stack, so wait for those who did
+  start_workers(static_cast<std::size_t>(num_helpers));
+  push(job);
+  turn_.wait(lock, [&] { return job->is_exhausted_ || open_job() == job.get(); });
+  if (!job->is_exhausted_) {
+    join(*job);
+    lock.unlock();
+    job->work();
+    lock.lock();
+    leave(*job);
+  }
   lock.unlock();
-  look_for([this] { return num_active_ == 0; });
+  look_for([&] { return job->is_done(); });
   lock.lock();
-  idle_.wait(lock, [this] { return num_active_ == 0; });
+  ended_.wait(lock, [&] { return job->is_done(); });
+}
+
+std::shared_ptr<PoolJob> WorkerPool::start(std::int64_t num_tasks, int num_threads, Task task, Split split) {
+  const int num_seats = std::max(static_cast<int>(std::min<std::int64_t>(num_threads, num_tasks)), 1);
+  const std::size_t num_runs = split == Split::contiguous ? static_cast<std::size_t>(num_seats) : 1;
+  const std::shared_ptr<PoolJob> job(new PoolJob(std::move(task), num_tasks, num_seats, num_runs));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  start_workers(static_cast<std::size_t>(num_seats));
+  push(job);
+  return job;
+}
+
+bool WorkerPool::wait_for(const PoolJob& job, double seconds) {
+  if (job.is_done()) return true;
+  if (is_of_parent()) throw std::runtime_error("this work was given to threads of the process that was forked");
+  std::unique_lock<std::mutex> lock(mutex_);
+  return ended_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return job.is_done(); });
 }
 
 }  // namespace overspill

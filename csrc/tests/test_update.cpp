@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -193,12 +194,49 @@ void test_callers_in_parallel_take_turns() {
   for (const Chunk& chunk : chunks) CHECK(chunk == expected);
 }
 
+void test_started_updates_give_the_same_bytes_in_order_beside_callers() {
+  Chunk expected(Rule::adamw, StateFormat::int8, Dtype::bfloat16, 100000);
+  GradientStats stats;
+  for (int step = 0; step < 2; ++step) stats = update_all(expected, 1);
+  std::vector<Chunk> chunks(6, Chunk(Rule::adamw, StateFormat::int8, Dtype::bfloat16, 100000));
+  Chunk called = chunks[0];
+  std::vector<std::shared_ptr<StartedUpdate>> started;
+  std::thread caller([&called] {
+    for (int step = 0; step < 2; ++step) update_all(called, 3);
+  });
+  for (int step = 0; step < 2; ++step) {
+    for (Chunk& chunk : chunks) {
+      UpdateRange range{0, chunk.length, 0x0123456789abcdefULL, 512, 0};
+      UpdateScalars scalars = kScalars;
+      started.push_back(start_update_ranges(chunk.arrays(), &range, 1, &scalars, 1, 2, "", true));
+      range = {0, 1, 0, 0, 7};  // both were copied
+      scalars = {};
+    }
+    while (!started.back()->wait_for(0.01)) continue;
+  }
+  caller.join();
+  double before_s = 0;
+  for (const auto& update : started) {
+    CHECK(update->is_done() && update->wait_for(0) && !update->is_of_parent());
+    CHECK(before_s <= update->began_s() && update->began_s() < update->ended_s());
+    before_s = update->ended_s();
+  }
+  CHECK(started.back()->stats().sum_of_squares == stats.sum_of_squares);
+  for (const Chunk& chunk : chunks) CHECK(chunk == expected);
+  CHECK(called == expected);
+}
+
 void test_wrong_arguments_are_refused_and_nothing_is_written() {
   Chunk chunk(Rule::adamw, StateFormat::int8, Dtype::bfloat16, 1024);
   const Chunk before = chunk;
   const ChunkArrays good = chunk.arrays();
   const UpdateRange whole{0, 1024, 0, 0, 0};
   const auto call = [&](const ChunkArrays& arrays, std::vector<UpdateRange> ranges, const std::string& isa = "") {
+    try {
+      start_update_ranges(arrays, ranges.data(), ranges.size(), &kScalars, 1, 1, isa, true)->wait_for(10);
+      CHECK(!"started");
+    } catch (const std::invalid_argument&) {
+    }
     update_ranges(arrays, ranges.data(), ranges.size(), &kScalars, 1, 1, isa, true);
   };
   ChunkArrays arrays = good;
@@ -232,6 +270,7 @@ void test_wrong_arguments_are_refused_and_nothing_is_written() {
 void test_nothing_to_do_is_no_work() {
   Chunk chunk(Rule::lion, StateFormat::bf16, Dtype::float32, 0);
   const GradientStats stats = update_ranges(chunk.arrays(), nullptr, 0, nullptr, 0, 2, "", true);
+  CHECK(start_update_ranges(chunk.arrays(), nullptr, 0, nullptr, 0, 2, "", true)->wait_for(10));
   CHECK(stats.num_non_finite == 0 && stats.sum_of_squares == 0);
   scale_in_place(nullptr, 0, 1.0f, 0.0f, 1, 1, "");
   CHECK(all_finite(nullptr, Dtype::float32, 0, 1, ""));
@@ -270,6 +309,7 @@ int main() {
   test_cutting_and_fetching_change_no_byte();
   test_loops_of_their_own_equal_the_stages();
   test_callers_in_parallel_take_turns();
+  test_started_updates_give_the_same_bytes_in_order_beside_callers();
   test_wrong_arguments_are_refused_and_nothing_is_written();
   test_nothing_to_do_is_no_work();
   test_all_finite_finds_one_bad_element_at_any_place_and_reads_nothing_beyond();

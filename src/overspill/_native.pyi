@@ -24,6 +24,48 @@ def update_ranges(
     prefetch_elements: int = ...,
     is_contiguous: bool = ...,
 ) -> tuple[int, float]: ...
+def start_update_ranges(
+    memory: object,
+    *,
+    rule: str,
+    state_format: str,
+    parameter_dtype: str,
+    gradient_dtype: str,
+    num_elements: int,
+    parameter: int,
+    gradient: int,
+    master: int,
+    moments: Sequence[int],
+    exponents: Sequence[int],
+    ranges: int,
+    num_ranges: int,
+    scalars: Sequence[Sequence[float]],
+    num_threads: int = 0,
+    isa: str = "",
+    with_stats: bool = True,
+    piece_elements: int = ...,
+    prefetch_elements: int = ...,
+    is_contiguous: bool = ...,
+) -> StartedUpdate:
+    """`update_ranges` that returns when the core's threads have been given the work; `memory` is whatever owns the arrays."""
+
+class StartedUpdate:
+    """Holds the memory until `wait` has returned; dropping it waits as well. Ends after those that were started before it."""
+
+    @property
+    def is_done(self) -> bool: ...
+    def wait(self) -> None:
+        """Without the GIL; raises only what a signal's handler raises."""
+    @property
+    def began_s(self) -> float:
+        """By `time.perf_counter`, and not before the end of the update before it; 0 before the end."""
+    @property
+    def ended_s(self) -> float:
+        """By `time.perf_counter`; 0 before the end."""
+    @property
+    def stats(self) -> tuple[int, float]:
+        """What `update_ranges` returns, when it has ended."""
+
 def all_finite(data: int, *, dtype: str, num_elements: int, num_threads: int = 0, isa: str = "") -> bool: ...
 def scale_in_place(
     data: int, *, num_elements: int, factor: float, summand: float, num_arrays: int = 1, num_threads: int = 0, isa: str = ""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 
 import pytest
 import torch
 
 from overspill import optim
-from overspill.optim import update, update_backend, update_reference
+from overspill.optim import start_update_chunk, update, update_backend, update_reference
+from overspill.optim.segment import segment_table, validate_segment
 from overspill.spec.update_rule import AdamW, round_fp32
 
 native = pytest.importorskip("overspill.optim.native", reason="the native core is not built")
@@ -102,6 +107,141 @@ def test_calls_from_several_threads_take_turns(build_segment):
         thread.join()
     for segment in segments:
         expected.assert_same_bits(segment)
+
+
+@pytest.mark.parametrize("state_format", ["fp32", "bf16", "int8"])
+def test_started_updates_give_the_bits_of_those_that_are_waited_for_one_after_the_other(build_segment, state_format):
+    lengths = (100_000, 1, 0, 70_001, 300)
+    expected = [build_segment(torch.bfloat16, torch.bfloat16, length, state_format=state_format) for length in lengths]
+    found = [segment.clone() for segment in expected]
+    for _ in range(3):
+        for segment in expected:
+            update(SCALARS, **segment.arguments)
+        started = [start(segment) for segment in found]
+        for one in started:
+            one.wait()
+            assert one.is_done and one.stats == (0, 0.0)
+        for before, after in itertools.pairwise(started):
+            assert 0 < before.began_s <= before.ended_s <= after.began_s <= after.ended_s < time.perf_counter()
+    for segment, other in zip(expected, found, strict=True):
+        segment.assert_same_bits(other)
+
+
+def start(segment, **more):
+    layout = validate_segment(segment.parameter, segment.gradient, segment.states, format_name=segment.state_format)
+    table = segment_table(segment.parameter.numel(), segment.rounding)
+    arguments = {"parameter": segment.parameter, "gradient": segment.gradient, "states": segment.states, "num_threads": 2} | more
+    return start_update_chunk([SCALARS], table, state_format=layout, **arguments)
+
+
+def test_what_is_started_holds_its_tensors_until_it_has_ended_and_no_longer(build_segment):
+    segment = build_segment(torch.bfloat16, torch.bfloat16, 3_000_000)
+    expected, kept = segment.clone(), segment.parameter.detach()
+    update_reference(SCALARS, **expected.arguments)
+    started = start(segment)
+    gone = [weakref.ref(tensor) for tensor in (segment.parameter, segment.gradient, *segment.states.values())]
+    del segment
+    assert all(tensor() is not None for tensor in gone)
+    started.wait()
+    assert all(tensor() is None for tensor in gone)
+    assert torch.equal(kept.view(torch.int16), expected.parameter.view(torch.int16))
+
+
+def test_dropping_what_is_started_waits_for_its_end(build_segment):
+    segment = build_segment(torch.bfloat16, torch.bfloat16, 3_000_000)
+    expected = segment.clone()
+    update_reference(SCALARS, **expected.arguments)
+    start(segment)
+    segment.assert_same_bits(expected)
+
+
+def test_what_cannot_be_started_raises_at_once_and_writes_nothing(build_segment):
+    segment = build_segment(torch.float32, torch.float32, 64)
+    before = segment.clone()
+    with pytest.raises(ValueError, match="overlap: 256 B"):
+        start(segment, gradient=segment.parameter)
+    segment.assert_same_bits(before)
+
+
+def test_ctrl_c_ends_the_wait_for_what_is_started_and_not_the_update(build_segment):
+    """With one thread no two updates overlap, so they may be of the same segment."""
+    found = build_segment(torch.bfloat16, torch.bfloat16, 1_000_000)
+    expected = found.clone()
+    for _ in range(200):
+        update(SCALARS, **expected.arguments)
+    started = [start(found, num_threads=1) for _ in range(200)]
+    timer = threading.Timer(0.01, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        started[-1].wait()
+    assert not started[-1].is_done, "it looks for signals ten times a second"
+    started[-1].wait()
+    timer.join()
+    found.assert_same_bits(expected)
+
+
+def _start_in_child(queue, started, segment) -> None:
+    try:
+        started.wait()
+    except RuntimeError as error:
+        queue.put(str(error))
+    del started  # waits for nobody
+    start(segment).wait()
+    queue.put("made")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_waits_for_nothing_that_its_parent_has_started(build_segment):
+    large, small = (build_segment(torch.bfloat16, torch.bfloat16, length) for length in (1_000_000, 70_000))
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    started = [start(large, num_threads=1) for _ in range(400)]  # a second of one thread, so no two overlap
+    child = context.Process(target=_start_in_child, args=(queue, started.pop(), small))
+    child.start()
+    try:
+        assert "process that was forked" in queue.get(timeout=30) and queue.get(timeout=30) == "made"
+        child.join(timeout=30)
+        assert child.exitcode == 0
+    finally:
+        if child.is_alive():
+            child.terminate()
+
+
+AT_EXIT = """
+import threading, torch
+from overspill.optim import start_update_chunk
+from overspill.optim.segment import segment_table
+from overspill.spec.state_formats import resolve_state_format
+from overspill.spec.update_rule import SGD
+
+tensors = {"parameter": torch.ones(8_000_000), "gradient": torch.ones(8_000_000), "states": {}}
+layout, scalars = resolve_state_format("fp32", "float32", "sgd"), [SGD(lr=0.1, momentum=0.0).scalars(step=1)]
+started = []
+
+def work():
+    while True:
+        started.append(start_update_chunk(scalars, segment_table(8_000_000), state_format=layout, num_threads=1, **tensors))
+        started[-1].wait()
+
+threading.Thread(target=work, daemon=True).start()
+while len(started) < 3:
+    pass
+"""
+
+
+def test_an_interpreter_that_ends_while_a_daemon_thread_waits_for_an_update_ends_well():
+    """As with a session that nobody has closed."""
+    for _ in range(3):
+        ended = subprocess.run([sys.executable, "-c", AT_EXIT], capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == 0 and not ended.stderr, ended.stderr
+
+
+def test_without_the_native_core_what_is_started_is_made(build_segment, monkeypatch):
+    expected, found = (build_segment(torch.bfloat16, torch.float16, 99) for _ in range(2))
+    update_reference(SCALARS, **expected.arguments)
+    monkeypatch.setattr(optim, "_HAS_NATIVE", False)
+    assert start(found) is None
+    expected.assert_same_bits(found)
 
 
 def _finite_in_child(queue, values: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ the bits are wrong, sometimes. `watch` therefore looks at waits instead of resul
 by op, which bytes each reads and writes (from `effects` and the residency's buffers) and what it waits for (the schedule's waits and
 those that came with buffers), as if nothing ever ended before the step does. Then two ops that touch the same bytes, one of them
 writing, must be ordered: by a chain of waits, or by a lane whose work ends in order (all but the SSD's, whose transfers overtake
-each other).
+each other). The host's updates end in order, but one may begin before the one before it has ended (`runtime/lanes`, rule 6).
 
 Steps that overlap are looked at in pairs: where a step has returned with work under way, as if that were all of its ops but compute, its
 ops and those of the next schedule are one list. What orders them are the waits for homes and buffers, the lanes, and the place in the
@@ -24,7 +24,7 @@ import pytest
 
 import overspill
 from overspill.runtime.executor import Executor
-from overspill.runtime.lanes import Completion
+from overspill.runtime.lanes import MOST_UNDER_WAY, Completion
 from overspill.runtime.step import RunningStep
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Piece, Role, Update, effects
 from overspill.spec.tensors import Tier
@@ -188,13 +188,15 @@ class _StepWatch:
         first, start = watches[0].first, self.first - watches[0].first
         compute_before = 0
         before: list[int] = []
-        last_of_lane: dict[Lane, int] = {}
+        ended: list[int] = []
+        """What has ended when an op has."""
+        last_of_lane: dict[Lane, list[int]] = {}
         last_compute: list[int] = []
         items = [(item, waits) for watch in watches for item, waits in zip(watch.step.schedule.ops, watch.step.recorder.waits, strict=True)]
         for index, (item, waits) in enumerate(items):
             if index == start:  # the step before returned when its compute had ended
                 for number in last_compute:
-                    compute_before |= before[number] | 1 << number
+                    compute_before |= ended[number]
             earlier = compute_before
             if index >= start > 0 and self.landed_at is not None and index + first >= self.landed_at:
                 earlier |= (1 << start) - 1
@@ -205,13 +207,18 @@ class _StepWatch:
                 else:
                     number = numbers.get(id(wait))
                 if number is not None and number < index:
-                    earlier |= before[number] | 1 << number
+                    earlier |= ended[number]
+            in_order = 0
             if item.lane not in UNORDERED and not isinstance(item.op, Free):
-                if item.lane in last_of_lane:
-                    number = last_of_lane[item.lane]
-                    earlier |= before[number] | 1 << number
-                last_of_lane[item.lane] = index
+                lane = last_of_lane.setdefault(item.lane, [])
+                for number in lane[-1:]:
+                    earlier |= before[number]
+                for number in lane[: len(lane) + 1 - MOST_UNDER_WAY.get(item.lane, 1)][-1:]:
+                    earlier |= ended[number]
+                in_order = ended[lane[-1]] if lane else 0
+                lane.append(index)
             before.append(earlier)
+            ended.append(earlier | in_order | 1 << index)
             if item.lane is Lane.COMPUTE and not isinstance(item.op, Free):
                 last_compute.append(index)
         return before

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
+from slow_core import delay_updates
 from test_lanes import open_session
 from tiny_models import tiny_model
 from training_loop import make_batches
@@ -19,7 +20,6 @@ import overspill
 from overspill.runtime.compute import UnitRunner
 from overspill.runtime.lanes import Lanes
 from overspill.runtime.step import RunningStep
-from overspill.runtime.updating import Updater
 from overspill.spec.schedule import Compute, Evict, Fetch, Lane, Op, Phase, Role, Update
 from overspill.spec.trace import Span, busy_s, overlap_s
 
@@ -67,7 +67,7 @@ def test_the_lane_works_while_compute_does(claim: str, monkeypatch: pytest.Monke
         return dispatch(self, item)
 
     def slow_submit(self: Lanes, to: Lane, job: Callable[[], Any], waits: Iterable[Any]) -> Any:
-        is_slow = to is lane and bool(current) and is_meant(current[0])
+        is_slow = to is lane is not Lane.HOST_UPDATE and bool(current) and is_meant(current[0])
 
         def slow_job() -> Any:
             if is_slow:
@@ -83,6 +83,8 @@ def test_the_lane_works_while_compute_does(claim: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(RunningStep, "_dispatch", dispatched)
     monkeypatch.setattr(Lanes, "submit", slow_submit)
     monkeypatch.setattr(UnitRunner, "run", slow_compute)
+    if lane is Lane.HOST_UPDATE:
+        delay_updates(monkeypatch, lambda _: JOB_S)
     shared, worked = {}, {}
     for serial in (True, False):
         with open_session(serial=serial, chunk_bytes=128 * 1024, accumulate=1, **placement) as session:
@@ -136,11 +138,7 @@ def test_a_step_is_shorter_than_the_sum_of_its_lanes(
 def test_updates_that_outlast_the_backward_cost_less_where_some_are_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six blocks, 30 ms forward and 30 back, and 60 ms for each update: six updates do not fit into the backward, those of three blocks do,
     and the others into the next forward. On the planner's clock 576 ms become 454."""
-    update, run = Updater.run, UnitRunner.run
-
-    def slow_update(self: Updater, op: Update, *arguments: Any, **gates: Any) -> object:
-        time.sleep(0.06 if "layers" in op.bundle and op.chunk == 0 else 0)
-        return update(self, op, *arguments, **gates)
+    run = UnitRunner.run
 
     def slow_compute(self: UnitRunner, op: Compute, *arguments: Any) -> None:
         time.sleep(0.03 if "layers" in op.unit else 0)
@@ -149,7 +147,7 @@ def test_updates_that_outlast_the_backward_cost_less_where_some_are_put_off(monk
     request = overspill.PlanRequest(**HOST, dtype="float32", seq_len=12, micro_batch=2, device="cpu", device_states_bytes=0)  # type: ignore[arg-type]
     plan: overspill.PlanRequest | overspill.Plan = request
     step_s = {}
-    monkeypatch.setattr(Updater, "run", slow_update)
+    delay_updates(monkeypatch, lambda op: 0.06 if "layers" in op.bundle and op.chunk == 0 else 0)
     monkeypatch.setattr(UnitRunner, "run", slow_compute)
     for put_off in ((), ("model.layers.1", "model.layers.3", "model.layers.5")):
         if isinstance(plan, overspill.Plan):

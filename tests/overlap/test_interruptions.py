@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from slow_core import delay_updates
 from test_ctrl_c_anywhere import lent_bytes
 from test_lanes import assert_same, open_session, outcome
 from training_loop import make_batches
@@ -118,6 +119,16 @@ def test_a_step_that_stops_in_a_compute_op_loses_only_itself(
     placement: dict[str, object], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_and_go_on(placement, error, (1, 4, 7), monkeypatch)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("states", ["host", "ssd"])
+def test_updates_that_the_core_has_when_a_step_stops_are_made_once(
+    states: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them, of 10 ms each, and others wait for their turn."""
+    delay_updates(monkeypatch, lambda _: 0.01)
+    stop_and_go_on({"parameters": "host", "states": states, "boundaries": "device"}, error, (2,), monkeypatch)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow_core import delay_updates
 from test_ctrl_c_anywhere import STEP, interrupted_at, lent_bytes
 from test_lanes import PLACEMENTS, assert_same
 from tiny_models import tiny_model
@@ -28,7 +29,6 @@ from overspill.runtime.landing import Landing
 from overspill.runtime.lanes import Completion, JobGroup, Lanes
 from overspill.runtime.updating import Updater
 from overspill.spec.schedule import Compress, Lane, Update
-from overspill.spec.tensors import Tier
 from overspill.spec.trace import busy_s
 from overspill.tiers import FakeStore
 from overspill.tiers.calls import SpacePolicy
@@ -71,31 +71,21 @@ def outcome(session: overspill.Session, num_steps: int = 5) -> tuple[list[tuple[
         return [(report.loss, report.grad_norm) for report in reports], content(session)  # reading a home waits by itself
 
 
-def delay_updates(monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
-    run = Updater.run
-
-    def slow(self: Updater, op: Update, *arguments: Any, **gates: Any) -> object:
-        time.sleep(delay_s if op.tier is Tier.HOST else 0)
-        return run(self, op, *arguments, **gates)
-
-    monkeypatch.setattr(Updater, "run", slow)
-
-
 class Gate:
     """Holds updates on the host, for which no compute of their step waits, from those of the bundle whose gradient comes last on."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, then: Callable[[], None] = lambda: None) -> None:
         self.is_held, self.opened, self.is_armed = threading.Event(), threading.Event(), True
-        run = Updater.run
+        start = Updater.start
 
-        def held(updater: Updater, op: Update, *arguments: Any, **gates: Any) -> object:
+        def held(updater: Updater, op: Update, *arguments: Any) -> object:
             if self.is_armed and op.bundle == updater.plan.units[0].bundles[0]:
                 self.is_held.set()
                 assert self.opened.wait(20)
                 then()
-            return run(updater, op, *arguments, **gates)
+            return start(updater, op, *arguments)
 
-        monkeypatch.setattr(Updater, "run", held)
+        monkeypatch.setattr(Updater, "start", held)
 
     def open_soon(self, seconds: float = 0.05) -> None:
         threading.Timer(seconds, self.opened.set).start()
@@ -160,7 +150,7 @@ def test_what_a_step_leaves_lands_under_the_next_forward(case: str, monkeypatch:
     """Waited for at a step's end it costs its whole time; the next step waits for less than half of that."""
     slow_forward(monkeypatch, 0.03)
     if case == "host":
-        delay_updates(monkeypatch, 0.06)
+        delay_updates(monkeypatch, lambda _: 0.06)
     with open_session(parameters="host", boundaries="device", accumulate=1, **CASES[case]) as session:
         session.step(make_batches(1, vocab_size=96, seed=9))
         landing_s = []
@@ -220,7 +210,7 @@ def test_the_step_before_has_landed_before_a_gradient_is_finished(monkeypatch: p
         compress(self, bundle)
 
     monkeypatch.setattr(Executor, "leave_visit_of", look)
-    delay_updates(monkeypatch, 0.01)
+    delay_updates(monkeypatch, lambda _: 0.01)
     with open_session(parameters="host", states="host") as session:
         for step in range(3):
             session.step(batches(step))
@@ -246,10 +236,10 @@ def test_waiting_for_the_step_befores_update_is_exposed_as_the_hosts_update_of_t
     with open_session(parameters="host", states="host", boundaries="device", accumulate=1) as session:
         session.step(make_batches(1, vocab_size=96, seed=0))
         session.flush()
-        gate = Gate(monkeypatch)
+        delays = {session.plan.units[0].bundles[0]: 0.4}  # once
+        delay_updates(monkeypatch, lambda op: delays.pop(op.bundle, 0))
         first = session.step(make_batches(1, vocab_size=96, seed=1))
-        assert gate.is_held.wait(5) and session.executor.landing is not None
-        gate.open_soon(0.3)
+        assert session.executor.landing is not None
         second = session.step(make_batches(1, vocab_size=96, seed=2))
         assert second.step_s > 0.3 > first.step_s
         assert second.exposed_s["host_update"] > 0.25
@@ -263,13 +253,7 @@ def test_a_gradient_that_waited_for_an_update_to_give_its_room_back_says_so_in_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A wait for a buffer, which no schedule names. Without it what the first compute waited for ended at the gradient's copy."""
-    run = Updater.run
-
-    def slow(self: Updater, op: Update, *arguments: Any, **gates: Any) -> object:
-        time.sleep(0.05 if "layers" in op.bundle else 0)
-        return run(self, op, *arguments, **gates)
-
-    monkeypatch.setattr(Updater, "run", slow)
+    delay_updates(monkeypatch, lambda op: 0.05 if "layers" in op.bundle else 0)
     with open_session(parameters="host", states="host", boundaries="device", accumulate=1, device_states_bytes=0) as session:
         for seed in range(3):
             session.step(make_batches(1, vocab_size=96, seed=seed))
@@ -425,7 +409,7 @@ def test_whatever_ends_the_next_forward_no_update_of_the_step_before_is_lost(
 ) -> None:
     """The second step is given up in its forward, while jobs of the first have not begun; then it is made."""
     expected = outcome(open_session(serial=True, parameters="host", states="ssd", device_states_bytes=30_000), 3)
-    delay_updates(monkeypatch, 0.01)
+    delay_updates(monkeypatch, lambda _: 0.01)
     with open_session(parameters="host", states="ssd", device_states_bytes=30_000, delay_s=0.005) as session:
         first = session.step(batches(0))
         landing, run = session.executor.landing, UnitRunner.run
@@ -466,7 +450,7 @@ def test_ctrl_c_in_a_forward_while_the_landing_fails_stays_ctrl_c_with_a_note_an
 def interrupt_second_steps(stride: int, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> int:
     """Interrupt the second step at every `stride`-th place, go on, and compare; how often that was possible."""
     expected = outcome(open_session(serial=True, **fields), 3)
-    delay_updates(monkeypatch, 0.0005)
+    delay_updates(monkeypatch, lambda _: 0.0005)
     num_survived, place = 0, stride // 2
     while True:
         with open_session(**fields) as session:

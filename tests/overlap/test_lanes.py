@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import threading
 import time
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,9 +17,12 @@ from training_loop import make_batches
 
 import overspill
 from overspill.errors import StorageError
+from overspill.optim import start_update_chunk
+from overspill.optim.segment import segment_table
 from overspill.runtime.compute import UnitRunner
-from overspill.runtime.lanes import Abandoned, Lanes, settle_all
+from overspill.runtime.lanes import Abandoned, Completion, Lanes, settle_all
 from overspill.spec.schedule import Lane
+from overspill.spec.state_formats import resolve_state_format
 from overspill.spec.trace import Span, busy_s, overlap_s
 from overspill.tiers import FakeStore
 
@@ -263,6 +269,123 @@ def test_the_dispatching_thread_leaves_the_interpreter_alone_while_the_host_upda
     threading.Timer(0.05, release.set).start()
     lanes.run_here(lambda: None, [slow])
     assert rounds, "no update is left"
+    lanes.close()
+
+
+class HeldUpdate:
+    """What a job of `host_update` has given to the core; ends when it is told to."""
+
+    def __init__(self) -> None:
+        self.began_s = self.ended_s = 0.0
+        self.ended = threading.Event()
+
+    @property
+    def is_done(self) -> bool:
+        return self.ended.is_set()
+
+    def wait(self) -> None:
+        assert self.ended.wait(20)
+
+    def end(self) -> None:
+        self.began_s, self.ended_s = 10.0, 11.0
+        self.ended.set()
+
+
+def submit_behind_one_another(lanes: Lanes, updates: list[HeldUpdate], begun: list[HeldUpdate] | None = None) -> list[Completion]:
+    """All are queued before the first is begun."""
+
+    def start(update: HeldUpdate) -> HeldUpdate:
+        if begun is not None:
+            begun.append(update)
+        return update
+
+    release = threading.Event()
+    arrived = lanes.submit(Lane.D2H, lambda: wait_for(release), ())
+    done = [lanes.submit(Lane.HOST_UPDATE, functools.partial(start, update), (arrived,)) for update in updates]
+    release.set()
+    return done
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end_s = time.perf_counter() + 20
+    while not condition():
+        assert time.perf_counter() < end_s
+        time.sleep(0.001)
+
+
+def test_the_next_update_is_issued_under_the_one_before_it_and_no_further_one() -> None:
+    lanes, updates = Lanes(torch.device("cpu")), [HeldUpdate() for _ in range(4)]
+    done = submit_behind_one_another(lanes, updates)
+    for number, update in enumerate(updates):
+        until(lambda number=number: all(completion.is_issued for completion in done[: number + 2]))  # type: ignore[misc]
+        time.sleep(0.01)
+        assert not any(completion.is_issued for completion in done[number + 2 :])
+        assert not done[number].is_done and lanes.is_updating
+        update.end()
+        done[number].wait()
+        assert done[number].span_s(None, 4.0) == (6.0, 7.0), "when the core made it, not when it was prepared"
+    until(lambda: not lanes.is_updating)
+    lanes.close()
+
+
+@pytest.mark.parametrize("end", [Lanes.drain, Lanes.close])
+def test_who_drains_the_lanes_or_closes_them_waits_for_the_core(end: Callable[[Lanes], None]) -> None:
+    lanes, updates = Lanes(torch.device("cpu")), [HeldUpdate(), HeldUpdate()]
+    submit_behind_one_another(lanes, updates)
+    threading.Timer(0.05, updates[0].end).start()
+    threading.Timer(0.1, updates[1].end).start()
+    end(lanes)
+    assert updates[1].is_done and not lanes.is_updating
+    lanes.close()
+
+
+def test_who_needs_an_updated_chunk_waits_for_the_core() -> None:
+    lanes, update = Lanes(torch.device("cpu")), HeldUpdate()
+    made = lanes.submit(Lane.HOST_UPDATE, lambda: update, ())
+    written = lanes.submit(Lane.SSD_WRITE, lambda: None, (made,))
+    until(lambda: made.is_issued)
+    time.sleep(0.01)
+    assert not written.is_issued
+    update.end()
+    written.wait()
+    lanes.close()
+
+
+def test_updates_that_the_core_has_when_another_op_fails_are_made_and_no_other_is_begun() -> None:
+    lanes, updates, begun = Lanes(torch.device("cpu")), [HeldUpdate() for _ in range(4)], list[HeldUpdate]()
+
+    def fail() -> None:
+        raise StorageError("broken")
+
+    done = submit_behind_one_another(lanes, updates, begun)
+    until(lambda: done[1].is_issued)
+    failed = lanes.submit(Lane.SSD_READ, fail, ())
+    assert isinstance(failed.settle(), StorageError)
+    assert not done[0].is_done and not done[1].is_done
+    for update in updates[:2]:
+        update.end()
+    assert [type(completion.settle()) for completion in done] == [type(None), type(None), Abandoned, Abandoned]
+    assert begun == updates[:2]
+    lanes.close()
+
+
+def test_a_lane_that_has_updated_keeps_no_buffer_alive() -> None:
+    lanes, alive = Lanes(torch.device("cpu")), weakref.WeakSet[torch.Tensor]()
+    layout = resolve_state_format("fp32", "float32", "sgd")
+    scalars = [overspill.SGD(lr=0.1, momentum=0.0).scalars(step=1)]
+    done = []
+    for _ in range(3):
+        tensors = [torch.ones(70_000), torch.ones(70_000)]
+        alive.update(tensors)
+
+        def job(parameter: torch.Tensor, gradient: torch.Tensor) -> object:
+            table = segment_table(parameter.numel())
+            return start_update_chunk(scalars, table, state_format=layout, parameter=parameter, gradient=gradient, states={})
+
+        done.append(lanes.submit(Lane.HOST_UPDATE, functools.partial(job, *tensors), ()))  # type: ignore[arg-type]
+        del tensors
+    until(lambda: not lanes.is_updating)
+    assert all(completion.is_done for completion in done) and not alive
     lanes.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from overspill import cores
 from overspill.errors import BudgetError
 from overspill.probe import host_memory
 from overspill.probe.capacities import last_level_cache_bytes
-from overspill.probe.host_memory import adamw_updates, choose_set_bytes, measure_copy, measure_in_place, open_working_set
+from overspill.probe.host_memory import adamw_updates, choose_set_bytes, measure_copy, measure_in_place, open_working_set, time_updates
 from overspill.probe.launching import measure_launches
 from overspill.probe.link import open_link
 from overspill.probe.machine import ProbeSettings, probe_machine
@@ -24,6 +25,7 @@ from overspill.spec.hardware import HardwareSpec
 from overspill.spec.launches import MODEL_LAUNCH
 from overspill.spec.machine_file import MachineFile, MeasuredRate, parse_machine_file
 from overspill.spec.measured_hardware import hardware_from
+from overspill.spec.schedule import Role
 from overspill.units import GIB, MIB
 
 QUICK = Sampling(least_s=0.001, num_samples=2)
@@ -93,6 +95,29 @@ def test_chunks_are_updated_in_turn_and_fill_the_set(state_format: str) -> None:
         with open_link(CPU, MIB, room_bytes=4 * MIB) as link:
             beside, copies = updates.beside(link, QUICK)
         assert beside.size == updates.num_elements and copies.size == MIB
+
+
+@pytest.mark.parametrize(("num_sets", "most"), [(1, 1), (2, 2), (5, 2)])
+def test_a_look_at_updates_hands_the_next_one_over_while_one_is_under_way_and_no_chunk_twice(num_sets: int, most: int) -> None:
+    under_way: list[object] = []
+    reached, made = [0], [0]
+
+    class Started:
+        is_done = False
+
+        def __init__(self, copies: Mapping[Role, torch.Tensor]) -> None:
+            self.place = copies[Role.PARAMETER].data_ptr()
+            assert all(other.place != self.place for other in under_way)  # type: ignore[attr-defined]
+            under_way.append(self)
+            reached[0] = max(reached[0], len(under_way))
+
+        def wait(self) -> None:
+            assert under_way.pop(0) is self
+            made[0] += 1
+
+    sizes = {Role.PARAMETER: 8192, Role.GRADIENT: 4096}
+    seconds = time_updates(sizes, Started, QUICK, updated_bytes=num_sets * 6 * 4096, room_bytes=MIB)
+    assert not under_way and reached == [most] and made[0] >= len(seconds)
 
 
 def test_a_session_and_the_probe_update_with_the_same_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import time
@@ -127,6 +128,8 @@ def test_exposed_time_and_compute_are_the_step(placement: dict[str, object], ser
                 assert 0 <= item.submitted_s <= item.end_s and item.submitted_s <= report.step_s
                 lands_later = trace.lands_later and item.lane is not Lane.COMPUTE
                 assert item.end_s <= report.step_s or lands_later
+            updated = [(item.start_s, item.end_s) for item in trace.spans if item.lane is Lane.HOST_UPDATE]
+            assert all(before[1] <= after[0] < after[1] for before, after in itertools.pairwise(updated)), "one after the other"
             assert trace.lands_later == (not serial and placement.get("clip") is None)
             assert not trace.earlier, "the step before was read, and so waited for"
 

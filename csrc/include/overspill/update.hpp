@@ -11,7 +11,8 @@
 // 3. A NaN result is stored as the one quiet NaN 0x7fc00000 (fp16: 0x7e00). CPUs disagree on the NaN that 0 * inf makes,
 //    and some NaNs would round to -0 in the high half of a split master.
 // 4. The caller owns all memory, before, during and after. The arrays of one call do not overlap (checked), and nobody else
-//    touches them until the call returns. Addresses are multiples of the element's size, nothing more.
+//    touches them until the call returns, or the update that it has started has ended: not another one either, for updates that are
+//    started one after the other overlap at their ends. Addresses are multiples of the element's size, nothing more.
 // 5. Stochastic rounding takes its bits from (key, element of the tensor) alone, so it obeys rule 1 as well.
 //
 // Cost: reads and writes each array once: with bf16 parameters and gradients, AdamW moves 26 bytes an element in format
@@ -20,6 +21,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -115,6 +117,29 @@ struct UpdateTuning {
 GradientStats update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges, const UpdateScalars* scalars,
                             std::size_t num_scalars, int num_threads, const std::string& isa, bool with_stats,
                             const UpdateTuning& tuning = {});
+
+// An update that threads of the core make, after those that were started before it; they go from one to the next without a pause, and
+// end in order. Dropping it does not end it: whoever drops it before keeps the arrays until it has ended.
+class StartedUpdate {
+ public:
+  virtual ~StartedUpdate() = default;
+  virtual bool is_done() const = 0;
+  // True when it has ended; false after `seconds`. Any thread, any number of times.
+  // Throws std::runtime_error in a child that was forked since: nobody makes it there.
+  virtual bool wait_for(double seconds) = 0;
+  // Whether this is such a child.
+  virtual bool is_of_parent() const = 0;
+  // When it has ended: from when to when it was made, by the clock that is Python's `time.perf_counter` on Linux. Of updates that
+  // follow one another no two overlap.
+  virtual double began_s() const = 0;
+  virtual double ended_s() const = 0;
+  virtual GradientStats stats() const = 0;
+};
+
+// `update_ranges` that returns at once; `ranges` and `scalars` have been copied then. Throws what that throws, and nothing afterwards.
+std::shared_ptr<StartedUpdate> start_update_ranges(const ChunkArrays& arrays, const UpdateRange* ranges, std::size_t num_ranges,
+                                                   const UpdateScalars* scalars, std::size_t num_scalars, int num_threads,
+                                                   const std::string& isa, bool with_stats, const UpdateTuning& tuning = {});
 
 // True when no element is an infinity or a NaN; stops reading soon after the first one that is.
 bool all_finite(const void* data, Dtype dtype, std::int64_t num_elements, int num_threads, const std::string& isa);

@@ -4,6 +4,8 @@
 * CUDA tensors, Triton importable and working there (`backends`): `fused` (one pass over memory, on the device).
 * Elsewhere, or without these: `reference` (plain torch operations). On CUDA one warning says why.
 
+`start_update_chunk` starts the native one and returns.
+
 All follow `spec.update_rule` and `spec.state_formats` and give the same bits, so the choice is one of speed;
 `update_backend` names it. A native core that is there but does not load is an error, not a reason to be slow.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -27,6 +29,9 @@ from overspill.optim.segment import NO_STATS, SEGMENT_DTYPE, GradientStats, Roun
 from overspill.spec.state_formats import StateFormat
 from overspill.spec.update_rule import UpdateScalars
 
+if TYPE_CHECKING:
+    from overspill._native import StartedUpdate
+
 __all__ = [
     "SEGMENT_DTYPE",
     "GradientStats",
@@ -39,6 +44,7 @@ __all__ = [
     "let_helpers_give_way",
     "merge_master",
     "split_master",
+    "start_update_chunk",
     "sum_of_squares",
     "sums_of_squares",
     "update",
@@ -185,6 +191,38 @@ def update_chunk(
         )
         num_non_finite, squares = num_non_finite + stats.num_non_finite, squares + stats.sum_of_squares
     return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
+
+
+def start_update_chunk(
+    scalars: Sequence[UpdateScalars],
+    segments: np.ndarray,
+    *,
+    state_format: StateFormat,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Mapping[str, Tensor],
+    num_threads: int = 0,
+) -> StartedUpdate | None:
+    """Begin the same on CPU tensors, without a look at the gradient: whoever begins the next update meanwhile loses no time between them.
+    None: it is made (there is no native core). Tensors are the caller's again when it has ended; updates that are under way share none.
+
+    Raises:
+        ValueError: tensors or table do not fit together; nothing is written then. No failure comes later.
+    """
+    if update_backend(str(parameter.device)) != "native":
+        update_chunk(scalars, segments, state_format=state_format, parameter=parameter, gradient=gradient, states=states, with_stats=False)
+        return None
+    from overspill.optim.native import start_update_chunk_native
+
+    return start_update_chunk_native(
+        scalars,
+        segments,
+        state_format=state_format,
+        parameter=parameter,
+        gradient=gradient,
+        states=states,
+        num_threads=num_threads,
+    )
 
 
 def all_finite(tensor: Tensor, *, num_threads: int = 0) -> bool:

@@ -2,12 +2,19 @@
 
 Measured figures belong to benchmarks; the cost in bytes is fixed: with bf16 parameters and gradients AdamW reads 14 and
 writes 12 bytes an element in format fp32, 8 and 6 in bf16, 6 and 4 in int8. The core knows nothing of torch: this file turns
-tensors into addresses. It releases the GIL, and the caller must leave the tensors alone until it returns.
+tensors into addresses.
+
+* `update_chunk_native` returns when the update is made; it releases the GIL meanwhile.
+* `start_update_chunk_native` returns when the core's threads have it: they make what was started in order, and go from one to the next
+  without the interpreter. What is started holds its tensors until it has ended.
+
+The caller leaves the tensors alone until then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -43,6 +50,37 @@ def update_chunk_native(
     Raises:
         ValueError: a tensor is not on the CPU, arrays overlap, or the table does not fit the chunk; nothing is written then.
     """
+    call = _call(scalars, segments, state_format, parameter, gradient, states, num_threads)
+    num_non_finite, squares = _native.update_ranges(**call, isa=isa, with_stats=with_stats)
+    return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
+
+
+def start_update_chunk_native(
+    scalars: Sequence[UpdateScalars],
+    segments: np.ndarray,
+    *,
+    state_format: StateFormat,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Mapping[str, Tensor],
+    num_threads: int = 0,
+) -> _native.StartedUpdate:
+    """The same without a look at the gradient, started: arguments and errors as there; nothing raises later. Table and scalars are the
+    caller's again, and the tensors when it has ended."""
+    call = _call(scalars, segments, state_format, parameter, gradient, states, num_threads)
+    return _native.start_update_ranges((parameter, gradient, *states.values()), **call, with_stats=False)
+
+
+def _call(
+    scalars: Sequence[UpdateScalars],
+    segments: np.ndarray,
+    state_format: StateFormat,
+    parameter: Tensor,
+    gradient: Tensor,
+    states: Mapping[str, Tensor],
+    num_threads: int,
+) -> dict[str, Any]:
+    """As the core takes it."""
     _require_cpu(parameter)
     validate_scalars(scalars, state_format)
     if segments.dtype != SEGMENT_DTYPE or not segments.flags.c_contiguous:
@@ -50,25 +88,22 @@ def update_chunk_native(
     master = next((states[name].data_ptr() for name in ("remainder", "master") if name in states), 0)
     moments = [states[name].data_ptr() for name in state_format.moments]
     exponents = [states[exponents_of(name)].data_ptr() if state_format.name == "int8" else 0 for name in state_format.moments]
-    num_non_finite, squares = _native.update_ranges(
-        rule=state_format.optimizer,
-        state_format=state_format.name,
-        parameter_dtype=state_format.parameter_dtype,
-        gradient_dtype=DTYPE_NAMES[gradient.dtype],
-        num_elements=parameter.numel(),
-        parameter=parameter.data_ptr(),
-        gradient=gradient.data_ptr(),
-        master=master,
-        moments=(*moments, 0, 0)[:2],
-        exponents=(*exponents, 0, 0)[:2],
-        ranges=segments.ctypes.data,
-        num_ranges=len(segments),
-        scalars=pack_scalars(scalars),
-        num_threads=num_threads or usable_cores(),
-        isa=isa,
-        with_stats=with_stats,
-    )
-    return GradientStats(num_non_finite=num_non_finite, sum_of_squares=squares)
+    return {
+        "rule": state_format.optimizer,
+        "state_format": state_format.name,
+        "parameter_dtype": state_format.parameter_dtype,
+        "gradient_dtype": DTYPE_NAMES[gradient.dtype],
+        "num_elements": parameter.numel(),
+        "parameter": parameter.data_ptr(),
+        "gradient": gradient.data_ptr(),
+        "master": master,
+        "moments": (*moments, 0, 0)[:2],
+        "exponents": (*exponents, 0, 0)[:2],
+        "ranges": segments.ctypes.data,
+        "num_ranges": len(segments),
+        "scalars": pack_scalars(scalars),
+        "num_threads": num_threads or usable_cores(),
+    }
 
 
 def all_finite_native(tensor: Tensor, *, num_threads: int = 0, isa: str = "") -> bool:

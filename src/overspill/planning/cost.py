@@ -59,7 +59,7 @@ KERNEL_S = 2e-6
 """The least that a kernel takes with what lies between it and the next one in a graph. Assumed."""
 UPDATE_IN_STEP = 0.9
 """Of the rate that the host's update has alone, what it has in a step beside a GPU, where nothing else touches host memory. The calibration
-runs of two calls on H100 machines: 0.87 to 0.92, clipped or not."""
+runs of two calls on H100 machines: 0.87 to 0.92, clipped or not, when each chunk was handed over after the one before."""
 DRIVE_PASSES = 2
 """Over each byte in host memory: the transfer's and the checksum's."""
 

@@ -18,6 +18,7 @@ may show smaller caches than it has (`LEAST_SET_BYTES`), and where memory is sho
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -31,7 +32,7 @@ import torch
 
 from overspill import _native
 from overspill.errors import BudgetError
-from overspill.optim import Rounding, update_chunk
+from overspill.optim import Rounding, start_update_chunk
 from overspill.optim.segment import segment_table
 from overspill.probe.link import BOTH, Link
 from overspill.probe.sampling import Run, Sampling, measured_rate, sample_beside, sample_seconds
@@ -40,7 +41,7 @@ from overspill.spec.schedule import Role
 from overspill.spec.state_formats import StateFormat, resolve_state_format
 from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, DTYPE_BYTES
 from overspill.spec.update_rule import AdamW
-from overspill.tiers import HostMemory
+from overspill.tiers import HostMemory, Transfer
 from overspill.tiers.mapped import populate
 from overspill.units import GIB, MIB, align_up, format_bytes
 
@@ -59,7 +60,12 @@ LEAST_PORTIONS = 4
 MOST_SETS = 64
 """Chunks that are updated in turn where they are allocated one by one. Chosen: tiny ones need not fill a cache."""
 
+MOST_UNDER_WAY = 2
+"""Updates that the core has at a time, as in a step (`runtime/lanes`, rule 6)."""
+
 _Copies = Mapping[Role, torch.Tensor]
+_Update = Callable[[_Copies], Transfer | None]
+"""Starts the update of a chunk; None: it is made."""
 
 
 def choose_set_bytes(cache_bytes: int | None, room_bytes: int) -> int:
@@ -170,25 +176,33 @@ def _cut(block: torch.Tensor, sizes: Mapping[Role, int]) -> _Copies:
     return found
 
 
-def _in_turn(sets: Sequence[_Copies], update: Callable[[_Copies], object]) -> Run:
-    turns = itertools.cycle(sets)
+def _in_turn(sets: Sequence[_Copies], update: _Update) -> Run:
+    """Chunk after chunk as a session hands them over: the next is prepared while one is under way, if it is another one."""
+    turns, most = itertools.cycle(sets), min(MOST_UNDER_WAY, len(sets))
 
     def run(times: int) -> None:
+        under_way: collections.deque[Transfer] = collections.deque()
         for copies in itertools.islice(turns, times):
-            update(copies)
+            if len(under_way) == most:
+                under_way.popleft().wait()
+            started = update(copies)
+            if started is not None:
+                under_way.append(started)
+        for started in under_way:
+            started.wait()
 
     return run
 
 
-def _adamw(layout: StateFormat, number: int, parameter_dtype: str, num_threads: int) -> Callable[[_Copies], object]:
+def _adamw(layout: StateFormat, number: int, parameter_dtype: str, num_threads: int) -> _Update:
     """An update of one chunk of so many elements."""
     ranges, dtype = layout.field_ranges(number), getattr(torch, parameter_dtype)
     scalars = [AdamW(lr=1e-4, weight_decay=0.01).scalars(step=100)]
     table: np.ndarray = segment_table(number, Rounding(key=1) if layout.is_rounded_stochastically else None)
 
-    def update(copies: _Copies) -> None:
+    def update(copies: _Copies) -> Transfer | None:
         record = copies[Role.STATE]
-        update_chunk(
+        return start_update_chunk(
             scalars,
             table,
             state_format=layout,
@@ -196,7 +210,6 @@ def _adamw(layout: StateFormat, number: int, parameter_dtype: str, num_threads: 
             gradient=copies[Role.GRADIENT].view(dtype),
             states={field.name: record[slice(*ranges[field.name])].view(getattr(torch, field.dtype)) for field in layout.fields},
             num_threads=num_threads,
-            with_stats=False,
         )
 
     return update
@@ -204,15 +217,15 @@ def _adamw(layout: StateFormat, number: int, parameter_dtype: str, num_threads: 
 
 def time_updates(
     sizes: Mapping[Role, int],
-    update: Callable[[_Copies], object],
+    update: _Update,
     sampling: Sampling,
     *,
     updated_bytes: int,
     room_bytes: int,
     until_s: float = math.inf,
 ) -> list[float]:
-    """Seconds of `update`, which is given the copies of one chunk after another, one number a sample: a session's own look. What is updated
-    in little memory a large cache may hold; it is then quicker than in a step.
+    """Seconds of `update`, which is given the copies of one chunk after another and starts it, one number a sample: a session's own look.
+    What is updated in little memory a large cache may hold; it is then quicker than in a step.
 
     Args:
         sizes: bytes of each role of a chunk.

@@ -6,7 +6,8 @@ Words:
   the thread that dispatches, because autograd runs there.
 * **job**: what one op does on its lane, with the completions it has to wait for first.
 * **issued**: the job's function has returned. On the lanes of a CUDA link the copy is then in the lane's stream, with an event
-  behind it; on the lanes of an SSD the transfer has been started; elsewhere the work is done.
+  behind it; on the lanes of an SSD the transfer has been started, on `host_update` the core's threads have the update; elsewhere the
+  work is done.
 * **complete**: issued, and its event or transfer has ended.
 * **group**: the jobs of one schedule: what one failure ends.
 
@@ -20,9 +21,13 @@ Rules:
    one that has failed. A failure of lane `compute` is raised to the one who dispatches, and he decides what it ends.
 4. On the `cpu` device the links are lanes with threads too, so that everything above it is the same code.
 
-5. The interpreter belongs to lanes first: a host update wants it before and after each chunk, on the way of whatever waits for the chunk.
+5. The interpreter belongs to lanes first: a host update wants it to be prepared, and whatever waits for the chunk afterwards.
    So Python switches threads promptly from the first job until `close` (`overspill/switching`), and the dispatching thread, where it only
    waits, does other work (`while_blocked`) in small pieces with pauses between them, and none while the host updates.
+6. On lane `host_update` the next job is prepared and issued while one is under way, so that the core's threads go from chunk to chunk
+   without the interpreter; no more than that (`MOST_UNDER_WAY`). Where no job is left the lane's thread waits for the core before it
+   rests (a job that comes then is not prepared under the last one): until then the lane is updating, whoever drains it or ends it waits,
+   and what is under way keeps its buffers, no longer. What the core has been given is made, whatever fails meanwhile.
 
 Costs: about 20 us of a lane's thread for each job; five threads a session, started with the first job.
 """
@@ -45,8 +50,11 @@ from overspill.tiers import Transfer
 BREATH_S = 50e-6
 """Between two pieces of other work (rule 5)."""
 
+MOST_UNDER_WAY = {Lane.HOST_UPDATE: 2}
+"""Ops that a lane has issued and that are not complete (rule 6), where its thread sees to that; elsewhere buffers bound them."""
+
 Job = Callable[[], Transfer | None]
-"""The work of one op; an SSD op returns the transfer that it has started."""
+"""The work of one op; an SSD op, and a host update, returns what it has started."""
 
 
 class Abandoned(OverspillError):
@@ -148,8 +156,9 @@ class Completion:
         """When the complete op ran, in seconds after the base; zeros if it never ran."""
         if self._begin_event is not None and self._event is not None and base is not None:
             return base.elapsed_time(self._begin_event) / 1e3, base.elapsed_time(self._event) / 1e3
+        begin_s = getattr(self._transfer, "began_s", None) or self._begin_s  # of an update, which was issued under the one before it
         end_s = getattr(self._transfer, "ended_s", None) or self._end_s
-        return (self._begin_s - base_s, end_s - base_s) if self._begin_s else (0.0, 0.0)
+        return (begin_s - base_s, end_s - base_s) if self._begin_s else (0.0, 0.0)
 
     def issue_span_s(self, base_s: float) -> tuple[float, float]:
         """When the job's function ran, on the host, in seconds after the base; of an op that has been issued; zeros if it never ran."""
@@ -340,7 +349,7 @@ class _Queue:
 
     @property
     def is_idle(self) -> bool:
-        """Whether every job has been issued; as of about now."""
+        """Whether every job has been issued, and the lane has nothing under way that its thread sees to; as of about now."""
         return not self._jobs and not self._is_serving
 
     def put(self, item: tuple[Job, tuple[Completion, ...], Completion] | threading.Event | None) -> None:
@@ -350,25 +359,38 @@ class _Queue:
             self.thread.start()
 
     def wait_until_empty(self) -> None:
-        """Block until all that was put before has been issued."""
+        """Block until all that was put before has been issued, and what of it the lane's thread sees to has ended."""
         reached = threading.Event()
         self.put(reached)
         reached.wait()
 
     def _serve(self) -> None:
-        stream = self._lanes.stream(self._lane)
+        stream, most = self._lanes.stream(self._lane), MOST_UNDER_WAY.get(self._lane)
+        under_way: collections.deque[Completion] = collections.deque()
         while True:
             self._is_serving = False
             self._wake.acquire()
             self._is_serving = True
             while self._jobs:  # all that is there: Ctrl-C within `put` may have lost a wake-up
                 item = self._jobs.popleft()
-                if item is None:
-                    return
-                if isinstance(item, threading.Event):
+                if item is None or isinstance(item, threading.Event):
+                    _settle_down_to(under_way, 0)
+                    if item is None:
+                        return
                     item.set()
                     continue
                 job, waits, completion = item
                 completion.group.taken.append(completion)
                 self._lanes._run(completion, job, waits, stream)
+                if most is not None:
+                    under_way.append(completion)
                 del item, job, waits, completion  # an idle lane keeps no buffer alive
+                if most is not None:
+                    _settle_down_to(under_way, most - 1)
+            _settle_down_to(under_way, 0)
+
+
+def _settle_down_to(under_way: collections.deque[Completion], most: int) -> None:
+    """Wait for the first of what is under way until no more than `most` is."""
+    while len(under_way) > most:
+        under_way.popleft().settle()

@@ -123,7 +123,7 @@ def _measure_link(plan: Plan, room_bytes: int) -> LinkRates:
 
 
 def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int, untouched_bytes: int) -> tuple[float, ...]:
-    """Parameters a second of the optimizer's update in host memory, one number a sample, chunk by chunk, as the step calls it; over more
+    """Parameters a second of the optimizer's update in host memory, one number a sample, chunk by chunk, as the step starts it; over more
     than caches hold, where states will take as much in host memory. Empty: nothing is updated there."""
     names = [name for name, bundle in plan.bundles.items() if bundle.trainable and plan.placements[name].update_tier is Tier.HOST]
     if not names:
@@ -136,7 +136,7 @@ def _measure_update(plan: Plan, optimizer: Optimizer, room_bytes: int, untouched
         sizes[Role.STATE] = plan.state_record_bytes(name, 0)
     updater, context = Updater(plan), UpdateContext(optimizer, seed=0, step=1, lr=0.0, gradient_scale=1.0)
     op = Update(bundle=name, chunk=0, tier=Tier.HOST, num_elements=num_elements, num_bytes=sizes[Role.GRADIENT])
-    update = functools.partial(updater.run, op, context)
+    update = functools.partial(updater.start, op, context)
     updated = max(UPDATED_BYTES, choose_set_bytes(last_level_cache_bytes(), untouched_bytes))
     room = max(room_bytes, untouched_bytes)
     seconds = time_updates(sizes, update, UPDATES, updated_bytes=updated, room_bytes=room)

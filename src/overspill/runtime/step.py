@@ -29,6 +29,7 @@ from overspill.runtime.verdicts import Verdicts
 from overspill.runtime.visit import TORCH_DTYPES
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Op, Phase, Piece, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
+from overspill.tiers import Transfer
 
 if TYPE_CHECKING:
     from overspill.runtime.executor import Executor
@@ -56,9 +57,9 @@ class RunningStep:
         self.completions: list[Completion] = []
         """Of the ops dispatched so far; those of a `Free` are done at once."""
         self.updated: list[str] = []
-        """Bundles of which a chunk's update has begun."""
+        """Bundles of which a chunk's update has begun, or has been given to the host's core, which makes it in any case."""
         self.begun: list[Chunk] = []
-        """Chunks whose update has begun."""
+        """Those chunks."""
         self.gated: list[str] = []
         """Those with an update on the device, which their verdict may have stopped there."""
 
@@ -209,10 +210,10 @@ class RunningStep:
         self.residency.drop(Piece(role=Role.GRADIENT, owner=op.bundle, index=op.chunk), op.tier, [completion])
         return completion
 
-    def _run_update(self, op: Update, updates: UpdateContext, copies: dict[Role, torch.Tensor]) -> None:
+    def _run_update(self, op: Update, updates: UpdateContext, copies: dict[Role, torch.Tensor]) -> Transfer | None:
         """On the lane that updates."""
         if (op.bundle, op.chunk) in updates.applied:
-            return
+            return None
         gates = None
         if op.tier is Tier.DEVICE:
             self.gated.append(op.bundle)
@@ -221,7 +222,10 @@ class RunningStep:
             self.verdicts.check(op.bundle, self.updated)
         self.begun.append((op.bundle, op.chunk))
         self.updated.append(op.bundle)  # before: Ctrl-C is told as soon as the native call has returned
+        if op.tier is Tier.HOST:
+            return self.executor.updater.start(op, updates, copies)
         self.executor.updater.run(op, updates, copies, gates=gates)
+        return None
 
     def judge_gated(self) -> BaseException | None:
         """When all has settled: take updates on the device that were stopped there off the list of those made; why the first one was."""

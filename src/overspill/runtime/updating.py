@@ -1,23 +1,29 @@
 """What an `Update` op does: the optimizer's arithmetic on one chunk, in place.
 
 A chunk is updated in one call: a table says where its tensors are, which of them have weight decay, and where their random
-bits come from. What of that table is the same in every step is made once per chunk and kept.
+bits come from. What of that table is the same in every step is made once per chunk and kept. On the host an update is started, and made by
+the core's threads while the next one is prepared (`runtime/lanes`, rule 6).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import torch
 
 from overspill.cores import update_threads
-from overspill.optim import SEGMENT_DTYPE, GradientStats, let_helpers_give_way, update_chunk
+from overspill.optim import SEGMENT_DTYPE, GradientStats, let_helpers_give_way, start_update_chunk, update_chunk
 from overspill.rng import rounding_key, split_at_parts
 from overspill.runtime.visit import TORCH_DTYPES
 from overspill.spec.plan import Plan
 from overspill.spec.schedule import Role, Update
+from overspill.spec.state_formats import StateFormat
 from overspill.spec.update_rule import Optimizer, UpdateScalars
+
+if TYPE_CHECKING:
+    from overspill._native import StartedUpdate
 
 
 class UpdateContext:
@@ -49,6 +55,16 @@ class UpdateContext:
         return key
 
 
+class _Chunk(TypedDict):
+    """Of the arguments of `update_chunk` and `start_update_chunk`, what is of one chunk."""
+
+    segments: np.ndarray
+    state_format: StateFormat
+    parameter: torch.Tensor
+    gradient: torch.Tensor
+    states: dict[str, torch.Tensor]
+
+
 class Updater:
     """Executes `Update` ops."""
 
@@ -74,24 +90,27 @@ class Updater:
             copies: parameter, gradient and, if there is any, state record of the chunk, uint8, where the update runs; parameter and
                 state are overwritten.
         """
+        chunk = self._chunk(op, context, copies)
+        return update_chunk(context.scalars, num_threads=self.num_threads, with_stats=False, gates=gates, **chunk)
+
+    def start(self, op: Update, context: UpdateContext, copies: Mapping[Role, torch.Tensor]) -> StartedUpdate | None:
+        """Begin to update one chunk in host memory; None: it is done. `copies` are held until it has ended."""
+        return start_update_chunk(context.scalars, num_threads=self.num_threads, **self._chunk(op, context, copies))
+
+    def _chunk(self, op: Update, context: UpdateContext, copies: Mapping[Role, torch.Tensor]) -> _Chunk:
         bundle = self.plan.bundles[op.bundle]
         dtype = TORCH_DTYPES[bundle.dtype]
-
         states = {}
         for name, (start, end, kind) in self._field_ranges(op.bundle, op.chunk).items():
             states[name] = copies[Role.STATE][start:end].view(kind)
         state_format = self.plan.state_layout(op.bundle)
-        return update_chunk(
-            context.scalars,
-            self._segments(op.bundle, op.chunk, context if state_format.is_rounded_stochastically else None),
-            state_format=state_format,
-            parameter=copies[Role.PARAMETER].view(dtype),
-            gradient=copies[Role.GRADIENT].view(dtype),
-            states=states,
-            num_threads=self.num_threads,
-            with_stats=False,
-            gates=gates,
-        )
+        return {
+            "segments": self._segments(op.bundle, op.chunk, context if state_format.is_rounded_stochastically else None),
+            "state_format": state_format,
+            "parameter": copies[Role.PARAMETER].view(dtype),
+            "gradient": copies[Role.GRADIENT].view(dtype),
+            "states": states,
+        }
 
     def _segments(self, bundle: str, chunk: int, context: UpdateContext | None) -> np.ndarray:
         """The table of a chunk's segments, with the keys of the context's step."""
