@@ -167,9 +167,9 @@ def test_ctrl_c_ends_the_wait_for_what_is_started_and_not_the_update(build_segme
     """With one thread no two updates overlap, so they may be of the same segment."""
     found = build_segment(torch.bfloat16, torch.bfloat16, 1_000_000)
     expected = found.clone()
-    for _ in range(200):
+    for _ in range(800):
         update(SCALARS, **expected.arguments)
-    started = [start(found, num_threads=1) for _ in range(200)]
+    started = [start(found, num_threads=1) for _ in range(800)]  # most of a second of one thread
     timer = threading.Timer(0.01, lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
