@@ -24,9 +24,9 @@ import pytest
 
 import overspill
 from overspill.runtime.executor import Executor
-from overspill.runtime.lanes import MOST_UNDER_WAY, Completion
+from overspill.runtime.lanes import Completion
 from overspill.runtime.step import RunningStep
-from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Piece, Role, Update, effects
+from overspill.spec.schedule import MOST_UNDER_WAY, Compress, Compute, Evict, Fetch, Free, Lane, Piece, Role, Update, effects
 from overspill.spec.tensors import Tier
 
 UNORDERED = (Lane.SSD_READ, Lane.SSD_WRITE)

@@ -164,7 +164,7 @@ class Timeline:
         origin, seconds = self._origin, self._link.seconds
         if origin is None or not self._needed:
             return None
-        outer, own_s = self._own_pauses()
+        outer, own_s = self._own_pauses
         starts, paused_s = [begin_s for begin_s, _ in outer], [0.0]
         for begin_s, end_s in outer:
             paused_s.append(paused_s[-1] + end_s - begin_s)
@@ -200,8 +200,9 @@ class Timeline:
             calls=tuple(self._call(number, time_s, own_s) for number in sorted(self._calls)),
         )
 
+    @functools.cached_property
     def _own_pauses(self) -> tuple[list[tuple[float, float]], dict[tuple[str, int], float]]:
-        """`_own_times` of all, by kind and number."""
+        """`_own_times` of all, by kind and number; of a round that has ended, for each asks the device's events."""
         origin, seconds = self._origin, self._link.seconds
         pauses: list[tuple[float, float, tuple[str, int]]] = []
         for kind, marks in (("rebuilt", self._rebuilt), ("again", self._run_again), ("held", [(0, *hold) for hold in self.holds])):
@@ -223,7 +224,7 @@ class Timeline:
     def paused_s(self) -> dict[str, float]:
         """Seconds of the pauses of each kind: rebuilt, again, held; without those inside of them."""
         found = {"rebuilt": 0.0, "again": 0.0, "held": 0.0}
-        for (kind, _), taken_s in self._own_pauses()[1].items():
+        for (kind, _), taken_s in self._own_pauses[1].items():
             found[kind] += taken_s
         return found
 

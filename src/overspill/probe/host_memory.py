@@ -37,7 +37,7 @@ from overspill.optim.segment import segment_table
 from overspill.probe.link import BOTH, Link
 from overspill.probe.sampling import Run, Sampling, measured_rate, sample_beside, sample_seconds
 from overspill.spec.machine_file import MeasuredRate
-from overspill.spec.schedule import Role
+from overspill.spec.schedule import MOST_UNDER_WAY, Lane, Role
 from overspill.spec.state_formats import StateFormat, resolve_state_format
 from overspill.spec.tensors import CHUNK_ALIGNMENT_ELEMENTS, DTYPE_BYTES
 from overspill.spec.update_rule import AdamW
@@ -59,9 +59,6 @@ LEAST_PORTIONS = 4
 """Of a small working set; its portions are then smaller than a session's."""
 MOST_SETS = 64
 """Chunks that are updated in turn where they are allocated one by one. Chosen: tiny ones need not fill a cache."""
-
-MOST_UNDER_WAY = 2
-"""Updates that the core has at a time, as in a step (`runtime/lanes`, rule 6)."""
 
 _Copies = Mapping[Role, torch.Tensor]
 _Update = Callable[[_Copies], Transfer | None]
@@ -178,7 +175,7 @@ def _cut(block: torch.Tensor, sizes: Mapping[Role, int]) -> _Copies:
 
 def _in_turn(sets: Sequence[_Copies], update: _Update) -> Run:
     """Chunk after chunk as a session hands them over: the next is prepared while one is under way, if it is another one."""
-    turns, most = itertools.cycle(sets), min(MOST_UNDER_WAY, len(sets))
+    turns, most = itertools.cycle(sets), min(MOST_UNDER_WAY[Lane.HOST_UPDATE], len(sets))
 
     def run(times: int) -> None:
         under_way: collections.deque[Transfer] = collections.deque()

@@ -43,15 +43,12 @@ from typing import Any
 import torch
 
 from overspill.errors import OverspillError
-from overspill.spec.schedule import Lane
+from overspill.spec.schedule import MOST_UNDER_WAY, Lane
 from overspill.switching import PromptSwitches
 from overspill.tiers import Transfer
 
 BREATH_S = 50e-6
 """Between two pieces of other work (rule 5)."""
-
-MOST_UNDER_WAY = {Lane.HOST_UPDATE: 2}
-"""Ops that a lane has issued and that are not complete (rule 6), where its thread sees to that; elsewhere buffers bound them."""
 
 Job = Callable[[], Transfer | None]
 """The work of one op; an SSD op, and a host update, returns what it has started."""

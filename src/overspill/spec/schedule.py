@@ -42,6 +42,10 @@ class Lane(enum.StrEnum):
     __hash__ = str.__hash__
 
 
+MOST_UNDER_WAY = {Lane.HOST_UPDATE: 2}
+"""Ops that a lane has issued and that are not complete, where the lane's thread sees to that; elsewhere buffers bound them."""
+
+
 class Role(enum.StrEnum):
     """What a piece is. A buffer never changes its role."""
 
