@@ -12,8 +12,9 @@ Rules:
    two rounds are alike, and a step has allocated nothing on the device. Then until the device's clocks have: a device that comes out of a
    pause is quick for a moment, then held down hard, and steady after some seconds. So `WARM_S` at least (the first mode of a process
    `FIRST_WARM_S`), and until `NUM_STEADY` steps in a row are within `STEADY_FRACTION`, or `MOST_STEADY_S` are over.
-4. A step is forward, backward, SGD and the end of it on the device. Its activation peak is taken from torch's allocation history in one
-   step more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
+4. A step is forward, backward, SGD and the end of it on the device; `forward_launched_s` is when the host had launched all of forward (as
+   long as forward itself, where the device waited for the host). Its activation peak is taken from torch's allocation history in one step
+   more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
    device's peak would count gradients, which come while activations go.)
 5. A mode's steps take turns with keep's (`turns.py`). For these the mode's hooks are popped from torch's stack and pushed again, and
    recomputed blocks get their own forward back: nothing is left or entered, nothing pinned or given back, and what the mode knows of its
@@ -136,6 +137,7 @@ class Bench:
         with self._around:
             loss = self.net(self.inputs)
             marks.append(self._mark())
+            launched_s = time.perf_counter() - begun_s
             loss.backward()
             marks.append(self._mark())
         del loss
@@ -145,7 +147,7 @@ class Bench:
         self.synchronize()
         wall_s = time.perf_counter() - begun_s
         parts_s = [self._seconds(*marks[index : index + 2]) for index in range(3)]
-        return dict(zip(PARTS, (wall_s, *parts_s, wall_s - sum(parts_s)), strict=True))
+        return {**dict(zip(PARTS, (wall_s, *parts_s, wall_s - sum(parts_s)), strict=True)), "forward_launched_s": launched_s}
 
     def noted_step(self, *, is_keep: bool = False) -> dict[str, Any]:
         """One step, of the mode or of keep, what the device did beside it, and then the collector (rule 6)."""

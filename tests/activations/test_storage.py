@@ -60,20 +60,54 @@ def test_rounds_of_changing_lengths_pin_nothing_again() -> None:
 def test_a_range_comes_with_the_work_that_still_touches_its_bytes() -> None:
     memory = HostMemory(pin=False, budget_bytes=1 << 20)
     arena = HostArena(memory, "saved", limit_bytes=1 << 16, segment_bytes=1 << 16)
-    first, second = arena.take(8192), arena.take(8192)
-    assert first is not None and second is not None
+    first, second, rest = arena.take(8192), arena.take(8192), arena.take((1 << 16) - 16384)
+    assert first is not None and second is not None and rest is not None
     under_way, has_ended = pending(8192)
     arena.give(first, [under_way])
     arena.give(second)
-    again, beyond = arena.take(4096), arena.take(16384)
+    again, beyond = arena.take(4096), arena.take(12288)
     assert again is not None and again.after == (under_way,)
     assert beyond is not None and beyond.after == (under_way,)
+    arena.give(rest)
     far = arena.take(4096)
     assert far is not None and far.after == ()
     has_ended.set_result(None)
     arena.give(again)
     once_more = arena.take(4096)
     assert once_more is not None and once_more.after == ()
+
+
+def test_the_next_of_the_same_length_gets_the_same_bytes_and_all_work_that_touches_them() -> None:
+    """Also what touched them before somebody had them for nothing."""
+    arena = HostArena(HostMemory(pin=False, budget_bytes=1 << 20), "saved", limit_bytes=1 << 16, segment_bytes=1 << 16)
+    before, other = arena.take(5000), arena.take(8192)
+    assert before is not None and other is not None
+    (earlier, has_ended), (later, _) = pending(5000), pending(5000)
+    arena.give(before, [earlier])
+    unused = arena.take(5000)
+    assert unused is not None and unused.after == (earlier,) and unused.tensor.data_ptr() == before.tensor.data_ptr()
+    arena.give(unused)
+    used = arena.take(5000)
+    assert used is not None and used.after == (earlier,)
+    arena.give(used, [later])
+    assert arena.used_bytes == 8192
+    has_ended.set_result(None)
+    last = arena.take(5000)
+    assert last is not None and last.after == (later,) and arena.used_bytes == 8192 + 8192 == arena.peak_bytes
+    with pytest.raises(AssertionError, match="given back twice"):
+        arena.give(used)
+
+
+def test_what_was_given_back_serves_a_request_of_any_length_before_more_is_pinned() -> None:
+    memory = HostMemory(pin=False, budget_bytes=1 << 20)
+    arena = HostArena(memory, "saved", limit_bytes=1 << 17, segment_bytes=1 << 16)
+    ranges = [arena.take(8192) for _ in range(8)]
+    under_way, _ = pending(8192)
+    for item in ranges:
+        assert item is not None
+        arena.give(item, [under_way])
+    whole = arena.take(1 << 16)
+    assert whole is not None and whole.after == (under_way,) * 8 and memory.allocated_bytes == 1 << 16
 
 
 def pending(num_bytes: int) -> tuple[ThreadEnd, Future]:  # type: ignore[type-arg]

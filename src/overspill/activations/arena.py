@@ -2,7 +2,8 @@
 
 A saved tensor's size changes with every batch's length, so slots of exact size classes would be pinned and unpinned all the time. Lifetimes
 however are those of a stack (what forward saves last, backward drops first), which first fit in one address range serves with next to no
-fragmentation: a round takes its ranges from the front of the first segment, and leaves all free.
+fragmentation: a round takes its ranges from the front of the first segment, and leaves all free. And most rounds are like the one before:
+what is given back stays cut as it is, for a request of the same length, until some other request finds no room.
 
 Rules:
 
@@ -17,6 +18,7 @@ Thread-safe: the SSD's threads give ranges back.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import threading
 import warnings
@@ -40,18 +42,30 @@ class _Segment:
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self.name, self.tensor = name, tensor
         self.table = ExtentTable(tensor.numel())
-        self.pending: list[tuple[int, int, End]] = []
+        self.pending: collections.deque[tuple[int, int, End]] = collections.deque()
+        """Bytes that were given back, first and last + 1, and the work that touched them, about in the order in which it ends."""
+
+    def after(self, start: int, stop: int) -> tuple[End, ...]:
+        """What still touches these bytes. Asks as few of them as it can: each is a call of the device's driver."""
+        self.forget_ended()
+        return tuple(end for other, last, end in self.pending if other < stop and last > start and not end.is_done)
+
+    def forget_ended(self) -> None:
+        """The oldest; one that ends out of turn goes with those before it."""
+        while self.pending and self.pending[0][2].is_done:
+            self.pending.popleft()
 
 
 class Range:
     """Borrowed bytes (rule 2)."""
 
-    __slots__ = ("_segment", "_name", "after", "num_bytes", "tensor")
+    __slots__ = ("_is_lent", "_segment", "_name", "after", "num_bytes", "tensor")
 
-    def __init__(self, segment: _Segment, name: str, tensor: torch.Tensor, after: tuple[End, ...]) -> None:
+    def __init__(self, segment: _Segment, name: str, tensor: torch.Tensor, num_bytes: int, after: tuple[End, ...]) -> None:
         self._segment, self._name, self.tensor, self.after = segment, name, tensor, after
-        self.num_bytes = align_up(tensor.numel(), EXTENT_ALIGNMENT_BYTES)
+        self.num_bytes = num_bytes
         """What it takes of its arena."""
+        self._is_lent = True
 
 
 class HostArena:
@@ -68,34 +82,65 @@ class HostArena:
         self._segments: list[_Segment] = []
         self._lock = threading.Lock()
         self._numbers = itertools.count()
+        self._spare: dict[int, list[Range]] = {}
+        """What was given back and is cut still, by length."""
         self.used_bytes = 0
         self.peak_bytes = 0
 
     def take(self, num_bytes: int) -> Range | None:
         """A range of `num_bytes`, on a page; None: there is no room."""
         with self._lock:
-            for segment in self._segments:
-                if segment.table.free_bytes >= num_bytes and (found := self._cut(segment, num_bytes)) is not None:
-                    return found
-            grown = self._grow(align_up(num_bytes, EXTENT_ALIGNMENT_BYTES))
-            return self._cut(grown, num_bytes) if grown is not None else None
+            found = self._take_spare(num_bytes) or self._cut_anywhere(num_bytes)
+            if found is None and self._spare:
+                self._join_spares()
+                found = self._cut_anywhere(num_bytes)
+            if found is None and (grown := self._grow(align_up(num_bytes, EXTENT_ALIGNMENT_BYTES))) is not None:
+                found = self._cut(grown, num_bytes)
+            if found is not None:
+                self.used_bytes += found.num_bytes
+                self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            return found
 
     def give(self, item: Range, after: Iterable[End] = ()) -> None:
         """Take a range back, with the work that still touches it."""
         with self._lock:
-            segment = item._segment
-            extent = segment.table.find(item._name)
-            segment.table.free(item._name)
-            segment.pending = [entry for entry in segment.pending if not entry[2].is_done]
-            segment.pending += [(extent.offset, extent.end, end) for end in after if not end.is_done]
+            assert item._is_lent, f"{item._name} of {self._name} is given back twice"
+            item._is_lent, item.after = False, (*item.after, *after)  # who gives it back unused has waited for nothing
+            self._spare.setdefault(item.tensor.numel(), []).append(item)
             self.used_bytes -= item.num_bytes
 
     def close(self) -> None:
         """Free all. Nothing is lent, unless Ctrl-C came between a range and its record; no copy may be under way."""
         with self._lock:
+            self._join_spares()
             for segment in self._segments:
                 self._drop(segment)
             self._segments = []
+
+    def _take_spare(self, num_bytes: int) -> Range | None:
+        """The one of this length that was given back last. As a new object: who has the old one has nothing."""
+        spare = self._spare.get(num_bytes)
+        if not spare:
+            return None
+        item = spare[-1]
+        found = Range(item._segment, item._name, item.tensor, item.num_bytes, tuple([end for end in item.after if not end.is_done]))
+        spare.pop()
+        return found
+
+    def _join_spares(self) -> None:
+        """Give their bytes back to the segments, for requests of any length."""
+        spares, self._spare = self._spare, {}
+        for item in (item for same in spares.values() for item in same):
+            extent = item._segment.table.find(item._name)
+            item._segment.table.free(item._name)
+            item._segment.forget_ended()
+            item._segment.pending += [(extent.offset, extent.end, end) for end in item.after if not end.is_done]
+
+    def _cut_anywhere(self, num_bytes: int) -> Range | None:
+        for segment in self._segments:
+            if segment.table.free_bytes >= num_bytes and (found := self._cut(segment, num_bytes)) is not None:
+                return found
+        return None
 
     def _cut(self, segment: _Segment, num_bytes: int) -> Range | None:
         name = str(next(self._numbers))
@@ -103,11 +148,8 @@ class HostArena:
             extent = segment.table.allocate(name, num_bytes)
         except BudgetError:
             return None
-        after = tuple(end for start, stop, end in segment.pending if start < extent.end and stop > extent.offset and not end.is_done)
-        found = Range(segment, name, segment.tensor[extent.offset : extent.offset + num_bytes], after)
-        self.used_bytes += found.num_bytes
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
-        return found
+        tensor, after = segment.tensor[extent.offset : extent.offset + num_bytes], segment.after(extent.offset, extent.end)
+        return Range(segment, name, tensor, align_up(num_bytes, EXTENT_ALIGNMENT_BYTES), after)
 
     def _grow(self, num_bytes: int) -> _Segment | None:
         """A new segment; where there is no room for one, empty segments go first (rule 1)."""

@@ -43,7 +43,6 @@ from overspill.activations.identity import (
     ALIGNMENT_BYTES,
     Geometry,
     ParameterStorages,
-    VersionWatch,
     byte_span,
     bytes_of,
 )
@@ -52,13 +51,15 @@ from overspill.activations.mover import Mover
 from overspill.activations.rebuild import Rebuild, Rebuilder, SavedRebuilt
 from overspill.activations.records import Record
 from overspill.activations.rounds import Rounds
-from overspill.activations.saved import SavedAlone, SavedView, words
+from overspill.activations.saved import SavedAlone, SavedView
 from overspill.activations.segments import PLAIN_CALL, Call
 from overspill.activations.timeline import WatchedCall
 
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
 
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 MOST_DEAD_PASSED = 64
 """Places of dead records that a look ahead passes, before it takes them for the end of a micro-batch. Chosen."""
@@ -129,35 +130,20 @@ class TensorCache:
             return tensor
         if self._open_call is not None:
             self._open_call.note_packed()
-        with torch.no_grad():
+        has_graph = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)  # a context takes three times as long
+        try:
             reason, storage = self._reason_to_leave(tensor)
             if reason is not None:
                 self.rounds.tally.left_alone[reason] += 1
                 restore = self.parameters.restorer(storage) if storage is not None else None
                 return SavedAlone(tensor, restore)
             assert storage is not None
-            moved_bytes = 0
-
-            def is_wanted(num_bytes: int) -> bool:
-                nonlocal moved_bytes
-                moved_bytes = num_bytes
-                return self.rounds.rebuilds(self.num_packed)
-
-            if self.rebuilder is not None and not self._is_stored(tensor, storage):
-                rebuilt = self.rebuilder.pack(tensor, storage, is_wanted)
-                if rebuilt is not None:
-                    if rebuilt[1]:
-                        self._note_rebuilt(rebuilt[0].rebuild)
-                    return rebuilt[0]
-            try:
-                with self._lock:
-                    self._look_around()
-                    record = self._find(tensor, storage) or self._make(tensor, storage, moved_bytes)
-                    record.num_users += 1
-                    saved = SavedView(self, record, Geometry.of(tensor, record.start))  # buries the record if the wait is broken off
-                    self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
-                    return saved
-            finally:
+            with self._lock:
+                return self._pack(tensor, storage)
+        finally:
+            torch.set_grad_enabled(has_graph)
+            if self._dead:
                 self._burial()
 
     def unpack(self, saved: SavedAlone | SavedView | SavedRebuilt | torch.Tensor) -> torch.Tensor:
@@ -195,20 +181,22 @@ class TensorCache:
 
     def _look_around(self) -> None:
         """What every hook does first."""
-        self.mover.raise_failure()
-        self.mover.reap()
+        if self.mover.ssd is not None:  # all other tiers have neither
+            self.mover.raise_failure()
+            self.mover.reap()
 
     # -- packing -----------------------------------------------------------------------------------------------------
 
     def _reason_to_leave(self, tensor: torch.Tensor) -> tuple[str | None, torch.UntypedStorage | None]:
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_nested:
+        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_nested:
             return "unsupported", None
         if tensor.device != self.device:
             return "other_device", None
         storage = tensor.untyped_storage()
         if self.parameters.holds(tensor, storage):
             return "parameter", storage
-        if tensor.numel() == 0 or min(tensor.numel() * tensor.itemsize, storage.nbytes()) < self._min_bytes:
+        num_bytes = tensor.numel() * tensor.itemsize
+        if num_bytes < self._min_bytes or num_bytes == 0 or storage.nbytes() < self._min_bytes:
             return "small", storage
         if self.parameters.is_cast(tensor):
             return "cast_of_parameter", storage
@@ -220,36 +208,59 @@ class TensorCache:
             return "capturing", storage
         return None, storage
 
-    def _find(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> Record | None:
+    def _find(self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int]) -> Record | None:
         """A record that covers the tensor in the version that it has now (rule 3)."""
-        start, stop = byte_span(tensor)
+        start, stop = span
         for record in self._by_storage.get(storage._cdata, ()):
             if record.covers(start, stop, tensor.dtype) and record.watch.covers(tensor):
                 return record
         return None
 
-    def _is_stored(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> bool:
-        with self._lock:
-            return self._find(tensor, storage) is not None
+    def _pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedView | SavedRebuilt:
+        """A view of a record, or what rebuilds it."""
+        self._look_around()
+        span = byte_span(tensor)
+        record = self._find(tensor, storage, span)
+        if record is not None:
+            record.num_users += 1
+            return SavedView(self, record, Geometry.of(tensor, record.start))
+        moved_bytes = 0
+        if self.rebuilder is not None and (self._is_asked(self.num_packed) or self.rebuilder.knows(storage)):
+
+            def is_wanted(num_bytes: int) -> bool:
+                nonlocal moved_bytes
+                moved_bytes = num_bytes
+                return self.rounds.rebuilds(self.num_packed)
+
+            rebuilt = self.rebuilder.pack(tensor, storage, is_wanted)
+            if rebuilt is not None:
+                if rebuilt[1]:
+                    self._note_rebuilt(rebuilt[0].rebuild)
+                return rebuilt[0]
+        record = self._make(tensor, storage, span, moved_bytes)
+        record.num_users += 1
+        saved = SavedView(self, record, Geometry.of(tensor, record.start))  # buries the record if the wait is broken off
+        if self.mover.is_leaving:
+            self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
+        return saved
 
     def _note_rebuilt(self, rebuild: Rebuild) -> None:
         """It has a place of its own, unless it comes before the first record of the round."""
-        with self._lock:
-            self.rounds.tally.note_rebuilt(rebuild.num_bytes)
-            if self.num_live:
-                place, self.num_packed = self.num_packed, self.num_packed + 1
-                if self.rounds.timeline is not None:
-                    self.rounds.timeline.pack_rebuilt(place, self._micro_batch, rebuild)
+        self.rounds.tally.note_rebuilt(rebuild.num_bytes)
+        if self.num_live:
+            place, self.num_packed = self.num_packed, self.num_packed + 1
+            if self.rounds.timeline is not None:
+                self.rounds.timeline.pack_rebuilt(place, self._micro_batch, rebuild)
 
-    def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage, moved_bytes: int) -> Record:
+    def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], moved_bytes: int) -> Record:
         if self.num_live == 0:
             self._begin_round()
         elif len(self._moved) > 2 * self.num_live + MOST_DEAD:
             self._compact()
-        start, stop = byte_span(tensor)
-        form, rest_bytes = self._form_of(tensor, stop - start), 0
+        start, stop = span
+        form, rest_bytes = self._form_of(tensor, stop - start) if self._form is not None else None, 0
         index, self.num_packed = self.num_packed, self.num_packed + 1
-        if form is None and not moved_bytes and (narrow := self._narrow_of(tensor, storage)) is not None:
+        if form is None and not moved_bytes and self._is_asked(index) and (narrow := self._narrow_of(tensor, storage)) is not None:
             rest_bytes = tensor.numel() * narrow.narrow.itemsize
             moved_bytes = 2 * (stop - start + rest_bytes)
             form = narrow if self.rounds.rebuilds(index) else None
@@ -257,10 +268,7 @@ class TensorCache:
             start, stop = 0, storage.nbytes()
         elif form is None:
             start -= start % ALIGNMENT_BYTES
-        record = Record(
-            index=index, micro_batch=self._micro_batch, position=len(self._moved), storage=storage, start=start, stop=stop,
-            dtype=tensor.dtype, form=form, watch=VersionWatch(tensor), name=f"saved tensor {index} of its micro-batch ({words(tensor)})",
-        )  # fmt: skip
+        record = Record(tensor, storage, (start, stop), form, index=index, micro_batch=self._micro_batch, position=len(self._moved))
         try:
             self._send(record, storage, moved_bytes, rest_bytes)
         except BaseException:  # Ctrl-C, or no memory: nobody will have a view of it
@@ -276,6 +284,10 @@ class TensorCache:
         form = self._form
         is_dense = tensor.numel() * tensor.itemsize == span_bytes
         return form if form is not None and is_dense and tensor.requires_grad and form.applies(tensor.dtype) else None
+
+    def _is_asked(self, place: int) -> bool:
+        """Whether it matters if what is saved there has a recipe: it shall be rebuilt, or somebody watches what could be."""
+        return self.rounds.timeline is not None or self.num_live == 0 or self.rounds.rebuilds(place)
 
     def _narrow_of(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> CastFrom | None:
         """Rule 8."""
@@ -300,7 +312,7 @@ class TensorCache:
 
     # -- modules that may be run again ------------------------------------------------------------------------------
 
-    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call:
+    def begin_call(self, inputs: Callable[[], Sequence[torch.Tensor]]) -> Call:
         """Forward of a module begins that may be run again. Meets `CallBook`.
 
         In backward, and inside of hooks of others, none is: these would have to be told the same when they run it themselves.
@@ -312,8 +324,14 @@ class TensorCache:
                 self.num_packed = self._num_calls = 0
                 self.rounds.decide()
             number, self._num_calls = self._num_calls, self._num_calls + 1
-            stop = self.rounds.stop_of_again(number)
-            self._open_call = _OpenCall(self, number, self._micro_batch, self.num_packed, self._new_bytes(inputs), stop)
+            # The round of a call that comes before its first record is not known to be watched yet.
+            is_watched = self.rounds.timeline is not None or self.num_live == 0
+            self._open_call = _OpenCall(
+                self, number, self._micro_batch, self.num_packed,
+                input_bytes=self._new_bytes(inputs()) if is_watched else (),
+                stop=self.rounds.stop_of_again(number),
+                is_checked=is_watched or not self.rounds.is_decided,
+            )  # fmt: skip
             return self._open_call
 
     def end_call(self, call: _OpenCall) -> None:
@@ -332,7 +350,7 @@ class TensorCache:
         found: dict[int, int] = {}
         for tensor in inputs:
             reason, storage = self._reason_to_leave(tensor)
-            if reason is not None or storage is None or self._find(tensor, storage) is not None:
+            if reason is not None or storage is None or self._find(tensor, storage, byte_span(tensor)) is not None:
                 continue
             if self.rebuilder is None or not self.rebuilder.knows(storage):
                 found[storage._cdata] = storage.nbytes()
@@ -571,10 +589,11 @@ class _OpenCall:
     """A call of a module that may be run again; see `segments.Call`."""
 
     def __init__(
-        self, cache: TensorCache, number: int, micro_batch: int, first: int, input_bytes: tuple[int, ...], stop: int | None
-    ) -> None:
+        self, cache: TensorCache, number: int, micro_batch: int, first: int, *, input_bytes: tuple[int, ...], stop: int | None,
+        is_checked: bool,
+    ) -> None:  # fmt: skip
         self._cache, self.number, self.micro_batch, self.first = cache, number, micro_batch, first
-        self._input_bytes, self.stop = input_bytes, stop
+        self._input_bytes, self.stop, self.is_checked = input_bytes, stop, is_checked
         self._begin = self._mark()
         self._last: Mark | None = None
 

@@ -311,9 +311,8 @@ class OffloadActivations:
 
     def _push(self) -> None:
         cache = self._cache()
-        # Compiled blocks call hooks as well; without this dynamo would compile what they do, for each shape.
         self._thread = threading.get_ident()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(*map(torch.compiler.disable, (cache.pack, cache.unpack)))
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(_uncompiled(cache.pack), _uncompiled(cache.unpack))
         cache.is_innermost = functools.partial(_is_innermost, self._hooks)
         self._hooks.__enter__()
 
@@ -366,6 +365,23 @@ class OffloadActivations:
         """Rule 3."""
         if self._hooks is not None and self._thread != threading.get_ident():
             raise RuntimeError("offload_activations is left in another thread than entered it, whose hooks cannot be reached from here")
+
+
+_callback_of_dynamo: Callable[[], object] = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+"""None: no compiled code runs around this; not in every torch."""
+
+
+def _uncompiled(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The hook, for compiled blocks too: they call hooks as well, and dynamo would compile what these do, for each shape.
+
+    Hooks are called a thousand times a step: where nothing compiled runs they are called as they are.
+    """
+    disabled = torch.compiler.disable(hook)
+
+    def run(saved: Any) -> Any:
+        return hook(saved) if _callback_of_dynamo() is None else disabled(saved)
+
+    return torch.compiler.disable(run, recursive=False)  # marks its code and wraps nothing
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

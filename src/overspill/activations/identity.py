@@ -53,10 +53,19 @@ LEAST_KNOWN = 4096
 """Storages of parameters, before the dead among them are looked for. Chosen."""
 
 
+def words(tensor: torch.Tensor) -> str:
+    return words_of(tensor.dtype, tensor.shape)
+
+
+def words_of(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} of shape {tuple(shape)}"
+
+
 def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     """[first, last + 1) byte of a strided tensor in its storage; at least one element."""
     first, itemsize = int(tensor.storage_offset()), tensor.itemsize
-    return first * itemsize, (first + _extent(tensor.shape, tensor.stride())) * itemsize
+    extent = max(1, tensor.numel()) if tensor.is_contiguous() else _extent(tensor.shape, tensor.stride())
+    return first * itemsize, (first + extent) * itemsize
 
 
 @functools.lru_cache(maxsize=_MOST_FORMS)
@@ -199,7 +208,7 @@ class ParameterStorages:
         if storage._cdata in self._known:
             return True
         base = tensor._base if tensor._is_view() else tensor
-        if not isinstance(base, nn.Parameter):
+        if base is None or base.grad_fn is not None or not isinstance(base, nn.Parameter):
             return False
         self.add(base)  # such as FSDP2's gathered parameters, which are made in forward
         return True

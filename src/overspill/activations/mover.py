@@ -94,6 +94,11 @@ class Mover:
 
     # -- out ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def is_leaving(self) -> bool:
+        """Whether anything has device memory that it is to lose."""
+        return bool(self._leaving)
+
     def keep(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Let the device have it, in its form if that is exact."""
         if not record.is_narrowed:
@@ -107,9 +112,11 @@ class Mover:
         Args:
             may_wait: for staging, if the SSD has room and only the way to it is full; this thread waits.
         """
-        source = _stored(record, storage)
-        order = (Target.SSD, Target.HOST) if target is Target.SSD else (Target.HOST, Target.SSD)
-        if not any(self._leave_to(record, source, tier, may_wait=may_wait, is_timed=is_timed) for tier in order):
+        source, other = _stored(record, storage), Target.HOST if target is Target.SSD else Target.SSD
+        if not (
+            self._leave_to(record, source, target, may_wait=may_wait, is_timed=is_timed)
+            or self._leave_to(record, source, other, may_wait=may_wait, is_timed=is_timed)
+        ):
             self.keep(record, storage)
             return
         record.payload = source

@@ -48,8 +48,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from overspill.activations.identity import Geometry, VersionWatch
-from overspill.activations.saved import Saved, SavedAlone, words_of
+from overspill.activations.identity import Geometry, VersionWatch, words_of
+from overspill.activations.saved import Saved, SavedAlone
 
 _PLAIN = (torch.Tensor, FakeTensor)
 """The second has no values, and the sizes of the first."""

@@ -13,7 +13,7 @@ from overspill.activations.amounts import Target
 from overspill.activations.arena import Range
 from overspill.activations.drive import DriveCopy
 from overspill.activations.forms import Form
-from overspill.activations.identity import VersionWatch
+from overspill.activations.identity import VersionWatch, words_of
 from overspill.activations.links import End, Mark
 
 
@@ -35,61 +35,60 @@ class Where(enum.Enum):
 
 
 class Record:
-    """One record. Its `TensorCache` decides, its `Mover` moves; both change it under the cache's lock."""
+    """One record. Its `TensorCache` decides, its `Mover` moves; both change it under the cache's lock.
+
+    What most records have in common is the class's: a record is made in forward, which on a slow host is what the device waits for.
+    """
+
+    target = Target.KEEP
+    num_users = 0
+    """Saved tensors that are views of it."""
+    payload: torch.Tensor | None = None
+    """Its stored bytes on the device (uint8), or those that a copy fills."""
+    coming: torch.Tensor | None = None
+    """What becomes the payload when a thread of the SSD has read it."""
+    decoded: torch.Tensor | None = None
+    """Its own bytes on the device, if `payload` has another form."""
+    timed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    """What is around making these, to measure it."""
+    host: Range | None = None
+    ssd: DriveCopy | None = None
+    leaving: End | None = None
+    """Of the copy out; for good."""
+    arriving: End | None = None
+    """Of the last copy in."""
+    is_held = False
+    """Whether compute waits for that copy."""
+    mark: Mark = None
+    """Where compute was when the memory of a fetch was made."""
+    is_only_here = True
+    """Whether the device has the one copy: it is kept, or its way out has not ended or was cancelled."""
+    is_forwarded = False
+    is_watched = False
+    """Whether a timeline has its times."""
+    is_wanted = False
+    """Whether backward has asked for it."""
+    is_ahead = False
+    """Whether it was fetched before it was wanted, and has not been wanted yet."""
 
     def __init__(
-        self,
-        *,
-        index: int,
-        micro_batch: int,
-        position: int,
-        storage: torch.UntypedStorage,
-        start: int,
-        stop: int,
-        dtype: torch.dtype,
-        form: Form | None,
-        watch: VersionWatch,
-        name: str,
-    ) -> None:
+        self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], form: Form | None,
+        *, index: int, micro_batch: int, position: int,
+    ) -> None:  # fmt: skip
         self.index = index
         """Which one of its micro-batch, in the order of forward."""
         self.micro_batch = micro_batch
         self.position = position
         """How many records of the round were moved before it."""
         self.cdata, self.weak = storage._cdata, StorageWeakRef(storage)
-        self.start, self.stop, self.dtype, self.form, self.watch, self.name = start, stop, dtype, form, watch, name
-        self.num_bytes = stop - start
-        self.stored_bytes = self.num_bytes
-        self.target = Target.KEEP
-        self.num_users = 0
-        """Saved tensors that are views of it."""
-        self.payload: torch.Tensor | None = None
-        """Its stored bytes on the device (uint8), or those that a copy fills."""
-        self.coming: torch.Tensor | None = None
-        """What becomes the payload when a thread of the SSD has read it."""
-        self.decoded: torch.Tensor | None = None
-        """Its own bytes on the device, if `payload` has another form."""
-        self.timed: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        """What is around making these, to measure it."""
-        self.host: Range | None = None
-        self.ssd: DriveCopy | None = None
-        self.leaving: End | None = None
-        """Of the copy out; for good."""
-        self.arriving: End | None = None
-        """Of the last copy in."""
-        self.is_held = False
-        """Whether compute waits for that copy."""
-        self.mark: Mark = None
-        """Where compute was when the memory of a fetch was made."""
-        self.is_only_here = True
-        """Whether the device has the one copy: it is kept, or its way out has not ended or was cancelled."""
-        self.is_forwarded = False
-        self.is_watched = False
-        """Whether a timeline has its times."""
-        self.is_wanted = False
-        """Whether backward has asked for it."""
-        self.is_ahead = False
-        """Whether it was fetched before it was wanted, and has not been wanted yet."""
+        self.start, self.stop = span
+        self.dtype, self._shape, self.form, self.watch = tensor.dtype, tensor.shape, form, VersionWatch(tensor)
+        self.num_bytes = self.stored_bytes = self.stop - self.start
+
+    @property
+    def name(self) -> str:
+        """For errors."""
+        return f"saved tensor {self.index} of its micro-batch ({words_of(self.dtype, self._shape)})"
 
     @property
     def where(self) -> Where:

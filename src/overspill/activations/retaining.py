@@ -34,9 +34,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from overspill.activations.identity import Geometry, byte_span, bytes_of, changed_in_place, shed
+from overspill.activations.identity import Geometry, byte_span, bytes_of, changed_in_place, shed, words, words_of
 from overspill.activations.rebuild import Rebuilder, can_read_saved, is_plain_norm
-from overspill.activations.saved import Saved, SavedAlone, words, words_of
+from overspill.activations.saved import Saved, SavedAlone
 from overspill.spec.retention import STORED_ALIGNMENT_BYTES
 from overspill.units import align_up
 

@@ -80,6 +80,11 @@ class Rounds:
             self.timeline.finish(self._mover)
             self._unread, self.timeline, self._mover.holds = self.timeline, None, None
 
+    @property
+    def is_decided(self) -> bool:
+        """Whether a measured round has said what is done."""
+        return self._decision is not None
+
     def target(self, place: int) -> Target:
         """Where a micro-batch's record at this place goes."""
         if self._targets is not None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from overspill.activations.identity import Geometry, changed_in_place
+from overspill.activations.identity import Geometry, changed_in_place, words
 from overspill.activations.records import Record
 
 
@@ -19,14 +19,6 @@ class Bringer(Protocol):
     def device(self) -> torch.device: ...
     def bring(self, record: Record, geometry: Geometry) -> torch.Tensor: ...
     def bury(self, record: Record) -> None: ...
-
-
-def words(tensor: torch.Tensor) -> str:
-    return words_of(tensor.dtype, tensor.shape)
-
-
-def words_of(dtype: torch.dtype, shape: tuple[int, ...]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} of shape {tuple(shape)}"
 
 
 class Saved:

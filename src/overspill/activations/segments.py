@@ -21,8 +21,8 @@ compared. Added here:
 6. A copy of the model that is made inside has the plain forward, as an attribute.
 7. An exception in a segment's forward is carried around checkpoint, which in older versions leaves its hooks active until the traceback
    dies.
-8. With a `CallBook` patterns name what *may* be run again, and each call is asked for: it is a segment, or runs plainly, with
-   the same refusals.
+8. With a `CallBook` patterns name what *may* be run again, and each call is asked for: it is a segment, or runs plainly, with the same
+   refusals as long as the book may still choose it (to look for them takes longer than some of a module's kernels).
 
 Costs: one more forward of each segment. Limits: what forward does beside its result and rule 3 (a counter in Python) is done twice, and not
 seen. Only calls of the module are segments, not functions that use its weights.
@@ -155,6 +155,11 @@ class Call(Protocol):
         """Whether backward runs it again; else it runs plainly."""
         ...
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether a plain run says what would keep backward from running it again (rule 8)."""
+        ...
+
     def end(self) -> None:
         """Forward has returned or raised."""
         ...
@@ -167,7 +172,13 @@ class Call(Protocol):
 class CallBook(Protocol):
     """Says of every call whether backward runs it again (rule 8)."""
 
-    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call: ...
+    def begin_call(self, inputs: Callable[[], Sequence[torch.Tensor]]) -> Call:
+        """A call begins.
+
+        Args:
+            inputs: gives the tensors that go in.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +186,7 @@ class _FixedCall:
     """Meets `Call`."""
 
     is_again: bool
+    is_checked: bool = True
 
     def end(self) -> None:
         pass
@@ -189,7 +201,7 @@ PLAIN_CALL: Call = _FixedCall(is_again=False)
 class EveryCall:
     """Backward runs all of them again. Meets `CallBook`."""
 
-    def begin_call(self, inputs: Sequence[torch.Tensor]) -> Call:
+    def begin_call(self, inputs: Callable[[], Sequence[torch.Tensor]]) -> Call:
         return _FixedCall(is_again=True)
 
 
@@ -261,12 +273,18 @@ class Segment:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_active or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.plain(*args, **kwargs)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        if not any(tensor.requires_grad for tensor in tensors) and not any(tensor.requires_grad for tensor in self.parameters()):
+
+        def inputs() -> list[torch.Tensor]:
+            return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+        if not any(tensor.requires_grad for tensor in self.parameters()) and not any(tensor.requires_grad for tensor in inputs()):
             return self.plain(*args, **kwargs)
-        noted = self.owner.book.begin_call(tensors)
+        noted = self.owner.book.begin_call(inputs)
         try:
+            if not noted.is_again and not noted.is_checked:
+                return self.plain(*args, **kwargs)
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             call = _Call(self, noted, leaves, spec)
             del leaves
             return self._run(call, tensors) if noted.is_again else call.run_plainly(tensors)

@@ -20,8 +20,8 @@ class Tally:
         self.rounds: collections.deque[RoundAmounts] = collections.deque(maxlen=MOST_ROUNDS)
         self.looks: collections.deque[Look] = collections.deque(maxlen=MOST_LOOKS)
         self.num_ended = 0
-        self.totals: collections.Counter[str] = collections.Counter()
-        """Bytes of the rounds that have ended, and of this one."""
+        self._before_round: collections.Counter[str] = collections.Counter()
+        """Bytes of the rounds before this one."""
         self._round: collections.Counter[str] = collections.Counter()
         self._is_planned = False
         self._before = (0, 0.0, 0, 0)
@@ -31,6 +31,7 @@ class Tally:
 
     def begin(self, *, is_planned: bool) -> int:
         """A round begins; its number."""
+        self._before_round.update(self._round)
         self._round.clear()
         self._is_planned = is_planned
         mover = self._open_mover()
@@ -39,19 +40,24 @@ class Tally:
         return self.num_ended + 1
 
     def note_packed(self, record: Record) -> None:
-        there_bytes = record.stored_bytes if record.is_narrowed else record.num_bytes
-        for name, num_bytes in (("packed", there_bytes), (record.target.value, there_bytes), ("rebuilt", record.num_bytes - there_bytes)):
-            self._round[name] += num_bytes
-            self.totals[name] += num_bytes
-        self._round["records"] += 1
+        found, there_bytes = self._round, record.num_bytes
+        if record.is_narrowed:
+            there_bytes = record.stored_bytes
+            found["rebuilt"] += record.num_bytes - there_bytes
+        found["packed"] += there_bytes
+        found[record.target] += there_bytes
+        found["records"] += 1
         if record.target is not Target.KEEP:
-            self._round["stored"] += record.stored_bytes
-            self.totals["stored"] += record.stored_bytes
+            found["stored"] += record.stored_bytes
+
+    @property
+    def totals(self) -> collections.Counter[str]:
+        """Bytes of the rounds that have ended, and of this one."""
+        return self._before_round + self._round
 
     def note_rebuilt(self, num_bytes: int) -> None:
         """A tensor will be rebuilt; by the time of its round's first record it may be of the round before."""
         self._round["rebuilt"] += num_bytes
-        self.totals["rebuilt"] += num_bytes
 
     def note_run_again(self) -> None:
         """Backward will run a module again that may be."""
@@ -64,8 +70,8 @@ class Tally:
         num_waits, wait_s, forwarded_bytes, cancelled_bytes = self._before
         self.num_waits += mover.num_waits - num_waits
         self.wait_s += mover.wait_s - wait_s
-        self.totals["forwarded"] += mover.forwarded_bytes - forwarded_bytes
-        self.totals["cancelled"] += mover.cancelled_bytes - cancelled_bytes
+        self._round["forwarded"] = mover.forwarded_bytes - forwarded_bytes
+        self._round["cancelled"] = mover.cancelled_bytes - cancelled_bytes
         self.device_peak_bytes = max(self.device_peak_bytes, mover.device_peak_bytes)
         self.rounds.append(
             RoundAmounts(
@@ -76,13 +82,13 @@ class Tally:
                 window_bytes=mover.window_bytes,
                 back_window_bytes=mover.back_window_bytes,
                 packed_bytes=self._round["packed"],
-                kept_bytes=self._round[Target.KEEP.value],
-                host_bytes=self._round[Target.HOST.value],
-                ssd_bytes=self._round[Target.SSD.value],
+                kept_bytes=self._round[Target.KEEP],
+                host_bytes=self._round[Target.HOST],
+                ssd_bytes=self._round[Target.SSD],
                 stored_bytes=self._round["stored"],
                 rebuilt_bytes=self._round["rebuilt"],
-                forwarded_bytes=mover.forwarded_bytes - forwarded_bytes,
-                cancelled_bytes=mover.cancelled_bytes - cancelled_bytes,
+                forwarded_bytes=self._round["forwarded"],
+                cancelled_bytes=self._round["cancelled"],
                 wait_s=mover.wait_s - wait_s,
                 device_peak_bytes=mover.device_peak_bytes,
             )
