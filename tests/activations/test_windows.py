@@ -62,6 +62,39 @@ def test_two_of_the_largest_have_no_room_for_both_of_an_mlps_tensors_and_a_chose
     assert moved(profile, fixed.targets) < 0.9 * bound <= moved(profile, chosen.targets)
 
 
+def many_small(count: int = 16, *, seconds: float = 0.0065) -> Profile:
+    """As a Llama's block saves: ten hidden states one after the other, and four inner ones of its MLP back to back."""
+    parts = [(67, 0.05 * number) for number in range(10)] + [(184, 0.7), (184, 0.72), (184, 0.74), (184, 0.76)]
+    sizes = tuple(MB * size for _ in range(count) for size, _ in parts)
+    packed = tuple((number + share) * seconds for number in range(count) for _, share in parts)
+    forward_s = count * seconds
+    needed = tuple(forward_s + 2 * (forward_s - at_s) for at_s in packed)
+    return Profile(device_bytes=sizes, stored_bytes=sizes, packed_s=packed, needed_s=needed, forward_s=forward_s)
+
+
+def test_where_a_host_could_not_start_all_copies_in_time_fewer_and_larger_ones_take_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = many_small()
+
+    def leaving() -> list[int]:
+        found = decide(Adaptive(), profile, LINK, room(window_bytes=368 * MB), may_choose=True)
+        assert found.is_free
+        return [size for size, target in zip(profile.device_bytes, found.targets, strict=True) if target is Target.HOST]
+
+    few = leaving()
+    monkeypatch.setattr(windows, "START_S", 0.0)
+    many = leaving()
+    assert len(few) <= 0.6 * len(many) and sum(few) >= windows.ABOUT * sum(many)
+    assert min(few) > min(many)
+
+
+def test_of_few_copies_none_is_left_out_for_its_size_and_what_must_leave_does_whatever_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, must = many_small(), room(keep_bytes=0)
+    assert set(decide(Adaptive(), profile, LINK, must, may_choose=True).targets) == {Target.HOST}
+    found = decide(Adaptive(), blocks(3), LINK, room(), may_choose=True)
+    monkeypatch.setattr(windows, "START_S", 0.0)
+    assert found == decide(Adaptive(), blocks(3), LINK, room(), may_choose=True)
+
+
 def test_a_window_without_room_on_the_device_is_not_chosen() -> None:
     profile = blocks(3)
     free = decide(Adaptive(), profile, LINK, room(), may_choose=True)

@@ -64,6 +64,8 @@ class Room:
     peak_bytes: int | None = None
     """Most bytes of records that the device has room for at one time, as far as that is known; None: no limit. It decides how wide
     windows may be chosen (`windows.py`)."""
+    least_bytes: int = 0
+    """Smaller records stay, unless they must leave."""
 
     @property
     def back_bytes(self) -> int:
@@ -136,7 +138,7 @@ class Adaptive:
         out, back = rates.d2h_bytes_per_s, rates.h2d_bytes_per_s or rates.d2h_bytes_per_s
         if out is None or back is None:
             return [True] * len(profile.device_bytes)
-        chosen = those_out_in_time(profile, out, room.window_bytes)
+        chosen = those_out_in_time(profile, out, room.window_bytes, room.least_bytes)
         return those_back_in_time(profile, chosen, back, room.back_bytes)
 
 
