@@ -56,6 +56,16 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def format_bytes_up(num_bytes: int) -> str:
+    """A size for people that is no smaller when it is read again (`parse_bytes`): what a limit is to be raised by."""
+    step = 1
+    for limit in (KIB, MIB, GIB, 1024 * GIB):
+        if num_bytes >= limit:
+            step = limit // 100
+    text = format_bytes(num_bytes)
+    return text if parse_bytes(text) >= num_bytes else format_bytes(num_bytes + step)
+
+
 def format_seconds(seconds: float) -> str:
     """A duration for people: `1 h 02 min`, `3 min 20 s`, `1.53 s`, `12.5 ms`."""
     if seconds >= 3600:

@@ -175,6 +175,39 @@ def test_recordings_have_what_a_plan_leaves_of_the_budget(more_bytes: int) -> No
     assert (with_them.num_replays > 0) == (more_bytes >= 0) and with_them.device_peak_bytes <= needed + more_bytes
 
 
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_what_an_arena_takes_beyond_its_pieces_is_no_room_for_recordings(group_size: int) -> None:
+    request = PlanRequest(
+        seq_len=512, micro_batch=1, accumulate=2, group_size=group_size, clip=None, parameters="host", states="host", boundaries="host",
+        activations="recompute", optimizer="adamw", device_states_bytes=0, device_budget_bytes=8 * GIB,
+    )  # fmt: skip
+    batch, plan = workload("deep", 512, 1, False), plan_for("deep", request)
+    programs = Programs(plan)
+    arena = programs.arena_plans(programs.whole_step())[Tier.DEVICE]
+    assert arena.num_bytes > arena.least_bytes
+    needed = predict("deep", plan, batch, replays_graphs=True).device_peak_bytes + MIB  # for the model's buffers
+    for budget in (needed - MIB - (arena.num_bytes - arena.least_bytes) // 2, needed):
+        tight = plan_for("deep", dataclasses.replace(request, device_budget_bytes=budget))
+        found = predict("deep", tight, batch, replays_graphs=True)
+        assert (found.num_replays > 0) == (budget == needed) and found.device_peak_bytes <= budget
+
+
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_steps_of_fewer_micro_batches_take_no_more_of_a_gpu_than_a_plan_was_judged_by(group_size: int) -> None:
+    """One or two hidden states alone stay on the device, of more all but one have left it when the tail computes."""
+    request = PlanRequest(
+        seq_len=2048, micro_batch=4, accumulate=4, group_size=group_size, parameters="host", states="host", boundaries="host",
+        activations="recompute", optimizer="adamw", device_states_bytes=0, device_budget_bytes=8 * GIB,
+    )  # fmt: skip
+    batch, plan, room = workload("deep", 2048, 4, False), plan_for("deep", request), room_for("deep", request)
+    programs = Programs(plan)
+    predictions = Predictions(plan, CONFIGS["deep"], programs, H100, workload=batch, replays_graphs=False)
+    judged = 8 * GIB + room.excess(plan)[Tier.DEVICE]
+    for number in (1, 2, 3, 4):
+        program = programs.train(plan.longest_step[:number], pending=False)
+        assert predictions.predict(program).device_peak_bytes <= judged, number
+
+
 def test_a_plan_whose_budget_is_exactly_its_predicted_peak_fits() -> None:
     request = PlanRequest(
         seq_len=2048, micro_batch=4, accumulate=2, clip=1.0, parameters="host", states="host", activations="recompute", optimizer="adamw",

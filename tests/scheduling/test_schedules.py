@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from overspill.planning import build_plan, predict_step, simulate
 from overspill.planning.memory import context_bytes
 from overspill.planning.simulate import resident_peaks
 from overspill.planning.space import scratch_bytes, store_bytes
-from overspill.scheduling import build_evaluation, build_flush, build_train_step, largest_steps, render_timeline, validate
+from overspill.scheduling import build_evaluation, build_flush, build_train_step, full_step, largest_steps, render_timeline, validate
 from overspill.spec.documents import from_json
 from overspill.spec.hardware import HardwareSpec
 from overspill.spec.plan import Placement, Plan, PlanRequest, UpdateTiming
+from overspill.spec.retention import ActivationMode
 from overspill.spec.schedule import Compress, Compute, Evict, Fetch, Free, Lane, Phase, Role, Schedule, ScheduledOp, Update
 from overspill.spec.tensors import Tier
+from overspill.units import parse_bytes
 
 CONTEXT = context_bytes(HardwareSpec())
 
@@ -147,6 +150,23 @@ def test_a_budget_that_is_too_small_is_refused_with_missing_bytes_and_flag() -> 
         make_plan(states="ssd", ssd_dir=None)
 
 
+@pytest.mark.parametrize("budget", range(100_000, 140_000, 5_000))
+def test_a_budget_that_is_raised_by_as_much_as_is_said_is_enough(budget: int) -> None:
+    fixed: dict[str, Any] = {"parameters": "host", "states": "host", "boundaries": "host", "ssd_dir": None}
+    with pytest.raises(BudgetError) as refused:
+        make_plan(**fixed, host_budget_bytes=budget)
+    told = re.search(r"raise --host-budget by ([0-9.]+ \w+)", str(refused.value))
+    assert told is not None
+    make_plan(**fixed, host_budget_bytes=budget + parse_bytes(told.group(1)))
+
+
+def test_a_budget_of_nothing_is_enough_for_a_tier_that_nothing_rests_on() -> None:
+    plan = make_plan(parameters="host", states="host", boundaries="host", ssd_dir=None, ssd_budget_bytes=0)
+    assert resident_peaks(full_step(plan), plan)[Tier.SSD] == 0
+    with pytest.raises(BudgetError, match=r"needs .* on ssd, the budget leaves 0 B: .* raise --ssd-budget by"):
+        make_plan(parameters="ssd", ssd_budget_bytes=0)
+
+
 def test_on_the_cpu_device_both_tiers_together_stay_within_the_host_budget() -> None:
     """Its memory is host memory too."""
     budget = 2_000_000
@@ -167,8 +187,8 @@ def test_the_ssd_budget_bounds_what_is_preallocated() -> None:
 
 def test_an_evaluation_streams_the_model_once_for_many_micro_batches() -> None:
     plan = make_plan(accumulate=1, parameters="host", states="host")
-    schedule = build_evaluation(plan, [16] * 4)
-    assert plan.group_size == 1 and schedule.groups == ((0, 1, 2, 3),)
+    schedule = build_evaluation(plan, [16] * 3)  # as many as there are blocks
+    assert plan.group_size == 1 and schedule.groups == ((0, 1, 2),)
     moved = simulate(schedule, plan, HardwareSpec()).lane_bytes["h2d"]
     assert moved == sum(bundle.parameter_bytes for bundle in plan.bundles.values())
 
@@ -361,3 +381,24 @@ def test_a_group_that_ends_its_step_is_planned_for() -> None:
     whole = resident_peaks(build_train_step(plan, plan.longest_step, starts_pending=False), plan)[Tier.HOST]
     two = resident_peaks(build_train_step(plan, plan.longest_step[:2], starts_pending=False), plan)[Tier.HOST]
     assert max(resident_peaks(schedule, plan)[Tier.HOST] for schedule in largest_steps(plan)) == max(whole, two)
+
+
+def test_a_full_group_that_ends_its_step_after_another_one_is_planned_for() -> None:
+    """Of five micro-batches in groups of two the last group is one; a step of four ends with a full one beside sums of the group before."""
+    plan = make_plan(accumulate=5, group_size=2, parameters="ssd", states="host", boundaries="host")
+    blocks = [unit.name for unit in plan.units[1:-1]]
+    plan = dataclasses.replace(plan, activations=dict.fromkeys(blocks, ActivationMode.HOST), stored_bytes=dict.fromkeys(blocks, 100_000))
+    four = resident_peaks(build_train_step(plan, plan.longest_step[:4], starts_pending=False), plan)[Tier.HOST]
+    assert four <= max(resident_peaks(schedule, plan)[Tier.HOST] for schedule in largest_steps(plan))
+
+
+@pytest.mark.parametrize("prefetch_units", [0, 1])
+@pytest.mark.parametrize("group_size", [1, 2])
+def test_an_evaluation_holds_no_more_than_what_the_planner_looked_at(group_size: int, prefetch_units: int) -> None:
+    """Where states rest on the device, no update takes host memory in training, and hidden states decide."""
+    plan = make_plan(tied=True, accumulate=4, group_size=group_size, parameters="ssd", states="device", boundaries="host", seq_len=64)
+    plan = dataclasses.replace(plan, prefetch_units=prefetch_units)
+    found = [resident_peaks(schedule, plan) for schedule in largest_steps(plan)]
+    for number in (1, 5, 33):
+        peaks = resident_peaks(build_evaluation(plan, plan.longest_step[:1] * number), plan)
+        assert all(peaks[tier] <= max(one[tier] for one in found) for tier in Tier), number

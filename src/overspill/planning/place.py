@@ -35,7 +35,7 @@ from overspill.spec.plan import AUTO, Placement, Plan, PlanRequest, UpdateTiming
 from overspill.spec.report import Prediction
 from overspill.spec.tensors import Tier
 from overspill.spec.workload import ModelLayout, WorkloadSpec, default_loss_chunk_rows
-from overspill.units import format_bytes
+from overspill.units import format_bytes, format_bytes_up
 
 
 def build_plan(
@@ -176,7 +176,7 @@ def _choose_group(request: PlanRequest, room: Room, base: Plan, like: Plan | Non
                 return plan, excess
             missing.append(max(excess.items(), key=lambda item: item[1]))
     tier, over = min(missing, key=lambda item: item[1])  # of what came closest
-    cures = [f"raise {FLAGS[tier]} by {format_bytes(over)}"]
+    cures = [f"raise {FLAGS[tier]} by {format_bytes_up(over)}"]
     if tier is Tier.HOST and request.ssd_dir is None:
         cures.append("give --ssd-dir so that states can rest on an SSD")
     if tier is Tier.DEVICE:

@@ -134,13 +134,15 @@ class Room:
         return self._with_reserve(plan, self._device_bytes(plan, self._step(beside))) - allowed
 
     def settle(self, plan: Plan) -> Plan:
-        """`plan`, which fits, with what its pieces may take of the device (rule 7)."""
+        """`plan`, which fits, with what its pieces may take of the device (rule 7). Who asks for recordings counts pieces alone: what
+        the arena takes beyond them is counted as recordings'."""
         allowed = self.allowed[Tier.DEVICE]
         if allowed is None or not self._is_known:
             return plan
         step = self._step(plan)
         beside = self._device_bytes(plan, step) - step.peaks[Tier.DEVICE] - step.slot_waste_bytes
-        return dataclasses.replace(plan, device_budget_bytes=max(0, allowed - beside))
+        recordings_bytes = None if plan.recordings_bytes is None else plan.recordings_bytes + step.slot_waste_bytes
+        return dataclasses.replace(plan, device_budget_bytes=max(0, allowed - beside), recordings_bytes=recordings_bytes)
 
     def _with_reserve(self, plan: Plan, num_bytes: int) -> int:
         """Rule 5."""
@@ -216,7 +218,7 @@ def _allowance(budget: int | None, capacity: int, taken: int, tier: Tier, *, wha
         if not capacity:
             return None
         return max(0, int(capacity * FREE_SHARE) - max(0, taken - held_bytes))
-    if budget <= taken:
+    if budget < taken:
         raise BudgetError(
             f"{FLAGS[tier]} is {format_bytes(budget)}, but {what} {format_bytes(taken)}: {format_bytes(taken - budget)} are missing; "
             f"raise {FLAGS[tier]}" + (" or lower --micro-batch or --seq-len" if tier is Tier.DEVICE else "")

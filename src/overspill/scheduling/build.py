@@ -53,9 +53,11 @@ def full_step(plan: Plan) -> Schedule:
 
 
 def largest_steps(plan: Plan) -> tuple[Schedule, ...]:
-    """Programs of which one holds as much of every tier as any step of the plan: the whole batch, and one group alone, whose gradients are
-    finished beside all of its hidden states; the whole batch's last group may be smaller."""
-    sizes = {len(plan.longest_step), min(plan.group_size, len(plan.longest_step))}
+    """Programs of which one holds as much of every tier as any step of the plan: the whole batch; one group alone and after another one,
+    whose gradients are finished beside all of its hidden states (the whole batch's last group may be smaller); and two micro-batches, or
+    one, whose hidden states all stay on the device, since the next visit computes them at once."""
+    longest, group = len(plan.longest_step), plan.group_size
+    sizes = {longest, *(min(size, longest) for size in (group, 2 * group if longest % group else group, 2, 1))}
     starts = {False, plan.timing is UpdateTiming.PENDING}
     return tuple(build_train_step(plan, plan.longest_step[:size], starts_pending=start) for size in sizes for start in starts)
 

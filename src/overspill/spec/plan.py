@@ -205,7 +205,8 @@ class Plan:
     """Most device memory of activations and logits while a unit computes: of a GPU as traced, with what the allocator loses beside it,
     else assumed."""
     recordings_bytes: int | None = None
-    """What recordings of the blocks as CUDA graphs would take of the device; None: not known."""
+    """What recordings of the blocks as CUDA graphs would take of the device, with a budget there beside the most that pieces take; None:
+    not known."""
     ssd_stripes: tuple[str, ...] = ()
     """More places beside `ssd_dir`, over which all that rests on the SSD is striped."""
     pinned_budget_bytes: int | None = None
@@ -262,10 +263,10 @@ class Plan:
     def evaluation_group_size(self) -> int:
         """Micro-batches that an evaluation takes through a unit together.
 
-        An evaluation keeps one hidden state a micro-batch, training one a micro-batch and unit, so it takes as many more as
-        there are units; at most `MOST_EVALUATED_TOGETHER`, because each brings its attention mask along.
+        An evaluation keeps one hidden state a micro-batch, training one a micro-batch and block beside the parameters of a block, so
+        it takes as many more as there are blocks; at most `MOST_EVALUATED_TOGETHER`, because each brings its attention mask along.
         """
-        return max(self.group_size, min((len(self.units) - 1) * self.group_size, MOST_EVALUATED_TOGETHER))
+        return max(self.group_size, min((len(self.units) - 2) * self.group_size, MOST_EVALUATED_TOGETHER))
 
     @property
     def num_parameters(self) -> int:
