@@ -135,9 +135,9 @@ def _try(bench: Bench, mode: str, places: Places, rows: int, steps: int, budget:
         bench.set_rows(rows)
         with without_collector(), _context(bench, mode, places, budget, recompute_as=mode):
             for _ in range(SETTLING_STEPS if is_moving else 2):
-                last_s = bench.noted_step()["step_s"]
+                last_s = bench.step()["step_s"]
             number = min(steps, max(LEAST_STEPS[False], int(MOST_TIMED_S[False] / last_s)))
-            timed = [bench.noted_step()["step_s"] for _ in range(number)]
+            timed = [bench.step()["step_s"] for _ in range(number)]
         return {"step_s": statistics.median(timed), "step_s_spread": [min(timed), max(timed)], "device_budget_bytes": budget}
     except torch.OutOfMemoryError as error:
         return {"error": str(error)[:200]}

@@ -16,9 +16,9 @@ Protocol:
    share a process, and checks it.
 2. A step is forward, backward, SGD. After warm-up, and once amounts have settled, steps of the mode and of `keep` take turns in the
    same process: `--turns` of each at least, and more until the ratio is known to `--within`, or `--turns-s` are over (`turns.py`).
-   `of_keep` is that ratio; all steps are in the line. In every mode Python's collector of cycles runs between
-   steps, not in them. Every job measures `keep` alone first, at least `--steps` steps, for the absolute figures; so are modes measured
-   where keep does not fit.
+   `of_keep` is that ratio; all steps are in the line. The host is up to a step ahead, as it is in a training loop (`steps.py`). In every
+   mode Python's collector of cycles runs between steps, not in them. Every job measures `keep` alone first, at least `--steps` steps, for
+   the absolute figures; so are modes measured where keep does not fit.
 3. A line a mode, as soon as it has ended. What does not fit is a line with its error, what is not installed one that says so.
 4. Order: everything of the first shape and `core` of all others but `LONG_SHAPES`, so each claim has its line early; one `fit`; `ssd` and
    `peers` of `EARLY_SHAPES` between the long ones' `core`; the rest. No mode is begun that would not end before the deadline, by the

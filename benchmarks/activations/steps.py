@@ -12,10 +12,13 @@ Rules:
    two rounds are alike, and a step has allocated nothing on the device. Then until the device's clocks have: a device that comes out of a
    pause is quick for a moment, then held down hard, and steady after some seconds. So `WARM_S` at least (the first mode of a process
    `FIRST_WARM_S`), and until `NUM_STEADY` steps in a row are within `STEADY_FRACTION`, or `MOST_STEADY_S` are over.
-4. A step is forward, backward, SGD and the end of it on the device; `forward_launched_s` is when the host had launched all of forward (as
-   long as forward itself, where the device waited for the host). Its activation peak is taken from torch's allocation history in one step
-   more that is not timed: most bytes allocated at a time besides weights and gradients, by the address of each gradient. (The whole
-   device's peak would count gradients, which come while activations go.)
+4. A step is forward, backward and SGD, from the end of the step before it on the device to its own. The host does not wait for it, as a
+   loop does not that reads its loss every few steps; it may be a step ahead (`MOST_AHEAD`), no more. `forward_launched_s` is when it had
+   launched all of forward: as long as forward itself, where the device waited for the host. With a host that waits for the end of every
+   step, each forward begins before anything is launched: what a mode comes to then beside keep is `of_keep_waiting`, of a few turns more.
+   A step's activation peak is taken from torch's allocation history in one step more that is not timed: most bytes allocated at a time
+   besides weights and gradients, by the address of each gradient. (The whole device's peak would count gradients, which come while
+   activations go.)
 5. A mode's steps take turns with keep's (`turns.py`). For these the mode's hooks are popped from torch's stack and pushed again, and
    recomputed blocks get their own forward back: nothing is left or entered, nothing pinned or given back, and what the mode knows of its
    rounds stays. A line has all steps of both. There is no keep in between where keep has not run in this process before, or takes most of
@@ -29,6 +32,7 @@ Rules:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import gc
@@ -66,6 +70,10 @@ FIRST_WARM_S, WARM_S, MOST_STEADY_S = 2.5, 1.5, 4.0
 NUM_STEADY, STEADY_FRACTION = 3, 0.015
 NUM_ALONE = 4
 """Chosen, all of them."""
+MOST_AHEAD = 1
+"""Steps that are under way on the device when the host launches the next."""
+NUM_WAITING = 2
+"""Turns with a host that waits for each step."""
 MOST_TRIES = 3
 MOST_KEEP_FRACTION = 0.7
 """Of the device, the peak of `keep`: the rest is for pieces that the allocator cannot use."""
@@ -74,6 +82,17 @@ HISTORY_ENTRIES = 400_000
 MOST_TIMED_S = {False: 3.0, True: 10.0}
 """Where steps take seconds, fewer are timed, down to `LEAST_STEPS`; of others' tools (True), whose steps may take ten, the same."""
 LEAST_STEPS = {False: 3, True: 2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Launched:
+    """One step that was launched."""
+
+    marks: list[Any]
+    """Before forward, behind it, behind backward and behind SGD."""
+    after: Any
+    """The end of the step before it; None: the host had waited for that."""
+    forward_launched_s: float
 
 
 class Bench:
@@ -92,6 +111,12 @@ class Bench:
         self._gpu = GpuState(device)
         self._around: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         """Hooks that are entered for each step anew."""
+        self._under_way: collections.deque[tuple[dict[str, Any], _Launched]] = collections.deque()
+        """Steps whose times are not read yet, and where to note them."""
+        self._last_end: Any = None
+        """Of the step that was launched last; None: the host has waited since."""
+        self._is_ahead = device.type == "cuda"
+        """Whether the host goes on while a step runs; on the CPU there is no such thing."""
         self._floor_bytes = self.clean()
         self.rates = self._link_rates()
 
@@ -132,7 +157,39 @@ class Bench:
         return torch.cuda.memory_allocated()
 
     def step(self) -> dict[str, float]:
-        """One step; seconds of its parts (rule 4)."""
+        """One step with nothing before it, to its end on the device; seconds of its parts."""
+        self.settle()
+        begun_s, launched = time.perf_counter(), self._launch()
+        self.synchronize()
+        return self._parts(launched, time.perf_counter() - begun_s)
+
+    def noted_step(self, *, is_keep: bool = False) -> dict[str, Any]:
+        """One step, of the mode or of keep, what the device did beside it, and then the collector (rule 6). Its times (rule 4) are noted
+        once it has ended, at the latest when the steps are settled."""
+        self.settle(MOST_AHEAD if self._is_ahead else 0)
+        found: dict[str, Any] = {}
+        before = self._num_device_allocs()
+        with self._as_keep() if is_keep else contextlib.nullcontext():
+            if self._is_ahead:
+                self._under_way.append((found, self._launch()))
+            else:
+                found |= self.step()
+        found |= {"is_keep": is_keep, "device_allocs": self._num_device_allocs() - before, **self._gpu.read()}
+        gc.collect()
+        return found
+
+    def settle(self, most: int = 0) -> None:
+        """Wait until no more steps than these are under way, and note the times of the others."""
+        while len(self._under_way) > most:
+            found, launched = self._under_way.popleft()
+            if self.is_cuda:
+                launched.marks[-1].synchronize()
+            begin = launched.after if launched.after is not None else launched.marks[0]
+            found |= self._parts(launched, self._seconds(begin, launched.marks[-1]))
+        if not self._under_way:
+            self._last_end = None
+
+    def _launch(self) -> _Launched:
         begun_s, marks = time.perf_counter(), [self._mark()]
         with self._around:
             loss = self.net(self.inputs)
@@ -144,19 +201,13 @@ class Bench:
         self.optimizer.step()
         marks.append(self._mark())
         self.optimizer.zero_grad(set_to_none=True)
-        self.synchronize()
-        wall_s = time.perf_counter() - begun_s
-        parts_s = [self._seconds(*marks[index : index + 2]) for index in range(3)]
-        return {**dict(zip(PARTS, (wall_s, *parts_s, wall_s - sum(parts_s)), strict=True)), "forward_launched_s": launched_s}
+        after, self._last_end = self._last_end, marks[-1] if self.is_cuda else None
+        return _Launched(marks=marks, after=after, forward_launched_s=launched_s)
 
-    def noted_step(self, *, is_keep: bool = False) -> dict[str, Any]:
-        """One step, of the mode or of keep, what the device did beside it, and then the collector (rule 6)."""
-        before = self._num_device_allocs()
-        with self._as_keep() if is_keep else contextlib.nullcontext():
-            found: dict[str, Any] = self.step()
-        found |= {"is_keep": is_keep, "device_allocs": self._num_device_allocs() - before, **self._gpu.read()}
-        gc.collect()
-        return found
+    def _parts(self, launched: _Launched, step_s: float) -> dict[str, float]:
+        parts_s = [self._seconds(*launched.marks[index : index + 2]) for index in range(3)]
+        named = dict(zip(PARTS, (step_s, *parts_s, step_s - sum(parts_s)), strict=True))
+        return {**named, "forward_launched_s": launched.forward_launched_s}
 
     def measure(
         self, name: str, places: Places, known: Known | None, *, steps: int, steps_s: float, plan: Plan | None = None
@@ -176,6 +227,8 @@ class Bench:
         except Exception as error:  # a row too: that a mode does not fit is a result
             is_oom = isinstance(error, torch.OutOfMemoryError)
             line = {"error": f"{type(error).__name__}: {error}"[:600], "is_oom": is_oom}
+        self._under_way.clear()
+        self._last_end = None
         left_bytes = self.clean()
         self.residue_bytes = max(0, left_bytes - self._floor_bytes)
         if name == "keep" and "step_s" in line:  # what plain steps leave is the process's, and found by every mode
@@ -222,6 +275,7 @@ class Bench:
             else:
                 steps = min(steps, max(LEAST_STEPS[is_peer], int(MOST_TIMED_S[is_peer] / warm_s)))
                 timed = self._run_alone(steps, steps_s, peaks)
+            waiting = self._take_waiting_turns() if is_beside and self._is_ahead and mode.amount != "nothing" else []
             counted = [step for step in timed if step["is_counted"]]
             own = [step for step in counted if not step["is_keep"]]
             line: dict[str, Any] = {"num_warm": num_warm, "num_steps": len(own), "num_full_blocks": num_full}
@@ -231,6 +285,8 @@ class Bench:
                 line[part], line[f"{part}_spread"] = statistics.median(values), [values[0], values[-1]]
             if is_beside:
                 line |= _beside(counted, warm)
+                if waiting:
+                    line["of_keep_waiting"] = middle(ratios(waiting))
             if self.is_cuda:
                 line["device_peak_bytes"] = max(peaks)
                 line["activation_peak_bytes"] = self._activation_peak()
@@ -267,6 +323,7 @@ class Bench:
             steps.append(self.noted_step())
         if is_beside:
             steps += [self.noted_step(is_keep=True), self.noted_step()]
+        self.settle()
         self._is_warm = True
         return steps
 
@@ -274,8 +331,10 @@ class Bench:
         """Steps of the mode alone; `peaks` gets the device's."""
         timed: list[dict[str, Any]] = []
         with self._noting_peak(peaks):
-            while len(timed) < steps or (math.fsum(item["step_s"] for item in timed) < steps_s and len(timed) < 4 * steps):
-                timed.append({**self.noted_step(), "is_counted": True})
+            while len(timed) < steps or (math.fsum(item.get("step_s", 0.0) for item in timed) < steps_s and len(timed) < 4 * steps):
+                timed.append(self.noted_step())
+                timed[-1]["is_counted"] = True
+        self.settle()
         return timed
 
     def _take_turns(self, plan: Plan, peaks: list[int]) -> list[dict[str, Any]]:
@@ -286,14 +345,24 @@ class Bench:
             if timed:
                 timed += self._tried_step(peaks, is_keep=False)
             timed += self._tried_step([], is_keep=True)
+        self.settle()
         return timed
+
+    def _take_waiting_turns(self) -> list[dict[str, Any]]:
+        """A few with a host that waits for the end of each step (rule 4)."""
+        self._is_ahead = False
+        try:
+            return [self.noted_step(is_keep=index % 2 == 0) for index in range(2 * NUM_WAITING + 1)]
+        finally:
+            self._is_ahead = True
 
     def _tried_step(self, peaks: list[int], *, is_keep: bool) -> list[dict[str, Any]]:
         """A step, again while it allocates on the device (rule 7); the last one counts, and `peaks` gets the device's."""
         tried: list[dict[str, Any]] = []
         with self._noting_peak(peaks):
             while not tried or (tried[-1]["device_allocs"] and len(tried) < MOST_TRIES):
-                tried.append({**self.noted_step(is_keep=is_keep), "is_counted": False})
+                tried.append(self.noted_step(is_keep=is_keep))
+                tried[-1]["is_counted"] = False
         tried[-1]["is_counted"] = True
         return tried
 
@@ -420,7 +489,7 @@ def _push_hooks(popped: list[Any]) -> None:
 
 def _is_steady(steps: list[dict[str, Any]], spent_s: float, warm_s: float) -> bool:
     """Rule 3."""
-    last = [step["step_s"] for step in steps[-NUM_STEADY:]]
+    last = [step["step_s"] for step in steps if "step_s" in step][-NUM_STEADY:]
     is_even = len(last) == NUM_STEADY and max(last) <= (1 + STEADY_FRACTION) * min(last)
     return spent_s >= warm_s and (is_even or spent_s >= MOST_STEADY_S)
 

@@ -5,7 +5,8 @@
 The newest line of a mode counts. Columns:
 
 * `of keep`: throughput beside the steps of keep next to it, and its interval (`turns.py`). Of lines without these: beside the keep
-  of the same process; where that was run again at the end, beside the mean of both. `peak`: of activations. `fell`: how much lower than
+  of the same process; where that was run again at the end, beside the mean of both. `host waits`: the same, of a loop that waits for the
+  end of every step; of lines without it all steps did. `peak`: of activations. `fell`: how much lower than
   keep's.
 * `gone`: share of all saved bytes that does not stay on the device: moved, rebuilt, or of recomputed blocks (less their inputs). `moved`:
   bytes that leave.
@@ -176,15 +177,15 @@ def _keep_peak(own: list[dict[str, Any]]) -> int | None:
 
 def _table(own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str]:
     rows = [
-        "mode | step, ms | range | tokens/s | of keep | peak, GB | fell | gone | moved, GB | allowed | reached",
-        " | ".join(["---"] * 11),
+        "mode | step, ms | range | tokens/s | of keep | host waits | peak, GB | fell | gone | moved, GB | allowed | reached",
+        " | ".join(["---"] * 12),
     ]
     for line in own:
         is_told_elsewhere = line["job"] == "fit" or line["mode"] == "bounds" or "least_peak_bytes" in line
         if is_told_elsewhere or (line["mode"] == "keep" and line["job"] != "core"):
             continue
         if "step_s" not in line:
-            rows.append(f"{line['mode']} | {line.get('missing') or line.get('error', '')[:140]}" + " |" * 9)
+            rows.append(f"{line['mode']} | {line.get('missing') or line.get('error', '')[:140]}" + " |" * 10)
             continue
         known = figures(line, bounds)
         low, high = line["step_s_spread"]
@@ -196,7 +197,8 @@ def _table(own: list[dict[str, Any]], bounds: dict[str, Any] | None) -> list[str
         cells = [
             line["mode"] + words,
             f"{line['step_s'] * 1e3:.1f}", f"{low * 1e3:.1f} to {high * 1e3:.1f} ({line['num_steps']})", f"{known['tokens_per_s']:.0f}",
-            _of_keep(line, known["of_keep"]), f"{peak / 1e9:.2f}" if peak else "", _percent(known["fell"]), _percent(known["gone"]),
+            _of_keep(line, known["of_keep"]), _share(line.get("of_keep_waiting"), 3),
+            f"{peak / 1e9:.2f}" if peak else "", _percent(known["fell"]), _percent(known["gone"]),
             f"{moved / 1e9:.2f}" if moved else "", _percent(known["allowed"]), _share(known["reached"], 2),
         ]  # fmt: skip
         rows.append(" | ".join(cells))

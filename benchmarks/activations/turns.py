@@ -34,7 +34,7 @@ from collections.abc import Sequence
 from typing import Any
 
 PARTS = ("step_s", "forward_s", "backward_s", "update_s", "rest_s")
-"""Of a step: by the wall; three by the device's events; what is left of the wall (launches, waiting for copies that outlast the step)."""
+"""Of a step: all of it; three parts by the device's events; what is left (where the device had nothing to do before it)."""
 LEAST_TURNS = 2
 LEFT_OUT = 6
 NUM_DRAWS, COVERED = 400, 0.95
@@ -65,10 +65,10 @@ class Plan:
 
 
 def ratios(steps: Sequence[dict[str, Any]]) -> list[float]:
-    """Rule 2: of each step of the mode that has one of keep on both sides (`is_keep`, `step_s`)."""
+    """Rule 2: of each step of the mode that has one of keep on both sides (`is_keep`, `step_s`), once all three have ended."""
     found = []
     for before, own, after in zip(steps, steps[1:], steps[2:], strict=False):
-        if before["is_keep"] and after["is_keep"] and not own["is_keep"]:
+        if before["is_keep"] and after["is_keep"] and not own["is_keep"] and all("step_s" in step for step in (before, own, after)):
             found.append((before["step_s"] + after["step_s"]) / 2 / own["step_s"])
     return found
 

@@ -300,6 +300,9 @@ class Event:
     def elapsed_time(self, other: Event) -> float:
         return (other.at_s - self.at_s) * 1e3
 
+    def synchronize(self) -> None:
+        assert self.at_s > 0
+
 
 class Device:
     """Numbers that torch.cuda would say, and what was called."""
@@ -498,6 +501,48 @@ def test_a_mode_warms_up_until_the_devices_clocks_are_steady(device: Device, mon
     inner = bench.step
     monkeypatch.setattr(bench, "step", lambda: {**inner(), "step_s": next(times)})
     assert measure(bench, "keep")["num_warm"] == 9
+
+
+def test_the_host_is_at_most_a_step_ahead_and_steps_go_from_end_to_end(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, ahead = bench_of(), []
+    bench._is_ahead = True
+    launch = bench._launch
+
+    def noted() -> steps._Launched:
+        ahead.append(len(bench._under_way))
+        return launch()
+
+    monkeypatch.setattr(bench, "_launch", noted)
+    measure(bench, "keep", plan=PLAN)
+    line = measure(bench, "host", plan=PLAN)
+    assert set(ahead) == {0, 1} == {0, steps.MOST_AHEAD} and not bench._under_way
+    assert line["num_turns"] in (3, 4) and line["of_keep"] > 0 and line["of_keep_waiting"] > 0
+    assert "of_keep_waiting" not in measure(bench, "counted", plan=PLAN), "no claim is about it"
+    timed = line["timed_steps"]
+    assert len(timed["step_s"]) >= 7 and None not in timed["step_s"]
+    parts = zip(*(timed[name] for name in turns.PARTS[1:]), strict=True)
+    assert all(sum(own) == pytest.approx(step, abs=1e-5) for step, own in zip(timed["step_s"], parts, strict=True))
+    ahead.clear()
+    first, second, third = bench.noted_step(), bench.noted_step(), bench.noted_step()
+    assert ahead == [0, 1, 1] and "step_s" in first and "step_s" not in second, "a step is read before the next but one is launched"
+    bench.settle()
+    assert "step_s" in third and second["step_s"] > second["forward_s"] + second["backward_s"] and second["rest_s"] > 0, "from the end of the one before it"
+
+
+def test_a_mode_that_fails_with_steps_under_way_leaves_none_to_the_next(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, count = bench_of(), [0]
+    bench._is_ahead = True
+    launch = bench._launch
+
+    def fail() -> steps._Launched:
+        count[0] += 1
+        if count[0] == 3:
+            raise torch.OutOfMemoryError("no room")
+        return launch()
+
+    monkeypatch.setattr(bench, "_launch", fail)
+    assert measure(bench, "keep")["is_oom"] and not bench._under_way and bench._last_end is None
+    assert measure(bench, "keep")["num_steps"] == 2
 
 
 class Nvml:
