@@ -2,7 +2,8 @@
 
 What the driver has given away on the whole device: contexts, allocators' caches, memory of libraries and of worker processes. So
 nothing else should use the device. The allocator's own peak (`max_memory_reserved`) is exact and misses what is not the allocator's;
-sampling may miss what lives for less than `PERIOD_S`. Both are reported.
+sampling may miss what lives for less than `PERIOD_S`. Both are reported. So is how often the allocator had to ask the driver for memory, or
+failed and gave cached memory back first: each time compute waits.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class DeviceWatch:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._peak_bytes = 0
+        self._peak_bytes = self._num_calls = 0
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if device.type == "cuda":
@@ -28,15 +29,18 @@ class DeviceWatch:
             self._thread.start()
 
     def read(self) -> dict[str, int]:
-        """Peaks since the last `read` (or the start), in bytes; then they start again."""
+        """Peaks since the last `read` (or the start), in bytes, and calls of the driver for memory since then; then all start again."""
         if self._device.type != "cuda":
-            return dict.fromkeys(("driver_peak_bytes", "reserved_peak_bytes", "allocated_peak_bytes"), 0)
+            return dict.fromkeys(("driver_peak_bytes", "reserved_peak_bytes", "allocated_peak_bytes", "num_driver_calls"), 0)
         self._look()
         peak, self._peak_bytes = self._peak_bytes, 0
+        stats, before = torch.cuda.memory_stats(self._device), self._num_calls
+        self._num_calls = sum(int(stats.get(name, 0)) for name in ("num_device_alloc", "num_device_free", "num_alloc_retries"))
         return {
             "driver_peak_bytes": peak,
             "reserved_peak_bytes": torch.cuda.max_memory_reserved(self._device),
             "allocated_peak_bytes": torch.cuda.max_memory_allocated(self._device),
+            "num_driver_calls": self._num_calls - before,
         }
 
     def close(self) -> None:
