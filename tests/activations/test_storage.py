@@ -110,6 +110,18 @@ def test_what_was_given_back_serves_a_request_of_any_length_before_more_is_pinne
     assert whole is not None and whole.after == (under_way,) * 8 and memory.allocated_bytes == 1 << 16
 
 
+def test_rounds_of_changing_lengths_find_the_room_that_they_would_find_in_an_empty_arena() -> None:
+    """Though what the round before has given back is cut still."""
+    page = 4096
+    arena = HostArena(HostMemory(pin=False, budget_bytes=100 * page), "saved", limit_bytes=100 * page, segment_bytes=100 * page)
+    for pages in ([6] * 10, [10, 10, 10, 65], [6] * 16, [10, 10, 10, 65]):
+        ranges = [arena.take(number * page) for number in pages]
+        assert None not in ranges, f"{ranges.index(None)} ranges of {pages} pages found room"
+        for item in reversed(ranges):
+            assert item is not None
+            arena.give(item)
+
+
 def pending(num_bytes: int) -> tuple[ThreadEnd, Future]:  # type: ignore[type-arg]
     end = ThreadEnd(num_bytes)
     end._future = Future()

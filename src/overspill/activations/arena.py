@@ -3,7 +3,8 @@
 A saved tensor's size changes with every batch's length, so slots of exact size classes would be pinned and unpinned all the time. Lifetimes
 however are those of a stack (what forward saves last, backward drops first), which first fit in one address range serves with next to no
 fragmentation: a round takes its ranges from the front of the first segment, and leaves all free. And most rounds are like the one before:
-what is given back stays cut as it is, for a request of the same length, until some other request finds no room.
+what is given back stays cut as it is, for a request of the same length, until one of another length comes: cut around them, what that
+takes would leave holes when there is room no more.
 
 Rules:
 
@@ -90,8 +91,8 @@ class HostArena:
     def take(self, num_bytes: int) -> Range | None:
         """A range of `num_bytes`, on a page; None: there is no room."""
         with self._lock:
-            found = self._take_spare(num_bytes) or self._cut_anywhere(num_bytes)
-            if found is None and self._spare:
+            found = self._take_spare(num_bytes)
+            if found is None:
                 self._join_spares()
                 found = self._cut_anywhere(num_bytes)
             if found is None and (grown := self._grow(align_up(num_bytes, EXTENT_ALIGNMENT_BYTES))) is not None:
@@ -129,6 +130,8 @@ class HostArena:
 
     def _join_spares(self) -> None:
         """Give their bytes back to the segments, for requests of any length."""
+        if not self._spare:
+            return
         spares, self._spare = self._spare, {}
         for item in (item for same in spares.values() for item in same):
             extent = item._segment.table.find(item._name)
