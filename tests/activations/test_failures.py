@@ -6,6 +6,8 @@ import contextlib
 import errno
 import itertools
 import os
+import random
+import signal
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from small_nets import assert_nothing_left, assert_same_gradients, build, chain_
 from overspill.activations.links import ThreadLink
 from overspill.errors import StorageError
 from overspill.tiers import Failure, FakeStore, Fault, FaultInjector, FaultKind, SsdStore
+from overspill.units import MIB
 
 
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EIO])
@@ -195,3 +198,27 @@ def test_a_store_that_fails_in_its_own_words_is_a_storage_error_and_keeps_no_gra
     assert isinstance(caught.value.__cause__, OSError)
     del caught
     assert_nothing_left(active)
+
+
+def test_ctrl_c_at_any_time_in_a_hook_leaves_the_grad_mode_as_it_was() -> None:
+    """Forward that is broken off and begun anew would make no graph, and say nothing."""
+    before, num_broken_off = signal.signal(signal.SIGALRM, signal.default_int_handler), 0
+    model, _ = chain_step(1)
+    try:
+        with offload(model, min_bytes=MIB) as active:
+            pack, hidden = active._tiers.cache.pack, torch.ones(8)
+            for _ in range(300):
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 2e-3))
+                    try:
+                        for _ in range(10_000):
+                            pack(hidden)
+                    except KeyboardInterrupt:
+                        num_broken_off += 1
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                assert torch.is_grad_enabled(), f"not after {num_broken_off} times"
+        assert num_broken_off > 100
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(True)
