@@ -526,7 +526,8 @@ def test_the_host_is_at_most_a_step_ahead_and_steps_go_from_end_to_end(device: D
     first, second, third = bench.noted_step(), bench.noted_step(), bench.noted_step()
     assert ahead == [0, 1, 1] and "step_s" in first and "step_s" not in second, "a step is read before the next but one is launched"
     bench.settle()
-    assert "step_s" in third and second["step_s"] > second["forward_s"] + second["backward_s"] and second["rest_s"] > 0, "from the end of the one before it"
+    assert "step_s" in third and second["rest_s"] > 0, "from the end of the one before it"
+    assert second["step_s"] > second["forward_s"] + second["backward_s"]
 
 
 def test_a_mode_that_fails_with_steps_under_way_leaves_none_to_the_next(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
