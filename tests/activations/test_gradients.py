@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,41 @@ class Block(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden + self.down(nn.functional.gelu(self.up(hidden)))
+
+
+class Broken(nn.Module):
+    """A block that is compiled in two pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.gelu(self.linear(hidden)).sin()
+        torch._dynamo.graph_break()
+        return hidden.exp() * hidden
+
+
+def test_of_hooks_that_compiled_blocks_call_nothing_is_compiled() -> None:
+    """As many frames as without hooks, whatever the shapes; and the hooks run as they are."""
+    from torch._dynamo.utils import counters
+
+    found = []
+    for is_inside in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(Broken(), Broken())
+        for block in model:
+            block.compile(backend="aot_eager")
+        torch._dynamo.reset()
+        counters.clear()
+        with offload(model, min_bytes=1, amount="everything") if is_inside else contextlib.nullcontext() as active:
+            for rows in (3, 4, 5, 4):
+                model(torch.ones(rows, 8)).sum().backward()
+        assert active is None or active.report().host_bytes > 0
+        found.append((dict(counters["frames"]), [parameter.grad for parameter in model.parameters()]))
+    (plain, wanted), (own, gradients) = found
+    assert plain == own and plain["total"] > 0
+    assert all(torch.equal(one, other) for one, other in zip(wanted, gradients, strict=True))
 
 
 def test_compiled_blocks_give_the_bits_of_compiled_blocks() -> None:

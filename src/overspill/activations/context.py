@@ -381,7 +381,7 @@ def _uncompiled(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(saved: Any) -> Any:
         return hook(saved) if _callback_of_dynamo() is None else disabled(saved)
 
-    return torch.compiler.disable(run, recursive=False)  # marks its code and wraps nothing
+    return torch.compiler.disable(run, recursive=False)  # itself alone; what it calls goes one of the two ways
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
