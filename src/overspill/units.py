@@ -48,9 +48,12 @@ def parse_bytes(text: str | int) -> int:
     return round(float(match.group(1)) * _SUFFIXES[suffix])
 
 
+_LIMITS = ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
+
+
 def format_bytes(num_bytes: float) -> str:
     """A size for people: `1.50 GiB`, `12.0 MiB`, `512 B`."""
-    for limit, suffix in ((1024 * GIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for limit, suffix in _LIMITS:
         if abs(num_bytes) >= limit:
             return f"{num_bytes / limit:.2f} {suffix}"
     return f"{num_bytes:.0f} B"
@@ -58,11 +61,7 @@ def format_bytes(num_bytes: float) -> str:
 
 def format_bytes_up(num_bytes: int) -> str:
     """A size for people that is no smaller when it is read again (`parse_bytes`): what a limit is to be raised by."""
-    step = 1
-    for limit in (KIB, MIB, GIB, 1024 * GIB):
-        if num_bytes >= limit:
-            step = limit // 100
-    text = format_bytes(num_bytes)
+    text, step = format_bytes(num_bytes), next((limit // 100 for limit, _ in _LIMITS if num_bytes >= limit), 1)
     return text if parse_bytes(text) >= num_bytes else format_bytes(num_bytes + step)
 
 

@@ -41,6 +41,7 @@ from overspill.activations.amounts import Target
 from overspill.activations.forms import CastFrom, Form
 from overspill.activations.identity import (
     ALIGNMENT_BYTES,
+    PLAIN_KINDS,
     Geometry,
     ParameterStorages,
     byte_span,
@@ -58,8 +59,6 @@ from overspill.activations.timeline import WatchedCall
 MOST_DEAD = 4096
 """Places of dead records that a round keeps. Chosen: more than a step has."""
 
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 MOST_DEAD_PASSED = 64
 """Places of dead records that a look ahead passes, before it takes them for the end of a micro-batch. Chosen."""
@@ -188,7 +187,7 @@ class TensorCache:
     # -- packing -----------------------------------------------------------------------------------------------------
 
     def _reason_to_leave(self, tensor: torch.Tensor) -> tuple[str | None, torch.UntypedStorage | None]:
-        if type(tensor) not in _PLAIN or tensor.layout != torch.strided or tensor.is_nested:
+        if type(tensor) not in PLAIN_KINDS or tensor.layout != torch.strided or tensor.is_nested:
             return "unsupported", None
         if tensor.device != self.device:
             return "other_device", None

@@ -33,6 +33,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 ALIGNMENT_BYTES = 512
 """What torch's CUDA allocator aligns storages to; on the CPU it is 64."""
 
+PLAIN_KINDS = (torch.Tensor, nn.Parameter)
+"""Tensors that are nothing but a view of a storage; subclasses may be more."""
 _CASTS_AND_VIEWS = frozenset(
     f"{name}Backward0"
     for name in (

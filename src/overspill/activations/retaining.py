@@ -34,7 +34,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from overspill.activations.identity import Geometry, byte_span, bytes_of, changed_in_place, shed, words, words_of
+from overspill.activations.identity import PLAIN_KINDS, Geometry, byte_span, bytes_of, changed_in_place, shed, words, words_of
 from overspill.activations.rebuild import Rebuilder, can_read_saved, is_plain_norm
 from overspill.activations.saved import Saved, SavedAlone
 from overspill.spec.retention import STORED_ALIGNMENT_BYTES
@@ -42,7 +42,6 @@ from overspill.units import align_up
 
 HIDDEN = "hidden states that enter"
 """Name of the boundary among the given tensors; no weight has a name with spaces."""
-_KINDS = (torch.Tensor, nn.Parameter)
 _REAL = frozenset((torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.bool))
 """Dtypes of most saved tensors: neither quantized nor ever conjugated, so nobody has to ask."""
 
@@ -218,7 +217,7 @@ class Book:
     def _pack(self, tensor: torch.Tensor) -> Saved:
         """Nothing here or in what it calls has a graph: all is detached, or made of bytes. Ctrl-C may have left the hooks in place when
         the forward was over; they do no harm then."""
-        if not self._is_open or (type(tensor) not in _KINDS and self._has_values):
+        if not self._is_open or (type(tensor) not in PLAIN_KINDS and self._has_values):
             return SavedAlone(tensor, None)
         if tensor.device != self.device or tensor.layout != torch.strided or tensor.numel() == 0 or tensor.is_neg():
             return SavedAlone(tensor, None)
