@@ -110,9 +110,9 @@ def test_steps_that_overlap_are_the_serial_ones_to_the_last_bit(
 
     def slow(self: Lanes, completion: Completion, job: Any, waits: Any, stream: Any) -> None:
         def slow_job() -> Any:
-            time.sleep(delays.random() * 0.002 * (delays.random() < 0.3))
+            time.sleep(delays.random() * 0.005 * (delays.random() < 0.3))
             result = job()
-            time.sleep(delays.random() * 0.002 * (delays.random() < 0.3))
+            time.sleep(delays.random() * 0.005 * (delays.random() < 0.3))
             return result
 
         run(self, completion, slow_job, waits, stream)
