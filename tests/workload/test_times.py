@@ -40,6 +40,7 @@ def test_every_class_of_blocks_and_the_tail_are_timed(name: str) -> None:
     assert from_json(TemplateTimes, times.to_json()) == times
 
 
+@pytest.mark.clock
 def test_what_does_not_fit_the_time_is_measured_smaller_and_said() -> None:
     config = LlamaConfig(vocab_size=2048, hidden_size=512, intermediate_size=2048, num_hidden_layers=2, num_attention_heads=8)
     times = time_templates(config, device="cpu", seq_len=8192, micro_batch=8, dtype="float32", limit_s=1.5)
