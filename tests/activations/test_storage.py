@@ -122,6 +122,111 @@ def test_rounds_of_changing_lengths_find_the_room_that_they_would_find_in_an_emp
             arena.give(item)
 
 
+def test_tensors_of_just_over_half_of_a_segment_do_not_leave_half_of_the_arena_empty() -> None:
+    page, memory = 4096, HostMemory(pin=False, budget_bytes=256 * 4096)
+    arena = HostArena(memory, "saved", limit_bytes=256 * page, segment_bytes=16 * page)
+
+    def most(num_pages: int) -> int:
+        ranges = [item for item in iter(lambda: arena.take(num_pages * page), None)]
+        for item in reversed(ranges):
+            arena.give(item)
+        arena.mend()
+        return len(ranges)
+
+    assert [most(pages) for pages in (1, 9, 9, 9)] == [256, 16, 28, 28]
+    assert [most(pages) for pages in (33, 33, 33)] == [4, 7, 7], "and of the larger ones that it has then"
+    assert most(129) == 1 and memory.allocated_bytes == memory.peak_bytes == 256 * page, "what was pinned is freed before"
+
+
+def test_an_arena_that_lends_or_wastes_little_stays_as_it_is() -> None:
+    page, memory = 4096, HostMemory(pin=False, budget_bytes=256 * 4096)
+    arena = HostArena(memory, "saved", limit_bytes=256 * page, segment_bytes=16 * page)
+    held = arena.take(page)
+    assert held is not None
+    for _ in range(3):
+        ranges = [item for item in iter(lambda: arena.take(9 * page), None)]
+        assert len(ranges) == 16 and held.tensor.data_ptr() == arena._segments[0].tensor.data_ptr()
+        for item in ranges:
+            arena.give(item)
+        arena.mend()
+    arena.give(held)
+    arena.mend()
+    larger = arena.take(9 * page)
+    assert larger is not None and len(arena._segments) == 1 and arena._segments[0].tensor.numel() == 64 * page
+    arena.close()
+    full = HostArena(memory, "saved", limit_bytes=256 * page, segment_bytes=16 * page)
+    for pages in (5, 7):  # a sixteenth and an eighth of it are ends of segments
+        ranges = [item for item in iter(lambda pages=pages: full.take(pages * page), None)]
+        for item in ranges:
+            full.give(item)
+        full.mend()
+        assert len(ranges) == 16 * (16 // pages) and len(full._segments) == 16
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_a_wait_that_is_broken_off_while_segments_are_freed_leaves_an_arena_that_goes_on(grows: bool) -> None:
+    """By mending, or by a request that wants the place of empty ones: no segment is lent that is free, none is held that nobody knows."""
+
+    class BrokenOff(ThreadEnd):
+        num_waits = 0
+        is_done = property(lambda self: self.num_waits > 1)
+
+        def wait(self) -> None:
+            self.num_waits += 1
+            if self.num_waits == 1:
+                raise KeyboardInterrupt
+
+    page, memory = 4096, HostMemory(pin=False, budget_bytes=64 * 4096)
+    arena = HostArena(memory, "saved", limit_bytes=64 * page, segment_bytes=16 * page)
+    ranges = [item for item in iter(lambda: arena.take(9 * page), None)]
+    assert len(ranges) == 4
+    for number, item in enumerate(ranges):
+        arena.give(item, [BrokenOff(item.num_bytes)] if number == 2 else [])
+    with pytest.raises(KeyboardInterrupt):
+        arena.take(60 * page) if grows else arena.mend()
+    assert memory.allocated_bytes == sum(segment.tensor.numel() for segment in arena._segments) == 32 * page
+    again = arena.take(9 * page)
+    assert again is not None and any(again.tensor.data_ptr() == segment.tensor.data_ptr() for segment in arena._segments)
+    arena.give(again)
+    arena.mend()
+    assert len([item for item in iter(lambda: arena.take(9 * page), None)]) == 7
+    arena.close()
+    assert memory.allocated_bytes == 0
+
+
+@pytest.mark.parametrize("amount", ["everything", "adaptive"])
+def test_tensors_that_fill_half_of_what_they_are_given_leave_all_once_that_is_mended(amount: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not in a round that is watched, whose times would be those of pinning."""
+    monkeypatch.setattr("overspill.activations.arena.LEAST_SEGMENT_BYTES", 4096)
+    monkeypatch.setattr("overspill.activations.steadying.AGREEING", 1.0)  # a link that is in doubt has every round watched
+    mended: list[int] = []
+    mend = HostArena.mend
+
+    def counted(arena: HostArena) -> None:
+        before = arena._segment_bytes
+        mend(arena)
+        if arena._segment_bytes != before:
+            mended.append(number)
+
+    monkeypatch.setattr(HostArena, "mend", counted)
+    torch.manual_seed(0)
+    net = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(32, 32, bias=False), nn.Tanh())))
+    inputs = torch.randn(288, 32)  # 36 KiB, and a sixteenth of the budget has 64
+
+    def step() -> torch.Tensor:
+        return net(inputs).square().sum()
+
+    expected = run_step(net, step)
+    with offload(net, amount=amount, host_budget="1MiB", min_bytes=8192) as active:
+        for number in range(1, 25):  # noqa: B007 - the hook above tells it
+            loss, gradients = run_step(net, step)
+            assert loss == expected[0] and all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
+        rounds = active.report().rounds
+    assert rounds[0].host_bytes == 16 * 36 * 1024 < rounds[0].packed_bytes
+    assert len(mended) == 1 and (mended[0] == 2 if amount == "everything" else mended[0] > 3), "the second and the third are watched"
+    assert amount == "adaptive" or rounds[1].host_bytes == rounds[1].packed_bytes
+
+
 def pending(num_bytes: int) -> tuple[ThreadEnd, Future]:  # type: ignore[type-arg]
     end = ThreadEnd(num_bytes)
     end._future = Future()

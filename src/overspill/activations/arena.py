@@ -9,7 +9,9 @@ takes would leave holes when there is room no more.
 Rules:
 
 1. A segment is allocated when no other has room, and is kept: pinning costs (`tiers/pinned.py`). Only a request that fits nowhere frees
-   segments that are empty.
+   segments that are empty. What is cut of sixteen segments wastes the end of each: tensors of a little more than half of a segment fill
+   half of the arena. Where a request was refused while more than `MOST_TORN` of it was free, `mend` makes fewer and larger segments, all
+   pinned anew; at most twice in an arena's life.
 2. A range is the borrower's until `give`. It may be given back with work that still touches it; whoever gets any of the same bytes next
    gets that work too (`Range.after`), and lets whatever touches the bytes wait for it.
 3. `take` never waits and never raises for want of room: it says None.
@@ -37,6 +39,11 @@ LEAST_SEGMENT_BYTES = 256 * MIB
 """Grown by at least this much at a time: 0.1 s of pinning. Chosen."""
 MOST_SEGMENTS = 16
 """Of which an arena of its full size consists, so that large tensors find room beside small ones. Chosen."""
+
+MOST_TORN = 1 / 8
+"""Of the limit: what may be free and of no use. Chosen: less is what the ends of sixteen segments usually are."""
+LARGER = 4
+"""Times the size are the segments after that: sixteen, four, one."""
 
 
 class _Segment:
@@ -80,6 +87,8 @@ class HostArena:
         self._memory, self._name, self.limit_bytes = memory, name, limit_bytes // EXTENT_ALIGNMENT_BYTES * EXTENT_ALIGNMENT_BYTES
         self._segment_bytes = align_up(segment_bytes or max(LEAST_SEGMENT_BYTES, limit_bytes // MOST_SEGMENTS), EXTENT_ALIGNMENT_BYTES)
         self._is_refused = False
+        self._is_torn = False
+        """Whether a request was refused for want of a whole piece, and not of bytes."""
         self._segments: list[_Segment] = []
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -100,6 +109,9 @@ class HostArena:
             if found is not None:
                 self.used_bytes += found.num_bytes
                 self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+            elif not self._is_refused:
+                free_bytes = self.limit_bytes - self.used_bytes
+                self._is_torn = self._is_torn or (free_bytes >= num_bytes and free_bytes > MOST_TORN * self.limit_bytes)
             return found
 
     def give(self, item: Range, after: Iterable[End] = ()) -> None:
@@ -110,13 +122,20 @@ class HostArena:
             self._spare.setdefault(item.tensor.numel(), []).append(item)
             self.used_bytes -= item.num_bytes
 
+    def mend(self) -> None:
+        """Begin anew with larger segments, if that is wanted (rule 1) and nothing is lent. Takes as long as pinning; call it where nobody
+        measures."""
+        if not self._is_torn:
+            return
+        with self._lock:
+            if not self.used_bytes and self._segment_bytes < self.limit_bytes:
+                self._drop_all()
+                self._segment_bytes, self._is_torn = min(LARGER * self._segment_bytes, self.limit_bytes), False
+
     def close(self) -> None:
         """Free all. Nothing is lent, unless Ctrl-C came between a range and its record; no copy may be under way."""
         with self._lock:
-            self._join_spares()
-            for segment in self._segments:
-                self._drop(segment)
-            self._segments = []
+            self._drop_all()
 
     def _take_spare(self, num_bytes: int) -> Range | None:
         """The one of this length that was given back last. As a new object: who has the old one has nothing."""
@@ -161,9 +180,8 @@ class HostArena:
             if self.used_bytes + num_bytes > self.limit_bytes:
                 return None
             for segment in [segment for segment in self._segments if segment.table.allocated_bytes == 0]:
-                self._segments.remove(segment)
-                held -= segment.tensor.numel()
                 self._drop(segment)
+                held -= segment.tensor.numel()
                 if held + num_bytes <= self.limit_bytes:
                     break
             else:
@@ -181,9 +199,16 @@ class HostArena:
         self._segments.append(_Segment(name, tensor))
         return self._segments[-1]
 
+    def _drop_all(self) -> None:
+        self._join_spares()
+        for segment in list(self._segments):
+            self._drop(segment)
+
     def _drop(self, segment: _Segment) -> None:
+        """Free an empty segment; where waiting for what touched it fails, or is broken off, the arena has it as before."""
         for _, _, end in segment.pending:
             end.wait()
+        self._segments.remove(segment)
         self._memory.free(segment.name)
 
 

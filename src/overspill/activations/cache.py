@@ -560,6 +560,8 @@ class TensorCache:
         self._num_back.clear()
         self.num_packed = 0
         self.rounds.begin()
+        if self.rounds.timeline is None:
+            self.mover.host.mend()
 
     def close_when_empty(self, close: Callable[[], None]) -> None:
         """Call `close` as soon as no record is alive: now, or when the last one dies."""
