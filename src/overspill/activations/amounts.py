@@ -65,7 +65,7 @@ class Room:
     """Most bytes of records that the device has room for at one time, as far as that is known; None: no limit. It decides how wide
     windows may be chosen (`windows.py`)."""
     least_bytes: int = 0
-    """Smaller records stay, unless they must leave."""
+    """Smaller records stay, unless they must leave or the link has nothing else to do."""
 
     @property
     def back_bytes(self) -> int:

@@ -162,11 +162,11 @@ class WayOut:
 
 def those_out_in_time(profile: Profile, bytes_per_s: float, window_bytes: float, least_bytes: int = 0) -> list[bool]:
     """The records that can leave without a wait: there is room on the way out when each is packed, and its copy ends with forward. Smaller
-    ones than `least_bytes` stay."""
+    ones than `least_bytes` do where the link has nothing else to do."""
     way, chosen, most_s = WayOut(bytes_per_s, window_bytes), [], (1 + LATE_FRACTION) * profile.forward_s
     for number, (size, packed_s) in enumerate(zip(profile.stored_bytes, profile.packed_s, strict=True)):
         way.advance(packed_s)
-        fits = size >= least_bytes and way.has_room(size) and way.end_s(size, packed_s) <= most_s
+        fits = (size >= least_bytes or not way.num_bytes) and way.has_room(size) and way.end_s(size, packed_s) <= most_s
         chosen.append(fits)
         if fits:
             way.take(number, size, packed_s)

@@ -14,10 +14,13 @@ Rules:
 3. What is chosen has room: its peak is at most `Room.peak_bytes`, or it is no wider than what rule 1 says. Where something must leave that
    costs time, or goes to a drive (which is not on this paper), the windows are rule 1's.
 4. A window is the most. In forward the mover lets go of what is gone by the pace that follows (`flight.py`), which is earlier.
-5. Where starting the copies would take the host more than `START_FRACTION` of forward, small records stay, as long as about as much
-   leaves (`ABOUT`): fewer, larger copies. A Llama saves 15 tensors in each block, and the link takes a fifth of their bytes; two of the
-   largest keep it as busy as six of all sizes.
-6. A round that was decided so and in which compute waited all the same was too bold: the link does not give beside compute what single
+5. Where starting the copies would take the host more than `START_FRACTION` of forward, small records leave only where the link has nothing
+   else to do, as long as about as much leaves (`ABOUT`): fewer, larger copies. A Llama saves 15 tensors in each block, and the link takes a
+   fifth of their bytes; two of the largest keep it as busy as six of all sizes.
+6. With so many copies, and where somebody allows time to be lost, the link is filled to `LINK_SHARE` alone. The last tenth of it is what
+   costs most: copies that a host starts a little late end after forward, and compute waits for them; rebuilding the same bytes costs a
+   third of that.
+7. A round that was decided so and in which compute waited all the same was too bold: the link does not give beside compute what single
    copies were measured at. The next decision takes less for its rates (`next_caution`), and part of that back when nothing waits.
 
 Costs: some 15 walks over the records of a micro-batch, each time that a round was measured; by rule 5 as many again for each size.
@@ -52,6 +55,9 @@ ABOUT = 0.95
 START_S, START_FRACTION = 4e-4, 0.25
 """What it takes the host to start a copy, and to know of it: 0.1 ms on a quick machine, four times that beside copies on a slow host of an
 H100, measured. Of forward, chosen: what is beside it is the model's own Python, and hooks that move nothing."""
+LINK_SHARE = 0.92
+"""Of the rate out. Chosen, after two calls on two H100 machines, so with what their hosts differ by in it: with a Llama's 2,048 tokens
+4.3 GB in a forward in which 5.6 could leave cost 2.7 ms, and 5.7 GB 6.4 ms; rebuilding costs 1.4 ms a GB."""
 DRIVE_CAUTION = 0.7
 """Of a drive's rate: its reads are waited for by the host, and they differ more than the link's copies. Chosen."""
 
@@ -98,7 +104,7 @@ class Decision:
 
 
 def next_caution(caution: float, waited_fraction: float) -> float:
-    """Rule 6: of the rates, what the next decision takes, after a decided round in which compute waited for so much of the time."""
+    """Rule 7: of the rates, what the next decision takes, after a decided round in which compute waited for so much of the time."""
     if waited_fraction > MOST_WAITED_FRACTION:
         return max(LEAST_CAUTION, caution * (1 - min(FORWARDS_A_ROUND * waited_fraction, MOST_CORRECTION)))
     return min(1.0, caution + (1 - caution) / 4)
@@ -140,15 +146,19 @@ def decide(
     profile = what_is_left(profile, mix)
     is_adaptive, rate = isinstance(amount, Adaptive), rates.d2h_bytes_per_s
 
-    def choose(asked: Room) -> Room:
+    def choose(asked: Room, rates: ActivationRates) -> Room:
         return _chosen_room(amount, profile, rates, asked) if may_choose and is_adaptive else asked
 
-    chosen = choose(room)
+    chosen = choose(room, rates)
     free = amount.leaves(profile, rates, chosen)
     targets = decide_targets(amount, profile, rates, chosen)
     is_free = rate is not None and is_adaptive and _is_free(targets, free)
-    if is_free and (fewer := _with_fewer(amount, profile, rates, room, free, choose)) is not None:
-        chosen, targets = fewer, decide_targets(amount, profile, rates, fewer)
+    if is_free and rate is not None and _are_many(profile, free):
+        less = rates if throughput is None else _out_alone_slowed(rates, rate)
+        others = _with_fewer(amount, profile, less, room, choose)
+        found = decide_targets(amount, profile, less, others)
+        if _is_free(found, amount.leaves(profile, less, others)):  # else what stays now has pushed out what must leave
+            chosen, targets = others, found
     elif not is_free and chosen is not room:
         chosen, targets = room, decide_targets(amount, profile, rates, room)
     leaves = [target is not Target.KEEP for target in targets]
@@ -165,22 +175,33 @@ def decide(
     )
 
 
+def _sizes(profile: Profile, leaves: Sequence[bool]) -> list[int]:
+    """Of what leaves."""
+    return [size for size, is_moved in zip(profile.stored_bytes, leaves, strict=True) if is_moved and size]
+
+
+def _are_many(profile: Profile, leaves: Sequence[bool]) -> bool:
+    """Whether starting the copies would take the host too long (rule 5)."""
+    return START_S * len(_sizes(profile, leaves)) > START_FRACTION * profile.forward_s
+
+
+def _out_alone_slowed(rates: ActivationRates, out: float) -> ActivationRates:
+    """Rule 6. The way back is not filled, and keeps its rate."""
+    return dataclasses.replace(rates, d2h_bytes_per_s=LINK_SHARE * out, h2d_bytes_per_s=rates.h2d_bytes_per_s or out)
+
+
 def _with_fewer(
-    amount: Amount, profile: Profile, rates: ActivationRates, room: Room, free: Sequence[bool], choose: Callable[[Room], Room]
-) -> Room | None:
-    """Rule 5, where these would leave: the room with the largest size that all that leaves may have; None: any may."""
-
-    def sizes(leaves: Sequence[bool]) -> list[int]:
-        return [size for size, is_moved in zip(profile.stored_bytes, leaves, strict=True) if is_moved and size]
-
-    all_sizes = sizes(free)
-    if START_S * len(all_sizes) <= START_FRACTION * profile.forward_s:
-        return None
-    for least_bytes in sorted(set(all_sizes), reverse=True):
-        fewer = choose(dataclasses.replace(room, least_bytes=least_bytes))
-        if sum(sizes(amount.leaves(profile, rates, fewer))) >= ABOUT * sum(all_sizes):
+    amount: Amount, profile: Profile, rates: ActivationRates, room: Room, choose: Callable[[Room, ActivationRates], Room]
+) -> Room:
+    """Rule 5: the chosen room with the largest size that what leaves may have; with any if no copies are saved by it."""
+    anything = choose(room, rates)
+    all_sizes = _sizes(profile, amount.leaves(profile, rates, anything))
+    for least_bytes in sorted({size for size in profile.stored_bytes if size > min(all_sizes, default=size)}, reverse=True):
+        fewer = choose(dataclasses.replace(room, least_bytes=least_bytes), rates)
+        sizes = _sizes(profile, amount.leaves(profile, rates, fewer))
+        if len(sizes) < len(all_sizes) and sum(sizes) >= ABOUT * sum(all_sizes):
             return fewer
-    return None
+    return anything
 
 
 def _chosen_room(amount: Amount, profile: Profile, rates: ActivationRates, room: Room) -> Room:
