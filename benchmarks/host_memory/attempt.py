@@ -18,6 +18,8 @@ from typing import Any
 
 TAIL_BYTES = 6000
 """Of the child's output, kept with a failure."""
+REAP_S = 10.0
+"""For a killed child to be gone, before its end is asked of the system itself."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,32 +46,60 @@ class Outcome:
 def run_attempt(command: list[str], *, limit_s: float, environment: dict[str, str] | None = None) -> Outcome:
     """Run `command` to its end or to `limit_s`; its output goes to a file, of which the end is kept, and to the screen.
 
-    A SIGTERM that this process gets meanwhile ends the child too.
+    A SIGTERM that this process gets meanwhile ends the child too, and then this process (SystemExit). The handler only ends the child: an
+    exception from it could come while `subprocess` holds its lock, and the next wait would be for ever.
     """
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    children: list[int] = []
+    ended_by: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        ended_by.append(number)
+        for child_pid in children:
+            _end_group(child_pid)
+
+    before = signal.signal(signal.SIGTERM, end)
     started = time.monotonic()
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(environment or {})}
-        )
-        try:
-            code: int | None = child.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            # Also after an ordinary end: a worker process that outlives its parent would hold memory that the next run measures.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - TAIL_BYTES))
-        tail = output.read().decode(errors="replace")
+    try:
+        with tempfile.TemporaryFile() as output:
+            child = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **(environment or {})}
+            )
+            children.append(child.pid)
+            if ended_by:  # while it was started
+                _end_group(child.pid)
+            try:
+                code: int | None = child.wait(timeout=limit_s)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                # Also after an ordinary end: a worker process that outlives its parent would hold memory that the next run measures.
+                _end_group(child.pid)
+                reap(child)
+                children.clear()
+            size = output.seek(0, os.SEEK_END)
+            output.seek(max(0, size - TAIL_BYTES))
+            tail = output.read().decode(errors="replace")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if ended_by:
+        raise SystemExit(128 + ended_by[0])
     print(tail[-1500:], flush=True)
     return Outcome(return_code=code, wall_s=time.monotonic() - started, output_tail=tail)
 
 
-def _exit_on_signal(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)
+def _end_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def reap(child: subprocess.Popen[bytes]) -> None:
+    """Wait for a child that was killed. An exception from a signal handler may have come while `Popen` held its lock; a wait with a limit
+    gives up asking for that lock."""
+    try:
+        child.wait(timeout=REAP_S)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child.pid, 0)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from attempt import Outcome
+from attempt import Outcome, reap
 
 LOADING_LIMIT_S = 120.0
 """Of one batch. Chosen: many times what loading takes from a slow disk."""
@@ -116,7 +116,7 @@ class Worker:
             return ""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._child.pid, signal.SIGKILL)
-        self._child.wait()
+        reap(self._child)
         with contextlib.suppress(BrokenPipeError):
             assert self._child.stdin is not None
             self._child.stdin.close()

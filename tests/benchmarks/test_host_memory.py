@@ -177,6 +177,40 @@ def test_ending_the_supervisor_ends_its_child(tmp_path: Path) -> None:
     assert not Path(f"/proc/{pid_file.read_text()}").exists()
 
 
+SIGNALLED_WITH_THE_LOCK = """
+import os, signal, subprocess, sys, threading, types
+class Lock:
+    def __init__(self):
+        self.inner, self.is_first = threading.Lock(), True
+    def acquire(self, *args):
+        got = self.inner.acquire(*args)
+        if got and self.is_first:
+            self.is_first = False
+            os.kill(os.getpid(), signal.SIGTERM)
+        return got
+    def release(self):
+        self.inner.release()
+    def __enter__(self):
+        self.acquire()
+    def __exit__(self, *exc_info):
+        self.release()
+subprocess.threading = types.SimpleNamespace(Lock=Lock)
+"""
+
+
+@pytest.mark.parametrize("supervisor", ["attempt", "worker"])
+def test_a_supervisor_ended_while_it_holds_a_lock_of_popen_ends_all_the_same(supervisor: str) -> None:
+    command = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+    code = f"import attempt\nattempt.run_attempt({command!r}, limit_s=60)"
+    if supervisor == "worker":
+        code = "import attempt, workers\nattempt.REAP_S = 0.5\nworkers.on_termination(lambda: None)\n"
+        code += f"workers.Worker({command!r}).run({{}}, limit_s=60)"
+    path = os.pathsep.join(str(folder) for folder in (FOLDER, FOLDER.parent / "prediction"))
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-S", "-c", SIGNALLED_WITH_THE_LOCK + code], env=environment, check=False, timeout=30)
+    assert done.returncode == 128 + signal.SIGTERM
+
+
 @pytest.mark.parametrize(("capacity", "expected"), [(0, 0), (1, 1), (5, 5), (9, 8), (100, 64)])
 def test_the_search_finds_the_largest_size_that_runs(capacity: int, expected: int) -> None:
     size, good = longest.search(1, 64, 2, 1, lambda size: size <= capacity)
