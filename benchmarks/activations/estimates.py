@@ -28,7 +28,7 @@ OPENING_S = 5.0
 """The context, the weights, the first kernels, the end of the process."""
 AROUND_S = 0.5
 """Of a mode: what cleaning up takes."""
-ADAPTIVE_STEPS, WARM_S, FIRST_WARM_S = 9, 2.5, 3.5
+ADAPTIVE_STEPS, WARM_S, FIRST_WARM_S = 25, 2.5, 3.5
 """Of steps in which amounts settle; of warming up at least. The last two are guesses between the least and the most (`steps.py`)."""
 JUDGED_S, MOST_LEAST_S, NUM_TURNS = 5.0, 10.0, 6
 """As `run.py` has it when nothing else is said."""

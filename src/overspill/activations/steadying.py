@@ -25,7 +25,7 @@ from overspill.activations.flight import Profile
 from overspill.spec.activations import ActivationRates
 
 NUM_KEPT = 4
-"""Chosen: the first looks at a run are four."""
+"""Chosen: the last of the first looks at a run, which follow each other most closely, no longer know what its first second was like."""
 AGREEING = 0.04
 """By which two rates may differ that are one. Chosen: undisturbed rounds on an H100 differed by 2 %."""
 MOST_DOUBTS = 4

@@ -26,9 +26,10 @@ from overspill.activations.rebuild import Rebuild
 from overspill.activations.records import Record
 from overspill.spec.activations import ActivationRates
 
-FIRST_WATCHED = (2, 3, 5, 8)
+FIRST_WATCHED = (2, 3, 5, 8, 12, 16, 24)
 """The first round allocates, compiles and pins; the second is measured, and the third, the fifth and the eighth again, as they run with
-what that decided (the third only where the host sees the second's end before it begins)."""
+what that decided (the third only where the host sees the second's end before it begins). The others are for a device whose clocks are high
+in its first second: the quickest of the last looks counts (`steadying.py`), and an H100's forward became a tenth slower by then."""
 WATCHED_EVERY = 32
 """Rounds, from then on: links are shared, and shapes change. Chosen."""
 
