@@ -160,15 +160,16 @@ class TensorCache:
         try:
             with self._lock:
                 self._look_around()
-                record.watch.check(record.name)
+                if record.watch.now != record.watch.version:
+                    record.watch.check(record.name)
                 if self.rounds.timeline is not None:
                     self.rounds.timeline.need(record)
                 record.is_wanted = True
-                span = self._on_device(record)
+                span = self._on_device(record) if not record.is_whole else None
                 # What is wanted soon stays: it would be fetched again at once.
                 self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
                 self._prefetch_around(record)
-                return geometry.view(span)
+                return geometry.view(span) if span is not None else geometry.within(record.watch.alias, record.start)
         finally:
             self._burial()
 
@@ -197,7 +198,7 @@ class TensorCache:
         num_bytes = tensor.numel() * tensor.itemsize
         if num_bytes < self._min_bytes or num_bytes == 0 or storage.nbytes() < self._min_bytes:
             return "small", storage
-        if self.parameters.is_cast(tensor):
+        if storage._cdata not in self._by_storage and self.parameters.is_cast(tensor):
             return "cast_of_parameter", storage
         if torch._C._current_graph_task_id() != -1:
             return "in_backward", storage
@@ -240,7 +241,7 @@ class TensorCache:
         record.num_users += 1
         saved = SavedView(self, record, Geometry.of(tensor, record.start))  # buries the record if the wait is broken off
         if self.mover.is_leaving:
-            self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed))
+            self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed), forward_of=self._micro_batch)
         return saved
 
     def _note_rebuilt(self, rebuild: Rebuild) -> None:
@@ -267,9 +268,13 @@ class TensorCache:
             start, stop = 0, storage.nbytes()
         elif form is None:
             start -= start % ALIGNMENT_BYTES
-        record = Record(tensor, storage, (start, stop), form, index=index, micro_batch=self._micro_batch, position=len(self._moved))
+        target = self.rounds.target(index)
+        record = Record(
+            tensor, storage, (start, stop), form,
+            index=index, micro_batch=self._micro_batch, position=len(self._moved), is_whole=form is None and target is Target.KEEP,
+        )  # fmt: skip
         try:
-            self._send(record, storage, moved_bytes, rest_bytes)
+            self._send(record, storage, target, moved_bytes, rest_bytes)
         except BaseException:  # Ctrl-C, or no memory: nobody will have a view of it
             self.mover.release(record)
             raise
@@ -293,9 +298,9 @@ class TensorCache:
         narrow = self.rebuilder.cast_from(tensor, storage) if self.rebuilder is not None else None
         return CastFrom(narrow) if narrow is not None else None
 
-    def _send(self, record: Record, storage: torch.UntypedStorage, moved_bytes: int, rest_bytes: int) -> None:
+    def _send(self, record: Record, storage: torch.UntypedStorage, target: Target, moved_bytes: int, rest_bytes: int) -> None:
         """Keep it, or start its way out."""
-        target, timeline = self.rounds.target(record.index), self.rounds.timeline
+        timeline = self.rounds.timeline
         if target is Target.KEEP:
             self.mover.keep(record, storage)
         else:
@@ -379,6 +384,7 @@ class TensorCache:
         """Rule 5: the storage itself, if it lives; a lossy record is always given in its form."""
         if record.form is not None and not record.is_narrowed:
             return None
+        assert record.weak is not None
         storage = torch.UntypedStorage._new_with_weak_ptr(record.weak.cdata)
         if storage is None or storage.nbytes() < record.stop:
             return None
@@ -583,7 +589,7 @@ class TensorCache:
 
 def _is_away(record: Record) -> bool:
     """Whether the device has it no more, nor soon."""
-    return record.payload is None and record.coming is None and record.weak.expired()
+    return record.payload is None and record.coming is None and record.weak is not None and record.weak.expired()
 
 
 class _OpenCall:

@@ -33,7 +33,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from types import FrameType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any, Self
 
 import torch
@@ -381,7 +381,11 @@ def _uncompiled(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(saved: Any) -> Any:
         return hook(saved) if _callback_of_dynamo() is None else disabled(saved)
 
-    return torch.compiler.disable(run, recursive=False)  # itself alone; what it calls goes one of the two ways
+    skip: Callable[[CodeType], object] | None = getattr(torch._dynamo.eval_frame, "skip_code", None)  # not in every torch
+    if skip is None:
+        return torch.compiler.disable(run, recursive=False)  # itself alone; what it calls goes one of the two ways
+    skip(run.__code__)  # the same, without a function around it
+    return run
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

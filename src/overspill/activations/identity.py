@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -126,26 +127,44 @@ def shed(tensor: torch.Tensor) -> None:
 
 
 class VersionWatch:
-    """Sees in-place changes of a tensor, and of its views, from now on (rule 2)."""
+    """Sees in-place changes of a tensor, and of its views, from now on (rule 2).
 
-    __slots__ = ("_counter", "version")
+    Args:
+        holds: it keeps the tensor's memory as well, as `alias`, until `let_go`.
+    """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    __slots__ = ("_counter", "_root", "version")
+
+    def __init__(self, tensor: torch.Tensor, *, holds: bool = False) -> None:
         self._counter = tensor.detach()  # shares the count
-        shed(self._counter)
+        if not holds:
+            shed(self._counter)
         self.version = tensor._version
+        self._root = weakref.ref(_root_of(tensor))
+
+    @property
+    def alias(self) -> torch.Tensor:
+        """The tensor without its graph, while its memory is held."""
+        return self._counter
+
+    def let_go(self) -> None:
+        """Hold no memory any more."""
+        shed(self._counter)
 
     @property
     def now(self) -> int:
         return self._counter._version
 
     def covers(self, tensor: torch.Tensor) -> bool:
-        """Whether it sees this tensor's changes as well, and there was none: found by counting one and taking it back.
+        """Whether it sees this tensor's changes as well, and there was none.
 
-        Nobody else may look at the count meanwhile.
+        Views of one tensor share its count; of others it is found by counting one and taking it back. Nobody else may look at the count
+        meanwhile.
         """
         if not self.version == self.now == tensor._version:
             return False
+        if self._root() is _root_of(tensor):
+            return True
         with torch.autograd._unsafe_preserve_version_counter(tensor):
             torch.autograd.graph.increment_version(tensor)
             return self.now != self.version
@@ -154,6 +173,12 @@ class VersionWatch:
         """Raise RuntimeError, as autograd does, if there was a change."""
         if self.now != self.version:
             raise changed_in_place(what, self.version, self.now)
+
+
+def _root_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that it is a view of, or itself."""
+    base = tensor._base if tensor._is_view() else None
+    return tensor if base is None else base
 
 
 def changed_in_place(what: str, packed: int, now: int) -> RuntimeError:

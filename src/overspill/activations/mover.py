@@ -101,9 +101,10 @@ class Mover:
 
     def keep(self, record: Record, storage: torch.UntypedStorage) -> None:
         """Let the device have it, in its form if that is exact."""
-        if not record.is_narrowed:
-            record.form = None
-        record.payload = _stored(record, storage)
+        if not record.is_whole:
+            if not record.is_narrowed:
+                record.form = None
+            record.payload = _stored(record, storage)
         self._count(record.stored_bytes)
 
     def leave(self, record: Record, storage: torch.UntypedStorage, target: Target, *, may_wait: bool, is_timed: bool) -> None:
@@ -147,11 +148,15 @@ class Mover:
         record.target = tier
         return True
 
-    def drop_left(self, is_gone: Callable[[Record], bool] | None = None, *, spared_bytes: int = 0) -> None:
+    def drop_left(
+        self, is_gone: Callable[[Record], bool] | None = None, *, forward_of: int | None = None, spared_bytes: int = 0
+    ) -> None:
         """Let go of device memory whose copy has ended, and of the oldest beyond the window (rule 1).
 
         Args:
             is_gone: says of which records the copy should have ended by now; compute waits for it.
+            forward_of: the micro-batch whose forward runs. Its records go by `is_gone` alone, where that is given: to ask the device
+                whether a copy has ended takes the host, which is what the device may wait for.
             spared_bytes: so much stays in any case, the newest.
         """
         while self._leaving and self._leaving_bytes > spared_bytes:
@@ -159,9 +164,13 @@ class Mover:
             end = record.leaving
             assert end is not None
             if record.num_users and not record.is_forwarded:
+                is_paced = is_gone is not None and not isinstance(end, JobEnd)  # the pace is the link's
+                is_due = is_paced and is_gone is not None and is_gone(record)
+                may_stay = not is_due and (self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1)
+                if may_stay and is_paced and record.micro_batch == forward_of:
+                    return
                 if not end.is_done:
-                    is_due = is_gone is not None and not isinstance(end, JobEnd) and is_gone(record)  # the pace is the link's
-                    if not is_due and (self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1):
+                    if may_stay:
                         return
                     self._hold(end)
                 self._let_go(record)
@@ -373,6 +382,9 @@ class Mover:
     def _let_go(self, record: Record) -> None:
         if record.payload is not None:
             self.device_bytes -= record.payload.numel()
+        elif record.is_whole:
+            self.device_bytes -= record.stored_bytes
+            record.watch.let_go()
         record.payload = record.decoded = None
 
     def _hold(self, end: End) -> None:

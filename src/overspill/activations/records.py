@@ -71,18 +71,24 @@ class Record:
     is_ahead = False
     """Whether it was fetched before it was wanted, and has not been wanted yet."""
 
+    weak: StorageWeakRef | None = None
+    """Of its storage, while the record does not hold that itself."""
+
     def __init__(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], form: Form | None,
-        *, index: int, micro_batch: int, position: int,
+        *, index: int, micro_batch: int, position: int, is_whole: bool = False,
     ) -> None:  # fmt: skip
         self.index = index
         """Which one of its micro-batch, in the order of forward."""
         self.micro_batch = micro_batch
         self.position = position
         """How many records of the round were moved before it."""
-        self.cdata, self.weak = storage._cdata, StorageWeakRef(storage)
+        self.cdata, self.is_whole = storage._cdata, is_whole
+        """Whether it stays as it is, for good: it holds the storage, and needs no payload (`whole`)."""
+        if not is_whole:
+            self.weak = StorageWeakRef(storage)
         self.start, self.stop = span
-        self.dtype, self._shape, self.form, self.watch = tensor.dtype, tensor.shape, form, VersionWatch(tensor)
+        self.dtype, self._shape, self.form, self.watch = tensor.dtype, tensor.shape, form, VersionWatch(tensor, holds=is_whole)
         self.num_bytes = self.stored_bytes = self.stop - self.start
 
     @property

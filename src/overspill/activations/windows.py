@@ -81,7 +81,9 @@ class Windows:
 
     def grown(self, largest_bytes: int) -> Windows:
         """For rounds whose largest record has so many bytes."""
-        most = max(largest_bytes, self.largest_bytes)
+        if largest_bytes <= self.largest_bytes:
+            return self
+        most = largest_bytes
         return Windows(
             out_bytes=self.out_bytes * most // self.largest_bytes,
             back_bytes=self.back_bytes * most // self.largest_bytes,
