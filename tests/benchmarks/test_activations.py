@@ -385,3 +385,17 @@ def test_what_has_to_be_stored_is_counted_from_a_configuration_alone(tmp_path: P
     one, two = json.loads(out.read_text())
     assert two["whole_bytes"] > 1.9 * one["whole_bytes"] > 0 and two["rebuilt_moved_bytes"] == 2 * one["rebuilt_moved_bytes"] > 0
     assert 0 < one["stored_fraction"] < 0.5 and one["stored_fraction"] == one["stored_bytes"] / one["whole_bytes"]
+
+
+def test_host_time_says_what_each_hook_took(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, str(FOLDER / "host_time.py"), "--shape", "llama-tiny-32", "--modes", "keep", "counted", "host"]
+    command += ["--min-bytes", "256", "--host-bytes", str(64 << 20), "--rounds", "2", "--dtype", "float32", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    keep, counted, host = (json.loads(line) for line in out.read_text().splitlines())
+    assert "calls" not in keep and min(line["launched_s"] for line in (keep, counted, host)) > 0
+    new, leaves = counted["calls"]["pack: new, keep"], host["calls"]["Mover.leave"]
+    assert new["a_forward"] == counted["num_records"] > 0 and new["median_us"] > 0
+    assert host["host_bytes"] > 0 and leaves["a_forward"] == host["calls"]["pack: new, host"]["a_forward"] > 0
+    assert all(found["all_ms"] >= 0 for line in (counted, host) for found in line["calls"].values())

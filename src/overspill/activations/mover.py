@@ -148,9 +148,7 @@ class Mover:
         record.target = tier
         return True
 
-    def drop_left(
-        self, is_gone: Callable[[Record], bool] | None = None, *, forward_of: int | None = None, spared_bytes: int = 0
-    ) -> None:
+    def drop_left(self, is_gone: Callable[[Record], bool] | None = None, *, forward_of: int | None = None, spared_bytes: int = 0) -> None:
         """Let go of device memory whose copy has ended, and of the oldest beyond the window (rule 1).
 
         Args:
