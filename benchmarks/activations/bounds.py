@@ -177,8 +177,19 @@ def _solve(matrix: list[list[float]], limits: Sequence[float]) -> tuple[float, .
     return tuple(rows[index][size] / rows[index][index] for index in range(size))
 
 
-def activation_peak_bytes(events: Sequence[dict[str, object]], gradient_addresses: set[int]) -> int:
-    """Most bytes that were allocated at one time after the first event, the gradients left out.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationPeak:
+    """The fullest moment of a step."""
+
+    num_bytes: int
+    event: int
+    """After which event of the history it was."""
+    blocks: tuple[int, ...]
+    """Bytes of each block that was there then, the largest first."""
+
+
+def activation_peak(events: Sequence[dict[str, object]], gradient_addresses: set[int]) -> ActivationPeak:
+    """When the most bytes were allocated at one time after the first event, the gradients left out.
 
     Args:
         events: torch's allocation history of one forward and backward, in order (`action`, `addr`, `size`).
@@ -189,7 +200,7 @@ def activation_peak_bytes(events: Sequence[dict[str, object]], gradient_addresse
         if event["action"] == "alloc" and event["addr"] in gradient_addresses:
             last[event["addr"]] = index
     live: dict[object, int] = {}
-    now = most = 0
+    now, peak = 0, ActivationPeak(num_bytes=0, event=0, blocks=())
     for index, event in enumerate(events):
         address = event.get("addr")
         if event["action"] == "alloc" and last.get(address) != index:
@@ -197,10 +208,11 @@ def activation_peak_bytes(events: Sequence[dict[str, object]], gradient_addresse
             assert isinstance(size, int)
             live[address] = size
             now += size
-            most = max(most, now)
+            if now > peak.num_bytes:
+                peak = ActivationPeak(num_bytes=now, event=index, blocks=tuple(live.values()))
         elif event["action"] == "free_completed":
             now -= live.pop(address, 0)
-    return most
+    return dataclasses.replace(peak, blocks=tuple(sorted(peak.blocks, reverse=True)))
 
 
 def largest_rows(*, fits: dict[int, bool], predicted: int, most: int) -> int | None:

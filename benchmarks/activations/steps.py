@@ -48,7 +48,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from bounds import activation_peak_bytes, simulate_host  # noqa: E402
+from bounds import activation_peak, simulate_host  # noqa: E402
 from gpu_state import GpuState  # noqa: E402
 from just_in_time import JustInTime  # noqa: E402
 from modes import MODES, EachStep, Known, Missing, Places, context  # noqa: E402
@@ -79,6 +79,8 @@ MOST_KEEP_FRACTION = 0.7
 """Of the device, the peak of `keep`: the rest is for pieces that the allocator cannot use."""
 SETTLED_FRACTION = 0.01
 HISTORY_ENTRIES = 400_000
+MOST_BLOCKS = 32
+"""Of those at the fullest moment, in a line; the largest."""
 MOST_TIMED_S = {False: 3.0, True: 10.0}
 """Where steps take seconds, fewer are timed, down to `LEAST_STEPS`; of others' tools (True), whose steps may take ten, the same."""
 LEAST_STEPS = {False: 3, True: 2}
@@ -289,7 +291,7 @@ class Bench:
                     line["of_keep_waiting"] = middle(ratios(waiting))
             if self.is_cuda:
                 line["device_peak_bytes"] = max(peaks)
-                line["activation_peak_bytes"] = self._activation_peak()
+                line |= self._activation_peak()
             if mode.tier is not None:
                 line |= _amounts(to_plain(active.report()), num_rounds)
             if mode.tier == "host" and mode.amount == "adaptive":
@@ -305,7 +307,7 @@ class Bench:
         with self.entered(JustInTime(self.net, places.min_bytes)):
             self.net(self.inputs).backward()  # so that workspaces are there
             self.net.zero_grad(set_to_none=True)
-            return {"least_peak_bytes": self._activation_peak()}
+            return {"least_peak_bytes": self._activation_peak()["activation_peak_bytes"]}
 
     def _warm_up(self, active: Any, *, is_adaptive: bool, is_beside: bool) -> list[dict[str, Any]]:
         """Steps until nothing changes (rule 3); the last is of the mode. In the end keep comes in between as it will: it wants other
@@ -403,21 +405,26 @@ class Bench:
         if self.is_cuda:
             peaks.append(torch.cuda.max_memory_allocated())
 
-    def _activation_peak(self) -> int | None:
-        """Rule 4; None where this torch keeps no such history."""
+    def _activation_peak(self) -> dict[str, Any]:
+        """Rule 4, and what was there then; None where this torch keeps no such history."""
         record = torch.cuda.memory._record_memory_history
         try:
             record("all", context=None, stacks="python", max_entries=HISTORY_ENTRIES)
         except (TypeError, RuntimeError):
-            return None
+            return {"activation_peak_bytes": None}
         try:
             num_before = len(self._history())
             with self._around:
-                self.net(self.inputs).backward()
+                loss = self.net(self.inputs)
+                num_forward = len(self._history()) - num_before
+                loss.backward()
+            del loss
             self.synchronize()
             events = self._history()[num_before:]
             gradients = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None]
-            return activation_peak_bytes(events, {gradient.untyped_storage().data_ptr() for gradient in gradients})
+            peak = activation_peak(events, {gradient.untyped_storage().data_ptr() for gradient in gradients})
+            found = {"event": peak.event, "forward_events": num_forward, "events": len(events), "blocks": [*peak.blocks[:MOST_BLOCKS]]}
+            return {"activation_peak_bytes": peak.num_bytes, "peak_moment": found}
         finally:
             record(None)
             self.net.zero_grad(set_to_none=True)

@@ -240,8 +240,10 @@ def test_the_activation_peak_leaves_gradients_out_and_counts_what_is_freed_late(
         event("free_completed", 2, 50), event("alloc", 2, 500), event("alloc", 4, 20), event("free_completed", 1, 100),
         event("alloc", 1, 70), event("free_completed", 9, 1),
     ]  # fmt: skip
-    assert bounds.activation_peak_bytes(events, {2}) == 160, "what lay at the gradient's address before it counts"
-    assert bounds.activation_peak_bytes(events, set()) == 630
+    without = bounds.activation_peak(events, {2})
+    assert without.num_bytes == 160, "what lay at the gradient's address before it counts"
+    assert (without.event, without.blocks) == (3, (100, 50, 10))
+    assert bounds.activation_peak(events, set()) == bounds.ActivationPeak(num_bytes=630, event=6, blocks=(500, 100, 20, 10))
 
 
 @settings(max_examples=100, deadline=None)

@@ -398,7 +398,8 @@ def test_the_peak_is_read_from_the_history_of_one_step_and_recording_ends(device
             return bench_net(inputs)
 
     bench_net, bench.net = bench.net, Net()
-    assert bench._activation_peak() == 300 and not device.is_recording
+    moment = {"event": 2, "forward_events": 5, "events": 5, "blocks": [100, 100, 100]}
+    assert bench._activation_peak() == {"activation_peak_bytes": 300, "peak_moment": moment} and not device.is_recording
 
     class Failing(torch.nn.Module):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -442,7 +443,8 @@ def test_the_least_peak_is_read_from_a_step_without_an_update(device: Device, mo
     before = [parameter.detach().clone() for parameter in bench.net.parameters()]
     monkeypatch.setattr(bench, "_history", lambda: [{"action": "alloc", "addr": 1, "size": 70}] * (1 + device.is_recording))
     recorded: list[Any] = []
-    monkeypatch.setattr(steps, "activation_peak_bytes", lambda events, gradients: recorded.append(events) or 70)
+    peak = steps.activation_peak([{"action": "alloc", "addr": 1, "size": 70}], set())
+    monkeypatch.setattr(steps, "activation_peak", lambda events, gradients: recorded.append(events) or peak)
     line = measure(bench, "least")
     assert line["least_peak_bytes"] == 70 and len(recorded) == 1 and "step_s" not in line
     assert all(map(torch.equal, before, bench.net.parameters()))
