@@ -95,7 +95,7 @@ class Overspill:
         model = build_windowed_model(SHAPES[row.shape], dtype=dtype, max_positions=max(4096, row.seq_len))
         self.session = overspill.Session(model, plan=request, optimizer=overspill.AdamW(lr=LEARNING_RATE), cuda_graphs=True)
         if row.system == "overspill-host-graphs":
-            self.session.executor.graphs.choose({unit.name for unit in self.session.plan.units[1:-1]})
+            self.session.executor.graphs.choose({unit.name for unit in self.session.plan.blocks})
         self.reports: list[overspill.StepReport] = []
         self.floor_error: str | None = None
 

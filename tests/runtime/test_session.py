@@ -278,6 +278,12 @@ def test_a_count_that_is_no_whole_number_is_refused(field: str, value: object) -
         overspill.PlanRequest(**{field: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("tier", ["device", "host", "pinned", "ssd"])
+def test_a_negative_budget_is_refused(tier: str) -> None:
+    with pytest.raises(ValueError, match=f"--{tier}-budget cannot be negative, got -1 B"):
+        overspill.PlanRequest(**{f"{tier}_budget_bytes": -1})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("clip", [0.0, -1.0, 1e39, 1e-60, float("inf"), float("nan")])
 def test_a_clip_that_bounds_nothing_is_refused(clip: float) -> None:
     with pytest.raises(ValueError, match=f"--clip must be positive and finite.*got {re.escape(str(clip))}; leave it out"):

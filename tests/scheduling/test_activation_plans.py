@@ -164,7 +164,7 @@ def test_a_llama_block_stores_what_is_on_paper() -> None:
 
 def test_all_blocks_are_kept_where_24_gib_hold_them_and_the_predicted_peak_is_within() -> None:
     plan = plan_for()
-    blocks = [unit.name for unit in plan.units[1:-1]]
+    blocks = [unit.name for unit in plan.blocks]
     assert list(plan.activations) == blocks and set(plan.activations.values()) <= set(ON_DEVICE)
     kept, recomputed = predict(plan), predict(plan_for(activations="recompute"))
     assert recomputed.device_peak_bytes < kept.device_peak_bytes < 24 * GIB
@@ -240,7 +240,7 @@ def test_small_blocks_behind_large_ones_are_kept_by_their_own_bytes() -> None:
 @pytest.mark.parametrize("budget_gib", [8, 14])
 def test_the_last_blocks_are_kept_where_the_device_holds_not_all(budget_gib: int) -> None:
     plan = plan_for(device_budget_bytes=budget_gib * GIB)
-    blocks = [unit.name for unit in plan.units[1:-1]]
+    blocks = [unit.name for unit in plan.blocks]
     kept = [unit for unit, mode in plan.activations.items() if mode is ActivationMode.KEEP]
     assert 0 < len(kept) < 16 and kept == blocks[-len(kept) :]
     assert predict(plan).device_peak_bytes < budget_gib * GIB

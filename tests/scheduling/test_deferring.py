@@ -33,7 +33,7 @@ def make_deep_plan(hardware: HardwareSpec = ASSUMED, *, device: str = "cuda:0", 
 
 
 def deferred_blocks(plan: Plan) -> list[int]:
-    return [index for index, unit in enumerate(plan.units[1:-1]) if set(unit.bundles) & set(plan.deferred)]
+    return [index for index, unit in enumerate(plan.blocks) if set(unit.bundles) & set(plan.deferred)]
 
 
 # -- the program -----------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def predict(name: str, plan: Plan, batch: WorkloadSpec, *, replays_graphs: bool 
 
 def one_more_kept(plan: Plan, batch: WorkloadSpec) -> Plan | None:
     """`plan` with one block more at the end that is kept, and no budget; None: it moves some, or keeps all."""
-    blocks = [unit.name for unit in plan.units[1:-1]]
+    blocks = [unit.name for unit in plan.blocks]
     number = len(plan.activations)
     if number == len(blocks) or any(mode not in ON_DEVICE for mode in plan.activations.values()):
         return None

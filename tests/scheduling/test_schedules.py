@@ -386,7 +386,7 @@ def test_a_group_that_ends_its_step_is_planned_for() -> None:
 def test_a_full_group_that_ends_its_step_after_another_one_is_planned_for() -> None:
     """Of five micro-batches in groups of two the last group is one; a step of four ends with a full one beside sums of the group before."""
     plan = make_plan(accumulate=5, group_size=2, parameters="ssd", states="host", boundaries="host")
-    blocks = [unit.name for unit in plan.units[1:-1]]
+    blocks = [unit.name for unit in plan.blocks]
     plan = dataclasses.replace(plan, activations=dict.fromkeys(blocks, ActivationMode.HOST), stored_bytes=dict.fromkeys(blocks, 100_000))
     four = resident_peaks(build_train_step(plan, plan.longest_step[:4], starts_pending=False), plan)[Tier.HOST]
     assert four <= max(resident_peaks(schedule, plan)[Tier.HOST] for schedule in largest_steps(plan))

@@ -68,7 +68,7 @@ def force_mode(request: PlanRequest, base: Plan, workload: WorkloadSpec | None) 
     if mode is ActivationMode.RECOMPUTE:
         return base
     known = find_retention(base, workload)
-    unknown = [unit.name for unit in base.units[1:-1] if unit.name not in known]
+    unknown = [unit.name for unit in base.blocks if unit.name not in known]
     if unknown:
         raise ValueError(
             f"--activations {mode} needs to know what each block stores, and of {len(unknown)} blocks, {unknown[0]} the first, it is not "
@@ -84,7 +84,7 @@ def find_retention(plan: Plan, workload: WorkloadSpec | None) -> dict[str, Reten
     if workload is None:
         return {}
     known = {unit: item.retention for item in workload.classes for unit in item.units}
-    return {unit.name: found for unit in plan.units[1:-1] if (found := known.get(unit.name)) is not None}
+    return {unit.name: found for unit in plan.blocks if (found := known.get(unit.name)) is not None}
 
 
 def retain(plan: Plan, modes: Mapping[str, ActivationMode], known: Mapping[str, Retention]) -> Plan:
@@ -117,7 +117,7 @@ def choose_activations(
     replayed: frozenset[str] = frozenset()
     if replays_graphs and not base.device.startswith("cpu") and workload is not None:
         replayed = find_bound(workload, hardware)
-    blocks = [unit.name for unit in base.units[1:-1] if unit.name in known and unit.name not in replayed]
+    blocks = [unit.name for unit in base.blocks if unit.name in known and unit.name not in replayed]
     if not blocks or workload is None:
         first = base.units[1].name
         why = "their launches bound them, and they are replayed as CUDA graphs" if replayed else _why_unknown(first, workload)
@@ -268,7 +268,7 @@ def describe(plan: Plan, *, saved: tuple[float, float] | None = None, how: str =
     Args:
         saved: a step's predicted time if all were recomputed, and as it is.
     """
-    blocks = [unit.name for unit in plan.units[1:-1]]
+    blocks = [unit.name for unit in plan.blocks]
     parts = []
     for mode, words in (
         (ActivationMode.KEEP, "kept on the device"),

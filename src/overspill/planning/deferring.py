@@ -81,7 +81,7 @@ def defer_updates(
 def _deferrable(plan: Plan) -> list[str]:
     """Blocks that could be, in forward order."""
     found = []
-    for unit in plan.units[1:-1]:
+    for unit in plan.blocks:
         trainable = [name for name in unit.bundles if plan.bundles[name].trainable]
         rest = {tier for name in trainable for tier in (plan.placements[name].parameters, plan.placements[name].states)}
         is_shared = any(name in other.bundles for other in plan.units if other is not unit for name in trainable)

@@ -233,8 +233,7 @@ def _assumed_working_bytes(request: PlanRequest, layout: ModelLayout, loss_chunk
     for each row and column of its matrices (parameters / hidden of them) and some 16 hidden-sized ones, per token; logits exist in
     compute dtype, fp32, and as fp32 gradient.
     """
-    blocks = layout.units[1:-1]
-    per_block = max((sum(layout.bundles[name].num_parameters for name in unit.bundles) for unit in blocks), default=0)
+    per_block = max((sum(layout.bundles[name].num_parameters for name in unit.bundles) for unit in layout.blocks), default=0)
     bytes_each = DTYPE_BYTES[request.dtype]
     tokens = request.micro_batch * request.seq_len
     activations = tokens * bytes_each * (per_block // max(1, layout.hidden_size) + 16 * layout.hidden_size)

@@ -281,7 +281,7 @@ class Executor:
         """Tell `graphs` what bounded the blocks of the last training step, until it knows enough."""
         if schedule.name != "train" or not self.graphs.wants_judgement():  # a short text's launches say nothing of training
             return
-        blocks = {unit.name for unit in self.plan.units[1:-1]}
+        blocks = {unit.name for unit in self.plan.blocks}
         ran = [completions[index] for index, item in enumerate(schedule.ops) if isinstance(item.op, Compute) and item.op.unit in blocks]
         launches_s, spans_s = [item.issue_span_s(base_s) for item in ran], [item.span_s(base, base_s) for item in ran]
         self.graphs.judge(waited_s=waited_for_s(launches_s, spans_s), device_s=sum(end_s - begin_s for begin_s, end_s in spans_s))

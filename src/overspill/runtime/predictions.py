@@ -171,7 +171,7 @@ class Predictions:
             ),
         )
         passes = [item.op for item in schedule.ops if isinstance(item.op, Compute) and not item.op.is_retained]
-        blocks = replayed or {unit.name for unit in self.plan.units[1:-1]}
+        blocks = replayed or {unit.name for unit in self.plan.blocks}
         return dataclasses.replace(
             prediction,
             num_replays=sum(op.unit in replayed for op in passes),

@@ -119,6 +119,11 @@ class PlanRequest:
             raise ValueError(
                 f"--deferred-updates cannot be negative, got {self.deferred_updates}; 0 makes each update as its gradient arrives"
             )
+        for field in ("device_budget_bytes", "host_budget_bytes", "pinned_budget_bytes", "ssd_budget_bytes"):
+            num_bytes = getattr(self, field)
+            if num_bytes is not None and num_bytes < 0:
+                flag = field.removesuffix("_bytes").replace("_", "-")
+                raise ValueError(f"--{flag} cannot be negative, got {num_bytes} B; leave it out for what the machine has")
         if self.ssd_rated_bytes is not None and self.ssd_rated_bytes < 1:
             raise ValueError(f"--ssd-tbw must be positive, got {self.ssd_rated_bytes} B; leave it out if it is unknown")
         if not self.ssd_min_years >= 0:
@@ -229,6 +234,11 @@ class Plan:
     def ssd_places(self) -> tuple[str, ...]:
         """The directories and block devices, in order; empty if there is none."""
         return () if self.ssd_dir is None else (self.ssd_dir, *self.ssd_stripes)
+
+    @property
+    def blocks(self) -> tuple[Unit, ...]:
+        """The units between the embedding and the tail."""
+        return self.units[1:-1]
 
     def boundary_dtype(self, unit: str) -> str:
         """Dtype of the hidden states that enter `unit`, and of their gradient."""

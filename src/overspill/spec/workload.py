@@ -54,6 +54,11 @@ class ModelLayout:
     chunk_bytes: int = CHUNK_BYTES
     """Bound on the bytes of all roles of one chunk, by which the bundles are cut."""
 
+    @property
+    def blocks(self) -> tuple[Unit, ...]:
+        """The units between the embedding and the tail."""
+        return self.units[1:-1]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work:
