@@ -228,7 +228,8 @@ def test_a_thousand_steps_grow_nothing(tmp_path: Path) -> None:
         gc.collect()
         cache = active._cache()
         books = (
-            len(cache._moved), len(cache._ends), len(cache._by_storage), len(cache._fetched), len(cache._dead), len(cache.mover._busy),
+            len(cache.fetching._moved), len(cache.fetching._ends), len(cache._by_storage),
+            len(cache.fetching._fetched), len(cache._dead), len(cache.mover._busy),
             len(cache.mover._under_way), len(cache.mover._leaving), len(cache.parameters._known), cache.mover.device_bytes,
             sum(len(segment.pending) for arena in (active._tiers.host, active._tiers.staging) for segment in arena._segments),
         )  # fmt: skip

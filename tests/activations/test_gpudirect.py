@@ -193,9 +193,9 @@ def test_backward_reads_ahead_and_what_nobody_wanted_is_given_back(kvikio: Stand
         while cache.mover._leaving:
             cache.mover.drop_left()
         cache.prefetch_last()
-        assert [record.index for record in cache._fetched] == [7, 6, 5]
-        assert all(record.coming is not None and record.arriving is None for record in cache._fetched)
-        first = next(iter(cache._fetched))
+        assert [record.index for record in cache.fetching._fetched] == [7, 6, 5]
+        assert all(record.coming is not None and record.arriving is None for record in cache.fetching._fetched)
+        first = next(iter(cache.fetching._fetched))
         assert first.where is Where.COMING
         cache._on_device(first)
         assert first.where is Where.BACK
@@ -226,7 +226,8 @@ def test_two_hundred_steps_grow_nothing(kvikio: StandIn, tmp_path: Path) -> None
         gc.collect()
         cache = active._cache()
         return (
-            len(cache._moved), len(cache._by_storage), len(cache._fetched), len(cache.mover._busy), len(cache.mover._under_way),
+            len(cache.fetching._moved), len(cache._by_storage),
+            len(cache.fetching._fetched), len(cache.mover._busy), len(cache.mover._under_way),
             len(cache.mover._leaving), cache.mover.device_bytes, process.num_fds(), threading.active_count(),
         )  # fmt: skip
 

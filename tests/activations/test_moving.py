@@ -204,13 +204,13 @@ def test_a_backward_hint_fetches_the_last_tensors_of_that_micro_batch() -> None:
             losses.append(step())
         time.sleep(0.05)
         cache.mover._leaving.clear()  # whatever was still on its way counts as gone
-        for record in cache._moved:
+        for record in cache.fetching._moved:
             record.leaving.wait()
             record.is_only_here = False
             cache.mover.leave_again(record)
         cache.mover._leaving_bytes = 0
         active.phase("backward", micro_batch=8)
-        assert [record.index for record in cache._fetched] == [7, 6] and cache._moved[15].is_ahead
+        assert [record.index for record in cache.fetching._fetched] == [7, 6] and cache.fetching._moved[15].is_ahead
         with pytest.raises(ValueError, match=r"micro-batch 3 has no saved tensors in this round; those that have: .*7, 8, 9"):
             active.phase("backward", micro_batch=3)
         with pytest.raises(ValueError, match="phase 'update' is not known"):
@@ -275,14 +275,14 @@ def test_a_late_thread_still_finds_its_buffers(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_round_that_never_ends_forgets_its_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody holds one graph for ever."""
-    monkeypatch.setattr("overspill.activations.cache.MOST_DEAD", 100)
+    monkeypatch.setattr("overspill.activations.fetching.MOST_DEAD", 100)
     model, step = chain_step(2)
     with offload(model, host_budget="1MiB") as active:
         held = step()
         cache = active._cache()
         for _ in range(400):
             step()
-        assert len(cache._moved) <= 110 and len(cache._ends) <= 210
+        assert len(cache.fetching._moved) <= 110 and len(cache.fetching._ends) <= 210
         held.backward()
 
 

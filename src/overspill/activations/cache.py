@@ -14,11 +14,7 @@ Rules:
    alone.
 4. What is saved during backward (recomputation, double backward) is left alone: it is wanted at once.
 5. Whatever is still alive is not fetched: a storage that somebody else holds is looked up by its weak reference.
-6. Unpacking a record fetches, with a measured round's pace, those that would else come too late, in the order in which they are wanted;
-   and of an earlier micro-batch, whose backward begins nobody knows when, as many as the window reaches. Without a pace it fetches those
-   that were packed before it, nearest first, as far as a window's bytes reach. What backward wants again and again, such as the tables of
-   rotary positions, was packed long before the rest: if more than a window is yet to come in between, what is fetched are those before the
-   **front**, the last record that was wanted in its turn.
+6. Unpacking a record fetches others before they are wanted (`fetching.py`).
 7. A saved object that dies only notes it; the books are changed by whoever holds the lock, because the collector may run anywhere.
 8. What was cast to a wider dtype is stored in the one that it was cast from, where that is chosen as rebuilding is: a place that is rebuilt
    and takes memory all the same.
@@ -38,6 +34,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from overspill.activations.amounts import Target
+from overspill.activations.fetching import Fetching
 from overspill.activations.forms import CastFrom, Form
 from overspill.activations.identity import (
     ALIGNMENT_BYTES,
@@ -55,13 +52,6 @@ from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView
 from overspill.activations.segments import PLAIN_CALL, Call
 from overspill.activations.timeline import WatchedCall
-
-MOST_DEAD = 4096
-"""Places of dead records that a round keeps. Chosen: more than a step has."""
-
-
-MOST_DEAD_PASSED = 64
-"""Places of dead records that a look ahead passes, before it takes them for the end of a micro-batch. Chosen."""
 
 
 class TensorCache:
@@ -89,21 +79,8 @@ class TensorCache:
         self._lock = threading.Lock()
         self._dead: collections.deque[Record] = collections.deque()
         self._by_storage: dict[int, list[Record]] = {}
-        self._moved: list[Record | None] = []
-        """Records that left, of this round, in the order in which they were packed; None: dead."""
+        self.fetching = Fetching(mover, rounds, self._note_backward)
         self._micro_batch = 0
-        self._ends: dict[int, int] = {}
-        """Where in `_moved` the records of each micro-batch of this round end."""
-        self._fronts: dict[int, int] = {}
-        """Of each micro-batch whose backward runs: where in `_moved` the front is (rule 6)."""
-        self._starts: dict[int, int] = {}
-        """Where they begin there."""
-        self._places: dict[tuple[int, int], Record] = {}
-        """They, by micro-batch and place; the last one of a micro-batch that is packed in parts."""
-        self._num_back: dict[int, int] = {}
-        """Of each micro-batch whose backward runs: how far its way back has begun."""
-        self._fetched: dict[Record, None] = {}
-        """What was fetched and is alive, for the end of a backward that keeps its graph."""
         self._backward_id = -1
         self.num_live = 0
         self.num_packed = 0
@@ -168,7 +145,7 @@ class TensorCache:
                 span = self._on_device(record) if not record.is_whole else None
                 # What is wanted soon stays: it would be fetched again at once.
                 self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
-                self._prefetch_around(record)
+                self.fetching.fetch_around(record)
                 return geometry.view(span) if span is not None else geometry.within(record.watch.alias, record.start)
         finally:
             self._burial()
@@ -255,8 +232,8 @@ class TensorCache:
     def _make(self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], moved_bytes: int) -> Record:
         if self.num_live == 0:
             self._begin_round()
-        elif len(self._moved) > 2 * self.num_live + MOST_DEAD:
-            self._compact()
+        else:
+            self.fetching.compact(self.num_live, self._by_storage.values())
         start, stop = span
         form, rest_bytes = self._form_of(tensor, stop - start) if self._form is not None else None, 0
         index, self.num_packed = self.num_packed, self.num_packed + 1
@@ -271,7 +248,7 @@ class TensorCache:
         target = self.rounds.target(index)
         record = Record(
             tensor, storage, (start, stop), form,
-            index=index, micro_batch=self._micro_batch, position=len(self._moved), is_whole=form is None and target is Target.KEEP,
+            index=index, micro_batch=self._micro_batch, position=self.fetching.num_moved, is_whole=form is None and target is Target.KEEP,
         )  # fmt: skip
         try:
             self._send(record, storage, target, moved_bytes, rest_bytes)
@@ -306,11 +283,7 @@ class TensorCache:
         else:
             may_wait = self.rounds.may_wait(record)
             self.mover.leave(record, storage, target, may_wait=may_wait, is_timed=timeline is not None)
-        if record.target is not Target.KEEP:
-            self._starts.setdefault(self._micro_batch, len(self._moved))
-            self._moved.append(record)
-            self._places[self._micro_batch, record.index] = record
-        self._ends[self._micro_batch] = len(self._moved)
+        self.fetching.note_packed(record)
         if timeline is not None:
             timeline.pack(record, moved_bytes, rest_bytes)
 
@@ -371,13 +344,11 @@ class TensorCache:
                 return alive
             self._note_backward()
             self.mover.fetch(record, must=True, is_timed=self.rounds.timeline is not None)
-            self._fetched[record] = None
+            self.fetching.note_fetched(record)
         elif record.form is not None:
             self._note_backward()
-            self._fetched[record] = None
-        if record.is_ahead:
-            record.is_ahead = False
-            self.mover.ahead_bytes -= record.stored_bytes
+            self.fetching.note_fetched(record)
+        self.fetching.note_wanted(record)
         return self.mover.arrive(record)
 
     def _look_up(self, record: Record) -> torch.Tensor | None:
@@ -390,88 +361,6 @@ class TensorCache:
             return None
         return bytes_of(storage, record.start, record.stop)
 
-    def _front_at(self, record: Record) -> int:
-        """Where the front is, now that this record is wanted (rule 6); before backward wanted any, it was behind all of them."""
-        front = self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
-        between_bytes = 0
-        for other in self._moved[record.position : front]:
-            if other is not None and not other.is_wanted:
-                between_bytes += other.stored_bytes
-                if between_bytes > self.mover.back_window_bytes:
-                    return front
-        self._fronts[record.micro_batch] = record.position
-        return record.position
-
-    def _prefetch_around(self, record: Record) -> None:
-        """Rule 6, now that this one is wanted."""
-        way = self.rounds.way_back(record)
-        if way is None:
-            self._prefetch(self._front_at(record))
-            return
-        if torch._C._current_graph_task_id() != -1:
-            self._note_backward()
-        (order, until), micro_batch = way, record.micro_batch
-        start, near_bytes = self._starts.get(micro_batch, 0), 0
-        if start:
-            near_bytes = self._bytes_to_come(order, micro_batch)
-            nearest = next((one for one in reversed(self._moved[max(0, start - MOST_DEAD_PASSED) : start]) if one is not None), None)
-            if nearest is None or (near_bytes and near_bytes + nearest.stored_bytes > self.mover.back_window_bytes):
-                start = 0
-            else:
-                until = len(order)  # what is wanted sooner crosses the link sooner
-        begun = self._num_back.get(micro_batch, 0)
-        while begun < until:
-            other = self._places.get((micro_batch, order[begun]))
-            if other is not None and _is_away(other) and not self._fetch_ahead(other):
-                break
-            begun += 1
-        self._num_back[micro_batch] = begun
-        if start:
-            self._prefetch(start, near_bytes=near_bytes)
-
-    def _bytes_to_come(self, order: Sequence[int], micro_batch: int) -> int:
-        """Of what is away, or has come too early, of a micro-batch; or more than a window."""
-        num_bytes = num_passed = 0
-        for place in reversed(order):
-            record = self._places.get((micro_batch, place))
-            if num_bytes > self.mover.back_window_bytes or num_passed > MOST_DEAD_PASSED:
-                break
-            if record is not None and (record.is_ahead or _is_away(record)):
-                num_bytes += record.stored_bytes
-            else:
-                num_passed += 1
-        return num_bytes
-
-    def _prefetch(self, position: int, *, near_bytes: int = 0) -> None:
-        """Rule 6, for the records before `position`, if so many bytes are nearer."""
-        if torch._C._current_graph_task_id() != -1:
-            self._note_backward()
-        window_bytes, num_dead = self.mover.back_window_bytes, 0
-        for index in range(min(position, len(self._moved)) - 1, -1, -1):
-            record = self._moved[index]
-            if record is None:
-                num_dead += 1
-                if num_dead > MOST_DEAD_PASSED:
-                    return
-                continue
-            if near_bytes and near_bytes + record.stored_bytes > window_bytes:
-                return
-            near_bytes += record.stored_bytes
-            if _is_away(record) and not self._fetch_ahead(record):
-                return
-
-    def _fetch_ahead(self, record: Record) -> bool:
-        """Start its way back before it is wanted; False: the window is full, or there is no way now."""
-        mover = self.mover
-        if mover.ahead_bytes and mover.ahead_bytes + record.stored_bytes > mover.back_window_bytes:
-            return False
-        if not mover.fetch(record, must=False, is_timed=self.rounds.timeline is not None):
-            return False
-        record.is_ahead = True
-        mover.ahead_bytes += record.stored_bytes
-        self._fetched[record] = None
-        return True
-
     def prefetch_last(self, micro_batch: int | None = None) -> None:
         """Begin as the first unpack of a micro-batch's backward would; None: of the one that was packed last.
 
@@ -479,10 +368,7 @@ class TensorCache:
             ValueError: nothing was packed for that micro-batch.
         """
         with self._lock:
-            if micro_batch is not None and micro_batch not in self._ends:
-                known = ", ".join(map(str, self._ends)) or "none"
-                raise ValueError(f"micro-batch {micro_batch} has no saved tensors in this round; those that have: {known}")
-            self._prefetch(self._ends[micro_batch] if micro_batch is not None else len(self._moved))
+            self.fetching.fetch_last(micro_batch)
 
     def _note_backward(self) -> None:
         """At the end of this backward, let go of what was fetched and still lives: its graph is kept for another one."""
@@ -497,16 +383,7 @@ class TensorCache:
             self.rebuilder.forget_results()
         with self._lock:
             self._backward_id = -1
-            self._num_back.clear()
-            for record in self._fetched:
-                if record.coming is not None or record.is_ahead:
-                    continue  # of a micro-batch whose backward is yet to come
-                self.mover.leave_again(record)
-            self._fetched = {
-                record: None
-                for record in self._fetched
-                if (record.payload is not None and not record.is_only_here) or record.coming is not None
-            }
+            self.fetching.end_backward()
         self._burial()
 
     # -- lifetimes ---------------------------------------------------------------------------------------------------
@@ -532,38 +409,17 @@ class TensorCache:
         same.remove(record)
         if not same:
             del self._by_storage[record.cdata]
-        if record.target is not Target.KEEP:
-            self._moved[record.position] = None
-            if self._places.get((record.micro_batch, record.index)) is record:
-                del self._places[record.micro_batch, record.index]
-        self._fetched.pop(record, None)
+        self.fetching.forget(record)
         self.mover.release(record)
         self.num_live -= 1
         if self.num_live == 0:
             self.rounds.end()
             self.num_packed = self._num_calls = 0
 
-    def _compact(self) -> None:
-        """Forget the dead of a round that does not end, as when somebody holds a graph for ever."""
-        before = [0]
-        for record in self._moved:
-            before.append(before[-1] + (record is not None))
-        for record in (record for same in self._by_storage.values() for record in same):
-            record.position = before[record.position]
-        self._ends = {number: before[end] for number, end in list(self._ends.items())[-MOST_DEAD:]}
-        self._starts = {number: before[start] for number, start in list(self._starts.items())[-MOST_DEAD:]}
-        self._moved = [record for record in self._moved if record is not None]
-        self._fronts.clear()
-
     # -- rounds ------------------------------------------------------------------------------------------------------
 
     def _begin_round(self) -> None:
-        self._moved.clear()
-        self._ends.clear()
-        self._fronts.clear()
-        self._starts.clear()
-        self._places.clear()
-        self._num_back.clear()
+        self.fetching.begin_round()
         self.num_packed = 0
         self.rounds.begin()
         if self.rounds.timeline is None:
@@ -585,11 +441,6 @@ class TensorCache:
         with self._lock:
             self._micro_batch = number if number is not None else self._micro_batch + 1
             self.num_packed = self._num_calls = 0
-
-
-def _is_away(record: Record) -> bool:
-    """Whether the device has it no more, nor soon."""
-    return record.payload is None and record.coming is None and record.weak is not None and record.weak.expired()
 
 
 class _OpenCall:
