@@ -7,6 +7,7 @@
 #   ARGS        further arguments of run.py, such as "--jobs core ssd --rows 8"
 #   PEERS_SITE  folder with trl or torchtune (pip install --no-deps --target FOLDER trl accelerate: 12 MB, beside transformers); without it
 #               their rows say that they are missing
+#   HOST_TIME   shapes of which host_time.py says first where the host's time goes, about 90 s each (host-time.jsonl)
 #   PLOTS=1     draw plots too, a file a shape; plot.py draws them from the results at any time, anywhere
 #   INSTALL=0   overspill is importable already
 # Writes RESULTS_DIR/activations.jsonl (a line a mode, failures too), .log, and activations.md over all results.
@@ -26,6 +27,9 @@ if [ "${INSTALL:-1}" = 1 ]; then
   wait $!
   echo "built after $SECONDS s"
 fi
+for shape in ${HOST_TIME:-}; do
+  python3 "$here/host_time.py" --shape "$shape" --modes keep counted host mix-97 --rounds 10 --out "$results/host-time.jsonl"
+done
 python3 "$here/run.py" --out "$out" --done "$@" --ssd-dir "${SSD_DIR:-/tmp/activations-ssd}" --shm-dir "${SHM_DIR:-/dev/shm/activations}" \
   --deadline-s "$((${DEADLINE_S:-535} - SECONDS))" ${ARGS:-} 2>&1 | tee "$results/activations.log" | tail -c 11000
 code=${PIPESTATUS[0]}
