@@ -225,15 +225,14 @@ def main() -> int:
         ssd_dir=None, shm_dir=None, min_bytes=options.min_bytes, window_bytes=None, most_host_bytes=options.host_bytes,
         least_host_bytes=min(options.host_bytes, GIB),
     )  # fmt: skip
-    lines = [device_calls(device, is_busy=is_busy) for is_busy in (False, True)] if device.type == "cuda" else []
     bench = HostTime(options.shape, device, getattr(torch, options.dtype), places, options.rounds)
     with options.out.open("a") as out:
-        for line in lines:
-            print(json.dumps(line), file=out, flush=True)
         for name in options.modes:
             line = bench.measure(name)
             print(json.dumps(line), file=out, flush=True)
             print(f"{line['shape']} {name}: forward launched in {1e3 * line['launched_s']:.1f} ms", flush=True)
+        for is_busy in (False, True) if device.type == "cuda" else ():
+            print(json.dumps(device_calls(device, is_busy=is_busy)), file=out, flush=True)
     return 0
 
 

@@ -27,6 +27,7 @@ sys.path.append(str(FOLDER))
 sys.path.append(str(ROOT / "benchmarks" / "host_memory"))
 
 import bounds  # noqa: E402
+import host_time  # noqa: E402
 import modes  # noqa: E402
 import net_shapes  # noqa: E402
 import nets  # noqa: E402
@@ -401,3 +402,10 @@ def test_host_time_says_what_each_hook_took(tmp_path: Path) -> None:
     assert new["a_forward"] == counted["num_records"] > 0 and new["median_us"] > 0
     assert host["host_bytes"] > 0 and leaves["a_forward"] == host["calls"]["pack: new, host"]["a_forward"] > 0
     assert all(found["all_ms"] >= 0 for line in (counted, host) for found in line["calls"].values())
+
+
+@pytest.mark.gpu
+def test_the_calls_of_a_copy_are_timed_on_an_idle_and_on_a_busy_device() -> None:
+    idle, busy = (host_time.device_calls(torch.device("cuda"), is_busy=is_busy) for is_busy in (False, True))
+    assert (idle["device_calls"], busy["device_calls"]) == ("idle", "busy")
+    assert idle["median_us"].keys() == busy["median_us"].keys() and min(*idle["median_us"].values(), *busy["median_us"].values()) > 0
