@@ -33,13 +33,14 @@ from overspill.activations.arena import HostArena  # noqa: E402
 from overspill.activations.cache import TensorCache  # noqa: E402
 from overspill.activations.links import CudaLink, ThreadLink  # noqa: E402
 from overspill.activations.mover import Mover  # noqa: E402
+from overspill.activations.repeating import SavedKept  # noqa: E402
 from overspill.activations.saved import SavedAlone, SavedView  # noqa: E402
 from overspill.activations.timeline import FIRST_WATCHED  # noqa: E402
 from overspill.units import GIB, MIB  # noqa: E402
 
 CALLS: tuple[tuple[type, str], ...] = (
     (HostArena, "take"), (Mover, "drop_left"), (Mover, "keep"), (Mover, "leave"), (TensorCache, "_find"), (TensorCache, "_reason_to_leave"),
-    (TensorCache, "_make"), (TensorCache, "begin_call"),
+    (TensorCache, "_make"), (TensorCache, "_keep_again"), (TensorCache, "begin_call"),
 )  # fmt: skip
 """Of the hooks; of the link all of its own."""
 LINK_CALLS = ("start_out", "mark", "hold")
@@ -59,6 +60,8 @@ def kind_of(cache: TensorCache, saved: object, before: tuple[int, int]) -> str:
     Args:
         before: places and live records, before it was packed.
     """
+    if isinstance(saved, SavedKept):
+        return f"{'new' if cache.num_packed != before[0] else 'found'}, kept again"
     if isinstance(saved, SavedAlone):
         return "left alone"
     if isinstance(saved, SavedView):

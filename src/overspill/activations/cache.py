@@ -48,6 +48,7 @@ from overspill.activations.links import THREAD_PREFIX, Mark
 from overspill.activations.mover import Mover
 from overspill.activations.rebuild import Rebuild, Rebuilder, SavedRebuilt
 from overspill.activations.records import Record
+from overspill.activations.repeating import Kept, Repeating, SavedKept
 from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView
 from overspill.activations.segments import PLAIN_CALL, Call
@@ -77,9 +78,11 @@ class TensorCache:
         self._min_bytes, self._form = min_bytes, form
         self.device = mover.device
         self._lock = threading.Lock()
-        self._dead: collections.deque[Record] = collections.deque()
+        self._dead: collections.deque[Record | int] = collections.deque()
+        """Records a view of which has died; and the bytes of what was kept again, without one."""
         self._by_storage: dict[int, list[Record]] = {}
         self.fetching = Fetching(mover, rounds, self._note_backward)
+        self.repeating = Repeating(rounds, parameters, mover.device, min_bytes)
         self._micro_batch = 0
         self._backward_id = -1
         self.num_live = 0
@@ -106,6 +109,10 @@ class TensorCache:
             return tensor
         if self._open_call is not None:
             self._open_call.note_packed()
+        if self.repeating.is_on and torch._C._current_graph_task_id() == -1:
+            kept = self.repeating.next_pack(tensor)
+            if kept is not None and (again := self._keep_again(tensor, *kept)) is not None:
+                return again
         has_graph = torch.is_grad_enabled()
         try:
             torch._C._set_grad_enabled(False)  # a context takes three times as long, and Ctrl-C can come between its lines
@@ -116,7 +123,10 @@ class TensorCache:
                 return SavedAlone(tensor, restore)
             assert storage is not None
             with self._lock:
-                return self._pack(tensor, storage)
+                num_before, saved = self.num_packed, self._pack(tensor, storage)
+                if self.repeating.is_on:
+                    self.repeating.note(tensor, saved, is_new=self.num_packed != num_before)
+                return saved
         finally:
             torch._C._set_grad_enabled(has_graph)
             if self._dead:
@@ -148,6 +158,24 @@ class TensorCache:
                 self.fetching.fetch_around(record)
                 return geometry.view(span) if span is not None else geometry.within(record.watch.alias, record.start)
         finally:
+            self._burial()
+
+    def want(self, place: int, micro_batch: int) -> None:
+        """Backward wants what was kept there (`repeating.py`)."""
+        if not self.fetching.num_moved:
+            return
+        try:
+            with self._lock:
+                self._look_around()
+                self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
+                self.fetching.fetch_in_turn(place, micro_batch)
+        finally:
+            self._burial()
+
+    def bury_kept(self, num_bytes: int) -> None:
+        """As `bury`, of what has no record."""
+        self._dead.append(num_bytes)
+        if not threading.current_thread().name.startswith(THREAD_PREFIX):
             self._burial()
 
     def bury(self, record: Record) -> None:
@@ -217,9 +245,30 @@ class TensorCache:
         record = self._make(tensor, storage, span, moved_bytes)
         record.num_users += 1
         saved = SavedView(self, record, Geometry.of(tensor, record.start))  # buries the record if the wait is broken off
+        self._drop_left()
+        return saved
+
+    def _keep_again(self, tensor: torch.Tensor, kept: Kept, num_bytes: int) -> SavedKept | None:
+        """What stays as in the round before; None: this is another round."""
+        saved = SavedKept(self, tensor, kept.place, self._micro_batch)
+        with self._lock:
+            self._look_around()
+            if not self.num_live or (kept.is_new and kept.place != self.num_packed):
+                self.repeating.stop()
+                return None
+            self.num_live += 1
+            self.mover.count(num_bytes)
+            saved.num_bytes = num_bytes
+            if kept.is_new:
+                self.num_packed += 1
+                self.rounds.tally.note_kept(num_bytes)
+                self._drop_left()
+        return saved
+
+    def _drop_left(self) -> None:
+        """Something was made in forward: let go of what should have left by now."""
         if self.mover.is_leaving:
             self.mover.drop_left(self.rounds.gone_when_packed(self._micro_batch, self.num_packed), forward_of=self._micro_batch)
-        return saved
 
     def _note_rebuilt(self, rebuild: Rebuild) -> None:
         """It has a place of its own, unless it comes before the first record of the round."""
@@ -394,6 +443,10 @@ class TensorCache:
             try:
                 while self._dead:
                     record = self._dead.popleft()
+                    if isinstance(record, int):
+                        self.mover.count(-record)
+                        self._note_dead()
+                        continue
                     record.num_users -= 1
                     if record.num_users == 0:
                         self._release(record)
@@ -411,9 +464,14 @@ class TensorCache:
             del self._by_storage[record.cdata]
         self.fetching.forget(record)
         self.mover.release(record)
+        self._note_dead()
+
+    def _note_dead(self) -> None:
+        """One less is alive."""
         self.num_live -= 1
         if self.num_live == 0:
             self.rounds.end()
+            self.repeating.stop()
             self.num_packed = self._num_calls = 0
 
     # -- rounds ------------------------------------------------------------------------------------------------------
@@ -422,6 +480,7 @@ class TensorCache:
         self.fetching.begin_round()
         self.num_packed = 0
         self.rounds.begin()
+        self.repeating.begin_round()
         if self.rounds.timeline is None:
             self.mover.host.mend()
 
@@ -440,6 +499,7 @@ class TensorCache:
         """What is packed from here on belongs to another micro-batch than before; None: the one after it."""
         with self._lock:
             self._micro_batch = number if number is not None else self._micro_batch + 1
+            self.repeating.begin_micro_batch()
             self.num_packed = self._num_calls = 0
 
 

@@ -126,14 +126,18 @@ class Fetching:
         return record.position
 
     def fetch_around(self, record: Record) -> None:
-        """Rule 6, now that this one is wanted."""
-        way = self._rounds.way_back(record)
-        if way is None:
+        """Now that this one is wanted."""
+        if not self.fetch_in_turn(record.index, record.micro_batch):
             self._prefetch(self._front_at(record))
-            return
+
+    def fetch_in_turn(self, place: int, micro_batch: int) -> bool:
+        """Rule 1, now that this place is wanted; False: there is no pace."""
+        way = self._rounds.way_back(place)
+        if way is None:
+            return False
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
-        (order, until), micro_batch = way, record.micro_batch
+        order, until = way
         start, near_bytes = self._starts.get(micro_batch, 0), 0
         if start:
             near_bytes = self._bytes_to_come(order, micro_batch)
@@ -151,6 +155,7 @@ class Fetching:
         self._num_back[micro_batch] = begun
         if start:
             self._prefetch(start, near_bytes=near_bytes)
+        return True
 
     def _bytes_to_come(self, order: Sequence[int], micro_batch: int) -> int:
         """Of what is away, or has come too early, of a micro-batch; or more than a window."""

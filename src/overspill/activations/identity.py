@@ -240,6 +240,10 @@ class ParameterStorages:
         self.add(base)  # such as FSDP2's gathered parameters, which are made in forward
         return True
 
+    def __contains__(self, identity: int) -> bool:
+        """Whether a storage with this `_cdata` is known already."""
+        return identity in self._known
+
     def restorer(self, storage: torch.UntypedStorage) -> Callable[[], torch.Tensor] | None:
         """See `add`."""
         entry = self._known.get(storage._cdata)

@@ -105,7 +105,7 @@ class Mover:
             if not record.is_narrowed:
                 record.form = None
             record.payload = _stored(record, storage)
-        self._count(record.stored_bytes)
+        self.count(record.stored_bytes)
 
     def leave(self, record: Record, storage: torch.UntypedStorage, target: Target, *, may_wait: bool, is_timed: bool) -> None:
         """Start a record's way out, to `target` or to the other tier; it is kept if neither has room.
@@ -121,7 +121,7 @@ class Mover:
             self.keep(record, storage)
             return
         record.payload = source
-        self._count(source.numel())
+        self.count(source.numel())
         self.largest_bytes = max(self.largest_bytes, source.numel())
         self._leaving.append(record)
         self._leaving_bytes += source.numel()
@@ -207,7 +207,7 @@ class Mover:
             record.coming = None
             self.ssd.give_way(way)
             raise
-        self._count(record.stored_bytes)
+        self.count(record.stored_bytes)
 
         def note(end: End) -> None:
             record.arriving = end
@@ -225,7 +225,7 @@ class Mover:
         record.mark = self.link.mark()
         end = self.link.start_in(target, source, record.mark, after, is_timed=is_timed)
         record.payload, record.arriving, record.is_held = target, end, False
-        self._count(target.numel())
+        self.count(target.numel())
         if is_timed:
             self.timed_in.append(end)
         return end
@@ -373,7 +373,8 @@ class Mover:
             record.is_forwarded = True
             self.forwarded_bytes += record.stored_bytes
 
-    def _count(self, num_bytes: int) -> None:
+    def count(self, num_bytes: int) -> None:
+        """Bytes of records more on the device, or (negative) less."""
         self.device_bytes += num_bytes
         self.device_peak_bytes = max(self.device_peak_bytes, self.device_bytes)
 

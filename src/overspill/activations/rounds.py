@@ -85,6 +85,17 @@ class Rounds:
         """Whether a measured round has said what is done."""
         return self._decision is not None
 
+    @property
+    def choices(self) -> object:
+        """What is done in this round, equal to that of another round in which the same is done; None: that depends on more, or what is
+        fetched depends on the records that backward wants, and not on a measured pace."""
+        decision = self._decision
+        if decision is not None:
+            has_pace = decision.pace is not None and decision.pace.way_back is not None
+            leaves = any(target is not Target.KEEP and target is not Target.REBUILD for target in decision.targets)
+            return (decision.targets, decision.mix) if has_pace or not leaves else None
+        return () if not self._amount.needs_profile and not self._amount.leaves_unmeasured else None
+
     def target(self, place: int) -> Target:
         """Where a micro-batch's record at this place goes."""
         if self._targets is not None:
@@ -119,13 +130,13 @@ class Rounds:
         here = pace.num_gone[min(num_packed, len(pace.num_gone)) - 1] if num_packed else 0
         return lambda record: record.index < (here if record.micro_batch == micro_batch else pace.num_gone_at_turn)
 
-    def way_back(self, record: Record) -> tuple[Sequence[int], int] | None:
-        """Places of this one's micro-batch in the order in which they come back, and how many of them are on their way now that it is
-        wanted; None: what was packed last comes first, as much as the window takes."""
+    def way_back(self, place: int) -> tuple[Sequence[int], int] | None:
+        """Places of a micro-batch in the order in which they come back, and how many of them are on their way once this place is wanted;
+        None: what was packed last comes first, as much as the window takes."""
         way = self._decision.pace.way_back if self._decision is not None and self._decision.pace is not None else None
-        if way is None or record.index >= len(way.until):
+        if way is None or place >= len(way.until):
             return None
-        return way.order, way.until[record.index]
+        return way.order, way.until[place]
 
     def gone_in_backward(self) -> Callable[[Record], bool] | None:
         """The same, whenever backward wants one."""

@@ -50,6 +50,13 @@ class Tally:
         if record.target is not Target.KEEP:
             found["stored"] += record.stored_bytes
 
+    def note_kept(self, num_bytes: int) -> None:
+        """A record that stays, of which there is no more than that."""
+        found = self._round
+        found["packed"] += num_bytes
+        found[Target.KEEP] += num_bytes
+        found["records"] += 1
+
     @property
     def totals(self) -> collections.Counter[str]:
         """Bytes of the rounds that have ended, and of this one."""

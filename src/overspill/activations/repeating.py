@@ -1,0 +1,136 @@
+"""What stays, in rounds that repeat: known by the number of the pack, and not looked into again.
+
+Most of what a Llama saves stays where it is, and to find that out anew takes the host 8 to 20 us a tensor: which storage it is, whether a
+record has it already, where that goes. In a loop all rounds with the same decisions save the same, so in the first of them it is noted
+which packs, counted from a micro-batch's first record, were of a record that stays as it is, and in the others such a pack is an alias and
+a place, no record.
+
+Rules:
+
+1. A tensor that is kept may always be kept, whatever it is: a round that only looks like the one before has the right gradients. What
+   could be wrong is where later tensors go. So a pack is compared with what was there (dtype and dimensions; sizes may be others), and at
+   the first difference the rest of the round is looked into as if nothing were known. Weights are left to those who know them.
+2. Nobody watches such a round, and it has the decisions of the one that was noted: targets, recipes and modules that are run again.
+3. What backward wants is told to the way back all the same (`SavedKept.unpack`), which goes by it.
+4. It counts as a record does: for the round's end, its place, its bytes.
+
+The cache locks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+
+from overspill.activations.identity import ParameterStorages
+from overspill.activations.rounds import Rounds
+from overspill.activations.saved import SavedAlone, SavedView
+
+
+class Wanting(Protocol):
+    """The cache, as a kept tensor sees it."""
+
+    def want(self, place: int, micro_batch: int) -> None:
+        """Backward wants what was kept at a place."""
+        ...
+
+    def bury_kept(self, num_bytes: int) -> None: ...
+
+
+class SavedKept(SavedAlone):
+    """A saved tensor that stays, of a place that others know."""
+
+    __slots__ = ("_cache", "_micro_batch", "_place", "num_bytes")
+
+    def __init__(self, cache: Wanting, tensor: torch.Tensor, place: int, micro_batch: int) -> None:
+        self.num_bytes: int | None = None
+        """Of its record, for the first of it, else 0; None: it has not been counted."""
+        super().__init__(tensor, None)
+        self._cache, self._place, self._micro_batch = cache, place, micro_batch
+
+    def unpack(self) -> torch.Tensor:
+        self._cache.want(self._place, self._micro_batch)
+        return super().unpack()
+
+    def __del__(self) -> None:
+        if self.num_bytes is not None:
+            self._cache.bury_kept(self.num_bytes)
+
+
+class Kept(NamedTuple):
+    """A pack that kept a tensor."""
+
+    place: int
+    is_new: bool
+    """Whether it was the first of its record."""
+    is_whole: bool
+    """Whether the record has all of its storage."""
+    dtype: torch.dtype
+    num_dims: int
+
+
+class Repeating:
+    """The packs of one cache.
+
+    Args:
+        min_bytes: smaller saved tensors are left alone.
+    """
+
+    def __init__(self, rounds: Rounds, parameters: ParameterStorages, device: torch.device, min_bytes: int) -> None:
+        self._rounds, self._parameters, self._device, self._min_bytes = rounds, parameters, device, min_bytes
+        self._known: dict[int, Kept] = {}
+        self._choices: object = None
+        """The decisions with which that was noted."""
+        self.is_on = False
+        """Whether packs are counted: this round is noted, or repeats one that was."""
+        self._is_noting = False
+        self._number: int | None = None
+        """Of the next pack; None: the micro-batch has no record yet."""
+
+    def begin_round(self) -> None:
+        """No record is alive, and the first is being made."""
+        choices = self._rounds.choices if self._rounds.timeline is None else None
+        self._number, self.is_on = None, choices is not None
+        self._is_noting = choices is not None and choices != self._choices
+        if self._is_noting:
+            self._known, self._choices = {}, choices
+
+    def begin_micro_batch(self) -> None:
+        """What is packed from here on is counted anew."""
+        self._number = None
+        if self._is_noting:  # one says all
+            self.stop()
+
+    def stop(self) -> None:
+        """The round has ended, or is another one."""
+        self.is_on = self._is_noting = False
+
+    def next_pack(self, tensor: torch.Tensor) -> tuple[Kept, int] | None:
+        """Count a pack; what it is, and the bytes of its record, if it keeps the tensor and need not be looked into."""
+        if self._number is None:
+            return None
+        number, self._number = self._number, self._number + 1
+        kept = self._known.get(number)
+        if kept is None or self._is_noting:
+            return None
+        if type(tensor) is torch.Tensor and tensor.layout == torch.strided and tensor.dtype == kept.dtype and tensor.dim() == kept.num_dims:
+            num_bytes = tensor.nbytes
+            if num_bytes >= self._min_bytes and num_bytes and not tensor.is_nested and tensor.device == self._device:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._parameters:
+                    return kept, (storage.nbytes() if kept.is_whole else num_bytes) if kept.is_new else 0
+        self.stop()
+        return None
+
+    def note(self, tensor: torch.Tensor, saved: object, *, is_new: bool) -> None:
+        """Something was looked into and is no parameter; what pack returns for it, and whether its record is new."""
+        if self._number is None and is_new and isinstance(saved, SavedView):
+            self._number = 1  # of the next one: this is the first record's
+        elif self._is_noting and self._number is not None and isinstance(saved, SavedView) and saved.record.is_whole:
+            record = saved.record
+            is_whole = record.num_bytes == tensor.untyped_storage().nbytes()
+            self._known[self._number - 1] = Kept(record.index, is_new, is_whole, tensor.dtype, tensor.dim())
+
+
+__all__ = ["Kept", "Repeating", "SavedKept"]
