@@ -14,7 +14,7 @@ from torch import nn
 
 from overspill.activations import cache as caches
 from overspill.activations import windows
-from overspill.activations.repeating import SavedKept
+from overspill.activations.repeating import MOST_OTHERS, SavedKept
 from overspill.activations.saved import SavedView
 from overspill.activations.timeline import is_watched
 from overspill.units import MIB
@@ -238,3 +238,21 @@ def test_micro_batches_in_flight_repeat_the_first(kinds: Any) -> None:
         assert kinds[SavedKept] >= 3 * 2 and kinds[SavedView] <= 3 * 2
         first, *others = amounts(active)
         assert others == [first] * 3
+
+
+def test_a_first_round_that_was_unlike_the_others_is_forgotten_or_made_whole(kinds: Any) -> None:
+    net, inputs = Changing(), torch.randn(64, 64)
+    with offload(net, amount="nothing", min_bytes=256) as active:
+        net.one(inputs).tanh()  # a forward that was broken off
+        assert active._cache().num_live == 0
+        counts = []
+        for _ in range(3):
+            kinds.clear()
+            gradients(net, inputs)
+            counts.append(kinds[SavedKept])
+        assert counts[0] < counts[1] == counts[2], "what is not known yet is noted in the next round"
+        net.how = "wider"
+        for _ in range(MOST_OTHERS + 2):
+            kinds.clear()
+            gradients(net, inputs)
+        assert kinds[SavedKept] > counts[2], "now this is what is noted"

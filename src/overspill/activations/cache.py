@@ -471,7 +471,7 @@ class TensorCache:
         self.num_live -= 1
         if self.num_live == 0:
             self.rounds.end()
-            self.repeating.stop()
+            self.repeating.end_round()
             self.num_packed = self._num_calls = 0
 
     # -- rounds ------------------------------------------------------------------------------------------------------

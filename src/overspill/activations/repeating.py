@@ -58,6 +58,10 @@ class SavedKept(SavedAlone):
             self._cache.bury_kept(self.num_bytes)
 
 
+MOST_OTHERS = 4
+"""Rounds in a row that are not as noted, after which it is noted anew. Chosen: lengths and branches may alternate."""
+
+
 class Kept(NamedTuple):
     """A pack that kept a tensor."""
 
@@ -84,27 +88,37 @@ class Repeating:
         """The decisions with which that was noted."""
         self.is_on = False
         """Whether packs are counted: this round is noted, or repeats one that was."""
-        self._is_noting = False
+        self._is_noting = self._is_first = False
+        """The second: in the round's first micro-batch."""
+        self._num_others = 0
+        """Rounds in a row that were not as noted."""
         self._number: int | None = None
         """Of the next pack; None: the micro-batch has no record yet."""
 
     def begin_round(self) -> None:
         """No record is alive, and the first is being made."""
         choices = self._rounds.choices if self._rounds.timeline is None else None
-        self._number, self.is_on = None, choices is not None
-        self._is_noting = choices is not None and choices != self._choices
+        self._number, self.is_on, self._is_first = None, choices is not None, True
+        self._is_noting = choices is not None and (choices != self._choices or self._num_others >= MOST_OTHERS)
         if self._is_noting:
-            self._known, self._choices = {}, choices
+            self._known, self._choices, self._num_others = {}, choices, 0
 
     def begin_micro_batch(self) -> None:
         """What is packed from here on is counted anew."""
-        self._number = None
+        self._number, self._is_first = None, False
         if self._is_noting:  # one says all
-            self.stop()
+            self.is_on = False
+
+    def end_round(self) -> None:
+        """No record is alive any more."""
+        if self.is_on:
+            self._num_others = 0
+        self.is_on = False
 
     def stop(self) -> None:
-        """The round has ended, or is another one."""
-        self.is_on = self._is_noting = False
+        """The round is not as noted."""
+        self.is_on = False
+        self._num_others += 1
 
     def next_pack(self, tensor: torch.Tensor) -> tuple[Kept, int] | None:
         """Count a pack; what it is, and the bytes of its record, if it keeps the tensor and need not be looked into."""
@@ -127,7 +141,7 @@ class Repeating:
         """Something was looked into and is no parameter; what pack returns for it, and whether its record is new."""
         if self._number is None and is_new and isinstance(saved, SavedView):
             self._number = 1  # of the next one: this is the first record's
-        elif self._is_noting and self._number is not None and isinstance(saved, SavedView) and saved.record.is_whole:
+        elif self._is_first and self._number is not None and isinstance(saved, SavedView) and saved.record.is_whole:
             record = saved.record
             is_whole = record.num_bytes == tensor.untyped_storage().nbytes()
             self._known[self._number - 1] = Kept(record.index, is_new, is_whole, tensor.dtype, tensor.dim())
