@@ -147,14 +147,13 @@ class TensorCache:
         try:
             with self._lock:
                 self._look_around()
-                if record.watch.now != record.watch.version:
+                if record.watch.is_changed:
                     record.watch.check(record.name)
                 if self.rounds.timeline is not None:
                     self.rounds.timeline.need(record)
                 record.is_wanted = True
                 span = self._on_device(record) if not record.is_whole else None
-                # What is wanted soon stays: it would be fetched again at once.
-                self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
+                self._drop_left_in_backward()
                 self.fetching.fetch_around(record)
                 return geometry.view(span) if span is not None else geometry.within(record.watch.alias, record.start)
         finally:
@@ -167,20 +166,18 @@ class TensorCache:
         try:
             with self._lock:
                 self._look_around()
-                self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
+                self._drop_left_in_backward()
                 self.fetching.fetch_in_turn(place, micro_batch)
         finally:
             self._burial()
 
-    def bury_kept(self, num_bytes: int) -> None:
-        """As `bury`, of what has no record."""
-        self._dead.append(num_bytes)
-        if not threading.current_thread().name.startswith(THREAD_PREFIX):
-            self._burial()
+    def _drop_left_in_backward(self) -> None:
+        """What is wanted soon stays: it would be fetched again at once."""
+        self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
 
-    def bury(self, record: Record) -> None:
-        """A view of a record has died (rule 7); from any thread, at any time."""
-        self._dead.append(record)
+    def bury(self, what: Record | int) -> None:
+        """A view of a record has died (rule 7), or something of so many bytes that was kept again; from any thread, at any time."""
+        self._dead.append(what)
         if not threading.current_thread().name.startswith(THREAD_PREFIX):  # which would wait for itself
             self._burial()
 
@@ -442,14 +439,14 @@ class TensorCache:
         while self._dead and self._lock.acquire(blocking=False):
             try:
                 while self._dead:
-                    record = self._dead.popleft()
-                    if isinstance(record, int):
-                        self.mover.count(-record)
+                    what = self._dead.popleft()
+                    if isinstance(what, int):
+                        self.mover.count(-what)
                         self._note_dead()
                         continue
-                    record.num_users -= 1
-                    if record.num_users == 0:
-                        self._release(record)
+                    what.num_users -= 1
+                    if what.num_users == 0:
+                        self._release(what)
                 is_empty = self.num_live == 0
             finally:
                 self._lock.release()

@@ -114,7 +114,7 @@ class Fetching:
         self._prefetch(self._ends[micro_batch] if micro_batch is not None else len(self._moved))
 
     def _front_at(self, record: Record) -> int:
-        """Where the front is, now that this record is wanted (rule 6); before backward wanted any, it was behind all of them."""
+        """Where the front is, now that this record is wanted (rule 2); before backward wanted any, it was behind all of them."""
         front = self._fronts.get(record.micro_batch, self._ends.get(record.micro_batch, record.position))
         between_bytes = 0
         for other in self._moved[record.position : front]:
@@ -171,7 +171,7 @@ class Fetching:
         return num_bytes
 
     def _prefetch(self, position: int, *, near_bytes: int = 0) -> None:
-        """Rule 6, for the records before `position`, if so many bytes are nearer."""
+        """Rule 2, for the records before `position`, if so many bytes are nearer."""
         if torch._C._current_graph_task_id() != -1:
             self._note_backward()
         window_bytes, num_dead = self._mover.back_window_bytes, 0

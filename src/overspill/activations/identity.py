@@ -140,7 +140,7 @@ class VersionWatch:
         if not holds:
             shed(self._counter)
         self.version = tensor._version
-        self._root = weakref.ref(_root_of(tensor))
+        self._root = weakref.ref(root_of(tensor))
 
     @property
     def alias(self) -> torch.Tensor:
@@ -163,19 +163,23 @@ class VersionWatch:
         """
         if not self.version == self.now == tensor._version:
             return False
-        if self._root() is _root_of(tensor):
+        if self._root() is root_of(tensor):
             return True
         with torch.autograd._unsafe_preserve_version_counter(tensor):
             torch.autograd.graph.increment_version(tensor)
-            return self.now != self.version
+            return self.is_changed
+
+    @property
+    def is_changed(self) -> bool:
+        return self.now != self.version
 
     def check(self, what: str) -> None:
         """Raise RuntimeError, as autograd does, if there was a change."""
-        if self.now != self.version:
+        if self.is_changed:
             raise changed_in_place(what, self.version, self.now)
 
 
-def _root_of(tensor: torch.Tensor) -> torch.Tensor:
+def root_of(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that it is a view of, or itself."""
     base = tensor._base if tensor._is_view() else None
     return tensor if base is None else base
@@ -234,8 +238,8 @@ class ParameterStorages:
         """Whether a tensor is a parameter or a view of one; a parameter that is met for the first time is added."""
         if storage._cdata in self._known:
             return True
-        base = tensor._base if tensor._is_view() else tensor
-        if base is None or base.grad_fn is not None or not isinstance(base, nn.Parameter):
+        base = root_of(tensor)
+        if base.grad_fn is not None or not isinstance(base, nn.Parameter):
             return False
         self.add(base)  # such as FSDP2's gathered parameters, which are made in forward
         return True
@@ -256,8 +260,7 @@ class ParameterStorages:
         in the shape of one of the parameters or its transposition and in a 16-bit dtype that this has not, is taken for one. (Whether
         autocast is on cannot be asked in a hook: it switches itself off while it calls an op.)
         """
-        base = tensor._base if tensor._is_view() else tensor
-        assert base is not None
+        base = root_of(tensor)
         node = base.grad_fn
         if node is None:
             dtypes = self._dtypes.get(tuple(sorted(base.shape)))

@@ -162,14 +162,12 @@ class Mover:
             end = record.leaving
             assert end is not None
             if record.num_users and not record.is_forwarded:
-                is_paced = is_gone is not None and not isinstance(end, JobEnd)  # the pace is the link's
-                is_due = is_paced and is_gone is not None and is_gone(record)
+                pace = is_gone if not isinstance(end, JobEnd) else None  # the pace is the link's
+                is_due = pace is not None and pace(record)
                 may_stay = not is_due and (self._leaving_bytes <= self.window_bytes or len(self._leaving) == 1)
-                if may_stay and is_paced and record.micro_batch == forward_of:
+                if may_stay and ((pace is not None and record.micro_batch == forward_of) or not end.is_done):
                     return
                 if not end.is_done:
-                    if may_stay:
-                        return
                     self._hold(end)
                 self._let_go(record)
                 record.is_only_here = False
@@ -380,9 +378,9 @@ class Mover:
 
     def _let_go(self, record: Record) -> None:
         if record.payload is not None:
-            self.device_bytes -= record.payload.numel()
+            self.count(-record.payload.numel())
         elif record.is_whole:
-            self.device_bytes -= record.stored_bytes
+            self.count(-record.stored_bytes)
             record.watch.let_go()
         record.payload = record.decoded = None
 

@@ -48,7 +48,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from overspill.activations.identity import Geometry, VersionWatch, words_of
+from overspill.activations.identity import Geometry, VersionWatch, root_of, words_of
 from overspill.activations.saved import Saved, SavedAlone
 
 _PLAIN = (torch.Tensor, FakeTensor)
@@ -85,7 +85,7 @@ class Rebuild:
         """
         with self._lock:
             if base.grad_fn is self._node:
-                return self._watch.now == self._watch.version
+                return not self._watch.is_changed
             return self._watch.covers(tensor)
 
     def result(self) -> torch.Tensor:
@@ -95,7 +95,7 @@ class Rebuild:
             RuntimeError: the result or an input was changed in place, or the op gives something else than what was saved.
         """
         with self._lock:
-            if self._watch.now != self._watch.version:
+            if self._watch.is_changed:
                 self._watch.check(self.name)
             if self._value is None:
                 with self.timed():
@@ -212,16 +212,9 @@ class Rebuilder:
 
     def cast_from(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> torch.dtype | None:
         """The dtype of fewer bytes that all of a tensor's storage was cast from (rule 6); None: it was not, or was changed since."""
-        base = tensor._base if tensor._is_view() else tensor
-        node = base.grad_fn if base is not None else None
-        if (
-            base is None
-            or node is None
-            or node.name() != "ToCopyBackward0"
-            or base._version
-            or type(base) not in _PLAIN
-            or tensor.dtype != base.dtype
-        ):
+        base = root_of(tensor)
+        node = base.grad_fn
+        if node is None or node.name() != "ToCopyBackward0" or base._version or type(base) not in _PLAIN or tensor.dtype != base.dtype:
             return None
         inner, number = node.next_functions[0]
         narrow = _output_dtype(inner, number) if inner is not None else None
@@ -236,8 +229,7 @@ class Rebuilder:
         Args:
             is_wanted: of a new one, told what its ops read and write.
         """
-        base = tensor._base if tensor._is_view() else tensor
-        assert base is not None
+        base = root_of(tensor)
         known = self._known.get(storage._cdata)
         if known is not None and known.is_of(tensor, base):
             return SavedRebuilt(known, None if tensor is base else Geometry.of(tensor, 0)), False

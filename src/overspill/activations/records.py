@@ -70,9 +70,8 @@ class Record:
     """Whether backward has asked for it."""
     is_ahead = False
     """Whether it was fetched before it was wanted, and has not been wanted yet."""
-
     weak: StorageWeakRef | None = None
-    """Of its storage, while the record does not hold that itself."""
+    """Of its storage; None if it holds that itself (`is_whole`)."""
 
     def __init__(
         self, tensor: torch.Tensor, storage: torch.UntypedStorage, span: tuple[int, int], form: Form | None,
@@ -83,8 +82,9 @@ class Record:
         self.micro_batch = micro_batch
         self.position = position
         """How many records of the round were moved before it."""
-        self.cdata, self.is_whole = storage._cdata, is_whole
-        """Whether it stays as it is, for good: it holds the storage, and needs no payload (`whole`)."""
+        self.cdata = storage._cdata
+        self.is_whole = is_whole
+        """Whether it stays as it is, for good: its watch holds the storage, and it needs no payload."""
         if not is_whole:
             self.weak = StorageWeakRef(storage)
         self.start, self.stop = span

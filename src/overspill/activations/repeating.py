@@ -35,7 +35,7 @@ class Wanting(Protocol):
         """Backward wants what was kept at a place."""
         ...
 
-    def bury_kept(self, num_bytes: int) -> None: ...
+    def bury(self, what: int) -> None: ...
 
 
 class SavedKept(SavedAlone):
@@ -55,7 +55,7 @@ class SavedKept(SavedAlone):
 
     def __del__(self) -> None:
         if self.num_bytes is not None:
-            self._cache.bury_kept(self.num_bytes)
+            self._cache.bury(self.num_bytes)
 
 
 MOST_OTHERS = 4

@@ -40,21 +40,22 @@ class Tally:
         return self.num_ended + 1
 
     def note_packed(self, record: Record) -> None:
-        found, there_bytes = self._round, record.num_bytes
+        there_bytes = record.num_bytes
         if record.is_narrowed:
             there_bytes = record.stored_bytes
-            found["rebuilt"] += record.num_bytes - there_bytes
-        found["packed"] += there_bytes
-        found[record.target] += there_bytes
-        found["records"] += 1
+            self._round["rebuilt"] += record.num_bytes - there_bytes
+        self._note(record.target, there_bytes)
         if record.target is not Target.KEEP:
-            found["stored"] += record.stored_bytes
+            self._round["stored"] += record.stored_bytes
 
     def note_kept(self, num_bytes: int) -> None:
-        """A record that stays, of which there is no more than that."""
+        """What stays, and has no record."""
+        self._note(Target.KEEP, num_bytes)
+
+    def _note(self, target: Target, num_bytes: int) -> None:
         found = self._round
         found["packed"] += num_bytes
-        found[Target.KEEP] += num_bytes
+        found[target] += num_bytes
         found["records"] += 1
 
     @property
