@@ -256,3 +256,26 @@ def test_a_first_round_that_was_unlike_the_others_is_forgotten_or_made_whole(kin
             kinds.clear()
             gradients(net, inputs)
         assert kinds[SavedKept] > counts[2], "now this is what is noted"
+
+
+@pytest.mark.parametrize("rounds", [["one", "two", "two"], ["two", "one", "one"], ["one", "one", "two", "one"], ["late", "one", "late"]])
+def test_the_books_of_a_round_that_shares_other_tensors_are_its_own(rounds: list[str]) -> None:
+    """Dtype and dimensions are equal: `one` saves a tensor twice where `two` saves two, and `late` has a difference in between."""
+    net, inputs = nn.Linear(64, 64), torch.randn(64, 64)
+
+    def step(how: str) -> None:
+        hidden = torch.tanh(net(inputs))
+        one, other = hidden + 1, hidden + 2
+        if how == "late":
+            hidden = hidden * torch.exp(hidden.double()).float()
+        (hidden * (one * one if how != "two" else one * other) * one).sum().backward()
+
+    def books(hows: list[str]) -> list[tuple[int, ...]]:
+        with offload(net, amount="nothing") as active:
+            for how in hows:
+                step(how)
+                assert active._cache().num_live == active._cache().mover.device_bytes == 0 and not active._cache().repeating._here
+            return [(item.packed_bytes, item.kept_bytes, item.num_records) for item in active.report().rounds]
+
+    fresh = {how: books([how])[0] for how in ("one", "two", "late")}
+    assert fresh["one"] != fresh["two"] and books(rounds) == [fresh[how] for how in rounds]

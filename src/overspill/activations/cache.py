@@ -48,7 +48,7 @@ from overspill.activations.links import THREAD_PREFIX, Mark
 from overspill.activations.mover import Mover
 from overspill.activations.rebuild import Rebuild, Rebuilder, SavedRebuilt
 from overspill.activations.records import Record
-from overspill.activations.repeating import Kept, Repeating, SavedKept
+from overspill.activations.repeating import Buried, Kept, Repeating, SavedKept
 from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView
 from overspill.activations.segments import PLAIN_CALL, Call
@@ -78,8 +78,8 @@ class TensorCache:
         self._min_bytes, self._form = min_bytes, form
         self.device = mover.device
         self._lock = threading.Lock()
-        self._dead: collections.deque[Record | int] = collections.deque()
-        """Records a view of which has died; and the bytes of what was kept again, without one."""
+        self._dead: collections.deque[Record | Buried] = collections.deque()
+        """Records a view of which has died; and what was kept again, without one."""
         self._by_storage: dict[int, list[Record]] = {}
         self.fetching = Fetching(mover, rounds, self._note_backward)
         self.repeating = Repeating(rounds, parameters, mover.device, min_bytes)
@@ -110,7 +110,7 @@ class TensorCache:
         if self._open_call is not None:
             self._open_call.note_packed()
         if self.repeating.is_on and torch._C._current_graph_task_id() == -1:
-            kept = self.repeating.next_pack(tensor)
+            kept = self.repeating.next_pack(tensor, self._micro_batch)
             if kept is not None and (again := self._keep_again(tensor, *kept)) is not None:
                 return again
         has_graph = torch.is_grad_enabled()
@@ -123,9 +123,10 @@ class TensorCache:
                 return SavedAlone(tensor, restore)
             assert storage is not None
             with self._lock:
-                num_before, saved = self.num_packed, self._pack(tensor, storage)
-                if self.repeating.is_on:
-                    self.repeating.note(tensor, saved, is_new=self.num_packed != num_before)
+                num_before, is_shared = self.num_packed, self.repeating.is_on and self._has_saved(storage._cdata)
+                saved = self._pack(tensor, storage)
+                if self.repeating.is_on:  # perhaps only now: the first record begins a round
+                    self.repeating.note(tensor, saved, is_new=self.num_packed != num_before, is_shared=is_shared)
                 return saved
         finally:
             torch._C._set_grad_enabled(has_graph)
@@ -175,8 +176,8 @@ class TensorCache:
         """What is wanted soon stays: it would be fetched again at once."""
         self.mover.drop_left(self.rounds.gone_in_backward(), spared_bytes=self.mover.back_window_bytes)
 
-    def bury(self, what: Record | int) -> None:
-        """A view of a record has died (rule 7), or something of so many bytes that was kept again; from any thread, at any time."""
+    def bury(self, what: Record | Buried) -> None:
+        """A view of a record has died (rule 7), or something that was kept again; from any thread, at any time."""
         self._dead.append(what)
         if not threading.current_thread().name.startswith(THREAD_PREFIX):  # which would wait for itself
             self._burial()
@@ -218,7 +219,7 @@ class TensorCache:
                 return record
         return None
 
-    def _pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedView | SavedRebuilt:
+    def _pack(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedView | SavedRebuilt | SavedKept:
         """A view of a record, or what rebuilds it."""
         self._look_around()
         span = byte_span(tensor)
@@ -226,6 +227,9 @@ class TensorCache:
         if record is not None:
             record.num_users += 1
             return SavedView(self, record, Geometry.of(tensor, record.start))
+        place = self.repeating.place_of(self._micro_batch, storage._cdata)
+        if place is not None:
+            return self._kept_again(tensor, place, Buried(0, self._micro_batch, storage._cdata))
         moved_bytes = 0
         if self.rebuilder is not None and (self._is_asked(self.num_packed) or self.rebuilder.knows(storage)):
 
@@ -245,21 +249,32 @@ class TensorCache:
         self._drop_left()
         return saved
 
-    def _keep_again(self, tensor: torch.Tensor, kept: Kept, num_bytes: int) -> SavedKept | None:
+    def _has_saved(self, storage: int) -> bool:
+        """Whether something that lives was saved of a storage in this micro-batch; by its `_cdata`."""
+        is_here = any(record.micro_batch == self._micro_batch for record in self._by_storage.get(storage, ()))
+        return is_here or self.repeating.place_of(self._micro_batch, storage) is not None
+
+    def _keep_again(self, tensor: torch.Tensor, kept: Kept, counts: Buried) -> SavedKept | None:
         """What stays as in the round before; None: this is another round."""
-        saved = SavedKept(self, tensor, kept.place, self._micro_batch)
         with self._lock:
             self._look_around()
-            if not self.num_live or (kept.is_new and kept.place != self.num_packed):
+            is_other = (kept.is_new and kept.place != self.num_packed) or kept.is_shared != self._has_saved(counts.storage)
+            if not self.num_live or is_other:
                 self.repeating.stop()
                 return None
-            self.num_live += 1
-            self.mover.count(num_bytes)
-            saved.num_bytes = num_bytes
+            saved = self._kept_again(tensor, kept.place, counts)
             if kept.is_new:
                 self.num_packed += 1
-                self.rounds.tally.note_kept(num_bytes)
+                self.rounds.tally.note_kept(counts.num_bytes)
                 self._drop_left()
+        return saved
+
+    def _kept_again(self, tensor: torch.Tensor, place: int, counts: Buried) -> SavedKept:
+        saved = SavedKept(self, tensor, place, self._micro_batch)
+        self.num_live += 1
+        self.mover.count(counts.num_bytes)
+        self.repeating.note_kept(place, counts)
+        saved.buried = counts
         return saved
 
     def _drop_left(self) -> None:
@@ -440,8 +455,9 @@ class TensorCache:
             try:
                 while self._dead:
                     what = self._dead.popleft()
-                    if isinstance(what, int):
-                        self.mover.count(-what)
+                    if isinstance(what, Buried):
+                        self.mover.count(-what.num_bytes)
+                        self.repeating.forget(what)
                         self._note_dead()
                         continue
                     what.num_users -= 1

@@ -8,8 +8,10 @@ a place, no record.
 Rules:
 
 1. A tensor that is kept may always be kept, whatever it is: a round that only looks like the one before has the right gradients. What
-   could be wrong is where later tensors go. So a pack is compared with what was there (dtype and dimensions; sizes may be others), and at
-   the first difference the rest of the round is looked into as if nothing were known. Weights are left to those who know them.
+   could be wrong is where later tensors go. So a pack is compared with what was there (dtype and dimensions, and whether something of its
+   storage had been saved in its micro-batch; sizes may be others), and at the first difference the rest of the round is looked into as if
+   nothing were known, but for storages of which something has been kept again already: these count once. What is shared by several
+   micro-batches counts in each. Weights are left to those who know them.
 2. Nobody watches such a round, and it has the decisions of the one that was noted: targets, recipes and modules that are run again.
 3. What backward wants is told to the way back all the same (`SavedKept.unpack`), which goes by it.
 4. It counts as a record does: for the round's end, its place, its bytes.
@@ -28,6 +30,16 @@ from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView
 
 
+class Buried(NamedTuple):
+    """Something that was kept again has died."""
+
+    num_bytes: int
+    """Of its record, for the first of it, else 0."""
+    micro_batch: int
+    storage: int
+    """Its `_cdata`."""
+
+
 class Wanting(Protocol):
     """The cache, as a kept tensor sees it."""
 
@@ -35,17 +47,17 @@ class Wanting(Protocol):
         """Backward wants what was kept at a place."""
         ...
 
-    def bury(self, what: int) -> None: ...
+    def bury(self, what: Buried) -> None: ...
 
 
 class SavedKept(SavedAlone):
     """A saved tensor that stays, of a place that others know."""
 
-    __slots__ = ("_cache", "_micro_batch", "_place", "num_bytes")
+    __slots__ = ("_cache", "_micro_batch", "_place", "buried")
 
     def __init__(self, cache: Wanting, tensor: torch.Tensor, place: int, micro_batch: int) -> None:
-        self.num_bytes: int | None = None
-        """Of its record, for the first of it, else 0; None: it has not been counted."""
+        self.buried: Buried | None = None
+        """What its death takes back; None: it has not been counted."""
         super().__init__(tensor, None)
         self._cache, self._place, self._micro_batch = cache, place, micro_batch
 
@@ -54,8 +66,8 @@ class SavedKept(SavedAlone):
         return super().unpack()
 
     def __del__(self) -> None:
-        if self.num_bytes is not None:
-            self._cache.bury(self.num_bytes)
+        if self.buried is not None:
+            self._cache.bury(self.buried)
 
 
 MOST_OTHERS = 4
@@ -68,6 +80,8 @@ class Kept(NamedTuple):
     place: int
     is_new: bool
     """Whether it was the first of its record."""
+    is_shared: bool
+    """Whether something of its storage had been saved before, in its micro-batch."""
     is_whole: bool
     """Whether the record has all of its storage."""
     dtype: torch.dtype
@@ -94,6 +108,8 @@ class Repeating:
         """Rounds in a row that were not as noted."""
         self._number: int | None = None
         """Of the next pack; None: the micro-batch has no record yet."""
+        self._here: dict[tuple[int, int], tuple[int, int]] = {}
+        """Micro-batches and storages of which something that was kept again lives: the first one's place, and how many."""
 
     def begin_round(self) -> None:
         """No record is alive, and the first is being made."""
@@ -120,8 +136,24 @@ class Repeating:
         self.is_on = False
         self._num_others += 1
 
-    def next_pack(self, tensor: torch.Tensor) -> tuple[Kept, int] | None:
-        """Count a pack; what it is, and the bytes of its record, if it keeps the tensor and need not be looked into."""
+    def place_of(self, micro_batch: int, storage: int) -> int | None:
+        """Of what was kept again of a storage, by its `_cdata`, and lives."""
+        entry = self._here.get((micro_batch, storage))
+        return entry[0] if entry is not None else None
+
+    def note_kept(self, place: int, counts: Buried) -> None:
+        """Something was kept again."""
+        first, count = self._here.get(counts[1:], (place, 0))
+        self._here[counts[1:]] = first, count + 1
+
+    def forget(self, counts: Buried) -> None:
+        """Something that was kept again has died."""
+        place, count = self._here.pop(counts[1:])
+        if count > 1:
+            self._here[counts[1:]] = place, count - 1
+
+    def next_pack(self, tensor: torch.Tensor, micro_batch: int) -> tuple[Kept, Buried] | None:
+        """Count a pack; what it is, and what counts for it, if it keeps the tensor and need not be looked into."""
         if self._number is None:
             return None
         number, self._number = self._number, self._number + 1
@@ -133,18 +165,20 @@ class Repeating:
             if num_bytes >= self._min_bytes and num_bytes and not tensor.is_nested and tensor.device == self._device:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._parameters:
-                    return kept, (storage.nbytes() if kept.is_whole else num_bytes) if kept.is_new else 0
+                    record_bytes = storage.nbytes() if kept.is_whole else num_bytes
+                    return kept, Buried(record_bytes if kept.is_new else 0, micro_batch, storage._cdata)
         self.stop()
         return None
 
-    def note(self, tensor: torch.Tensor, saved: object, *, is_new: bool) -> None:
-        """Something was looked into and is no parameter; what pack returns for it, and whether its record is new."""
+    def note(self, tensor: torch.Tensor, saved: object, *, is_new: bool, is_shared: bool) -> None:
+        """Something was looked into and is no parameter; what pack returns for it, whether its record is new, and whether something of its
+        storage had been saved before."""
         if self._number is None and is_new and isinstance(saved, SavedView):
             self._number = 1  # of the next one: this is the first record's
         elif self._is_first and self._number is not None and isinstance(saved, SavedView) and saved.record.is_whole:
             record = saved.record
             is_whole = record.num_bytes == tensor.untyped_storage().nbytes()
-            self._known[self._number - 1] = Kept(record.index, is_new, is_whole, tensor.dtype, tensor.dim())
+            self._known[self._number - 1] = Kept(record.index, is_new, is_shared, is_whole, tensor.dtype, tensor.dim())
 
 
-__all__ = ["Kept", "Repeating", "SavedKept"]
+__all__ = ["Buried", "Kept", "Repeating", "SavedKept"]
