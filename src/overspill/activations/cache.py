@@ -229,7 +229,7 @@ class TensorCache:
             return SavedView(self, record, Geometry.of(tensor, record.start))
         place = self.repeating.place_of(self._micro_batch, storage._cdata)
         if place is not None:
-            return self._kept_again(tensor, place, Buried(0, self._micro_batch, storage._cdata))
+            return self._make_kept(tensor, place, Buried(0, self._micro_batch, storage._cdata))
         moved_bytes = 0
         if self.rebuilder is not None and (self._is_asked(self.num_packed) or self.rebuilder.knows(storage)):
 
@@ -262,14 +262,15 @@ class TensorCache:
             if not self.num_live or is_other:
                 self.repeating.stop()
                 return None
-            saved = self._kept_again(tensor, kept.place, counts)
+            saved = self._make_kept(tensor, kept.place, counts)
             if kept.is_new:
                 self.num_packed += 1
                 self.rounds.tally.note_kept(counts.num_bytes)
                 self._drop_left()
         return saved
 
-    def _kept_again(self, tensor: torch.Tensor, place: int, counts: Buried) -> SavedKept:
+    def _make_kept(self, tensor: torch.Tensor, place: int, counts: Buried) -> SavedKept:
+        """A saved tensor that stays and has no record, counted as one."""
         saved = SavedKept(self, tensor, place, self._micro_batch)
         self.num_live += 1
         self.mover.count(counts.num_bytes)

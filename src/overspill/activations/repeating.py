@@ -82,7 +82,7 @@ class Kept(NamedTuple):
     """Whether it was the first of its record."""
     is_shared: bool
     """Whether something of its storage had been saved before, in its micro-batch."""
-    is_whole: bool
+    spans_storage: bool
     """Whether the record has all of its storage."""
     dtype: torch.dtype
     num_dims: int
@@ -165,7 +165,7 @@ class Repeating:
             if num_bytes >= self._min_bytes and num_bytes and not tensor.is_nested and tensor.device == self._device:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._parameters:
-                    record_bytes = storage.nbytes() if kept.is_whole else num_bytes
+                    record_bytes = storage.nbytes() if kept.spans_storage else num_bytes
                     return kept, Buried(record_bytes if kept.is_new else 0, micro_batch, storage._cdata)
         self.stop()
         return None
@@ -177,8 +177,8 @@ class Repeating:
             self._number = 1  # of the next one: this is the first record's
         elif self._is_first and self._number is not None and isinstance(saved, SavedView) and saved.record.is_whole:
             record = saved.record
-            is_whole = record.num_bytes == tensor.untyped_storage().nbytes()
-            self._known[self._number - 1] = Kept(record.index, is_new, is_shared, is_whole, tensor.dtype, tensor.dim())
+            spans_storage = record.num_bytes == tensor.untyped_storage().nbytes()
+            self._known[self._number - 1] = Kept(record.index, is_new, is_shared, spans_storage, tensor.dtype, tensor.dim())
 
 
 __all__ = ["Buried", "Kept", "Repeating", "SavedKept"]
