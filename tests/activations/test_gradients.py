@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,40 @@ def test_double_backward_gives_the_same_bits() -> None:
         found = penalised()
         assert active.report().left_alone["in_backward"] > 0
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("settings", [{}, {"storage": "bf16"}, {"amount": "nothing"}, {"amount": "nothing", "recompute": "cheap"}])
+@pytest.mark.parametrize("behind", [lambda hidden: hidden, nn.functional.silu, lambda hidden: hidden.to(torch.bfloat16).float(), torch.t])
+def test_a_change_in_place_between_two_backwards_of_second_order_raises(
+    behind: Callable[[torch.Tensor], torch.Tensor], settings: dict[str, str]
+) -> None:
+    """What the second graph saves is what was unpacked for the first backward, and counts the changes of what was packed."""
+    torch.manual_seed(0)
+    linear, inputs = nn.Linear(64, 64), torch.randn(64, 64)
+
+    def step(*, is_changed: bool, is_alive: bool = True) -> torch.Tensor:
+        linear.zero_grad()
+        hidden = behind(linear(inputs))
+        (slope,) = torch.autograd.grad(hidden.pow(3).sum(), hidden, create_graph=True)
+        if is_changed:
+            with torch.no_grad():
+                hidden.mul_(2)
+        if not is_alive:
+            del hidden
+        slope.square().sum().backward()
+        assert linear.weight.grad is not None
+        return linear.weight.grad.clone()
+
+    expected = [step(is_changed=False, is_alive=is_alive) for is_alive in (True, False)]
+    with offload(linear, **settings) as active:
+        for _ in range(6):
+            found = [step(is_changed=False, is_alive=is_alive) for is_alive in (True, False)]
+            if "storage" not in settings:
+                assert all(map(torch.equal, found, expected))
+            for is_alive in (True, False):
+                with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                    step(is_changed=True, is_alive=is_alive)
+        assert active.report().num_live == 0
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -159,6 +160,27 @@ def test_a_weight_in_the_place_of_what_stayed_is_a_weight(kinds: Any) -> None:
     net.zero_grad()
     forward(content).backward()
     assert torch.equal(found, net.one.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda whole: whole[3:4, :64].expand(64, 64),
+        lambda whole: whole[:8, :64].repeat(8, 1)[:8, :64],
+        lambda whole: whole[5:69, 7:71],
+        lambda whole: whole.view(-1)[100 : 100 + 4096].view(64, 64),
+    ],
+)
+def test_a_part_of_a_storage_counts_the_same_in_every_round(part: Callable[[torch.Tensor], torch.Tensor], kinds: Any) -> None:
+    """A record has its span, which is more or less than the tensor's own bytes."""
+    net, inputs = Changing(), torch.randn(64, 64)
+    with offload(net, amount="nothing", min_bytes=256) as active:
+        for _ in range(3):
+            factor = part(torch.randn(128, 640))
+            (torch.tanh(net.one(inputs))[: len(factor)] * factor).sum().backward()
+        assert kinds[SavedKept] > 0
+        assert len({item for item in amounts(active)}) == 1
+        assert active._cache().mover.device_bytes == 0
 
 
 def test_what_was_kept_again_is_refused_after_a_change_in_place() -> None:

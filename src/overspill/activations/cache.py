@@ -37,10 +37,10 @@ from overspill.activations.amounts import Target
 from overspill.activations.fetching import Fetching
 from overspill.activations.forms import CastFrom, Form
 from overspill.activations.identity import (
-    ALIGNMENT_BYTES,
     PLAIN_KINDS,
     Geometry,
     ParameterStorages,
+    aligned_start,
     byte_span,
     bytes_of,
 )
@@ -156,7 +156,8 @@ class TensorCache:
                 span = self._on_device(record) if not record.is_whole else None
                 self._drop_left_in_backward()
                 self.fetching.fetch_around(record)
-                return geometry.view(span) if span is not None else geometry.within(record.watch.alias, record.start)
+                view = geometry.view(span) if span is not None else geometry.within(record.watch.alias, record.start)
+                return record.watch.counting(view)
         finally:
             self._burial()
 
@@ -306,7 +307,7 @@ class TensorCache:
         if form is None and 2 * (stop - start) >= storage.nbytes():
             start, stop = 0, storage.nbytes()
         elif form is None:
-            start -= start % ALIGNMENT_BYTES
+            start = aligned_start(start)
         target = self.rounds.target(index)
         record = Record(
             tensor, storage, (start, stop), form,

@@ -71,6 +71,11 @@ def byte_span(tensor: torch.Tensor) -> tuple[int, int]:
     return first * itemsize, (first + extent) * itemsize
 
 
+def aligned_start(start: int) -> int:
+    """Where the record of a span begins (rule 3)."""
+    return start - start % ALIGNMENT_BYTES
+
+
 @functools.lru_cache(maxsize=_MOST_FORMS)
 def _extent(size: tuple[int, ...], stride: tuple[int, ...]) -> int:
     """Elements from the first to the last."""
@@ -150,6 +155,13 @@ class VersionWatch:
     def let_go(self) -> None:
         """Hold no memory any more."""
         shed(self._counter)
+
+    def counting(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same tensor without a graph, with this count of changes: what a graph of second order saves of it sees what was done to the
+        tensor that was packed."""
+        counted = self._counter.detach()
+        counted.data = tensor
+        return counted
 
     @property
     def now(self) -> int:

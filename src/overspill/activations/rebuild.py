@@ -62,7 +62,7 @@ class Rebuild:
     def __init__(self, base: torch.Tensor, storage: torch.UntypedStorage, node: Any, recipe: Recipe) -> None:
         self.weak, self.num_bytes = StorageWeakRef(storage), storage.nbytes()
         self._like, self._stride = (base.shape, base.dtype, base.device), base.stride()
-        self._watch = VersionWatch(base)
+        self.watch = VersionWatch(base)
         self._node = node
         self._run, self._sources, self.moved_bytes = recipe
         self._value: torch.Tensor | None = None
@@ -85,8 +85,8 @@ class Rebuild:
         """
         with self._lock:
             if base.grad_fn is self._node:
-                return not self._watch.is_changed
-            return self._watch.covers(tensor)
+                return not self.watch.is_changed
+            return self.watch.covers(tensor)
 
     def result(self) -> torch.Tensor:
         """What was saved: at the start of a storage of its own, in its dtype.
@@ -95,8 +95,8 @@ class Rebuild:
             RuntimeError: the result or an input was changed in place, or the op gives something else than what was saved.
         """
         with self._lock:
-            if self._watch.is_changed:
-                self._watch.check(self.name)
+            if self.watch.is_changed:
+                self.watch.check(self.name)
             if self._value is None:
                 with self.timed():
                     self._value = self._rebuild()
@@ -144,7 +144,7 @@ class SavedRebuilt(Saved):
 
     def unpack(self) -> torch.Tensor:
         result = self.rebuild.result()
-        return result if self.geometry is None else self.geometry.within(result, 0)
+        return self.rebuild.watch.counting(result if self.geometry is None else self.geometry.within(result, 0))
 
 
 class Recipe(NamedTuple):

@@ -25,7 +25,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from overspill.activations.identity import ParameterStorages
+from overspill.activations.identity import ParameterStorages, aligned_start, byte_span
 from overspill.activations.rounds import Rounds
 from overspill.activations.saved import SavedAlone, SavedView
 
@@ -165,8 +165,10 @@ class Repeating:
             if num_bytes >= self._min_bytes and num_bytes and not tensor.is_nested and tensor.device == self._device:
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self._parameters:
-                    record_bytes = storage.nbytes() if kept.spans_storage else num_bytes
-                    return kept, Buried(record_bytes if kept.is_new else 0, micro_batch, storage._cdata)
+                    record_bytes = 0
+                    if kept.is_new:
+                        record_bytes = storage.nbytes() if kept.spans_storage else _record_bytes(*byte_span(tensor))
+                    return kept, Buried(record_bytes, micro_batch, storage._cdata)
         self.stop()
         return None
 
@@ -179,6 +181,11 @@ class Repeating:
             record = saved.record
             spans_storage = record.num_bytes == tensor.untyped_storage().nbytes()
             self._known[self._number - 1] = Kept(record.index, is_new, is_shared, spans_storage, tensor.dtype, tensor.dim())
+
+
+def _record_bytes(start: int, stop: int) -> int:
+    """Of a record that has a span of its storage."""
+    return stop - aligned_start(start)
 
 
 __all__ = ["Buried", "Kept", "Repeating", "SavedKept"]
