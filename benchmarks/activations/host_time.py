@@ -34,13 +34,14 @@ from overspill.activations.cache import TensorCache  # noqa: E402
 from overspill.activations.links import CudaLink, ThreadLink  # noqa: E402
 from overspill.activations.mover import Mover  # noqa: E402
 from overspill.activations.repeating import SavedKept  # noqa: E402
+from overspill.activations.rounds import Rounds  # noqa: E402
 from overspill.activations.saved import SavedAlone, SavedView  # noqa: E402
 from overspill.activations.timeline import FIRST_WATCHED  # noqa: E402
 from overspill.units import GIB, MIB  # noqa: E402
 
 CALLS: tuple[tuple[type, str], ...] = (
     (HostArena, "take"), (Mover, "drop_left"), (Mover, "keep"), (Mover, "leave"), (TensorCache, "_find"), (TensorCache, "_reason_to_leave"),
-    (TensorCache, "_make"), (TensorCache, "_keep_again"), (TensorCache, "begin_call"),
+    (TensorCache, "_make"), (TensorCache, "_keep_again"), (TensorCache, "begin_call"), (Rounds, "decide_in_forward"),
 )  # fmt: skip
 """Of the hooks; of the link all of its own."""
 LINK_CALLS = ("start_out", "mark", "hold")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pytest
@@ -329,9 +329,10 @@ def test_nine_tenths_of_the_bound_leave_at_keeps_speed(name: str, paced: Any) ->
 
 
 def test_a_link_slower_than_it_was_measured_costs_what_it_is_slower_by_until_the_next_look(paced: Any) -> None:
-    """One tenth slower, in a forward that the link fills: at most a tenth of a third of the step."""
+    """One tenth slower, in a forward that the link fills: at most a tenth of a third of the step. Looks are read at the end of the round
+    behind them: the fifth's and, because it says otherwise, the seventh's."""
     before = paced("gpt-8192x4", slower=1.1, num_rounds=5)
-    after = paced("gpt-8192x4", slower=1.1, num_rounds=7)
+    after = paced("gpt-8192x4", slower=1.1, num_rounds=9)
     assert 0.96 <= before.of_keep < 0.99 and after.of_keep >= 0.995
     assert after.report.rates.d2h_bytes_per_s < 0.95 * before.report.rates.d2h_bytes_per_s
 
@@ -511,7 +512,7 @@ def test_gaps_between_copies_that_no_rate_shows_make_the_next_decision_careful(p
         return start(self, way, target, source, mark, after)
 
     monkeypatch.setattr(PacedLink, "_start", late)
-    first, later = paced("gpt-8192x4", num_rounds=3), paced("gpt-8192x4", num_rounds=6)
+    first, later = paced("gpt-8192x4", num_rounds=3), paced("gpt-8192x4", num_rounds=7)
     assert first.of_keep < 0.99 < later.of_keep, (first, later)
     assert later.reached > 0.75
 
@@ -617,9 +618,10 @@ def test_a_round_in_which_somebody_else_copied_changes_nothing_but_where_it_is_l
     assert found.report.rounds[-1].host_bytes >= 0.98 * plain.report.rounds[-1].host_bytes and found.of_keep >= 0.998
     (look,) = (look for look in found.report.looks if look.round in disturbed)
     assert look.is_believed == (2 in disturbed) and look.rates.d2h_bytes_per_s < 0.7 * plain.report.rates.d2h_bytes_per_s  # type: ignore[operator]
-    assert {look.round for look in found.report.looks} == {2, 3, 5, 8} | {number + 1 for number in disturbed} | (
-        {4} if 2 in disturbed else set()
-    )
+    # What the second said is doubted when the third is read, at the end of the fourth, and the fifth is looked at anyway. What the fifth
+    # says is doubted at the end of the sixth; the seventh is still unread when the eighth begins.
+    expected = {2: [2, 3, 5, 8], 5: [2, 3, 5, 7], 8: [2, 3, 5, 8, 10]}
+    assert [look.round for look in found.report.looks] == expected[disturbed[0]]
     assert found.report.rates.d2h_bytes_per_s == pytest.approx(plain.report.rates.d2h_bytes_per_s, rel=0.01)
 
 
@@ -632,7 +634,7 @@ def test_a_host_that_is_a_round_ahead_reads_what_it_looks_at_again(paced: Any, m
     before_s: dict[PacedLink, float] = {}
     monkeypatch.setattr(PacedLink, "synchronize", see_one_step_later)
     looks = paced("gpt-8192x4", num_rounds=14, slow_link=(8,)).report.looks
-    assert [(look.round, look.is_believed) for look in looks] == [(3, True), (5, True), (8, False), (10, True), (12, True)]
+    assert [(look.round, look.is_believed) for look in looks] == [(2, True), (5, True), (8, False), (10, True), (12, True)]
 
 
 def test_looks_say_what_compute_waited_for(paced: Any) -> None:
@@ -640,3 +642,30 @@ def test_looks_say_what_compute_waited_for(paced: Any) -> None:
     assert first.waited_s > 0.02 * first.forward_s and first.caution == 1.0, "in the first watched round all leaves"
     assert last.waited_s < 0.01 * last.forward_s and last.rebuilt_s == last.again_s == 0.0
     assert last.backward_s > 1.5 * last.forward_s > 0
+
+
+@pytest.mark.parametrize("ends", ["backward", "no backward"])
+def test_what_a_forward_waits_for_is_decided_once_and_the_rest_where_the_device_is_behind(
+    ends: str, paced: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search takes as long as a Llama's forward. Where no backward says that it ends, the forward after the next one decides."""
+    where: list[tuple[str, int]] = []
+
+    def told(way: str, run: Callable[[Rounds], None]) -> Callable[[Rounds], None]:
+        def tell(rounds: Rounds) -> None:
+            before = len(rounds.tally.looks)
+            run(rounds)
+            if len(rounds.tally.looks) > before:
+                where.append((way, rounds.tally.num_ended))
+
+        return tell
+
+    monkeypatch.setattr(Rounds, "decide_in_forward", told("forward", Rounds.decide_in_forward))
+    if ends == "backward":
+        monkeypatch.setattr(Rounds, "decide_in_backward", told("backward", Rounds.decide_in_backward))
+    else:
+        monkeypatch.setattr(Rounds, "decide_in_backward", lambda rounds: None)
+    looks = paced("gpt-8192x4", num_rounds=12).report.looks
+    assert [look.round for look in looks] == [2, 3, 5, 8]
+    late = [(ends.removeprefix("no "), number + 1) for number in (3, 5, 8)]
+    assert where == [("forward", 2), *(late if ends == "backward" else [("forward", number) for _, number in late])]

@@ -153,6 +153,7 @@ class TensorCache:
                 if self.rounds.timeline is not None:
                     self.rounds.timeline.need(record)
                 record.is_wanted = True
+                self._expect_decision()
                 span = self._on_device(record) if not record.is_whole else None
                 self._drop_left_in_backward()
                 self.fetching.fetch_around(record)
@@ -163,11 +164,12 @@ class TensorCache:
 
     def want(self, place: int, micro_batch: int) -> None:
         """Backward wants what was kept there (`repeating.py`)."""
-        if not self.fetching.num_moved:
+        if not self.fetching.num_moved and not self.rounds.awaits_backward:
             return
         try:
             with self._lock:
                 self._look_around()
+                self._expect_decision()
                 self._drop_left_in_backward()
                 self.fetching.fetch_in_turn(place, micro_batch)
         finally:
@@ -362,7 +364,7 @@ class TensorCache:
         with self._lock:
             if self.num_live == 0:
                 self.num_packed = self._num_calls = 0
-                self.rounds.decide()
+                self.rounds.decide_in_forward()
             number, self._num_calls = self._num_calls, self._num_calls + 1
             # The round of a call that comes before its first record is not known to be watched yet.
             is_watched = self.rounds.timeline is not None or self.num_live == 0
@@ -433,8 +435,13 @@ class TensorCache:
         with self._lock:
             self.fetching.fetch_last(micro_batch)
 
+    def _expect_decision(self) -> None:
+        if self.rounds.awaits_backward:
+            self._note_backward()
+
     def _note_backward(self) -> None:
-        """At the end of this backward, let go of what was fetched and still lives: its graph is kept for another one."""
+        """At the end of this backward, decide what there is to decide, and let go of what was fetched and still lives: its graph is kept
+        for another one."""
         task = torch._C._current_graph_task_id()
         if task in (-1, self._backward_id):
             return
@@ -448,6 +455,9 @@ class TensorCache:
             self._backward_id = -1
             self.fetching.end_backward()
         self._burial()
+        with self._lock:
+            if self.num_live == 0:
+                self.rounds.decide_in_backward()
 
     # -- lifetimes ---------------------------------------------------------------------------------------------------
 

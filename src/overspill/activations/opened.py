@@ -106,7 +106,9 @@ class DeviceSpace:
         """Such as when the optimizer made its states after the last look."""
         if self._keep_bytes is None:
             return False
-        return torch.cuda.memory_allocated(self._device) - self._allocated_bytes > self._keep_bytes // 16
+        allocated_bytes = torch.cuda.memory_allocated(self._device)
+        self._allocated_bytes = min(self._allocated_bytes, allocated_bytes)  # the look may have been where gradients were
+        return allocated_bytes - self._allocated_bytes > self._keep_bytes // 16
 
 
 def open_direct(settings: Settings, device: torch.device) -> DirectLane:

@@ -1,9 +1,13 @@
 """Rounds: when one begins and ends, which are watched, and what was decided from them.
 
 A round begins with the first record that is packed when none is alive, and ends with the death of the last one. A watched round is read
-once the device has passed its last mark, at the beginning of some later round; then it is decided where the records of the rounds from
-there on go, what is rebuilt and which modules are run again, by their place in the micro-batch. A round with other lengths than the watched
-one follows the same decisions: bytes and times grow together. What is beyond the places that were seen stays.
+once the device has passed its last mark; then it is decided where the records of the rounds from there on go, what is rebuilt and which
+modules are run again, by their place in the micro-batch. A round with other lengths than the watched one follows the same decisions: bytes
+and times grow together. What is beyond the places that were seen stays.
+
+To read and to decide takes the host up to 0.1 s for a Llama, as long as it takes the device to run its forward, and in forward the device
+waits for the host. So that is done at the end of a backward, which has been launched by then and takes the device far longer. Only the
+first decision, one for which there is less room than was thought, and what no backward came for, are made where a forward begins.
 """
 
 from __future__ import annotations
@@ -63,10 +67,10 @@ class Rounds:
 
     def begin(self) -> None:
         """The first record of a round is being made."""
-        self.decide()
+        self.decide_in_forward()
         number = self.tally.begin(is_planned=self._targets is not None)
-        asks_again = self._believed.is_in_doubt and self._unread is None  # else a host that is ahead would never read one
-        if self._amount.needs_profile and (is_watched(number) or asks_again):
+        # While a look is unread there is no other: it would take the place of it, and a host that is ahead would never read one.
+        if self._amount.needs_profile and self._unread is None and (is_watched(number) or self._believed.is_in_doubt):
             is_free = self._decision is not None and self._decision.is_free
             self.timeline = Timeline(self._mover.link, number=number, is_free=is_free)
             self._mover.holds = self.timeline.holds
@@ -143,31 +147,53 @@ class Rounds:
         pace = self._decision.pace if self._decision is not None else None
         return (lambda record: record.index < pace.num_gone_at_turn) if pace is not None else None
 
-    def decide(self) -> None:
-        """Once the device has passed the last watched round, and again if there is less room than then."""
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether there is, or will be, something to decide at the end of a backward."""
+        return self.timeline is not None or self._unread is not None
+
+    def decide_in_forward(self) -> None:
+        """No record is alive, and forward begins: what cannot wait for the end of its backward is decided now."""
+        is_overdue = self._unread is not None and self.tally.num_ended > self._unread.number
+        if (self._decision is None or is_overdue) and self._read():
+            self._decide()
+        elif self.profile is not None and self._space.has_shrunk():
+            self._read()
+            self._decide()
+
+    def decide_in_backward(self) -> None:
+        """No record is alive, and backward has been launched: the device is behind, and has no need of the host for a while."""
+        if self._read():
+            self._decide()
+
+    def _read(self) -> bool:
+        """Read the last watched round, if the device has passed it; whether there is a profile now."""
         watched = self._unread
-        if watched is not None and watched.is_readable():
-            self._unread = None
-            found = watched.rates(self._mover)
-            self.rates = self._believed.see(found)
-            if watched.is_free and not self._believed.is_in_doubt:
-                self._caution = next_caution(self._caution, watched.waited_fraction())
-            profile = watched.profile(self.profile)
-            if profile is not None:
-                self.tally.looks.append(self._look(watched, profile, found))
-                self.profile = self._quickest.steady(profile)
-        elif self.profile is None or not self._space.has_shrunk():
-            return
-        if self.profile is not None:
-            last = self.tally.rounds[-1] if self.tally.rounds else None
-            room = self._space.look(*((last.kept_bytes, last.device_peak_bytes) if last is not None else (0, 0)))
-            self._keep_bytes = room.keep_bytes
-            rates = slowed(self.rates, self._caution)
-            self._decision = decide(
-                self._amount, self.profile, rates, room, may_choose=self._mover.has_own_windows, throughput=self._throughput
-            )
-            self._targets = self._decision.targets
-            self._mover.set_windows(self._decision.windows)
+        if watched is None or not watched.is_readable():
+            return False
+        self._unread = None
+        found = watched.rates(self._mover)
+        self.rates = self._believed.see(found)
+        if watched.is_free and not self._believed.is_in_doubt:
+            self._caution = next_caution(self._caution, watched.waited_fraction())
+        profile = watched.profile(self.profile)
+        if profile is not None:
+            self.tally.looks.append(self._look(watched, profile, found))
+            self.profile = self._quickest.steady(profile)
+        return self.profile is not None
+
+    def _decide(self) -> None:
+        """What the rounds from here on do."""
+        assert self.profile is not None
+        last = self.tally.rounds[-1] if self.tally.rounds else None
+        room = self._space.look(*((last.kept_bytes, last.device_peak_bytes) if last is not None else (0, 0)))
+        self._keep_bytes = room.keep_bytes
+        rates = slowed(self.rates, self._caution)
+        self._decision = decide(
+            self._amount, self.profile, rates, room, may_choose=self._mover.has_own_windows, throughput=self._throughput
+        )
+        self._targets = self._decision.targets
+        self._mover.set_windows(self._decision.windows)
 
     def _look(self, watched: Timeline, profile: Profile, found: ActivationRates) -> Look:
         paused_s = watched.paused_s()
