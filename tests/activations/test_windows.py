@@ -644,28 +644,25 @@ def test_looks_say_what_compute_waited_for(paced: Any) -> None:
     assert last.backward_s > 1.5 * last.forward_s > 0
 
 
-@pytest.mark.parametrize("ends", ["backward", "no backward"])
+@pytest.mark.parametrize("way", ["backward", "forward"])
 def test_what_a_forward_waits_for_is_decided_once_and_the_rest_where_the_device_is_behind(
-    ends: str, paced: Any, monkeypatch: pytest.MonkeyPatch
+    way: str, paced: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A search takes as long as a Llama's forward. Where no backward says that it ends, the forward after the next one decides."""
     where: list[tuple[str, int]] = []
 
-    def told(way: str, run: Callable[[Rounds], None]) -> Callable[[Rounds], None]:
+    def told(here: str, run: Callable[[Rounds], None]) -> Callable[[Rounds], None]:
         def tell(rounds: Rounds) -> None:
             before = len(rounds.tally.looks)
             run(rounds)
             if len(rounds.tally.looks) > before:
-                where.append((way, rounds.tally.num_ended))
+                where.append((here, rounds.tally.num_ended))
 
         return tell
 
+    in_backward = told("backward", Rounds.decide_in_backward) if way == "backward" else lambda rounds: None
     monkeypatch.setattr(Rounds, "decide_in_forward", told("forward", Rounds.decide_in_forward))
-    if ends == "backward":
-        monkeypatch.setattr(Rounds, "decide_in_backward", told("backward", Rounds.decide_in_backward))
-    else:
-        monkeypatch.setattr(Rounds, "decide_in_backward", lambda rounds: None)
+    monkeypatch.setattr(Rounds, "decide_in_backward", in_backward)
     looks = paced("gpt-8192x4", num_rounds=12).report.looks
     assert [look.round for look in looks] == [2, 3, 5, 8]
-    late = [(ends.removeprefix("no "), number + 1) for number in (3, 5, 8)]
-    assert where == [("forward", 2), *(late if ends == "backward" else [("forward", number) for _, number in late])]
+    assert where == [("forward", 2), *((way, number + 1) for number in (3, 5, 8))]

@@ -167,7 +167,8 @@ class Repeating:
                 if storage._cdata not in self._parameters:
                     record_bytes = 0
                     if kept.is_new:
-                        record_bytes = storage.nbytes() if kept.spans_storage else _record_bytes(*byte_span(tensor))
+                        start, stop = (0, storage.nbytes()) if kept.spans_storage else byte_span(tensor)
+                        record_bytes = stop - aligned_start(start)
                     return kept, Buried(record_bytes, micro_batch, storage._cdata)
         self.stop()
         return None
@@ -181,11 +182,6 @@ class Repeating:
             record = saved.record
             spans_storage = record.num_bytes == tensor.untyped_storage().nbytes()
             self._known[self._number - 1] = Kept(record.index, is_new, is_shared, spans_storage, tensor.dtype, tensor.dim())
-
-
-def _record_bytes(start: int, stop: int) -> int:
-    """Of a record that has a span of its storage."""
-    return stop - aligned_start(start)
 
 
 __all__ = ["Buried", "Kept", "Repeating", "SavedKept"]

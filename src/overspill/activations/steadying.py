@@ -11,7 +11,7 @@ The last few, not all: a device that has become slower for good is believed afte
 
 A link's rate: what two looks in a row agree on. A link is shared, and in a round in which somebody else copied it gives two thirds of what
 it gives in all others: what is decided from such a round stays so for as many rounds as pass until the next look. So a rate that is not
-what is believed changes nothing, but for another look in the round that follows; and neither do waits in it, which it explains.
+what is believed changes nothing, but for another look once it is read; and neither do waits in it, which it explains.
 """
 
 from __future__ import annotations
